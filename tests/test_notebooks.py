@@ -1,0 +1,18 @@
+"Every notebook in nbs/ runs from top to bottom: one case per notebook"
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pytest
+from nbdev.config import get_config
+from nbdev.test import test_nb as run_nb   # renamed, or pytest collects it as a test
+
+root = Path(__file__).resolve().parents[1]
+nbs = sorted(p for p in (root/'nbs').glob('*.ipynb') if p.name[0] not in '._')
+
+
+@pytest.mark.parametrize('nb', nbs, ids=lambda p: p.stem)
+def test_notebook(nb, monkeypatch):
+    monkeypatch.setenv('MPLBACKEND', 'agg')
+    ok, _ = run_nb(nb, skip_flags=get_config(root).tst_flags.split(), basepath=root)
+    plt.close('all')
+    assert ok, f'{nb.name} failed: the traceback is above'

@@ -1,0 +1,48 @@
+"""Preview the site without Quarto: nbdev's processed notebooks (`nbdev-proc-nbs` writes _proc/), rendered by smalldocs.
+
+    nbdev-proc-nbs && python tools/preview.py && smalldocs render _preview     # the site is in _preview/_docs
+
+Quarto turns formulas into MathML by itself (`html-math-method: mathml`) and drops the number from page names. smalldocs
+does neither, so this script does both on the way from _proc/ to _preview/.
+"""
+import json
+import re
+import shutil
+from pathlib import Path
+
+from latex2mathml.converter import convert
+
+root = Path(__file__).resolve().parents[1]
+src, dst = root/'_proc', root/'_preview'
+
+
+def page_name(name): return re.sub(r'^\d+[a-z]*_', '', name)
+
+
+def maths(text):
+    "`$…$` and `$$…$$` outside of code become MathML"
+    parts = re.split(r'(```.*?```|`[^`\n]+`)', text, flags=re.S)   # code keeps its dollars
+    for i in range(0, len(parts), 2):
+        part = re.sub(r'\$\$(.+?)\$\$', lambda m: f'\n{convert(m[1].strip(), display="block")}\n', parts[i], flags=re.S)
+        parts[i] = re.sub(r'(?<![\\$])\$(\S(?:[^$]*?\S)?)\$(?!\d)', lambda m: convert(m[1]), part)
+    return ''.join(parts)
+
+
+def main():
+    shutil.rmtree(dst, ignore_errors=True)
+    dst.mkdir()
+    config = (src/'_quarto.yml').read_text()
+    names = {f.name: page_name(f.name) for f in src.glob('*.ipynb')}
+    for old, new in names.items():
+        nb = json.loads((src/old).read_text())
+        for cell in nb['cells']:
+            if cell['cell_type'] != 'markdown': continue
+            text = maths(''.join(cell['source']))
+            for o, n in names.items(): text = text.replace(o.replace('.ipynb', '.html'), n.replace('.ipynb', '.html'))
+            cell['source'] = text
+        config = config.replace(old, new)
+        (dst/new).write_text(json.dumps(nb))
+    (dst/'_quarto.yml').write_text(config)
+
+
+if __name__ == '__main__': main()
