@@ -52,7 +52,8 @@ def check_masking(frames:int, ratio:float, span:int, mode:str) -> None:
     if mode not in MODES: raise ValueError(f"mode is {mode!r}, but must be one of {', '.join(MODES)}")
     if not 0 <= ratio <= 1: raise ValueError(f"the mask ratio is {ratio}, but must lie between 0 and 1")
     if span < 1: raise ValueError(f"the span is {span} frames, but must be at least 1")
-    if ratio > 0 and frames < 4: raise ValueError(f"a row has {frames} frames, but masking needs at least 4 (2 masked, 2 visible)")
+    if ratio > 0 and frames < 4:
+        raise ValueError(f"a row of {frames} frames cannot have 2 masked and 2 visible: use 4 at least")
 
 # %% ../nbs/03_masking.ipynb #39da414e
 def plan_spans(frames:int, # frames in a row
@@ -81,7 +82,7 @@ def exact_starts(rows:int, frames:int, n:int, span:int, device=None, generator=N
 
 # %% ../nbs/03_masking.ipynb #e77fcbe7
 def wav2vec2_starts(rows:int, frames:int, plan:SpanPlan, device=None, generator=None) -> Tensor:
-    "First frames (rows, plan.many), all different, spans may overlap; `frames` marks an unused start (Baevski et al. 2020)"
+    "First frames (rows, plan.many), all different; spans may overlap; `frames` = unused (Baevski et al. 2020)"
     starts = choose(rows, plan.many, frames - plan.span + 1, device, generator)
     one_more = torch.rand(rows, 1, device=device, generator=generator) < plan.chance          # (rows, 1)
     drawn = plan.few + (plan.many - plan.few)*one_more                                        # spans in this row
@@ -109,7 +110,7 @@ def span_mask(rows:int, # windows in the batch
               device=None, # of the mask; by default the generator's
               generator:torch.Generator|None=None, # source of randomness, on the same device
               ) -> Tensor: # (rows, frames) bool, True = masked
-    "Random spans, at least 2 masked and 2 visible frames a row; raises ValueError for a ratio, span, mode or length that cannot be"
+    "Random spans, at least 2 masked and 2 visible frames a row; raises ValueError as `check_masking` says"
     if device is None and generator is not None: device = generator.device
     plan = plan_spans(frames, ratio, span, mode)
     if ratio == 0: return torch.zeros(rows, frames, dtype=torch.bool, device=device)
@@ -117,7 +118,9 @@ def span_mask(rows:int, # windows in the batch
     if mode == "wav2vec2": starts = wav2vec2_starts(rows, frames, plan, device, generator)
     if mode == "seed": starts = seed_starts(rows, frames, plan.many, plan.span, device, generator)
     mask = cover(starts, plan.span, frames)
-    if mode == "seed": mask = ~keep_two(~keep_two(mask, generator), generator)   # the other two keep the promise by their plan
+    if mode == "seed":                                   # the other two keep the promise by their plan
+        mask = keep_two(mask, generator)                 # 2 visible
+        mask = ~keep_two(~mask, generator)               # 2 masked
     return mask
 
 # %% ../nbs/03_masking.ipynb #5ce48c3e
@@ -149,6 +152,8 @@ def apply_mask(x:Tensor, # (B, T, D) features
                value:Tensor|float=0., # a vector (D,) for all hidden frames, or a number
                ) -> Tensor: # (B, T, D), dtype of x
     "A copy of `x` with `value` in the hidden frames; raises ValueError if the mask does not belong to `x`"
-    if mask.shape != x.shape[:2]: raise ValueError(f"the mask is {tuple(mask.shape)}, but the features have {tuple(x.shape[:2])} windows and frames")
-    if isinstance(value, Tensor): return torch.where(mask[..., None], value.to(x.dtype), x)   # (B, T, 1), (D,), (B, T, D)
+    if mask.shape != x.shape[:2]:
+        raise ValueError(f"the mask is {tuple(mask.shape)}, but the features are {tuple(x.shape)}: (B, T) and (B, T, D)")
+    if isinstance(value, Tensor):
+        return torch.where(mask[..., None], value.to(x.dtype), x)     # (B, T, 1), (D,), (B, T, D)
     return x.masked_fill(mask[..., None], value)
