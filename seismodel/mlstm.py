@@ -1,4 +1,4 @@
-"""A matrix memory with exponential gates, in three forms that agree: recurrent, parallel and chunkwise; forward and backward in time in one pass.
+"""A matrix memory with exponential gates in three forms that agree, reading the window in both directions in one pass.
 
 Docs: https://seismodel.github.io/seismodel/mlstm.html.md"""
 
@@ -28,6 +28,8 @@ def soft_cap(
     return cap * torch.tanh(x / cap)
 
 # %% ../nbs/06_mlstm.ipynb #aabdd255
+NEVER = -1e30         # logarithm of nothing: finite, so that NEVER - NEVER is 0 and not NaN
+
 class MLSTMState(NamedTuple):
     "What an mLSTM remembers between two pieces of a stream. The unstabilised memory is `C * exp(m)`."
     C: torch.Tensor   # (B, H, dk, dv) matrix memory, times exp(-m)
@@ -35,14 +37,18 @@ class MLSTMState(NamedTuple):
     m: torch.Tensor   # (B, H) logarithm of the scale
 
 # %% ../nbs/06_mlstm.ipynb #0f6fab6d
-def check_inputs(q, k, v, i, f, reverse):
-    "Raise ValueError unless q, k are (B, H, T, dk), v is (B, H, T, dv), i, f are (B, H, T), T ≥ 1 and 0 ≤ reverse ≤ H."
+def check_inputs(q, k, v, i, f, reverse, stream=False):
+    "Raise ValueError unless shapes and dtypes fit, T ≥ 1, 0 ≤ reverse ≤ H, and a stream has no reversed heads."
     if q.ndim != 4 or q.shape[2] < 1 or k.shape != q.shape or v.shape[:-1] != q.shape[:-1]:
-        raise ValueError(f'q and k must be (B, H, T, dk) and v (B, H, T, dv) with T ≥ 1, but they are {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}')
+        shapes = ', '.join(str(tuple(x.shape)) for x in (q, k, v))
+        raise ValueError(f'q and k must be (B, H, T, dk) and v (B, H, T, dv) with T ≥ 1, but q, k, v are {shapes}')
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f'q, k and v must have one dtype, but they are {q.dtype}, {k.dtype} and {v.dtype}')
     if i.shape != q.shape[:3] or f.shape != q.shape[:3]:
-        raise ValueError(f'i and f must be (B, H, T) = {tuple(q.shape[:3])}, but they are {tuple(i.shape)} and {tuple(f.shape)}')
+        raise ValueError(f'i and f must be {tuple(q.shape[:3])}, but they are {tuple(i.shape)} and {tuple(f.shape)}')
     if not 0 <= reverse <= q.shape[1]:
         raise ValueError(f'reverse must count between 0 and {q.shape[1]} heads, but it is {reverse}')
+    if reverse and stream: raise ValueError('a state passes forwards in time only: reverse must be 0')
 
 # %% ../nbs/06_mlstm.ipynb #d537ce5b
 def mlstm_recurrent(
@@ -55,13 +61,13 @@ def mlstm_recurrent(
     state: MLSTMState | None=None,  # memory left by the piece before
     return_state: bool=False,       # also return the memory at the end
 ):                     # h (B, H, T, dv), or (h, MLSTMState)
-    "mLSTM frame by frame (Beck et al. 2024, stabilised). The reference: slow. Raises ValueError on shapes that do not fit."
-    check_inputs(q, k, v, i, f, reverse)
-    if reverse and (state is not None or return_state): raise ValueError('a state is passed on forwards in time only: reverse must be 0')
+    "mLSTM frame by frame (Beck et al. 2024), the slow reference. Raises ValueError on shapes that do not fit."
+    check_inputs(q, k, v, i, f, reverse, stream=return_state or state is not None)
     hi = torch.promote_types(q.dtype, torch.float32)
-    turn = lambda x: torch.cat([x[:, :q.shape[1] - reverse], x[:, q.shape[1] - reverse:].flip(2)], 1)
+    turn = lambda x: torch.cat([x[:, :x.shape[1] - reverse], x[:, x.shape[1] - reverse:].flip(2)], 1)
     qs, ks, vs, i, log_f = (turn(x.to(hi)).unbind(2) for x in (q * q.shape[-1]**-0.5, k, v, i, F.logsigmoid(f.to(hi))))
-    C, n, m = state or (qs[0].new_zeros(*qs[0].shape, v.shape[-1]), torch.zeros_like(qs[0]), torch.full_like(i[0], -math.inf))
+    empty = ks[0].new_zeros(*ks[0].shape, v.shape[-1])                           # (B, H, dk, dv)
+    C, n, m = state or (empty, empty[..., 0], torch.full_like(i[0], NEVER))
     out = []
     for t in range(len(qs)):
         last, m = m, torch.maximum(log_f[t] + m, i[t]).detach()                  # (B, H)
@@ -112,7 +118,7 @@ def mlstm_parallel(
     f: torch.Tensor,   # (B, H, T) forget gates before the sigmoid
     reverse: int=0,    # the last `reverse` heads read time backwards
 ) -> torch.Tensor:     # h (B, H, T, dv)
-    "mLSTM as one T × T product (Beck et al. 2024, appendix), gradient by autograd. Raises ValueError on shapes that do not fit."
+    "mLSTM as one T × T product (Beck et al. 2024). Raises ValueError on shapes that do not fit."
     check_inputs(q, k, v, i, f, reverse)
     H, T = q.shape[1:3]
     hi = torch.promote_types(q.dtype, torch.float32)
@@ -131,7 +137,7 @@ def chunk_gates(
     L: int,            # frames a chunk, a divisor of T
     reverse: int,      # the last `reverse` heads read time backwards
 ):                     # x (B, H, N, L), b (B, H, N, L), g (B, H, N), A (B, H, N)
-    "Sums of the gates inside each chunk: weight seen from the entry, decay since the entry, decay of the chunk, its largest weight."
+    "Logarithms inside each chunk: weight seen from the entry, decay since the entry, decay and scale of the chunk."
     i, log_f = i.unflatten(-1, (-1, L)), F.logsigmoid(f).unflatten(-1, (-1, L))
     b = time_scan(log_f, torch.cumsum, reverse)
     g = b.amin(-1)                    # b only falls: its smallest value is the sum of the whole chunk
@@ -139,14 +145,12 @@ def chunk_gates(
     return x, b, g, g + x.amax(-1)
 
 # %% ../nbs/06_mlstm.ipynb #f9293e43
-NEVER = -1e30    # logarithm of nothing: finite, so that NEVER - NEVER is 0 and not NaN
-
 def chunk_weights(
     g: torch.Tensor,   # (B, H, N) log decay of each chunk
     A: torch.Tensor,   # (B, H, N) log scale of what each chunk adds
     reverse: int,      # the last `reverse` heads read time backwards
 ):                     # W (B, H, N, N), m (B, H, N)
-    "Weights with which the chunks already read (columns) make up the memory that enters a chunk (row), and its log scale m."
+    "Weights of the chunks already read (columns) in the memory that enters a chunk (row), and its log scale m."
     H, N = g.shape[1:]
     G = time_scan(g.double(), torch.cumsum, reverse)
     log_W = (G - g)[..., :, None] + (A - G)[..., None, :]
@@ -171,7 +175,7 @@ def dot(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return a.to(dtype) @ b.to(dtype)
 
 def chunk_forward(q, k, v, i, f, reverse, L, state=None, return_state=False):
-    "Chunkwise forward pass, L a divisor of T. Returns h, the state at the end or None, and what `chunk_backward` needs."
+    "Forward pass, L a divisor of T. Returns h, the state at the end or None, and what `chunk_backward` needs."
     N, lo, hi, s = q.shape[2] // L, q.dtype, i.dtype, q.shape[-1]**-0.5
     q, k, v = (z.contiguous().unflatten(2, (N, L)) for z in (q, k, v))                # (B, H, N, L, d)
     x, b, g, A = chunk_gates(i, f, L, reverse)
@@ -184,7 +188,7 @@ def chunk_forward(q, k, v, i, f, reverse, L, state=None, return_state=False):
         C, n, m, W, end = carry(U, u, g, A, reverse, state, return_state)
         r = torch.maximum(r, m[..., None])
         w = torch.exp(m[..., None] - r) * s                                           # s w_t
-    r_s = r - math.log(s)                                                             # the factor s rides on the exponent
+    r_s = r - math.log(s)                                             # the factor s rides on the exponent
     P = decay_tile(x, r_s, reverse).mul_(dot(q, k.mT, lo))                            # (B, H, N, L, L)
     num, den = dot(P, v, lo).to(hi), P.sum(-1)
     if C is not None:
@@ -198,7 +202,7 @@ def chunk_forward(q, k, v, i, f, reverse, L, state=None, return_state=False):
 
 # %% ../nbs/06_mlstm.ipynb #669f470b
 def carry(U, u, g, A, reverse, state=None, return_state=False):
-    "Memory C (B, H, N, dk, dv), n and log scale m that enter each chunk, the weights W (B, H, N, N), and the state at the end or None."
+    "Memory C, n, log scale m that enter each chunk, the weights W (B, H, N, N), the state at the end or None."
     N = U.shape[2]
     U_all, u_all, g_all, A_all = U, u, g, A
     if state is not None:
@@ -211,12 +215,13 @@ def carry(U, u, g, A, reverse, state=None, return_state=False):
     if return_state:
         m_end = torch.maximum(g[..., -1] + m[..., -1], A[..., -1])               # (B, H)
         keep, add = torch.exp(g[..., -1] + m[..., -1] - m_end)[..., None], torch.exp(A[..., -1] - m_end)[..., None]
-        end = MLSTMState(keep[..., None] * C[:, :, -1] + add[..., None] * U[:, :, -1], keep * n[:, :, -1] + add * u[:, :, -1], m_end)
+        n_end = keep * n[:, :, -1] + add * u[:, :, -1]
+        end = MLSTMState(keep[..., None] * C[:, :, -1] + add[..., None] * U[:, :, -1], n_end, m_end)
     return C, n, m, W[..., -N:], end
 
 # %% ../nbs/06_mlstm.ipynb #4a343fac
 def chunk_backward(dh, reverse, q, k, v, f, x, r_s, into, w, W, C, n, h, den, sign):
-    "Gradients of q, k, v, i, f from the gradient dh (B, H, T, dv); the L × L tiles are computed again. `dz` is the gradient of z."
+    "Gradients of q, k, v, i, f from dh (B, H, T, dv); `dz` is the gradient of z. The tiles are computed again."
     (N, L), lo, hi = q.shape[2:4], q.dtype, x.dtype
     dnum = dh.unflatten(2, (N, L)) / den[..., None]                              # (B, H, N, L, dv)
     dden = -(dnum * h).sum(-1) * sign                                            # (B, H, N, L)
@@ -268,10 +273,9 @@ def mlstm_chunkwise(
     state: MLSTMState | None=None,  # memory left by the piece before; carries no gradient
     return_state: bool=False,       # also return the memory at the end
 ):                     # h (B, H, T, dv), or (h, MLSTMState)
-    "mLSTM chunk by chunk, for any T. Finite gates only. Raises ValueError on shapes that do not fit and on a state with reversed heads."
-    check_inputs(q, k, v, i, f, reverse)
+    "mLSTM chunk by chunk, for any T and finite gates. Raises ValueError on shapes or dtypes that do not fit."
+    check_inputs(q, k, v, i, f, reverse, stream=return_state or state is not None)
     if chunk < 1: raise ValueError(f'chunk must be at least 1 frame, but it is {chunk}')
-    if reverse and (state is not None or return_state): raise ValueError('a state is passed on forwards in time only: reverse must be 0')
     T, hi = q.shape[2], torch.promote_types(q.dtype, torch.float32)
     i, f, L = i.to(hi), f.to(hi), min(chunk, T)
     fill = -T % L
@@ -323,12 +327,14 @@ class BidirectionalMLSTM(nn.Module):
         blocks: int=1,               # layers in the network (scales the last Linear)
     ):
         super().__init__()
-        if direction not in ('per_head', 'shared', 'two_pass'): raise ValueError(f"direction must be 'per_head', 'shared' or 'two_pass', but it is {direction!r}")
-        if dim % heads: raise ValueError(f'dim {dim} must be a multiple of heads {heads}')
-        if direction == 'per_head' and heads % 2: raise ValueError(f"direction 'per_head' needs an even number of heads, but it is {heads}")
+        if direction not in ('per_head', 'shared', 'two_pass'):
+            raise ValueError(f"direction must be 'per_head', 'shared' or 'two_pass', but it is {direction!r}")
+        if dim % heads: raise ValueError(f'dim must be a multiple of heads, but they are {dim} and {heads}')
+        if direction == 'per_head' and heads % 2:
+            raise ValueError(f"direction 'per_head' needs an even number of heads, but it is {heads}")
         self.direction = direction
         self.heads = 2 * heads if direction == 'two_pass' else heads        # heads with a q, k, v of their own
-        self.cells = heads if direction == 'per_head' else 2 * heads        # heads with gates of their own; half read backwards
+        self.cells = heads if direction == 'per_head' else 2 * heads        # heads with gates of their own
         width = self.heads * (dim // heads)
         self.qkvo = nn.Linear(dim, 4 * width, bias=False)
         self.gates = nn.Linear(dim, 2 * self.cells)
