@@ -1,4 +1,4 @@
-"""InfoNCE over masked frames with a diversity term, computed by matrix products and safe where rows are empty or codes collide.
+"""InfoNCE over masked frames with a diversity term: matrix products, and safe for empty rows and colliding codes.
 
 Docs: https://seismodel.github.io/seismodel/infonce.html.md"""
 
@@ -21,7 +21,7 @@ from .quantizer import soft_perplexity
 def masked_frames(
     mask: Tensor,  # (B, T) bool, True where a frame is masked
     most: int | None = None,  # M, static bound of the masked frames in a row (`most_masked`); None: T
-) -> tuple[Tensor, Tensor]:  # (B, M) int64 frame numbers, the masked ones first and in order; (B, M) bool, which are masked
+) -> tuple[Tensor, Tensor]:  # (B, M) int64 frame numbers, masked ones first, in order; (B, M) bool, which are masked
     "Where the masked frames are, in a shape that does not depend on their number; those beyond `most` are left out."
     M = mask.shape[1] if most is None else min(most, mask.shape[1])
     places = (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :M]                     # (B, M)
@@ -46,7 +46,7 @@ def negatives(
     others = (valid.sum(1) - 1).clamp_min(1).view(B, 1, 1)                                  # m - 1
     draw = torch.randint(2**31, (B, M, n_negatives), device=valid.device, generator=generator) % others
     own = torch.arange(M, device=valid.device).view(1, M, 1)
-    return (draw + (draw >= own)).clamp_max(M - 1)      # a row with a lone frame has no other: stay inside, it is left out
+    return (draw + (draw >= own)).clamp_max(M - 1)      # a lone frame has no other: stay inside, it is left out later
 
 # %% ../nbs/08_infonce.ipynb #746435f1
 def collisions(
@@ -121,10 +121,10 @@ def contrastive_loss(
     most: int | None = None,  # static bound of masked frames in a row (`most_masked`); None: T
     generator: torch.Generator | None = None,  # of the negatives
 ) -> ContrastiveLoss:
-    "The loss of wav2vec 2.0 over masked frames, in fp32; rows with fewer than 2 masked frames count nothing. ValueError for shapes that differ."
-    if predictions.shape != targets.shape or any(t.shape[:2] != mask.shape for t in (predictions, codes, code_logits)):
-        raise ValueError(f'shapes differ: predictions {tuple(predictions.shape)}, targets {tuple(targets.shape)}, '
-                         f'mask {tuple(mask.shape)}, codes {tuple(codes.shape)}, code_logits {tuple(code_logits.shape)}')
+    "The loss of wav2vec 2.0 in fp32; rows with fewer than 2 masked frames count nothing. ValueError if shapes differ."
+    if predictions.shape != targets.shape or any(t.shape[:2] != mask.shape for t in (targets, codes, code_logits)):
+        shapes = [tuple(t.shape) for t in (predictions, targets, mask, codes, code_logits)]
+        raise ValueError('shapes differ: predictions {}, targets {}, mask {}, codes {}, code_logits {}'.format(*shapes))
     if n_negatives < 1 or temperature <= 0:
         raise ValueError(f'n_negatives {n_negatives} must be at least 1 and temperature {temperature} above 0')
     mask = mask & (mask.sum(1, keepdim=True) > 1)           # a lone masked frame has no negative

@@ -1,4 +1,4 @@
-"""A grouped Gumbel vector quantizer: it replaces every frame by one vector out of a finite codebook, and still learns by gradients.
+"""A grouped Gumbel vector quantizer: every frame becomes one vector of a finite codebook, and gradients still pass.
 
 Docs: https://seismodel.github.io/seismodel/quantizer.html.md"""
 
@@ -64,7 +64,8 @@ class GumbelVectorQuantizer(nn.Module):
         scale_logits: bool = True,  # divide the logits by sqrt(in_features)
     ):
         super().__init__()
-        if codevector_dim % groups: raise ValueError(f'codevector_dim {codevector_dim} is not a multiple of groups {groups}')
+        if codevector_dim % groups:
+            raise ValueError(f'codevector_dim {codevector_dim} is not a multiple of groups {groups}')
         if temperature <= 0: raise ValueError(f'temperature must be above 0, not {temperature}')
         self.groups, self.codes = groups, codes
         self.scale = in_features**-0.5 if scale_logits else 1.
@@ -80,8 +81,8 @@ class GumbelVectorQuantizer(nn.Module):
     ) -> Quantized:
         "Quantize every frame; `codes` are those that gave `vectors`, noise included."
         with torch.autocast(x.device.type, enabled=False):
-            x = x.to(self.weight_proj.weight.dtype)                                         # fp32
-            logits = self.weight_proj(x).unflatten(-1, (self.groups, self.codes)) * self.scale  # (B, T, G, V)
+            logits = self.weight_proj(x.to(self.weight_proj.weight.dtype)) * self.scale     # (B, T, G*V), fp32
+            logits = logits.unflatten(-1, (self.groups, self.codes))                        # (B, T, G, V)
             scores = logits
             if self.training: scores = (logits + gumbel_noise(logits, generator)) / self.temperature
             one_hot, codes = straight_through(scores.softmax(-1))                           # (B, T, G, V), (B, T, G)
