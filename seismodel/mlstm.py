@@ -126,7 +126,7 @@ def mlstm_parallel(
     log_D = total[..., :, None] + (i.double() - total)[..., None, :]              # F_t - F_s + i_s (B, H, T, T)
     log_D = log_D.masked_fill(lag(T, H, reverse, q.device) < 0, -math.inf)
     m = log_D.amax(-1, keepdim=True).detach()                                     # (B, H, T, 1)
-    P = (q.to(hi) @ k.to(hi).mT) * q.shape[-1]**-0.5 * torch.exp(log_D - m).to(hi)
+    P = (q.to(hi) @ k.to(hi).mT) * q.shape[-1]**-0.5 * torch.exp((log_D - m).to(hi))
     den = torch.maximum(P.sum(-1, keepdim=True).abs(), torch.exp(-m).to(hi))
     return (P @ v.to(hi) / den).to(v.dtype)
 
