@@ -88,7 +88,8 @@ class Conv1dSubsampling(nn.Module):
         return x, x                                        # features, tokens
 
 # %% ../nbs/02_frontend.ipynb #c7188182
-def count_parameters(module:nn.Module) -> int:
+def count_parameters(module:nn.Module, # any module
+                     ) -> int: # numbers in its parameters
     "Numbers in all parameters of the module, trainable or frozen; a shared one counts once"
     return sum(p.numel() for p in module.parameters())
 

@@ -47,7 +47,11 @@ class SpanPlan(NamedTuple):
     many: int       # few, or few + 1
     chance: float   # probability of `many`
 
-def check_masking(frames:int, ratio:float, span:int, mode:str) -> None:
+def check_masking(frames:int, # frames in a row
+                  ratio:float, # share of frames to hide
+                  span:int, # frames in a span
+                  mode:str, # sampler
+                  ) -> None:
     "Raises ValueError where no mask can be drawn: unknown mode, ratio outside 0 … 1, empty span, fewer than 4 frames"
     if mode not in MODES: raise ValueError(f"mode is {mode!r}, but must be one of {', '.join(MODES)}")
     if not 0 <= ratio <= 1: raise ValueError(f"the mask ratio is {ratio}, but must lie between 0 and 1")
@@ -75,13 +79,24 @@ def plan_spans(frames:int, # frames in a row
     return SpanPlan(span, fit(math.floor(wanted)), fit(math.ceil(wanted)), wanted % 1)
 
 # %% ../nbs/03_masking.ipynb #85eb6430
-def exact_starts(rows:int, frames:int, n:int, span:int, device=None, generator=None) -> Tensor:
+def exact_starts(rows:int, # windows in the batch
+                 frames:int, # frames in a window
+                 n:int, # spans in each row, n·span ≤ frames
+                 span:int, # frames in a span
+                 device=None, # of the result
+                 generator:torch.Generator|None=None, # source of randomness, on the same device
+                 ) -> Tensor: # (rows, n) int64
     "First frames (rows, n), in order, of `n` spans that do not overlap; every arrangement is equally likely"
     slots = choose(rows, n, frames - n*(span - 1), device, generator).sort(dim=-1).values   # (rows, n)
     return slots + (span - 1)*torch.arange(n, device=device)
 
 # %% ../nbs/03_masking.ipynb #e77fcbe7
-def wav2vec2_starts(rows:int, frames:int, plan:SpanPlan, device=None, generator=None) -> Tensor:
+def wav2vec2_starts(rows:int, # windows in the batch
+                    frames:int, # frames in a window
+                    plan:SpanPlan, # from `plan_spans`
+                    device=None, # of the result
+                    generator:torch.Generator|None=None, # source of randomness, on the same device
+                    ) -> Tensor: # (rows, plan.many) int64
     "First frames (rows, plan.many), all different; spans may overlap; `frames` = unused (Baevski et al. 2020)"
     starts = choose(rows, plan.many, frames - plan.span + 1, device, generator)
     one_more = torch.rand(rows, 1, device=device, generator=generator) < plan.chance          # (rows, 1)
@@ -89,7 +104,13 @@ def wav2vec2_starts(rows:int, frames:int, plan:SpanPlan, device=None, generator=
     return torch.where(torch.arange(plan.many, device=device) < drawn, starts, frames)
 
 # %% ../nbs/03_masking.ipynb #1cdcbb5c
-def seed_starts(rows:int, frames:int, n:int, span:int, device=None, generator=None) -> Tensor:
+def seed_starts(rows:int, # windows in the batch
+                frames:int, # frames in a window
+                n:int, # spans in each row
+                span:int, # frames in a span
+                device=None, # of the result
+                generator:torch.Generator|None=None, # source of randomness, on the same device
+                ) -> Tensor: # (rows, n) int64
     "First frames (rows, n), drawn with replacement from all that fit: the raw sampler, without any promise"
     return torch.randint(0, frames - span + 1, (rows, n), device=device, generator=generator)
 
