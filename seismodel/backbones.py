@@ -1,4 +1,4 @@
-"""Blocks of mLSTM in a row, or in a U that works on three time scales: from features of single frames to features that know the whole window.
+"""Blocks of mLSTM in a row, or in a U of three time scales: features of single frames come to know the whole window.
 
 Docs: https://seismodel.github.io/seismodel/backbones.html.md"""
 
@@ -27,7 +27,7 @@ def fold(
     x: Tensor,  # (B, T, D)
     pool: int   # frames that become one
 ) -> Tensor:  # (B, ceil(T / pool), pool · D)
-    "Put `pool` neighbouring frames side by side into the channels of one; the last frame is repeated where frames lack."
+    "Put `pool` neighbouring frames side by side into the channels of one; the last frame is repeated if need be."
     return pad_frames(x, pool).unflatten(1, (-1, pool)).flatten(2)
 
 # %% ../nbs/07_backbones.ipynb #9291f048
@@ -45,7 +45,7 @@ def stage_shapes(
     dim: int = 128,                      # D
     pooling: tuple[int, ...] = (4, 4)    # frames folded into one, level by level
 ) -> list[tuple[int, int]]:  # (frames, width) of each stage, down, middle, up
-    "Shapes of the stages of an `MLSTMUNet`: each level divides the length by its pooling (rounding up) and doubles the width."
+    "Shapes of the stages of an `MLSTMUNet`: a level divides the length by its pooling (rounded up), doubles the width."
     down = [(frames, dim)]
     for pool in pooling: down.append((-(-down[-1][0] // pool), 2 * down[-1][1]))
     return down + down[-2::-1]
@@ -61,7 +61,7 @@ def check_features(
 
 
 class MLSTMSequential(nn.Module):
-    "Bidirectional mLSTM blocks in a row at full time resolution, then RMSNorm. Raises ValueError for features of another width."
+    "Bidirectional mLSTM blocks in a row at full time resolution, then RMSNorm. ValueError for another width."
     def __init__(
         self,
         dim: int = 176,                # D
@@ -87,7 +87,7 @@ class MLSTMSequential(nn.Module):
 
 # %% ../nbs/07_backbones.ipynb #f0e072b4
 class MLSTMUNet(nn.Module):
-    "mLSTM blocks on several time scales, with one additive skip a level and a final RMSNorm. Any T ≥ 1; ValueError for another width."
+    "mLSTM blocks on several time scales, one additive skip a level, final RMSNorm. ValueError for another width."
     def __init__(
         self,
         dim: int = 128,                        # D, the width at full time resolution
@@ -101,7 +101,8 @@ class MLSTMUNet(nn.Module):
         super().__init__()
         self.dim, self.pooling = dim, tuple(pooling)
         depth = blocks * (2 * len(pooling) + 1)          # blocks on the way of a frame: for the init of their outputs
-        stage = lambda width: nn.Sequential(*[MLSTMBlock(width, heads, ff, direction, dropout, depth) for _ in range(blocks)])
+        block = lambda width: MLSTMBlock(width, heads, ff, direction, dropout, depth)
+        stage = lambda width: nn.Sequential(*[block(width) for _ in range(blocks)])
         levels = [(dim * 2**level, pool) for level, pool in enumerate(pooling)]
         self.encoder = nn.ModuleList([stage(width) for width, _ in levels])
         self.downs = nn.ModuleList([nn.Linear(pool * width, 2 * width, bias=False) for width, pool in levels])

@@ -115,7 +115,7 @@ def feature_variance(
 def effective_rank(
     x: Tensor  # (B, T, D) features, finite
 ) -> Tensor:  # 0-d: between 1 and D, or 0 if all frames are equal
-    "exp of the entropy of the normalised singular values (Roy and Vetterli 2007). No gradient; for logs, not every step."
+    "exp of the entropy of the normalised singular values (Roy and Vetterli 2007). No gradient; for logs, now and then."
     x = x.flatten(0, -2).double()
     x = x - x.mean(0)
     sigma = torch.linalg.eigvalsh(x.mT @ x).clamp_min(0.).sqrt()       # (D,)

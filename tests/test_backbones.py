@@ -26,7 +26,9 @@ def build(kind, direction='per_head', dropout=0., seed=0):
     return model.double()
 
 
-def wave(rows, frames, seed=0): return torch.randn(rows, frames, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+def wave(rows, frames, seed=0):
+    "Features (rows, frames, 8) in float64"
+    return torch.randn(rows, frames, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize('kind', ['unet', 'sequential'])
@@ -104,7 +106,8 @@ def test_reading_backward_only_ignores_the_past_by_groups(start):
 def by_hand(model, x):
     "The U-Net written out for pooling (4, 4), frame by frame at the borders between levels"
     def down(x, linear):
-        frames = [torch.cat([x[:, min(4*t + k, x.shape[1] - 1)] for k in range(4)], -1) for t in range((x.shape[1] + 3)//4)]
+        T = x.shape[1]
+        frames = [torch.cat([x[:, min(4*t + k, T - 1)] for k in range(4)], -1) for t in range(-(-T//4))]
         return torch.stack(frames, 1) @ linear.weight.mT
     def up(x, linear, frames):
         y = x @ linear.weight.mT
@@ -202,6 +205,14 @@ def test_output_is_float32_under_autocast_and_close_to_it(kind):
     with torch.autocast('cpu', dtype=torch.bfloat16): y = model(x.bfloat16())
     assert y.dtype == torch.float32
     assert (y - model(x)).square().mean() < 0.02*model(x).square().mean()
+
+
+def test_every_stage_of_the_unet_adds_in_float32_under_autocast():
+    model, seen = build('unet').float(), []
+    for stage in [*model.encoder, model.middle, *model.decoder]:
+        stage.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+    with torch.autocast('cpu', dtype=torch.bfloat16): model(wave(1, 37).bfloat16())
+    assert seen == [torch.float32]*5
 
 
 @pytest.mark.parametrize('shape', [(2, 10), (2, 0, 8), (2, 10, 7), (1, 2, 10, 8)])

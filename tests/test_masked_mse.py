@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from seismodel.masked_mse import (effective_rank, feature_variance, interpolate_masked, interpolation_baseline, masked_mse,
-                                  patch_targets, token_targets, visible_neighbours, zero_baseline)
+from seismodel.masked_mse import (effective_rank, feature_variance, interpolate_masked, interpolation_baseline,
+                                  masked_mse, patch_targets, token_targets, visible_neighbours, zero_baseline)
 
 torch.set_num_threads(1)
 shapes = st.tuples(st.integers(1, 4), st.integers(1, 30), st.integers(1, 5))
@@ -134,19 +134,21 @@ def test_neighbours_by_a_loop():
 
 
 def test_losses_and_baselines_never_ask_the_device():
-    "On the meta device tensors have no values: whatever reads one on the host, or has a shape that depends on one, fails"
+    "On the meta device tensors have no values: reading one on the host fails"
     prediction, target, mask = (x.to('meta') for x in draw((3, 20, 4), 6))
     results = [masked_mse(prediction, target, mask), zero_baseline(target, mask), interpolation_baseline(target, mask),
                feature_variance(target)]
     assert all(x.shape == () and x.device.type == 'meta' for x in results)
-    assert token_targets(prediction).shape == (3, 20, 4) and patch_targets(torch.randn(2, 30, 3, device='meta')).shape == (2, 8, 12)
+    assert token_targets(prediction).shape == (3, 20, 4)
+    assert patch_targets(torch.randn(2, 30, 3, device='meta')).shape == (2, 8, 12)
     with pytest.raises(Exception): prediction[mask].mean().item()   # the check can fail
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(2, 24), st.integers(0, 2**31), st.sampled_from([1e-3, 1., 1e4]))
 def test_token_targets_are_normalised_detached_and_scale_free(width, seed, scale):
-    tokens = torch.randn(2, 9, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, requires_grad=True)
+    g = torch.Generator().manual_seed(seed)
+    tokens = torch.randn(2, 9, width, generator=g, dtype=torch.float64, requires_grad=True)
     y = token_targets(tokens)
     expected = (tokens - tokens.mean(-1, keepdim=True)).detach()
     expected = expected/(expected.square().mean(-1, keepdim=True) + 1e-6).sqrt()
@@ -172,6 +174,13 @@ def test_patch_targets_of_constant_components_are_zero():
     y = patch_targets(x).reshape(2, 64, 3)
     assert torch.equal(y[..., [0, 2]], torch.zeros(2, 64, 2))
     torch.testing.assert_close(y[..., 1].var(1, unbiased=False), torch.ones(2))
+
+
+def test_patch_targets_keep_a_small_signal_on_a_large_offset():
+    "2000 counts of offset, 1 count of signal: a record with a drifting sensor is not a dead one"
+    x = torch.randn(2, 400, 3, generator=torch.Generator().manual_seed(0)) + 2000
+    y = patch_targets(x).reshape(2, 400, 3)
+    torch.testing.assert_close(y, (x - x.mean(1, keepdim=True))/x.std(1, keepdim=True, unbiased=False), atol=1e-2, rtol=0)
 
 
 @pytest.mark.parametrize('rank', [1, 3, 7, 12])
