@@ -1,0 +1,6 @@
+"`python -m seismodel` is the command `seismodel`"
+import sys
+
+from seismodel.cli import main
+
+sys.exit(main())
