@@ -80,8 +80,9 @@ def test_agrees_with_the_whole_forward_of_transformers(monkeypatch):
     B, T, D, K = 2, 40, 16, 9
     config = Wav2Vec2Config(hidden_size=D, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
                             conv_dim=(D,), conv_stride=(2,), conv_kernel=(3,), num_feat_extract_layers=1,
-                            num_codevectors_per_group=12, num_codevector_groups=2, codevector_dim=D, proj_codevector_dim=D, num_conv_pos_embeddings=4,
-                            num_conv_pos_embedding_groups=2, feat_quantizer_dropout=0.)
+                            num_codevectors_per_group=12, num_codevector_groups=2, codevector_dim=D,
+                            proj_codevector_dim=D, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+                            feat_quantizer_dropout=0.)
     torch.manual_seed(0)
     model = Wav2Vec2ForPreTraining(config).eval()
     model.quantizer.weight_proj.weight.data.normal_()

@@ -262,7 +262,7 @@ def test_vectors_are_rows_of_the_codebook(shape):
 
 
 @quick
-@given(st.integers(1, 100_000), st.floats(.6, 5), st.floats(.01, .5), st.sampled_from(['cosine', 'exponential']))
+@given(st.integers(1, 2_000_000), st.floats(.6, 5), st.floats(.01, .5), st.sampled_from(['cosine', 'exponential']))
 def test_temperature_falls_between_its_ends(steps, start, end, schedule):
     at = [temperature_at(steps*k//20, steps, start, end, schedule) for k in range(21)]
     assert at[0] == pytest.approx(start) and all(end - 1e-9 <= t <= start + 1e-9 for t in at)
