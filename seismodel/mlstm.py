@@ -88,8 +88,8 @@ def lag(
 ) -> torch.Tensor:        # (H, n, n) int64: how long before step t (row) a head has read step s (column)
     "Signed distance in reading order: a head at row t has seen column s where the lag is ≥ 0."
     step = torch.arange(n, device=device)
-    way = torch.where(torch.arange(heads, device=device) < heads - reverse, 1, -1)   # (H,)
-    return (step[:, None] - step[None, :]) * way[:, None, None]
+    behind = step[:, None] - step[None, :]                                           # t - s (n, n)
+    return torch.cat([behind.expand(heads - reverse, n, n), -behind.expand(reverse, n, n)])
 
 # %% ../nbs/06_mlstm.ipynb #c235211a
 def running_max(x: torch.Tensor, dim: int) -> torch.Tensor:
@@ -195,8 +195,9 @@ def chunk_forward(q, k, v, i, f, reverse, L, state=None, return_state=False):
         num = num + w[..., None] * dot(q, C, lo)
         den = den + w * (q * n[..., None, :]).sum(-1)
     floor = torch.exp(-b - r)                                                         # e^{-m_t}
-    sign = torch.where(den.abs() > floor, den.sign(), 0.)                             # 0 where the floor wins
-    den = torch.maximum(den.abs(), floor)
+    size = den.abs()
+    sign = den.sign() * (size > floor)                                                # 0 where the floor wins
+    den = torch.maximum(size, floor)
     h = (num / den[..., None]).to(lo)
     return h.flatten(2, 3), end, (q, k, v, f, x, r_s, into, w, W, C, n, h, den, sign)
 
