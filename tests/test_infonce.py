@@ -167,14 +167,24 @@ def test_any_mask_gives_finite_loss_and_gradient(rows, V, seed):
 
 
 def test_uniform_draw():
-    "Each of the other masked frames is as likely as the next: chi square over 11 classes, limit at one in ten thousand"
-    valid = torch.ones(1, 12, dtype=torch.bool)
-    picks = negatives(valid, 30_000, torch.Generator().manual_seed(0))[0]
-    for i in (0, 5, 11):
-        counts = torch.bincount(picks[i], minlength=12).double()
-        assert counts[i] == 0
-        seen = torch.cat([counts[:i], counts[i+1:]])
-        assert ((seen - 30_000/11)**2 / (30_000/11)).sum() < 35.6
+    "Each other masked frame is as likely as the next, in rows of 12 and of 5: chi square, limit at one in ten thousand"
+    valid = torch.ones(2, 12, dtype=torch.bool)
+    valid[1, 5:] = False
+    picks = negatives(valid, 30_000, torch.Generator().manual_seed(0))
+    for row, m, limit in ((0, 12, 35.6), (1, 5, 21.2)):     # 10 and 3 degrees of freedom
+        for i in (0, m//2, m - 1):
+            counts = torch.bincount(picks[row, i], minlength=m).double()
+            assert len(counts) == m and counts[i] == 0
+            seen = torch.cat([counts[:i], counts[i+1:]])
+            assert ((seen - 30_000/(m - 1))**2 / (30_000/(m - 1))).sum() < limit
+
+
+def test_windows_of_one_frame():
+    "A single frame, or a bound of one, leaves no negative: loss 0, nothing out of range"
+    predictions, targets, mask, codes, logits = example()
+    one = contrastive_loss(predictions[:, :1], targets[:, :1], mask[:, :1], codes[:, :1], logits[:, :1])
+    assert one.loss == 0 and one.accuracy == 0
+    assert negatives(masked_frames(mask, 1)[1], 4).max() == 0
 
 
 def test_static_bound_changes_nothing():
