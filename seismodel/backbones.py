@@ -61,7 +61,7 @@ def check_features(
 
 
 class MLSTMSequential(nn.Module):
-    "Bidirectional mLSTM blocks in a row at full time resolution, then RMSNorm. ValueError for another width."
+    "A learned vector added to each frame, bidirectional mLSTM blocks in a row, RMSNorm. ValueError for another width."
     def __init__(
         self,
         dim: int = 176,                # D
@@ -73,6 +73,7 @@ class MLSTMSequential(nn.Module):
     ):
         super().__init__()
         self.dim = dim
+        self.base = nn.Parameter(.1 * torch.randn(dim))    # what a frame of zeros becomes
         self.blocks = nn.ModuleList([MLSTMBlock(dim, heads, ff, direction, dropout, blocks) for _ in range(blocks)])
         self.norm = nn.RMSNorm(dim, eps=1e-6)
 
@@ -81,7 +82,7 @@ class MLSTMSequential(nn.Module):
         x: Tensor  # (B, T, D)
     ) -> Tensor:   # (B, T, D), every frame of unit mean square (times the norm's weight)
         check_features(x, self.dim)
-        x = x.to(self.norm.weight.dtype)    # the sum over the blocks stays float32 under autocast
+        x = x.to(self.norm.weight.dtype) + self.base    # the sum over the blocks stays float32 under autocast
         for block in self.blocks: x = block(x)
         return self.norm(x)
 
