@@ -50,8 +50,8 @@ def test_shapes_of_the_specification(specified, name, field, shape):
 
 
 CONV = dict(in_features=3, conv_features=256, out_features=256, kernel_size=3, dilation=1, mask_prob=.65,
-            mask_length=10, mask_channel_prob=0., num_codevector_groups=2, num_codevectors_per_group=320, codevector_dim=256,
-            max_temperature=2., min_temperature=.5)
+            mask_length=10, mask_channel_prob=0., num_codevector_groups=2, num_codevectors_per_group=320,
+            codevector_dim=256, max_temperature=2., min_temperature=.5)
 BIDIR = dict(in_features=3, mask=.75, num_zero_elements=10, dropout=0., pretraining=True)
 KEYS = [('conv', k, v) for k, v in CONV.items()] + [('bidir', k, v) for k, v in BIDIR.items()]
 
@@ -254,10 +254,10 @@ def test_channels_first_is_refused(cls):
 
 
 def test_channel_mask():
-    encoder = make(ConvDownEncoderContrastive, mask_channel_prob=.5, mask_channel_length=2)
+    encoder = make(ConvDownEncoderContrastive, mask_channel_prob=.25, mask_channel_length=1)
     with torch.no_grad(): out, none = encoder(windows(), rng()), make(ConvDownEncoderContrastive)(windows(), rng())
     silent = (out.features == 0).all(1)
-    assert silent.shape == (3, 12) and (silent.sum(1) == 6).all()
+    assert silent.shape == (3, 12) and (silent.sum(1) == 3).all()
     assert not (none.features == 0).any()
     assert torch.equal(out.mask, none.mask) and torch.equal(out.clean, none.clean)   # the mask of frames is drawn first
     kept = (~silent)[:, None].expand_as(out.features)
