@@ -1,4 +1,4 @@
-"""From a folder of seismograms to normalised windows of three components, with a stated outcome for every kind of bad record
+"""From a folder of seismograms to normalised windows of three components, and what becomes of bad records
 
 Docs: https://seismodel.github.io/seismodel/waveforms.html.md"""
 
@@ -91,7 +91,7 @@ def check_record(
     record:Record,     # a record at 100 Hz
     window:int=WINDOW, # samples of a window
 ) -> Record:           # the same record
-    "Raises `BadRecord` when a record is shorter than half a window, holds NaN or infinity, or is flat in all components"
+    "Raises `BadRecord` when a record is shorter than half a window, holds NaN or infinity, or is flat altogether"
     x, name = record.waveform, record.name
     if len(x) < window / 2: raise BadRecord(name, f"{len(x)} samples at 100 Hz, less than half a window")
     broken = [c for c, ok in zip(COMPONENTS, np.isfinite(x).all(0)) if not ok]
@@ -112,13 +112,20 @@ class SyntheticSource:
         if split not in ("train", "dev", "test"):
             raise UserError(f"the synthetic source has no split {split!r}: choose train, dev or test")
         self.seed, self.config, self.first = seed, config, ("train", "dev", "test").index(split)
+        self._ahead = {}                                                       # i -> Record, not yet asked for
 
     def __len__(self): return 1_000_000
 
+    def prefetch(self, indices:list) -> None:
+        "Make these records together: a third of the time that they take one by one, and the same samples"
+        numbers = [3 * i + self.first for i in indices]
+        batch = synthesize(numbers, seed=self.seed, config=self.config)
+        rows = zip(indices, batch.waveforms, batch.p_onset, batch.s_onset, numbers)
+        self._ahead = {i: Record(np.asarray(x, np.float32), float(p), float(s), str(k)) for i, x, p, s, k in rows}
+
     def record(self, i:int) -> Record:
-        batch = synthesize([3 * i + self.first], seed=self.seed, config=self.config)
-        x = np.asarray(batch.waveforms[0], np.float32)                          # (L, 3)
-        return Record(x, float(batch.p_onset[0]), float(batch.s_onset[0]), f"{3 * i + self.first}")
+        if i not in self._ahead: self.prefetch([i])
+        return self._ahead.pop(i)
 
 # %% ../nbs/01_waveforms.ipynb #a7a8d77a
 PHASES = {"P": "p P P1 Pg Pn Pb PmP pP pwP".split(), "S": "s S S1 Sg Sn Sb SmS".split()}
@@ -138,7 +145,7 @@ def split_column(
     metadata, # SeisBench metadata, a pandas DataFrame
     name:str, # of the data set, for the log
 ) -> np.ndarray: # (traces,) str: the split of every trace
-    "The column `split`; where there is none, 80 % train, 10 % dev, 10 % test by a checksum of the event, said in the log"
+    "The column `split`; where there is none, 80 % train, 10 % dev, 10 % test by a checksum of the event"
     if "split" in metadata and metadata["split"].notna().any(): return metadata["split"].astype(str).to_numpy()
     key, by = metadata["trace_name"].astype(str), "trace name"
     if "source_id" in metadata:
@@ -173,8 +180,8 @@ def component_codes(
     "Component codes in the alphabet Z, N, E. Raises `UserError` when no trace has all three."
     codes = metadata["trace_component_order"].astype(str).str.translate(str.maketrans("12", "NE"))
     if not any(set(COMPONENTS) <= set(c) for c in codes.unique()):
-        raise UserError(f"{name}: no trace has all of the components Z, N, E (or Z, 1, 2); the column trace_component_order "
-                        f"holds only {', '.join(sorted(metadata['trace_component_order'].astype(str).unique())[:5])}")
+        raise UserError(f"{name}: no trace has all of the components Z, N, E (or Z, 1, 2), the column "
+                        f"trace_component_order holds only {', '.join(sorted(codes.unique())[:5])}")
     return codes
 
 # %% ../nbs/01_waveforms.ipynb #ff8c7095
@@ -210,7 +217,7 @@ class SeisBenchSource:
         data.sampling_rate = None                                              # SeisBench does not resample: we do
         small = sum(f.stat().st_size for f in Path(data.path).glob("waveforms*.hdf5")) <= 2**30
         data.cache, data.metadata_cache = ("full", True) if small else (None, False)
-        self.data = data
+        self.data, self.checked = data, np.zeros(len(self.names), bool)        # a record is checked once
 
     def reasons(self) -> str:
         "One clause a reason: how many traces were left out, and the first of them"
@@ -224,14 +231,17 @@ class SeisBenchSource:
         except Exception as e: raise BadRecord(self.names[i], f"cannot be read: {_reason(e)}") from None
         with np.errstate(over="ignore", invalid="ignore"): x = resample(x, self.rate[i]).astype(np.float32)
         p, s = (pick if 0 <= pick < len(x) else np.nan for pick in (self.p[i], self.s[i]))
-        return check_record(Record(x, p, s, self.names[i]), self.window)
+        record = Record(x, p, s, self.names[i])
+        if not self.checked[i]: check_record(record, self.window)
+        self.checked[i] = True
+        return record
 
 def _reason(error):
     "First line of what a library says, on one line of a message"
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 # %% ../nbs/01_waveforms.ipynb #a4f1a9fb
-NEEDED = {"trace_name": {"trace_name"},                                        # what the table must say -> where it may stand
+NEEDED = {"trace_name": {"trace_name"},                                        # what is needed -> where it may stand
           "trace_sampling_rate_hz": {"trace_sampling_rate_hz", "trace_dt_s", "sampling_rate"},
           "trace_component_order": {"trace_component_order", "component_order"}}
 
@@ -247,7 +257,8 @@ def check_files(
     except (OSError, ValueError) as e: raise UserError(f"{metadata} cannot be read as a table: {_reason(e)}") from None
     try:
         with h5py.File(waveforms) as f: groups, known = set(f), set(f.get("data_format", ()))
-    except OSError: raise UserError(f"{waveforms} is not a readable HDF5 file, perhaps it was cut short: copy it again") from None
+    except OSError:
+        raise UserError(f"{waveforms} is not a readable HDF5 file, perhaps it was cut short: copy it again") from None
     if "data" not in groups: raise UserError(f"{waveforms} has no group 'data': it was not written by SeisBench")
     if not len(table): raise UserError(f"{metadata} lists no trace")
     for column, places in NEEDED.items():
@@ -258,7 +269,7 @@ def _seisbench():
     "SeisBench, imported when it is needed: it takes seconds"
     try: import seisbench.data
     except OSError as e:   # it writes a cache folder on import
-        raise UserError(f"SeisBench cannot make its cache folder, set SEISBENCH_CACHE_ROOT to another one: {_reason(e)}") from None
+        raise UserError(f"SeisBench cannot make its cache folder, set SEISBENCH_CACHE_ROOT: {_reason(e)}") from None
     return seisbench
 
 def open_folder(
@@ -282,13 +293,14 @@ def open_published(
     seisbench = _seisbench()
     cache = Path(seisbench.cache_data_root)/name.lower()
     existed, before = cache.exists(), set(cache.glob("*"))
-    try: return getattr(seisbench.data, name)(dimension_order="NCW", component_order=COMPONENTS, sampling_rate=SAMPLING_RATE)
+    load = getattr(seisbench.data, name)
+    try: return load(dimension_order="NCW", component_order=COMPONENTS, sampling_rate=SAMPLING_RATE)
     except BaseException as e:
         if not existed: rmtree(cache, ignore_errors=True)
         for file in set(cache.glob("*")) - before: file.unlink()
         if not isinstance(e, Exception): raise                                 # Ctrl-C stays Ctrl-C
-        raise UserError(f"SeisBench cannot provide {name} ({type(e).__name__}: {_reason(e)[:150]}); connect to the network, "
-                        f"or give the folder of a data set") from None
+        raise UserError(f"SeisBench cannot provide {name} ({type(e).__name__}: {_reason(e)[:150]}); connect to the "
+                        "network, or give the folder of a data set") from None
 
 # %% ../nbs/01_waveforms.ipynb #b6c622b3
 def open_source(
@@ -300,7 +312,7 @@ def open_source(
     if str(where) == "synthetic": return SyntheticSource(split=split, config=SyntheticConfig(samples=window))
     folder = Path(where).expanduser()
     if folder.is_dir(): data, name = open_folder(folder), folder.resolve().name
-    elif folder.exists(): raise UserError(f"{where} is a file: give the folder that holds metadata.csv and waveforms.hdf5")
+    elif folder.exists(): raise UserError(f"{where} is a file: give the folder with metadata.csv and waveforms.hdf5")
     elif len(folder.parts) != 1: raise UserError(f"the folder {where} does not exist")
     else:
         published = published_names()
@@ -328,9 +340,9 @@ def cut(
     extra = len(record.waveform) - window
     first = int(rng.integers(abs(extra) + 1)) * (1 if extra >= 0 else -1)      # negative: zeros come first
     piece = torch.from_numpy(record.waveform[max(first, 0):max(first, 0) + window])
-    if flat(piece).all(): raise BadRecord(record.name, "no signal in the window that was drawn")
     x = torch.zeros(window, piece.shape[-1])
     x[max(-first, 0):max(-first, 0) + len(piece)] = normalize(piece)
+    if not x.any(): raise BadRecord(record.name, "no signal in the window that was drawn")   # flat components are zeros
     return x, first
 
 # %% ../nbs/01_waveforms.ipynb #a29d351a
@@ -349,8 +361,8 @@ class WindowDataset(Dataset):
         window:int=WINDOW,  # samples of a window
     ):
         share = np.ones(len(sources)) if weights is None else np.asarray(weights, float)
-        if not len(sources) or share.shape != (len(sources),) or not (np.isfinite(share) & (share >= 0)).all() or not share.any():
-            raise UserError(f"{len(sources)} sources need as many weights, none negative and not all zero, not {weights}")
+        valid = share.shape == (len(sources),) and (np.isfinite(share) & (share >= 0)).all() and share.any()
+        if not valid: raise UserError(f"{len(sources)} sources need as many weights, positive or 0: {weights}")
         self.sources, self.length, self.share = list(sources), length, share / share.sum()
         self.seed, self.start, self.window = seed, start, window
         self.rejected, self._bad = {}, {}                                      # for people; for the next draw
@@ -383,9 +395,17 @@ class WindowDataset(Dataset):
             else: break
         else: raise UserError(f"no usable record in {', '.join(s.name for s in self.sources)}; the first: "
                               + ": ".join(next(iter(self.rejected.items()))))
-        inside = lambda pick: torch.tensor(pick - first if 0 <= pick - first < self.window else np.nan, dtype=torch.float32)
-        return dict(x=x, p_onset=inside(record.p_onset), s_onset=inside(record.s_onset), source=torch.tensor(s),
-                    n=torch.tensor(self.start + int(n)), redrawn=torch.tensor(failed))
+        p, s_ = (k - first if 0 <= k - first < self.window else np.nan for k in (record.p_onset, record.s_onset))
+        return dict(x=x, p_onset=torch.tensor(p, dtype=torch.float32), s_onset=torch.tensor(s_, dtype=torch.float32),
+                    source=torch.tensor(s), n=torch.tensor(self.start + int(n)), redrawn=torch.tensor(failed))
+
+    def __getitems__(self, numbers):
+        "The items of a batch, as PyTorch's loader asks for them: sources that can do so make their records together"
+        first = [next(self._draws(np.random.default_rng([self.seed, self.start + int(n)]))) for n in numbers]
+        for s, source in enumerate(self.sources):
+            wanted = sorted({i for s_, i in first if s_ == s})
+            if wanted and hasattr(source, "prefetch"): source.prefetch(wanted)
+        return [self[n] for n in numbers]
 
     def _reject(self, source, name, why):
         "Count a bad record under its name, and say so once"
@@ -407,9 +427,12 @@ def show_window(
     for row, (component, trace) in enumerate(zip(COMPONENTS, np.asarray(x).T)):
         ax.plot(seconds, trace / max(np.abs(trace).max(), 1.) - 2 * row, lw=.5, color="0.25")
     for pick, color, label in ((p_onset, "C0", "P"), (s_onset, "C3", "S")):
-        if np.isfinite(float(pick)): ax.axvline(float(pick) / SAMPLING_RATE, color=color, lw=1.2, label=label)
-    ax.set(yticks=[0, -2, -4], yticklabels=list(COMPONENTS), xlabel="time in s", title=title, xlim=(0, len(x) / SAMPLING_RATE))
-    if ax.get_legend_handles_labels()[0]: ax.legend(loc="upper right", fontsize=8)
+        if not np.isfinite(float(pick)): continue
+        at = float(pick) / SAMPLING_RATE
+        ax.axvline(at, color=color, lw=1.2)
+        ax.text(at, .99, f" {label}", color=color, va="top", transform=ax.get_xaxis_transform())
+    ax.set(yticks=[0, -2, -4], yticklabels=list(COMPONENTS), xlabel="time in s", title=title)
+    ax.set_xlim(0, len(x) / SAMPLING_RATE)
     return ax
 
 # %% ../nbs/01_waveforms.ipynb #78073b7f
@@ -449,14 +472,14 @@ def _assemble(path, pieces):
     "Continuous pieces on one time axis"
     stations = sorted({p[0] for p in pieces})
     if not pieces: raise UserError(f"{path} has no samples on a channel that ends in Z, N, E, 1 or 2")
-    if len(stations) > 1: raise UserError(f"{path} holds several instruments ({', '.join(stations[:4])}): write one of them to a "
-                                          "file of its own")
+    if len(stations) > 1:
+        raise UserError(f"{path} has several instruments ({', '.join(stations[:4])}): write one of them to a new file")
     start = min(p[2] for p in pieces)
     firsts = [round((p[2] - start) * SAMPLING_RATE) for p in pieces]
     length = max(first + len(p[3]) for first, p in zip(firsts, pieces))
-    if length > 10 * sum(len(p[3]) for p in pieces) and length > 86_400 * SAMPLING_RATE:
-        raise UserError(f"{path} is nearly all gap ({length / SAMPLING_RATE / 86_400:.0f} days for "
-                        f"{sum(len(p[3]) for p in pieces) / SAMPLING_RATE / 3600:.1f} h of data): cut it into shorter files")
+    day = 86_400 * SAMPLING_RATE
+    if length > day and length > 10 * sum(len(p[3]) for p in pieces):
+        raise UserError(f"{path} is nearly all gap, {length / day:.0f} days with little data: cut it into short files")
     x = np.full((length, 3), np.nan)
     for first, (_, code, _, data) in zip(firsts, pieces): x[first:first + len(data), COMPONENTS.index(code)] = data
     components = "".join(c for c in COMPONENTS if any(c == p[1] for p in pieces))

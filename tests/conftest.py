@@ -28,10 +28,12 @@ def quakes(n=48, **extra):
         x, p, s = quake(k, amplitude=10. ** (6 * (k % 4) - 12))
         noise = k % 6 == 5
         if noise: x = x.std() * np.random.default_rng([18, k]).standard_normal(x.shape).astype(np.float32)
-        yield {'trace_name': f'trace{k:03}', 'source_id': f'event{k // 2:03}', 'split': ('train', 'train', 'dev', 'test')[k // 2 % 4],
+        yield {'trace_name': f'trace{k:03}', 'source_id': f'event{k // 2:03}',
+               'split': ('train', 'train', 'dev', 'test')[k // 2 % 4],
                'trace_sampling_rate_hz': 100., 'trace_npts': x.shape[1], 'trace_component_order': 'ZNE',
                'trace_category': 'noise' if noise else 'earthquake', 'station_code': f'ST{k % 3}',
-               'trace_p_arrival_sample': np.nan if noise else p, 'trace_s_arrival_sample': np.nan if noise else s, **extra}, x
+               'trace_p_arrival_sample': np.nan if noise else p,
+               'trace_s_arrival_sample': np.nan if noise else s, **extra}, x
 
 
 @pytest.fixture(scope='session')
@@ -62,6 +64,6 @@ def quakes_folder(tmp_path, write_dataset):
 
 @pytest.fixture(scope='session')
 def real_data():
-    "SeisBench folders with real data on this machine, perhaps none: $SEISMODEL_DATA or ../shared/data beside the repository"
+    "SeisBench folders with real data on this machine, perhaps none, in $SEISMODEL_DATA or ../shared/data"
     where = (root/os.environ.get('SEISMODEL_DATA', '../shared/data')).resolve()
     return sorted(f.parent for f in where.glob('*/metadata.csv') if (f.parent/'waveforms.hdf5').is_file())

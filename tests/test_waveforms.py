@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from seismodel import waveforms
-from seismodel.waveforms import (BadRecord, Record, SyntheticSource, UserError, WindowDataset, check_record, cut, flat, normalize,
-                                 onsets, open_source, read_waveform, resample)
+from seismodel.waveforms import (BadRecord, Record, SyntheticSource, UserError, WindowDataset, check_record, cut, flat,
+                                 normalize, open_source, read_waveform, resample)
 
 one_sentence = lambda error: '\n' not in str(error.value) and 10 < len(str(error.value)) < 500
 
@@ -99,15 +98,15 @@ def test_every_record_of_every_split(quakes_folder, real_data):
             assert bad <= .01 * len(rows)
 
 
-def test_picks_and_samples_are_those_of_the_table(quakes_folder):
-    source, table = open_source(quakes_folder, 'dev'), pd.read_csv(quakes_folder/'metadata.csv')
-    from conftest import quakes
-    truth = {m['trace_name']: (m, x) for m, x in quakes()}
+def test_picks_and_samples_are_those_that_were_written(quakes_folder, quake_records):
+    source = open_source(quakes_folder, 'dev')
+    truth = {m['trace_name']: (m, x) for m, x in quake_records()}
     for i in range(len(source)):
         r = source.record(i)
         meta, x = truth[r.name]
         np.testing.assert_array_equal(r.waveform, x.T)
-        np.testing.assert_allclose([r.p_onset, r.s_onset], [meta['trace_p_arrival_sample'], meta['trace_s_arrival_sample']])
+        picks = [meta['trace_p_arrival_sample'], meta['trace_s_arrival_sample']]
+        np.testing.assert_allclose([r.p_onset, r.s_onset], picks)
 
 
 def test_picks_stay_on_the_window(quakes_folder):
@@ -149,16 +148,21 @@ def test_other_rates_and_their_picks(tmp_path, quake_records, write_dataset):
     assert source.record(0).p_onset == pytest.approx(p / 2.5)
     rate = lambda m: {k: v for k, v in m.items() if k != 'trace_sampling_rate_hz'}
     by_dt = open_source(write_dataset(tmp_path/'dt', ((rate(m) | {'trace_dt_s': .02}, x) for m, x in quake_records(8))))
-    by_file = open_source(write_dataset(tmp_path/'format', ((rate(m), x) for m, x in quake_records(8)), sampling_rate=50.))
+    plain = ((rate(m), x) for m, x in quake_records(8))
+    by_file = open_source(write_dataset(tmp_path/'format', plain, sampling_rate=50.))
     for source in (by_dt, by_file): assert source.record(0).waveform.shape == (12000, 3)
 
 
 def test_pick_names_and_picks_outside(tmp_path, quake_records, write_dataset):
-    records = ((m | {'trace_Pn_arrival_sample': 2000. if k else 99999., 'trace_P_arrival_sample': 2400., 'trace_Sg_arrival_sample': -3.}, x)
-               for k, (m, x) in enumerate(({n: v for n, v in m.items() if 'arrival' not in n}, x) for m, x in quake_records(8)))
-    source = open_source(write_dataset(tmp_path/'named', records))
+    "The earliest of several P picks counts; one beyond the record does not"
+    picks = [{'trace_Pn_arrival_sample': pn, 'trace_P_arrival_sample': 2400., 'trace_Sg_arrival_sample': sg}
+             for pn, sg in 4 * [(np.nan, -3.), (2000., 3000.)]]
+    plain = [({n: v for n, v in m.items() if 'arrival' not in n}, x) for m, x in quake_records(8)]
+    source = open_source(write_dataset(tmp_path/'named', [(m | pick, x) for (m, x), pick in zip(plain, picks)]))
     assert [source.record(i).p_onset for i in range(2)] == [2400., 2000.]
-    assert np.isnan(source.record(0).s_onset)
+    assert np.isnan(source.record(0).s_onset) and source.record(1).s_onset == 3000.
+    late = write_dataset(tmp_path/'late', [(m | {'trace_P_arrival_sample': 6000.}, x) for m, x in plain])
+    assert np.isnan(open_source(late).record(0).p_onset)
 
 
 def test_split_by_event(tmp_path, quake_records, write_dataset, caplog):
@@ -178,7 +182,10 @@ def test_split_by_event(tmp_path, quake_records, write_dataset, caplog):
 
 def test_folders_that_are_no_data_set(tmp_path, quakes_folder):
     "One sentence each, with the name of the culprit"
-    copy = lambda name, *files: [(tmp_path/name).mkdir(), *[(tmp_path/name/f).write_bytes((quakes_folder/f).read_bytes()) for f in files]]
+    def copy(name, *files):
+        (tmp_path/name).mkdir()
+        for f in files: (tmp_path/name/f).write_bytes((quakes_folder/f).read_bytes())
+
     copy('bare'); copy('no_table', 'waveforms.hdf5'); copy('no_samples', 'metadata.csv')
     for name in ('cut', 'text', 'blank', 'rowless', 'garbage'): copy(name, 'metadata.csv', 'waveforms.hdf5')
     os.truncate(tmp_path/'cut/waveforms.hdf5', 50_000)
@@ -186,9 +193,11 @@ def test_folders_that_are_no_data_set(tmp_path, quakes_folder):
     (tmp_path/'blank/metadata.csv').write_text('')
     (tmp_path/'rowless/metadata.csv').write_text((quakes_folder/'metadata.csv').read_text().splitlines()[0] + '\n')
     (tmp_path/'garbage/metadata.csv').write_bytes(bytes(range(128, 256)) * 9)
-    for name, culprit in {'nowhere': 'does not exist', 'bare': 'metadata.csv', 'no_table': 'metadata.csv', 'no_samples': 'waveforms.hdf5',
-                          'cut': 'waveforms.hdf5', 'text': 'waveforms.hdf5', 'blank': 'metadata.csv', 'rowless': 'lists no trace',
-                          'garbage': 'metadata.csv', 'quakes/metadata.csv': 'is a file'}.items():
+    culprits = {'nowhere': 'does not exist', 'bare': 'metadata.csv', 'no_table': 'metadata.csv',
+                'no_samples': 'waveforms.hdf5', 'cut': 'waveforms.hdf5', 'text': 'waveforms.hdf5',
+                'blank': 'metadata.csv', 'rowless': 'lists no trace', 'garbage': 'metadata.csv',
+                'quakes/metadata.csv': 'is a file'}
+    for name, culprit in culprits.items():
         with pytest.raises(UserError, match=culprit) as error: open_source(tmp_path/name)
         assert one_sentence(error) and name in str(error.value)
 
@@ -212,9 +221,11 @@ def test_what_seisbench_refuses_is_one_sentence(quakes_folder):
 
 
 def test_splits_and_components(tmp_path, quakes_folder, quake_records, write_dataset):
-    with pytest.raises(UserError, match=r"no trace in split 'val', only in dev \(12\), test \(12\), train \(24\)"): open_source(quakes_folder, 'val')
+    with pytest.raises(UserError, match=r"no trace in split 'val', only in dev \(12\), test \(12\), train \(24\)"):
+        open_source(quakes_folder, 'val')
     with pytest.raises(UserError, match='choose train, dev or test'): open_source('synthetic', 'val')
-    vertical = write_dataset(tmp_path/'vertical', ((m | {'trace_component_order': 'Z'}, x[:1]) for m, x in quake_records(8)))
+    z_only = ((m | {'trace_component_order': 'Z'}, x[:1]) for m, x in quake_records(8))
+    vertical = write_dataset(tmp_path/'vertical', z_only)
     with pytest.raises(UserError, match='no trace has all of'): open_source(vertical)
     brief = write_dataset(tmp_path/'brief', ((m | {'trace_npts': 2000}, x[:, :2000]) for m, x in quake_records(8)))
     with pytest.raises(UserError, match='no usable trace.*shorter than half a window'): open_source(brief)
@@ -252,12 +263,14 @@ def test_published_names(tmp_path, quakes_folder, monkeypatch):
 def test_left_out_from_the_start(tmp_path, quake_records, write_dataset, caplog):
     "Rows that the table itself disqualifies: counted, named, said once"
     records = [(m | {'split': 'train'}, x) for m, x in quake_records(12)]
-    edits = [{'trace_component_order': 'H'}, {'trace_sampling_rate_hz': np.nan}, {'trace_sampling_rate_hz': -100.}, {'trace_npts': 2047}]
+    edits = [{'trace_component_order': 'H'}, {'trace_sampling_rate_hz': np.nan}, {'trace_sampling_rate_hz': -100.},
+             {'trace_npts': 2047}]
     folder = write_dataset(tmp_path/'left', [(m | e, x) for (m, x), e in zip(records, edits + [{}] * 8)])
     table = pd.read_csv(folder/'metadata.csv')
     pd.concat([table, table.iloc[[7]]]).to_csv(folder/'metadata.csv', index=False)
     with caplog.at_level(logging.WARNING, 'seismodel'): source = open_source(folder)
-    assert source.left_out == {'no component Z, N or E': ['trace000'], 'sampling rate not between 10 and 10,000 Hz': ['trace001', 'trace002'],
+    assert source.left_out == {'no component Z, N or E': ['trace000'],
+                               'sampling rate not between 10 and 10,000 Hz': ['trace001', 'trace002'],
                                'shorter than half a window': ['trace003'], 'trace name appears twice': ['trace007']}
     assert source.names == [f'trace{k:03}' for k in range(4, 12)]
     assert '2 left out, sampling rate not between 10 and 10,000 Hz (trace001, …)' in caplog.text
@@ -287,7 +300,7 @@ def test_bad_records_are_redrawn_and_named(quakes_folder, caplog):
     with caplog.at_level(logging.WARNING, 'seismodel'): items = [data[n] for n in range(300)]
     assert all(torch.isfinite(i['x']).all() and i['x'].abs().max() > 0 for i in items)
     assert sorted(data.rejected) == sorted(f'quakes/{name}' for name in bad)
-    assert sum(i['redrawn'].item() for i in items) == pytest.approx(100, abs=40)     # 6 of 24 records: a third of a draw a window
+    assert sum(i['redrawn'].item() for i in items) == pytest.approx(100, abs=40)   # 6 of 24 are bad
     assert all(caplog.text.count(f'quakes/{name}:') == 1 for name in bad)
     fresh = WindowDataset([open_source(quakes_folder)], 300, seed=3)
     for n in (250, 3, 120): torch.testing.assert_close(fresh[n], items[n], rtol=0, atol=0, equal_nan=True)
@@ -299,10 +312,28 @@ def test_one_usable_record_is_found_and_none_is_an_error(quakes_folder):
     assert all(data[n]['x'].abs().max() > 0 for n in range(40))
     assert len(data.rejected) == 23
     table = pd.read_csv(quakes_folder/'metadata.csv')
-    table[table.trace_name.isin([k.split('/')[1] for k in data.rejected])].to_csv(quakes_folder/'metadata.csv', index=False)
+    bad = [k.split('/')[1] for k in data.rejected]
+    table[table.trace_name.isin(bad)].to_csv(quakes_folder/'metadata.csv', index=False)
     nothing = WindowDataset([open_source(quakes_folder)], 40)
     with pytest.raises(UserError, match='no usable record in quakes; the first: quakes/trace0') as error: nothing[0]
     assert one_sentence(error)
+
+
+class Needle:
+    "A large source with one usable record"
+    name = 'needle'
+    def __len__(self): return 5000
+
+    def record(self, i):
+        if i != 3141: raise BadRecord(str(i), 'broken')
+        return Record(np.random.default_rng(0).standard_normal((5000, 3)).astype(np.float32), np.nan, np.nan, str(i))
+
+
+def test_a_needle_is_found():
+    "A thousand random draws will not do for one record in five thousand"
+    data = WindowDataset([Needle()], 6)
+    assert all(data[n]['x'].abs().max() > 0 for n in range(6))
+    assert max(data[n]['redrawn'].item() for n in range(6)) > 1000
 
 
 class Silence:
@@ -343,7 +374,8 @@ def test_cut_of_any_length(samples, window, seed):
 
 def test_sources_come_in_their_shares(quakes_folder):
     sources = [open_source(quakes_folder), open_source(quakes_folder, 'dev'), SyntheticSource()]
-    drawn = np.bincount([WindowDataset(sources, 400, weights=[6, 2, 0], seed=4)[n]['source'].item() for n in range(400)], minlength=3)
+    data = WindowDataset(sources, 400, weights=[6, 2, 0], seed=4)
+    drawn = np.bincount([data[n]['source'].item() for n in range(400)], minlength=3)
     assert drawn[2] == 0 and drawn[0] == pytest.approx(300, abs=40)
     for weights in ([1, 2], [1, -1, 1], [0, 0, 0], [1, np.nan, 1]):
         with pytest.raises(UserError, match='weights'): WindowDataset(sources, 4, weights=weights)
@@ -356,11 +388,13 @@ def test_loader_processes_change_nothing(quakes_folder, method, processes):
     sources = [open_source(quakes_folder), SyntheticSource(seed=3)]
     sources[0].record(0)                                           # the parent has read before its children start
     alone = WindowDataset(sources, 8, seed=11, start=100)
-    loader = DataLoader(WindowDataset(sources, 4, seed=11, start=104), batch_size=2, num_workers=processes, multiprocessing_context=method)
-    batches = list(loader)
+    later = WindowDataset(sources, 4, seed=11, start=104)
+    batches = list(DataLoader(later, batch_size=2, num_workers=processes, multiprocessing_context=method))
     assert [b['n'].tolist() for b in batches] == [[104, 105], [106, 107]]
     for k, b in enumerate(batches):
-        for j in range(2): torch.testing.assert_close({key: v[j] for key, v in b.items()}, alone[4 + 2 * k + j], rtol=0, atol=0, equal_nan=True)
+        for j in range(2):
+            item = {key: v[j] for key, v in b.items()}
+            torch.testing.assert_close(item, alone[4 + 2 * k + j], rtol=0, atol=0, equal_nan=True)
     with pytest.raises(IndexError): alone[8]
 
 
@@ -368,7 +402,8 @@ def test_large_files_are_not_kept_in_memory(quakes_folder, monkeypatch):
     "Above 1 GiB every read goes to the disk, with the same result"
     small = open_source(quakes_folder)
     real = Path.stat
-    monkeypatch.setattr(Path, 'stat', lambda self, **kw: os.stat_result([*real(self, **kw)[:6], 2**30 + 1, *real(self, **kw)[7:10]]))
+    huge = lambda self, **kw: os.stat_result([2**30 + 1 if k == 6 else v for k, v in enumerate(real(self, **kw)[:10])])
+    monkeypatch.setattr(Path, 'stat', huge)
     large = open_source(quakes_folder)
     monkeypatch.undo()
     assert (small.data.cache, large.data.cache) == ('full', None)
@@ -380,6 +415,18 @@ def test_synthetic_splits_are_disjoint():
     assert not np.array_equal(first['train'], first['dev']) and not np.array_equal(first['train'], first['test'])
     np.testing.assert_array_equal(first['dev'], SyntheticSource(split='dev').record(5).waveform)
     for s in first: assert len({SyntheticSource(split=t).record(k).name for t in first for k in range(50)}) == 150
+
+
+def test_records_made_together_are_the_same():
+    "One by one or as a batch of the loader, with a number twice in it; out of range stays out of range"
+    alone, together = SyntheticSource(seed=4), SyntheticSource(seed=4)
+    together.prefetch([3, 900, 41])
+    for i in (41, 3, 900, 3):
+        for a, b in zip(alone.record(i), together.record(i)): np.testing.assert_array_equal(a, b)
+    data = WindowDataset([SyntheticSource()], 20, seed=2)
+    batch = data.__getitems__([7, 2, 7, 19])
+    for n, item in zip([7, 2, 7, 19], batch): torch.testing.assert_close(item, data[n], rtol=0, atol=0, equal_nan=True)
+    with pytest.raises(IndexError): data.__getitems__([1, 20])
 
 
 # continuous files
@@ -412,7 +459,7 @@ def test_gaps_nan_and_missing_components(tmp_path, stream):
     stream[1].data[2000] = np.inf
     w = read_waveform(write_mseed(stream[:2], tmp_path/'gaps.mseed'))
     assert w.gaps == [(500, 520), (2000, 2001)] and w.components == 'ZN'
-    assert np.abs(w.waveform[500:520, 0]).max() == 0 and w.waveform[2000, 1] == 0 and np.abs(w.waveform[:, 2]).max() == 0
+    assert np.abs(w.waveform[500:520, 0]).max() == w.waveform[2000, 1] == np.abs(w.waveform[:, 2]).max() == 0
     assert np.isfinite(w.waveform).all() and np.abs(w.waveform).max() < 5e3
 
 
@@ -445,8 +492,9 @@ def test_files_that_cannot_be_used(tmp_path, stream):
     write_mseed(stream + late, tmp_path/'apart.mseed')
     (tmp_path/'text.mseed').write_text('not a seismogram')
     (tmp_path/'void.mseed').write_bytes(b'')
-    for name, why in {'none': 'does not exist', 'two': 'several instruments', 'log': 'no samples on a channel', 'apart': 'nearly all gap',
-                      'text': 'not a waveform file', 'void': 'not a waveform file'}.items():
+    reasons = {'none': 'does not exist', 'two': 'several instruments', 'log': 'no samples on a channel',
+               'apart': 'nearly all gap', 'text': 'not a waveform file', 'void': 'not a waveform file'}
+    for name, why in reasons.items():
         with pytest.raises(UserError, match=why) as error: read_waveform(tmp_path/f'{name}.mseed')
         assert one_sentence(error) and f'{name}.mseed' in str(error.value)
 
@@ -464,5 +512,8 @@ def test_nothing_heavy_is_imported():
     "seisbench (seconds), obspy and matplotlib wait until they are needed"
     import subprocess
     import sys
-    code = 'import sys, seismodel.waveforms; print(sorted({"seisbench", "obspy", "matplotlib.pyplot", "pandas"} & set(sys.modules)))'
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=Path(waveforms.__file__).parents[1]).stdout == '[]\n'
+    code = ('import sys, seismodel.waveforms\n'
+            'print([m for m in ("seisbench", "obspy", "matplotlib.pyplot", "pandas") if m in sys.modules])')
+    root = Path(__file__).parents[1]
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=root)
+    assert out.stdout == '[]\n'
