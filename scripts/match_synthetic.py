@@ -25,7 +25,8 @@ def spectrum(x):
 def high_pass(x, corner=1.):
     "Zero-phase high-pass by FFT: takes the microseism away before amplitudes are compared"
     f = np.fft.rfftfreq(len(x), 1 / RATE)[:, None]
-    return np.fft.irfft(np.fft.rfft(x - x.mean(0), axis=0) / np.sqrt(1 + (corner / np.maximum(f, 1e-9))**8), len(x), axis=0)
+    gain = 1 / np.sqrt(1 + (corner / np.maximum(f, 1e-9))**8)
+    return np.fft.irfft(np.fft.rfft(x - x.mean(0), axis=0) * gain, len(x), axis=0)
 
 
 def features(x, p, s):
@@ -57,7 +58,8 @@ def features(x, p, s):
         out['S 2-5 re 5-10 Hz, dB'], out['S 10-20 re 5-10 Hz, dB'] = late[2] - late[3], late[4] - late[3]
         out['S H/V, dB'] = 20 * np.log10(y[s:s + 200, 1:].std() / y[s:s + 200, 0].std())
         # ends 0.3 s before S: real picks run late or early by a tenth or two
-        out['before S / P, dB'] = 20 * np.log10(y[max(s - 130, p):max(s - 30, p + 20)].std() / y[p:min(p + 100, s)].std())
+        early = y[max(s - 130, p):max(s - 30, p + 20)]
+        out['before S / P, dB'] = 20 * np.log10(early.std() / y[p:min(p + 100, s)].std())
         if s < len(x) - 1000:
             level = [np.log10(y[i:i + 200].std()) for i in range(s, s + 1000, 200)]
             out['decay after S, dB/s'] = 20 * np.polyfit(np.arange(5) * 2., level, 1)[0]
@@ -91,7 +93,7 @@ def table(windows):
 
 
 def accuracy(real, fake, names):
-    "Five-fold balanced accuracy of gradient-boosted trees, and the features that they lean on (None without scikit-learn)"
+    "Five-fold balanced accuracy of boosted trees, and the features that they lean on (None without scikit-learn)"
     try:
         from sklearn.ensemble import HistGradientBoostingClassifier
         from sklearn.inspection import permutation_importance

@@ -57,7 +57,7 @@ STATION = dict(             # low, high, and True where the logarithm is uniform
 EVENT = dict(
     distance=(0., 1., False), depth=(0., 1., False), back_azimuth=(0., 2 * np.pi, False),
     dip=(-1., 1., False), strike=(0., 2 * np.pi, False), rake=(0., 2 * np.pi, False),
-    stress_drop=(3e5, 3e7, True), kappa=(.001, .02, False), q=(250., 2500., True), ts_tp=(1.4, 2.6, False),
+    stress_drop=(3e5, 3e7, True), kappa=(.001, .02, False), q=(250., 2500., True), ts_tp=(1.5, 3., False),
     rise_p=(.005, .2, True), rise_s=(.005, .1, True), ring_p=(.03, .4, True), ring_s=(.06, .8, True),    # s
     coda_p=(.15, 5., True), coda_s=(.08, 1.5, True), power=(.6, 2., False), q0=(60., 250., True), qn=(.5, 1., False),
     head=(.1, .5, False), sp=(-.8, .8, False), ps=(-.4, .4, False), s2p=(-.6, .6, False),
@@ -217,7 +217,9 @@ def minimum_phase(
     cepstrum[..., n // 2 + 1:] *= -1                                # even part -> odd part
     cepstrum[..., [0, n // 2]] = 0
     phase = np.fft.rfft(cepstrum).imag
-    return amplitude * (np.cos(phase) + 1j * np.sin(phase))
+    out = np.empty(phase.shape, np.result_type(phase, np.complex64))
+    out.real, out.imag = amplitude * np.cos(phase), amplitude * np.sin(phase)
+    return out
 
 # %% ../nbs/00_synthetic.ipynb #664dee02
 def instrument(station, freq):
@@ -251,7 +253,9 @@ def white(generators, shape):
     "Noise (len(generators), *shape) of zero mean and unit variance; uniform, which no filter lets one see"
     out = np.empty((len(generators), *shape), np.float32)
     for rng, row in zip(generators, out): rng.random(out=row, dtype=np.float32)
-    return (out - np.float32(.5)) * np.float32(12**.5)
+    out -= np.float32(.5)
+    out *= np.float32(12**.5)
+    return out
 
 # %% ../nbs/00_synthetic.ipynb #0ee18b62
 def direct_waves(generators, event, onset, vector, ax):
@@ -310,8 +314,10 @@ def seismogram(
     motion = np.fft.rfft(drive)                                                                 # (E, 2, 3, F)
     motion[:, 1] += np.fft.rfft(low) * (1 / (1 + 1j * ax.freq / np.float32(4)))      # causal low-pass at 4 Hz
     filters = minimum_phase((spectra * unit[:, None, None]).astype(np.float32))
-    wave = np.fft.irfft((motion * filters[:, :, None]).sum(1), len(ax.time))
-    return np.where(ax.time >= onset.min(1)[:, None, None], wave, np.float32(0))
+    motion *= filters[:, :, None]
+    wave = np.fft.irfft(motion[:, 0] + motion[:, 1], len(ax.time))
+    wave *= ax.time >= onset.min(1)[:, None, None]
+    return wave
 
 # %% ../nbs/00_synthetic.ipynb #d1747a5e
 # period (s), New Low and New High Noise Model (dB of (m/s^2)^2/Hz): corners of the tables of Peterson (1993)
@@ -335,7 +341,7 @@ KNOTS = np.log([.01, .3, 1, 3, 8, 20, 50])
 def noise_amplitude(quiet, normal, freq):
     "Root of the ground velocity's power density (B, 3, F), m/s/sqrt(Hz): a curve that wanders between the two models"
     low, high = noise_models(freq)
-    steps = .1 * normal[:, :6] - np.array([.08, .02, -.03, .06, -.02, 0])
+    steps = .1 * normal[:, :6] - np.array([.14, -.04, -.03, .06, -.03, 0])
     knots = np.cumsum(np.hstack([quiet[:, None], steps]), 1)        # 0: low model, 1: high model
     place = np.stack([np.interp(np.log(freq), KNOTS, row) for row in knots]).astype(np.float32)
     apart = (np.array([0, 1, 1]) + np.array([3, 1.5, 1.5]) * normal[:, 6:9]).astype(np.float32)     # dB, components
@@ -344,10 +350,11 @@ def noise_amplitude(quiet, normal, freq):
 
 # %% ../nbs/00_synthetic.ipynb #867bb0d4
 def gaussian(generators, amplitude, ax):
-    "Stationary noise (B, 3, n) of the one-sided root power density `amplitude` (B, 3, F)"
+    "Stationary noise (B, C, n) of the one-sided root power density `amplitude` (B, C, F)"
     n = len(ax.time)
-    a = white(generators, (3, n + 2)).view(np.complex64)            # (B, 3, F): many sum up to each sample
-    return np.fft.irfft(a * (amplitude * np.float32(np.sqrt(ax.rate * n / 4))), n)
+    a = white(generators, (amplitude.shape[1], n + 2)).view(np.complex64)       # (B, C, F): many sum up to each sample
+    a *= amplitude * np.float32(np.sqrt(ax.rate * n / 4))
+    return np.fft.irfft(a, n)
 
 def ambient(generators, amplitude, normal, ax):
     "Gaussian noise (B, 3, n) whose level drifts a little"
@@ -359,7 +366,7 @@ def burst(rng, level, ax):
     "Footsteps, cars, machines, (3, n): a narrow band that swells and goes; level (3, 1): of the noise around it"
     centre, width, size, length = np.exp(rng.uniform(np.log((3, .02, .3, .1)), np.log((40, .5, 5, 8))))
     band = np.exp(-.5 * (np.log(ax.freq / centre) / width)**2).astype(np.float32)
-    wave = gaussian([rng], np.broadcast_to(band, (1, 3, len(band))), ax)[0]
+    wave = gaussian([rng], band[None, None], ax)[0]                 # (1, n): one motion, more of it on one component
     swell = np.exp(-.5 * ((ax.time - rng.uniform(0, ax.time[-1])) / length)**2)
     return size * level * rng.uniform(.3, 1, (3, 1)) * swell * wave / wave.std()
 
@@ -540,6 +547,6 @@ def synthesize(
     shape = (len(indices), config.samples, 3)
     if noise is not None and np.shape(noise) != shape:
         raise ValueError(f'noise has the shape {np.shape(noise)}; these windows need {shape}')
-    parts = [chunk(indices[i:i + 16], seed, config, None if noise is None else noise[i:i + 16])     # 16 fit the cache
-             for i in range(0, len(indices), 16)]
+    parts = [chunk(indices[i:i + 32], seed, config, None if noise is None else noise[i:i + 32])     # 32 fit the cache
+             for i in range(0, len(indices), 32)]
     return SyntheticBatch(np.concatenate([p[0] for p in parts]), *np.concatenate([p[1] for p in parts]).T)

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.signal import butter, sosfiltfilt
-from seismodel.synthetic import (EVENT, STATION, SyntheticBatch, SyntheticConfig, arrivals, axes, complete, crust_of, draw,
-                                 minimum_phase, noise_amplitude, noise_models, rays, scale, seismogram, source_spectra,
-                                 stream, synthesize)
+from seismodel.synthetic import (EVENT, STATION, SyntheticBatch, SyntheticConfig, arrivals, axes, complete, crust_of,
+                                 direct_waves, draw, minimum_phase, noise_amplitude, noise_models, rays, scale,
+                                 seismogram, source_spectra, stream, synthesize)
 
 CLEAR = SyntheticConfig(noise_only=0, double=0, late=0, faults=0, bursts=0, vertical_only=0, snr_db=(60., 0., 60., 60.))
 
@@ -34,11 +34,13 @@ def events():
     shift = 3.217 - arrival.time[:, 0]
     only_s = arrival._replace(vector=arrival.vector * (np.arange(7) == 1)[:, None],
                               strength=arrival.strength * [0, 1], time=np.where(np.arange(7) == 1, arrival.time, 1e6))
-    plain = arrival._replace(vector=arrival.vector * (np.arange(7) < 2)[:, None], strength=1e-9 * arrival.strength)
-    bare, unit = SimpleNamespace(**{**vars(event), 'coda_p': np.zeros(48), 'coda_s': np.zeros(48)}), np.ones(48)
-    run = lambda e, a: seismogram([stream(6, k) for k in range(48)], e, a, shift, spectra, ax)[..., -4096:].transpose(0, 2, 1)
-    return dict(event=event, arrival=arrival, onset=100 * (arrival.time[:, :2] + shift[:, None]), all=run(event, arrival),
-                bare=run(bare, arrival._replace(vector=plain.vector)), s=run(event, only_s), unit=unit)
+    plain = arrival._replace(vector=arrival.vector * (np.arange(7) < 2)[:, None])
+    bare = SimpleNamespace(**{**vars(event), 'coda_p': np.zeros(48), 'coda_s': np.zeros(48)})
+    def run(e, a):
+        return seismogram([stream(6, k) for k in range(48)], e, a, shift, spectra, ax)[..., -4096:].transpose(0, 2, 1)
+    onset = 100 * (arrival.time[:, :2] + shift[:, None])
+    return dict(event=event, arrival=arrival, onset=onset, all=run(event, arrival),
+                bare=run(bare, plain), s=run(event, only_s))
 
 
 @settings(max_examples=15, deadline=None)
@@ -117,9 +119,19 @@ def test_the_label_is_the_first_energy_of_p_and_of_s(events):
         assert inside.sum() > 30 and (first[inside] == np.ceil(onset[inside] - 1e-6)).all()
 
 
+def test_a_burst_begins_with_the_first_sample_after_its_onset():
+    ax, onset = axes(4096, 100.), np.array([[2.003, 9.999]])
+    late = np.full((1, 5), 1e6)
+    fixed = np.array([.05])
+    event = SimpleNamespace(ring_p=2 * fixed, ring_s=4 * fixed, rise_p=fixed, rise_s=fixed)
+    drive = direct_waves([stream(0, 0)], event, np.hstack([onset, late]), np.ones((1, 7, 3)), ax)[0]
+    for wave, begin in zip(drive[:, 0], onset[0]): assert (wave != 0).argmax() == np.searchsorted(ax.time, begin)
+
+
 def test_no_energy_leaks_from_the_window_end_to_its_beginning(events):
-    "S energy before S is less than 1e-6 of the whole even without the mask, as the filters are causal"
-    amplitude = np.maximum(source_spectra(events['event'], np.full(48, 1e13), events['arrival'].beta, axes(4096, 100.).freq), 1e-9)
+    "Less than a thousandth of a filter's energy lies at negative times, without any mask"
+    event, beta, freq = events['event'], events['arrival'].beta, axes(4096, 100.).freq
+    amplitude = np.maximum(source_spectra(event, np.full(48, 1e13), beta, freq), 1e-9)
     h = np.fft.irfft(minimum_phase(amplitude), axis=-1)
     n = h.shape[-1]
     assert (h[..., n // 2:]**2).sum() < 1e-3 * (h**2).sum()
@@ -133,6 +145,10 @@ def test_travel_times_against_many_small_steps():
         brute = (np.hypot(cross, 3) / 4 + np.hypot(x - cross, depth - 3) / 6).min()
         time, _ = rays(v, bottom, np.array([depth]), np.array([x]))
         assert abs(time[0, 0] - brute) < 2e-3 and np.isinf(time[0, 1])
+    time, slowness = rays(v, bottom, np.array([1.]), np.array([30.]))            # 1 km deep: 2 km down, 3 km up
+    down, up = (np.hypot(np.linspace(0, 5, 100001), h) / 4 - np.linspace(0, 5, 100001) / 6 for h in (2, 3))
+    assert abs(time[0, 1] - (30 / 6 + down.min() + up.min())) < 1e-6 and slowness[0, 1] == 1 / 6
+    assert np.isinf(rays(v, bottom, np.array([1.]), np.array([2.]))[0][0, 1])    # nearer than the critical distance
 
 
 def test_p_is_a_line_along_the_ray_and_s_is_across_it(events):
@@ -163,7 +179,7 @@ def test_s_moves_perpendicular_to_its_ray():
     p = arrival.vector[:, 0]
     assert np.abs(np.cross(p[:, 1:], horizontal)).max() < 1e-6 * np.abs(p).max()
     radial = (arrival.vector[:, 1, 1:] * horizontal).sum(1)
-    assert ((arrival.vector[:, 1, 0] * radial) <= 1e-40).all()                 # SV: up and towards the source, or down and away
+    assert ((arrival.vector[:, 1, 0] * radial) <= 1e-40).all()     # SV: up and towards the source, or down and away
     assert (crust.vp > 1.6 * crust.vs).all()
 
 
@@ -188,9 +204,10 @@ def test_noise_models_against_obspy():
 def test_noise_lies_between_the_models():
     freq = axes(4096, 100.).freq
     normal = np.stack([stream(3, k).standard_normal(18) for k in range(100)])
-    level = 20 * np.log10(noise_amplitude(np.random.default_rng(0).uniform(.2, .8, 100), normal, freq) * 2 * np.pi * freq)
+    quiet = np.random.default_rng(0).uniform(.2, .8, 100)
+    level = 20 * np.log10(noise_amplitude(quiet, normal, freq) * 2 * np.pi * freq)
     low, high = noise_models(freq)
-    mean = level.mean(1)                                                       # of the components, which lie a little apart
+    mean = level.mean(1)                           # of the components, which lie a little apart
     assert (mean > low - 6).all() and (mean < high + 6).all()
 
 
@@ -202,7 +219,7 @@ def test_amplitudes_range_over_many_orders_and_are_counted(batch):
 
 
 def test_the_snr_is_realised():
-    "Measured with another method (Butterworth band, power before P) it agrees with snr_db in the median, and varies with the dial"
+    "Measured with another method (Butterworth band, power before P) it agrees with snr_db and follows the dial"
     medians = []
     for want in (10., 30.):
         config = replace(CLEAR, snr_db=(want, 0., want, want))
