@@ -227,19 +227,20 @@ def contrastive_size(
     conv:int,   # channels of the conv stack
     codes:int,  # dimension of a pair of code vectors, and of the targets
     blocks:int, # blocks a stage
+    scale_logits:bool=True, # of the quantizer
 )->ContrastiveConfig:
     "A contrastive model of one size; everything else as published"
-    encoder = ConvDownConfig(conv_features=conv, out_features=dim, codevector_dim=codes, target_features=codes)
+    encoder = ConvDownConfig(conv_features=conv, out_features=dim, codevector_dim=codes, target_features=codes, scale_logits=scale_logits)
     return ContrastiveConfig(encoder, blocks=blocks)
 
 PRESETS = {
-    'contrastive-tiny': Preset(contrastive_size(32, 64, 64, 1), steps=300, batch_size=8, lr=3e-3, weight_decay=.1),
-    'contrastive-small': Preset(contrastive_size(64, 256, 256, 2), steps=5000, batch_size=64, lr=1e-3, weight_decay=.1),
+    'contrastive-tiny': Preset(contrastive_size(32, 64, 64, 1, scale_logits=False), steps=300, batch_size=8, lr=3e-3, weight_decay=.1),
+    'contrastive-small': Preset(contrastive_size(64, 256, 256, 2), steps=5000, batch_size=16, lr=3e-3, weight_decay=.1),
     'contrastive-base': Preset(contrastive_size(128, 256, 256, 3), steps=100_000, batch_size=256, lr=1e-3, weight_decay=.1),
     'reconstruction-tiny': Preset(ReconstructionConfig(BidirAutoregConfig(d_model=64), blocks=4, ff=3.),
                                   steps=300, batch_size=8, lr=3e-3, weight_decay=.01),
     'reconstruction-small': Preset(ReconstructionConfig(BidirAutoregConfig(d_model=128), blocks=12, ff=4.),
-                                   steps=5000, batch_size=64, lr=2e-3, weight_decay=.01),
+                                   steps=5000, batch_size=16, lr=2e-3, weight_decay=.01),
     'reconstruction-base': Preset(ReconstructionConfig(BidirAutoregConfig(d_model=176)),
                                   steps=100_000, batch_size=256, lr=2e-3, weight_decay=.01),
 }
