@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from nbdev.clean import clean_nb
 from nbdev.migrate import nbdev_migrate_config
-from nbdev.export import nbdev_export
+from nbdev.doclinks import nbdev_export
 from fastcore.nbio import read_nb
 
 root = Path(__file__).resolve().parents[1]

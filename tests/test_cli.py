@@ -1,0 +1,106 @@
+"The command line as a user meets it: a process, its exit code, what it says and what it leaves behind"
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from seismodel.cli import main
+from seismodel.pretraining import PRESETS, from_pretrained, preset
+
+
+def seismodel(*words, cwd):
+    "Run `python -m seismodel` in a folder"
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'agg', 'CUDA_VISIBLE_DEVICES': ''}
+    return subprocess.run([sys.executable, '-m', 'seismodel', *map(str, words)], cwd=cwd, env=env, capture_output=True, text=True)
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    "A run of two steps"
+    folder = tmp_path_factory.mktemp('cli')
+    done = seismodel('pretrain', '--preset', 'reconstruction-tiny', '--steps', 2, '--batch-size', 2, '--validation-windows', 2, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def test_the_end_of_a_run_says_where_everything_lies(trained):
+    folder, done = trained
+    run = folder/'runs/reconstruction-tiny-1'
+    for line, path in zip(done.stdout.splitlines()[-3:], ('model.safetensors', 'metrics.jsonl', 'figures')):
+        assert (folder/line.split()[-1]).samefile(run/path)
+    assert '2/2' in done.stderr   # the progress bar
+    config = json.loads((run/'config.json').read_text())
+    assert config['preset'] == 'reconstruction-tiny' and config['train']['steps'] == 2 and config['data'] == ['synthetic']
+    assert from_pretrained(run).config == preset('reconstruction-tiny').model
+
+
+def test_datasets_are_mixed_by_folder(quakes_folder, tmp_path):
+    assert main(['pretrain', '--preset', 'contrastive-tiny', '--data', str(quakes_folder), '--data', 'synthetic', '--weights', '3,1', '--steps', '1',
+                 '--batch-size', '2', '--validation-windows', '2', '--device', 'cpu', '--workers', '0', '--out', str(tmp_path/'run')]) == 0
+    assert json.loads((tmp_path/'run/config.json').read_text())['weights'] == [3., 1.]
+
+
+@pytest.mark.parametrize('words, says', [
+    (('pretrain', '--preset', 'contrastive-huge'), 'contrastive-huge'),
+    (('pretrain', '--data', 'missing/folder'), 'missing/folder'),
+    (('pretrain', '--data', 'NoSuchDataset'), 'NoSuchDataset'),
+    (('pretrain', '--data', 'empty'), 'empty'),
+    (('pretrain', '--steps', '-5'), '-5'),
+    (('pretrain', '--batch-size', '0'), 'batch_size'),
+    (('pretrain', '--lr', 'nan'), 'lr'),
+    (('pretrain', '--device', 'cuda'), 'cuda'),
+    (('pretrain', '--weights', '1,2'), '--weights'),
+    (('info', 'nothing/here'), 'nothing/here'),
+    (('embed', 'nothing/here', 'x.mseed'), 'nothing/here'),
+    (('prtrain',), 'prtrain'),
+], ids=lambda v: ' '.join(v) if isinstance(v, tuple) else '')
+def test_what_a_user_can_mend_is_one_sentence_and_code_2(words, says, tmp_path):
+    (tmp_path/'empty').mkdir()
+    done = seismodel(*words, cwd=tmp_path)
+    assert done.returncode == 2
+    assert 'Traceback' not in done.stderr and says in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ['empty']   # nothing half-written
+
+
+def test_a_batch_larger_than_the_data_is_refused(quakes_folder, tmp_path, capsys):
+    assert main(['pretrain', '--data', str(quakes_folder), '--batch-size', '1000', '--device', 'cpu', '--out', str(tmp_path/'run')]) == 2
+    assert 'batch size is 1000' in capsys.readouterr().err and not (tmp_path/'run').exists()
+
+
+def test_an_existing_folder_is_not_written_into(tmp_path, capsys):
+    (tmp_path/'notes.txt').write_text('mine')
+    assert main(['pretrain', '--out', str(tmp_path)]) == 2
+    assert 'not empty' in capsys.readouterr().err and [p.name for p in tmp_path.iterdir()] == ['notes.txt']
+
+
+def test_embed_writes_features_of_a_dataset_and_of_a_file(trained, quakes_folder, tmp_path, capsys):
+    import obspy
+    folder, _ = trained
+    run = str(folder/'runs/reconstruction-tiny-1')
+    assert main(['embed', run, str(quakes_folder), '--split', 'dev', '--device', 'cpu', '--out', str(tmp_path/'a.npz')]) == 0
+    a = np.load(tmp_path/'a.npz')
+    assert a['features'].shape[1] == 64 and len(a['name']) == len(a['start_sample']) == len(a['features']) and np.isfinite(a['features']).all()
+    obspy.read().write(str(tmp_path/'r.sac.mseed'), format='MSEED')
+    assert main(['embed', run, str(tmp_path/'r.sac.mseed'), '--frames', '--device', 'cpu', '--out', str(tmp_path/'b.npz')]) == 0
+    assert np.load(tmp_path/'b.npz')['features'].shape == (1, 1024, 64)
+    assert main(['embed', run, str(tmp_path/'a.npz'), '--out', str(tmp_path/'c.npz')]) == 2
+    assert 'ObsPy' in capsys.readouterr().err and not (tmp_path/'c.npz').exists()
+
+
+@pytest.mark.parametrize('command', ['pretrain', 'info', 'embed'])
+def test_help_comes_from_the_comments(command, capsys):
+    with pytest.raises(SystemExit) as e: main([command, '--help'])
+    said = capsys.readouterr().out
+    assert e.value.code == 0 and f'usage: seismodel {command}' in said
+    if command == 'pretrain': assert 'peak learning rate' in said and '--batch-size' in said
+
+
+def test_every_preset_starts_and_its_features_have_their_width():
+    from seismodel.pretraining import build
+    for name in (n for n in PRESETS if n.endswith('tiny')):
+        with torch.no_grad(): assert build(PRESETS[name].model).eval().features(torch.randn(1, 100, 3)).shape[:2] == (1, 25)

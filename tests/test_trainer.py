@@ -1,0 +1,155 @@
+"The loop as a whole: alarms on rigged collapses, reproducibility, accumulation, runs that fail"
+import json
+import math
+
+import pytest
+import torch
+
+from seismodel.masked_mse import feature_variance, masked_mse
+from seismodel.encoders import BidirAutoregConfig, ConvDownConfig
+from seismodel.pretraining import (ContrastiveConfig, ReconstructionConfig, ReconstructionPretraining, Step, build,
+                                   from_pretrained)
+from seismodel.trainer import (TrainConfig, TrainingError, alarms, evaluate, loader, lr_at, parameter_groups, pick_device,
+                               read_metrics, seed_step, train, train_step)
+from seismodel.waveforms import SyntheticSource, UserError, WindowDataset, open_source
+
+CONTRASTIVE = ContrastiveConfig(ConvDownConfig(conv_features=16, out_features=16, codevector_dim=16, target_features=16, scale_logits=False),
+                                blocks=1, pooling=(4,), negatives=20)
+RECONSTRUCTION = ReconstructionConfig(BidirAutoregConfig(d_model=16), blocks=1, ff=2.)
+
+
+def windows(n, split='train', window=1024):
+    return WindowDataset([SyntheticSource(split=split)], n, window=window)
+
+
+def run(model, folder, **settings):
+    c = TrainConfig(**{**dict(steps=4, batch_size=4, lr=3e-3, device='cpu', workers=0, log_every=1, validation_windows=4, validate_every=100), **settings})
+    return train(model, windows(c.steps*c.accumulate*c.batch_size), windows(c.validation_windows, 'dev'), c, folder)
+
+
+class AttachedTokens(ReconstructionPretraining):
+    "The mistake that the package does not make: the target is the encoder's own output, with its gradient"
+    def forward(self, x, generator=None):
+        e = self.encoder(x, generator=generator)
+        loss = masked_mse(self.head(self.backbone(e.features)), e.tokens, e.mask)
+        return Step(loss, {'mse': loss.detach(), 'feature_variance': feature_variance(e.tokens)})
+
+
+def test_attached_tokens_raise_the_alarm_within_200_steps(tmp_path):
+    torch.manual_seed(0)
+    rows = read_metrics(run(AttachedTokens(RECONSTRUCTION), tmp_path/'run', steps=200, log_every=10))
+    assert any('dead features' in a for r in rows for a in r['alarms'])
+    assert rows[-1]['loss'] < .1*rows[0]['loss']   # and the loss looks splendid
+
+
+def test_a_learning_rate_of_a_hundred_times_raises_the_alarm_within_200_steps(tmp_path):
+    torch.manual_seed(0)
+    try: run(build(CONTRASTIVE), tmp_path/'run', steps=200, lr=.3, log_every=10)
+    except TrainingError: return   # the loss itself blew up: as loud an alarm as any
+    assert any(r['alarms'] for r in read_metrics(tmp_path/'run'))
+
+
+@pytest.mark.parametrize('config', [CONTRASTIVE, RECONSTRUCTION], ids=lambda c: c.method)
+def test_a_healthy_run_raises_none(config, tmp_path):
+    torch.manual_seed(0)
+    rows = read_metrics(run(build(config), tmp_path/'run', steps=60, log_every=10))
+    assert [a for r in rows for a in r['alarms']] == []
+    assert rows[-1]['loss'] < rows[0]['loss']
+
+
+@pytest.mark.parametrize('config', [CONTRASTIVE, RECONSTRUCTION], ids=lambda c: c.method)
+def test_the_same_seed_gives_the_same_run(config, tmp_path):
+    def once(folder, workers):
+        torch.manual_seed(1)
+        rows = read_metrics(run(build(config), folder, workers=workers))
+        weights = from_pretrained(folder).state_dict()
+        return [{k: v for k, v in r.items() if k != 'windows_per_second'} for r in rows], weights
+    (a, wa), (b, wb) = once(tmp_path/'a', 0), once(tmp_path/'b', 2)   # the number of workers does not matter
+    assert a == b
+    assert all(torch.equal(wa[k], wb[k]) for k in wa)
+
+
+def test_accumulation_averages_the_gradients():
+    "Two half batches make the update of their mean gradient"
+    c, device = TrainConfig(steps=10, batch_size=2, accumulate=2, clip=1e9), torch.device('cpu')
+    torch.manual_seed(0)
+    model = build(RECONSTRUCTION)
+    batches = list(loader(windows(4), c, device))
+    generator, gradients = torch.Generator(), []
+    seed_step(generator, 0, 0)
+    for b in batches:
+        model.zero_grad()
+        model(b['x'], generator).loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    expected = math.sqrt(sum(((a + b)/2).square().sum().item() for a, b in zip(*gradients)))
+    model.zero_grad()
+    optimizer = torch.optim.AdamW(parameter_groups(model, .1))
+    out = train_step(model, optimizer, iter(batches), generator, 0, c, device)
+    assert out['grad_norm'].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_weights(tmp_path):
+    class Broken(ReconstructionPretraining):
+        def forward(self, x, generator=None):
+            loss, metrics = super().forward(x, generator)
+            return Step(loss*float('nan'), metrics)
+    torch.manual_seed(0)
+    model = Broken(RECONSTRUCTION)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(TrainingError, match='loss is nan at step 1'): run(model, tmp_path/'run')
+    after = from_pretrained(tmp_path/'run').state_dict()
+    assert all(torch.equal(after[k], before[k]) for k in before)
+
+
+def test_a_run_is_never_overwritten(tmp_path):
+    run(build(RECONSTRUCTION), tmp_path/'run', steps=1)
+    kept = (tmp_path/'run/model.safetensors').read_bytes()
+    with pytest.raises(UserError, match='holds a run already'): run(build(RECONSTRUCTION), tmp_path/'run', steps=1)
+    assert (tmp_path/'run/model.safetensors').read_bytes() == kept
+
+
+def test_a_run_folder_holds_what_the_readme_says(tmp_path):
+    folder = run(build(CONTRASTIVE), tmp_path/'run', steps=3, tensorboard=True)
+    assert {p.name for p in folder.iterdir()} == {'config.json', 'metrics.jsonl', 'model.safetensors', 'checkpoints', 'figures', 'tensorboard'}
+    row = json.loads((folder/'metrics.jsonl').read_text().split('\n')[0])
+    assert {'step', 'loss', 'contrastive', 'diversity', 'lr', 'grad_norm'} <= row.keys()
+    state = torch.load(folder/'checkpoints/last.pt', weights_only=True)
+    assert state['step'] == 3 and state['optimizer']['state']
+    assert not list(folder.rglob('*.part'))
+
+
+def test_evaluation_leaves_the_model_as_it_was():
+    torch.manual_seed(0)
+    model, c = build(CONTRASTIVE), TrainConfig(batch_size=2)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    first = evaluate(model, loader(windows(4), c, torch.device('cpu')), torch.device('cpu'))
+    assert first == evaluate(model, loader(windows(4), c, torch.device('cpu')), torch.device('cpu'))
+    assert model.training and all(torch.equal(model.state_dict()[k], v) for k, v in before.items())
+
+
+def test_lr_never_leaves_its_bounds():
+    for steps in (1, 2, 3, 10, 997):
+        for warmup in (0., .1, 1.):
+            c = TrainConfig(steps=steps, warmup=warmup, lr=2.)
+            rates = [lr_at(s, c) for s in range(steps)]
+            assert all(0 < r <= 2. for r in rates), (steps, warmup)
+
+
+def test_each_alarm_alone():
+    good = dict(code_perplexity=300., collided=.01, feature_variance=.9, accuracy=.3)
+    for change, word in ((dict(code_perplexity=2.), 'codebook'), (dict(collided=.6), 'colliding'), (dict(feature_variance=1e-4), 'dead'), (dict(accuracy=.005), 'chance')):
+        found = alarms({**good, **change}, good, .9)
+        assert len(found) == 1 and word in found[0]
+
+
+def test_it_trains_on_real_data_where_there_is_some(real_data, quakes_folder, tmp_path):
+    for k, folder in enumerate([quakes_folder, *real_data]):
+        torch.manual_seed(0)
+        c = TrainConfig(steps=2, batch_size=4, device='cpu', workers=0, log_every=1, validation_windows=4)
+        rows = read_metrics(train(build(RECONSTRUCTION), WindowDataset([open_source(str(folder))], 8), WindowDataset([open_source(str(folder), 'dev')], 4), c, tmp_path/str(k)))
+        assert all(math.isfinite(r['loss']) for r in rows)
+
+
+def test_a_device_that_is_not_there_is_named():
+    with pytest.raises(UserError, match="'abacus' is not a device"): pick_device('abacus')
+    with pytest.raises(UserError, match='cuda:99'): pick_device('cuda:99')
