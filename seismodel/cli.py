@@ -85,13 +85,15 @@ def pretrain(
     device:str='auto', # auto, cpu, cuda or cuda:N
     workers:int=None, # processes that prepare windows; chosen by the device if not given
     validate_every:int=100, # steps between two looks at the dev windows
+    validation_windows:int=64, # dev windows looked at each time
     tensorboard:bool=False, # write TensorBoard events into the run's folder
     out:Path=None, # the run's folder; runs/PRESET-1 or the next free number if not given
 )->Path: # the run's folder
     "Pretrain a model on three-component waveforms"
     p, names = find_preset(preset), data or ['synthetic']
     c = recipe(p, steps=steps, batch_size=batch_size, lr=lr, weight_decay=weight_decay, accumulate=accumulate, seed=seed,
-               device=device, workers=workers, validate_every=validate_every, tensorboard=tensorboard)
+               device=device, workers=workers, validate_every=validate_every,
+               validation_windows=validation_windows, tensorboard=tensorboard)
     shares = parse_weights(weights, len(names))
     folder = Path(out) if out else free_folder(preset)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())): raise UserError(f"'{folder}' is there already and not empty; name another --out.")

@@ -234,7 +234,7 @@ def plot_window(
 )->Figure:
     "A masked window, and below it what the model says about the hidden frames"
     generator = torch.Generator(x.device).manual_seed(seed)
-    fig, axs = plt.subplots(3 + (2 if isinstance(model, ReconstructionPretraining) else 1), 1, figsize=(8, 5), sharex=True, layout='constrained')
+    fig, axs = plt.subplots(3 + (2 if isinstance(model, ReconstructionPretraining) else 1), 1, figsize=(8, 4.6), sharex=True, layout='constrained')
     if isinstance(model, ReconstructionPretraining):
         e, target, made = model.predict(x, generator)
         plot_reconstruction(axs[3:], target[0].float().cpu(), made[0].float().cpu())
@@ -247,7 +247,7 @@ def plot_window(
         ax.plot(time, trace, lw=.5, color='k')
         ax.fill_between(time, *ax.get_ylim(), where=hidden, color='.8', lw=0, zorder=0)
         ax.set(ylabel=component, yticks=[])
-    axs[-1].set_xlabel('time (s)')
+    axs[-1].set(xlabel='time (s)', xlim=(0, x.shape[1]/SAMPLING_RATE))
     return fig
 
 # %% ../nbs/11_trainer.ipynb #d8d194b1
@@ -279,7 +279,8 @@ def save_figures(
     "Write the figures of a run into `folder/figures`"
     (folder/'figures').mkdir(exist_ok=True)
     model.eval()
-    figures = {'metrics': plot_metrics(read_metrics(folder)), 'window': plot_window(model, x[:1])}
+    loud = x.abs().amax((1, 2)).argmax()      # an event, if there is one: the highest peak over its window's deviation
+    figures = {'metrics': plot_metrics(read_metrics(folder)), 'window': plot_window(model, x[loud, None])}
     if isinstance(model, ContrastivePretraining): figures['codes'] = plot_codes(model, x)
     for name, fig in figures.items():
         fig.savefig(folder/'figures'/f'{name}.png', dpi=120)
