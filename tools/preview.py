@@ -3,7 +3,7 @@
     nbdev-proc-nbs && python tools/preview.py && smalldocs render _preview     # the site is in _preview/_docs
 
 Quarto turns formulas into MathML by itself (`html-math-method: mathml`) and drops the number from page names. smalldocs
-does neither, so this script does both on the way from _proc/ to _preview/.
+does neither, so this script does both on the way from _proc/ to _preview/. Links to the published site stay in the preview.
 """
 import json
 import re
@@ -32,13 +32,14 @@ def main():
     shutil.rmtree(dst, ignore_errors=True)
     dst.mkdir()
     config = (src/'_quarto.yml').read_text()
+    site = re.search(r'site-url: *["\']?([^"\'\s]+)', (src/'nbdev.yml').read_text())[1].rstrip('/') + '/'
     names = {f.name: page_name(f.name) for f in src.glob('*.ipynb')}
     for old, new in names.items():
-        nb = json.loads((src/old).read_text())
+        nb = json.loads((src/old).read_text().replace(site, ''))
         for cell in nb['cells']:
             if cell['cell_type'] != 'markdown': continue
             text = maths(''.join(cell['source']))
-            for o, n in names.items(): text = text.replace(o.replace('.ipynb', '.html'), n.replace('.ipynb', '.html'))
+            for o, n in names.items(): text = text.replace(f']({o}', f']({n}')   # smalldocs makes these .html, as Quarto does
             cell['source'] = text
         config = config.replace(old, new)
         (dst/new).write_text(json.dumps(nb))
