@@ -263,11 +263,11 @@ def plot_similarity(ax, targets, predictions, mask):
     ax.legend(fontsize=6, loc='upper right', markerscale=3)
 
 def plot_reconstruction(axs, target, made):
-    "Target and reconstruction, frames to the right, features upwards"
+    "Target and reconstruction, frames to the right, the first 24 features upwards"
     span = float(target.abs().quantile(.99))
     for ax, values, name in zip(axs, (target, made), ('target', 'reconstruction')):
-        ax.imshow(values.T, aspect='auto', origin='lower', cmap='RdBu_r', vmin=-span, vmax=span, interpolation='nearest',
-                  extent=(0, len(values)*4/SAMPLING_RATE, 0, values.shape[1]))
+        ax.imshow(values.T[:24], aspect='auto', origin='lower', cmap='RdBu_r', vmin=-span, vmax=span, interpolation='nearest',
+                  extent=(0, len(values)*4/SAMPLING_RATE, 0, min(24, values.shape[1])))
         ax.set(ylabel=name, yticks=[])
 
 # %% ../nbs/11_trainer.ipynb #8fa225d6
