@@ -10,7 +10,6 @@ __all__ = ['COMMANDS', 'open_data', 'parse_weights', 'free_folder', 'recipe', 'p
 
 # %% ../nbs/12_cli.ipynb #220286ed
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Annotated

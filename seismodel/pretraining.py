@@ -24,7 +24,6 @@ from safetensors.torch import load_file, save_file
 from . import __version__
 from .backbones import MLSTMSequential, MLSTMUNet
 from .encoders import BidirAutoregConfig, BidirAutoregEncoder, ConvDownConfig, ConvDownEncoderContrastive
-from .frontend import count_parameters
 from .infonce import contrastive_loss
 from .masked_mse import (effective_rank, feature_variance, interpolation_baseline, masked_mse, patch_targets,
                                   token_targets, zero_baseline)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 root = Path(__file__).resolve().parents[1]
 
@@ -67,3 +69,14 @@ def real_data():
     "SeisBench folders with real data on this machine, perhaps none, in $SEISMODEL_DATA or ../shared/data"
     where = (root/os.environ.get('SEISMODEL_DATA', '../shared/data')).resolve()
     return sorted(f.parent for f in where.glob('*/metadata.csv') if (f.parent/'waveforms.hdf5').is_file())
+
+
+class Largest(TorchDispatchMode):
+    "Notes the most numbers in a tensor that an operation returned"
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for t in (result if isinstance(result, (tuple, list)) else (result,)):
+            if isinstance(t, torch.Tensor): self.numbers = max(self.numbers, t.numel())
+        return result

@@ -6,10 +6,10 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Wav2Vec2Config, Wav2Vec2ForPreTraining
 from transformers.modeling_outputs import ModelOutput
 
+from conftest import Largest
 from seismodel import infonce as module
 from seismodel.infonce import collisions, contrastive_loss, diversity, gather_frames, info_nce, masked_frames, negatives
 from seismodel.quantizer import soft_perplexity
@@ -260,17 +260,6 @@ def test_bfloat16_inputs_give_a_float32_loss():
     predictions, targets, mask, codes, logits = example()
     out = contrastive_loss(predictions.bfloat16(), targets.bfloat16(), mask, codes, logits.bfloat16())
     assert out.loss.dtype == torch.float32 and out.loss.isfinite()
-
-
-class Largest(TorchDispatchMode):
-    "Notes the most numbers in a tensor that an operation returned"
-    numbers = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for t in (result if isinstance(result, (tuple, list)) else (result,)):
-            if isinstance(t, torch.Tensor): self.numbers = max(self.numbers, t.numel())
-        return result
 
 
 def test_negatives_are_never_gathered():

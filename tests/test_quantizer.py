@@ -4,10 +4,10 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Wav2Vec2Config
 from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2GumbelVectorQuantizer
 
+from conftest import Largest
 from seismodel import quantizer as module
 from seismodel.quantizer import (GumbelVectorQuantizer, code_usage, dead_codes, entropy_perplexity, gumbel_noise,
                                  hard_perplexity, look_up, soft_perplexity, straight_through, temperature_at)
@@ -94,17 +94,6 @@ def test_scaled_logits_are_unscaled_ones_over_the_root():
     scaled.load_state_dict(plain.state_dict())
     x = torch.randn(2, 9, 64)
     torch.testing.assert_close(scaled(x).logits, plain(x).logits / 8)
-
-
-class Largest(TorchDispatchMode):
-    "Notes the most numbers in a tensor that an operation returned"
-    numbers = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for t in (result if isinstance(result, (tuple, list)) else (result,)):
-            if isinstance(t, torch.Tensor): self.numbers = max(self.numbers, t.numel())
-        return result
 
 
 def test_no_expanded_codebook():
