@@ -20,9 +20,11 @@ from fastcore.script import anno_parser
 
 from . import __version__
 from .frontend import count_parameters, frames
+from .loading import WindowDataset
 from .pretraining import PRESETS, Preset, build, from_pretrained, preset as find_preset, write_atomically
+from .sources import open_source
 from .trainer import TrainConfig, TrainingError, check_config, pick_device, read_metrics, train
-from .waveforms import WINDOW, BadRecord, UserError, WindowDataset, normalize, open_source, read_waveform
+from .waveforms import WINDOW, BadRecord, UserError, normalize, read_waveform
 
 # %% ../nbs/12_cli.ipynb #2240a29d
 def open_data(

@@ -26,9 +26,10 @@ from matplotlib.figure import Figure
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from .loading import WindowDataset
 from .pretraining import ContrastivePretraining, Pretrainer, ReconstructionPretraining, write_atomically
 from .quantizer import code_usage
-from .waveforms import COMPONENTS, SAMPLING_RATE, UserError, WindowDataset
+from .waveforms import COMPONENTS, SAMPLING_RATE, UserError
 
 # %% ../nbs/11_trainer.ipynb #9fbbfb4a
 @dataclass

@@ -11,7 +11,9 @@ from seismodel.pretraining import (ContrastiveConfig, ReconstructionConfig, Reco
                                    from_pretrained)
 from seismodel.trainer import (TrainConfig, TrainingError, alarms, evaluate, loader, lr_at, parameter_groups, pick_device,
                                read_metrics, seed_step, train, train_step)
-from seismodel.waveforms import SyntheticSource, UserError, WindowDataset, open_source
+from seismodel.loading import WindowDataset
+from seismodel.sources import SyntheticSource, open_source
+from seismodel.waveforms import UserError
 
 CONTRASTIVE = ContrastiveConfig(ConvDownConfig(conv_features=16, out_features=16, codevector_dim=16, target_features=16, scale_logits=False),
                                 blocks=1, pooling=(4,), negatives=20)
