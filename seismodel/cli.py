@@ -21,6 +21,7 @@ from fastcore.script import anno_parser
 from . import __version__
 from .frontend import count_parameters, frames
 from .loading import WindowDataset
+from .pack import pack
 from .pretraining import PRESETS, Preset, build, from_pretrained, preset as find_preset, write_atomically
 from .sources import open_source
 from .trainer import TrainConfig, TrainingError, check_config, pick_device, read_metrics, train
@@ -200,7 +201,7 @@ def embed(
     return out
 
 # %% ../nbs/12_cli.ipynb #efda57be
-COMMANDS = {'pretrain': pretrain, 'info': info, 'embed': embed}
+COMMANDS = {'pretrain': pretrain, 'info': info, 'embed': embed, 'pack': pack}
 
 def usage(
 )->str: # the text of `seismodel --help`

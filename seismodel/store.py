@@ -97,11 +97,12 @@ class StoreWriter:
         self.complete = False
         if (self.folder/"manifest.json").exists(): self._finished()
         elif (self.folder/"plan.json").exists(): self._compare(json.loads((self.folder/"plan.json").read_text()))
-        elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+        elif self.folder.exists() and (not self.folder.is_dir() or {f.name for f in self.folder.iterdir()} - {"plan.json.part"}):
             raise UserError(f"{folder} is there already and no store: name another folder")
         if self.complete: return
-        self.parts.mkdir(parents=True, exist_ok=True)
-        if not (self.folder/"plan.json").exists(): write_whole(self.folder/"plan.json", _json(plan))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder/"plan.json").exists(): write_whole(self.folder/"plan.json", _json(plan))   # the first of all
+        self.parts.mkdir(exist_ok=True)
         self.lock = open(self.folder/"plan.json")                              # released when the process dies
         try: fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError: raise UserError(f"another process is packing {folder}: wait for it") from None
@@ -147,7 +148,7 @@ class StoreWriter:
                    offset=offset.tolist(), scale=scale.tolist(), **{k: _plain(getattr(record, k)) for k in LABELS})
         self._open()
         self.file.write(np.ascontiguousarray(q).tobytes())
-        self.rows.write(_json(dict(row, more=more)))
+        self.rows.write(_json(dict(row, more={k: _plain(v) for k, v in more.items()})))
         self.samples, self.position = self.samples + len(q), [source, position]
 
     def leave_out(self,
@@ -195,13 +196,14 @@ class StoreWriter:
 LABELS = ("p_onset", "s_onset", "p_status", "s_status", "p_weak", "s_weak")
 
 def _json(what):
-    "One line; NumPy's numbers as plain ones"
-    return (json.dumps(what, default=_plain, allow_nan=False) + "\n").encode()
+    "One line"
+    return (json.dumps(what, allow_nan=False) + "\n").encode()
 
 def _plain(value):
-    "A number that JSON can hold; NaN becomes null"
+    "What JSON can hold: NaN becomes null, and a time its text"
     value = value.item() if isinstance(value, np.generic) else value
-    return None if isinstance(value, float) and not np.isfinite(value) else value
+    if isinstance(value, float): return value if np.isfinite(value) else None
+    return value if value is None or isinstance(value, (str, int)) else str(value)
 
 # %% ../nbs/01b_store.ipynb #d93be262
 def row_type(
