@@ -20,6 +20,7 @@ from fastcore.script import anno_parser
 
 from . import __version__
 from .frontend import count_parameters, frames
+from .inspection import inspect
 from .loading import WindowDataset
 from .pack import pack
 from .pretraining import PRESETS, Preset, build, from_pretrained, preset as find_preset, write_atomically
@@ -201,7 +202,7 @@ def embed(
     return out
 
 # %% ../nbs/12_cli.ipynb #efda57be
-COMMANDS = {'pretrain': pretrain, 'info': info, 'embed': embed, 'pack': pack}
+COMMANDS = {'pretrain': pretrain, 'info': info, 'embed': embed, 'pack': pack, 'inspect': inspect}
 
 def usage(
 )->str: # the text of `seismodel --help`
@@ -221,7 +222,7 @@ def main(
         print(f"seismodel: there is no command '{name}'; choose one of {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
     command = COMMANDS[name]
-    args = vars(anno_parser(command, prog=f'seismodel {name}', pos=['run'] if name == 'info' else None).parse_args(rest))
+    args = vars(anno_parser(command, prog=f'seismodel {name}', pos=['run', 'where']).parse_args(rest))
     for hidden in ('pdb', 'xtra'): args.pop(hidden)   # fastcore's own
     try: command(**args)
     except (UserError, TrainingError) as e:
