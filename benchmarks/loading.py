@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from seismodel.gather import StoreSource
+from seismodel.reading import Store, StoreSource
 from seismodel.loading import Batches, WindowDataset, device_batches
 from seismodel.pack import pack
-from seismodel.store import Store, StoreWriter, finish
+from seismodel.store import StoreWriter, finish
 from seismodel.waveforms import WINDOW, Record
 
 BATCH = 256

@@ -20,10 +20,10 @@ from statistics import median
 import numpy as np
 import torch
 
-from seismodel.gather import StoreSource
+from seismodel.reading import Store, StoreSource
 from seismodel.loading import WindowDataset, device_batches
 from seismodel.pretraining import build, preset
-from seismodel.store import Store, StoreWriter, finish
+from seismodel.store import StoreWriter, finish
 from seismodel.waveforms import WINDOW, Record
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from .pack import DatasetItems, open_items
-from .store import Store, is_store
+from .reading import Store, is_store
 from .synthetic import band_power
 from .waveforms import SAMPLING_RATE, STATUS, WINDOW, Record, UserError, flat, normalize, show_window
 

@@ -18,8 +18,7 @@ from zlib import crc32
 
 import numpy as np
 
-from .gather import StoreSource
-from .store import Store, is_store
+from .reading import Store, StoreSource, is_store
 from .synthetic import SyntheticConfig, synthesize
 from .waveforms import (COMPONENTS, SAMPLING_RATE, STATUS, WINDOW, BadRecord, Record, UserError, check_record, log,
                                  reason, resample)

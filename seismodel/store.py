@@ -6,14 +6,13 @@ Docs: https://seismodel.github.io/seismodel/store.html.md"""
 
 # %% auto #0
 __all__ = ['DTYPES', 'SPAN', 'LABELS', 'VERSION', 'TABLES', 'quantize', 'dequantize', 'write_whole', 'to_disk', 'move', 'sha256',
-           'StoreWriter', 'row_type', 'finish', 'Store', 'is_store']
+           'Part', 'StoreWriter', 'row_type', 'finish']
 
 # %% ../nbs/01b_store.ipynb #7a332416
 import csv
 import fcntl
 import hashlib
 import json
-import mmap
 import os
 from pathlib import Path
 from shutil import rmtree
@@ -86,6 +85,54 @@ def sha256(
     "Checksum of a file"
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
+# %% ../nbs/01b_store.ipynb #67219919
+class Part:
+    "A file of samples and the list of its traces, not yet there for anyone else"
+    def __init__(self,
+        folder:Path, # of the store
+        number:int,  # of the file
+        dtype:str,   # one of DTYPES
+    ):
+        self.names = folder/f"samples-{number:05}.npy", folder/"parts"/f"{number:05}.jsonl"
+        self.number, self.dtype, self.samples = number, dtype, 0
+        self.beside = [name.with_name(name.name + ".part") for name in self.names]
+        self.file, self.list = (open(name, "wb") for name in self.beside)
+        self._header()
+
+    def _header(self):
+        "NumPy leaves room for the length, so that it can be written last"
+        kind = np.lib.format.dtype_to_descr(np.dtype(DTYPES[self.dtype]))
+        self.file.seek(0)
+        np.lib.format.write_array_header_1_0(self.file, dict(descr=kind, fortran_order=False, shape=(self.samples, 3)))
+
+    def add(self,
+        q:np.ndarray, # (L, 3) numbers
+        row:dict,     # what the index needs to know
+    ) -> None:
+        "Append a trace"
+        self.list.write(_json(dict(row, shard=self.number, first=self.samples, samples=len(q))))
+        self.file.write(np.ascontiguousarray(q).tobytes())
+        self.samples += len(q)
+
+    def note(self, row:dict) -> None:
+        "A line without samples"
+        self.list.write(_json(row))
+
+    def close(self,
+        position, # where the sources stand
+    ) -> None:
+        "For good"
+        self._header()
+        to_disk(self.file)
+        self.note(dict(samples=self.samples, position=position, sha256=sha256(self.beside[0])))
+        to_disk(self.list)
+        self.abandon()
+        for beside, name in zip(self.beside, self.names): move(beside, name)   # the list last: now it counts
+
+    def abandon(self) -> None:
+        "Leave both where they are; the next writer deletes them"
+        for f in (self.file, self.list): f.close()
+
 # %% ../nbs/01b_store.ipynb #d15cd03b
 class StoreWriter:
     "Writes a store, or goes on with one; a context manager"
@@ -94,45 +141,44 @@ class StoreWriter:
         plan:dict,   # dtype, window, shard_samples, sources [{name, where, weight, files}, …]
     ):
         self.folder, self.plan, self.parts = Path(folder), plan, Path(folder)/"parts"
-        self.complete = False
-        if (self.folder/"manifest.json").exists(): self._finished()
-        elif (self.folder/"plan.json").exists(): self._compare(json.loads((self.folder/"plan.json").read_text()))
+        self.part, self.position, self.complete = None, None, (self.folder/"manifest.json").exists()
+        if self.complete:                                                      # nothing to do, but to take away what a kill has left
+            self._compare(json.loads((self.folder/"manifest.json").read_text())["plan"])
+            return self._clean()
+        if (self.folder/"plan.json").exists(): self._compare(json.loads((self.folder/"plan.json").read_text()))
         elif self.folder.exists() and (not self.folder.is_dir() or {f.name for f in self.folder.iterdir()} - {"plan.json.part"}):
             raise UserError(f"{folder} is there already and no store: name another folder")
-        if self.complete: return
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder/"plan.json").exists(): write_whole(self.folder/"plan.json", _json(plan))   # the first of all
         self.parts.mkdir(exist_ok=True)
         self.lock = open(self.folder/"plan.json")                              # released when the process dies
         try: fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError: raise UserError(f"another process is packing {folder}: wait for it") from None
-        self.shard = len(list(self.parts.glob("*.jsonl")))
+        ends = self.ends()
+        self.closed, self.position = len(ends), ends[-1]["position"] if ends else None
         for file in {*self.folder.glob("samples-*"), *self.folder.glob("*.part"), *self.parts.glob("*.part")}:
-            if file.suffix == ".part" or int(file.stem[8:]) >= self.shard: file.unlink()
-        self.position, self.file, self.samples = None, None, 0
-        if self.shard: self.position = self._ends()[-1]["position"]
+            if file.suffix == ".part" or int(file.stem[8:]) >= self.closed: file.unlink()
 
     def __enter__(self): return self
 
     def __exit__(self, *error):
-        if not self.complete:
-            for f in (self.file and self.rows, self.file, self.lock):
-                if f: f.close()
-
-    def _finished(self):
-        "Nothing to do for a store that was made by the same plan, but to take away what a kill has left"
-        self._compare(json.loads((self.folder/"manifest.json").read_text())["plan"])
-        self._clean()
-        self.complete = True
+        if self.part: self.part.abandon()
+        if not self.complete: self.lock.close()
 
     def _compare(self, other):
         for key in sorted({*self.plan, *other}):
             if self.plan.get(key) != other.get(key):
                 raise UserError(f"{self.folder} was begun with other {key}: name another folder, or remove this one")
 
-    def _ends(self):
-        "The last line of every part"
+    def ends(self) -> list[dict]: # number of samples, position, checksum
+        "The last line of every part that is closed"
         return [json.loads(p.read_bytes().splitlines()[-1]) for p in sorted(self.parts.glob("*.jsonl"))]
+
+    def _open(self, samples=0):
+        "The part for so many samples more"
+        if self.part and self.part.samples + samples > self.plan["shard_samples"] and self.part.samples: self.commit()
+        self.part = self.part or Part(self.folder, self.closed, self.plan["dtype"])
+        return self.part
 
     def add(self,
         source:int,    # number of its source
@@ -141,15 +187,12 @@ class StoreWriter:
         more:dict,     # everything else that is known of it
         position,      # where its source stands after it
     ) -> None:
-        "Append a trace; raises `UserError` when the disk is full"
-        if self.file and self.samples + len(record.waveform) > self.plan["shard_samples"]: self.commit()
+        "Append a trace"
         q, offset, scale = quantize(record.waveform, self.plan["dtype"])
-        row = dict(source=source, split=split, name=record.name, shard=self.shard, first=self.samples, samples=len(q),
-                   offset=offset.tolist(), scale=scale.tolist(), **{k: _plain(getattr(record, k)) for k in LABELS})
-        self._open()
-        self.file.write(np.ascontiguousarray(q).tobytes())
-        self.rows.write(_json(dict(row, more={k: _plain(v) for k, v in more.items()})))
-        self.samples, self.position = self.samples + len(q), [source, position]
+        labels = {k: _plain(getattr(record, k)) for k in LABELS}
+        row = dict(source=source, split=split, name=record.name, offset=offset.tolist(), scale=scale.tolist(), **labels)
+        self._open(len(q)).add(q, dict(row, more={k: _plain(v) for k, v in more.items()}))
+        self.position = [source, position]
 
     def leave_out(self,
         source:int, # number of its source
@@ -158,36 +201,13 @@ class StoreWriter:
         position,   # where its source stands after it
     ) -> None:
         "Note that a trace was not taken"
-        self._open()
-        self.rows.write(_json(dict(source=source, left_out=name, why=why)))
+        self._open().note(dict(source=source, left_out=name, why=why))
         self.position = [source, position]
 
-    def _open(self):
-        if self.file: return
-        self.file, self.rows = open(self._name(".part"), "wb"), open(self.parts/f"{self.shard:05}.jsonl.part", "wb")
-        self._header(0)
-
-    def _name(self, suffix=""): return self.folder/f"samples-{self.shard:05}.npy{suffix}"
-
-    def _header(self, samples):
-        "NumPy leaves room for the length, so that it can be written last"
-        kind = np.lib.format.dtype_to_descr(np.dtype(DTYPES[self.plan["dtype"]]))
-        self.file.seek(0)
-        np.lib.format.write_array_header_1_0(self.file, dict(descr=kind, fortran_order=False, shape=(samples, 3)))
-
     def commit(self) -> None:
-        "Close a file of samples and its part, for good"
-        self._header(self.samples)
-        end = dict(samples=self.samples, position=self.position)
-        for f in (self.file, self.rows): to_disk(f)
-        self.file.close()
-        end["sha256"] = sha256(self._name(".part"))
-        self.rows.write(_json(end))
-        to_disk(self.rows)
-        self.rows.close()
-        move(self._name(".part"), self._name())
-        move(self.parts/f"{self.shard:05}.jsonl.part", self.parts/f"{self.shard:05}.jsonl")     # now it counts
-        self.shard, self.file, self.samples = self.shard + 1, None, 0
+        "Close the part that is open"
+        self.part.close(self.position)
+        self.closed, self.part = self.closed + 1, None
 
     def _clean(self):
         rmtree(self.parts, ignore_errors=True)
@@ -225,7 +245,7 @@ def finish(
 ) -> dict: # the manifest
     "Make index, tables and manifest from the parts; raises `UserError` when there is no trace in them"
     if writer.complete: return json.loads((writer.folder/"manifest.json").read_text())
-    if writer.file: writer.commit()
+    if writer.part: writer.commit()
     folder, plan = writer.folder, writer.plan
     names = [s["name"] for s in plan["sources"]]
     packed, left, columns, splits, width, first = [{} for _ in names], [{} for _ in names], {}, {}, 0, None
@@ -244,7 +264,7 @@ def finish(
         rmtree(folder)
         raise UserError(f"no usable trace in {', '.join(names)}; the first: {first or 'there is none at all'}")
     _tables(folder, names, traces, list(columns), splits, width)
-    ends = writer._ends()
+    ends = writer.ends()
     shards = [{"file": f"samples-{k:05}.npy", "samples": e["samples"], "sha256": e["sha256"]} for k, e in enumerate(ends)]
     sources = [dict(s, packed=p, left_out=o) for s, p, o in zip(plan["sources"], packed, left)]
     manifest = {"format": "seismodel-store", "version": VERSION, "dtype": plan["dtype"], "sampling_rate": SAMPLING_RATE,
@@ -277,58 +297,3 @@ def _tables(folder, names, traces, columns, splits, width):
         index.flush()
         for f in (t, o): to_disk(f)
     for name, part in zip(TABLES, new): move(part, folder/name)
-
-# %% ../nbs/01b_store.ipynb #f9384afd
-class Store:
-    "A store, open for reading"
-    def __init__(self,
-        folder:Path, # of a finished store; everything that can be wrong with it raises UserError
-    ):
-        self.folder = Path(folder)
-        if (self.folder/"plan.json").exists() and not (self.folder/"manifest.json").exists():
-            raise UserError(f"{folder} is a store that is not finished: give the same seismodel pack command again")
-        try: self.manifest = m = json.loads((self.folder/"manifest.json").read_text())
-        except (OSError, ValueError): raise UserError(f"{folder}/manifest.json cannot be read: pack it again") from None
-        if not isinstance(m, dict) or m.get("format") != "seismodel-store": raise UserError(f"{folder} is no store: its manifest.json is of something else")
-        if m["version"] > VERSION: raise UserError(f"{folder} was packed by a newer seismodel (store version {m['version']}): upgrade")
-        self.dtype, self._maps = np.dtype(DTYPES[m["dtype"]]), {}
-        for k, shard in enumerate(m["shards"]):
-            file = self.folder/f"samples-{k:05}.npy"
-            size = 128 + shard["samples"] * 3 * self.dtype.itemsize
-            if not file.is_file() or file.stat().st_size != size:
-                raise UserError(f"{file} is missing or cut short (it should have {size} bytes): copy it again")
-        try: self.index = np.load(self.folder/"index.npy", mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError): raise UserError(f"{folder}/index.npy is missing or damaged: copy it again") from None
-        if len(self.index) != m["traces"]: raise UserError(f"{folder}/index.npy has {len(self.index)} rows, not {m['traces']}: copy it again")
-
-    def __len__(self): return len(self.index)
-    def __getstate__(self): return dict(vars(self), _maps={})                  # a loader process maps for itself
-
-    def shard(self,
-        k:int, # its number
-    ) -> tuple[np.ndarray, mmap.mmap]: # (N, 3) samples, and the map that they live in
-        "A file of samples, mapped when it is first asked for"
-        if k not in self._maps:
-            x = np.load(self.folder/f"samples-{k:05}.npy", mmap_mode="r", allow_pickle=False)
-            self._maps[k] = np.asarray(x), x._mmap
-        return self._maps[k]
-
-    def record(self,
-        row:int, # of the index
-    ) -> Record: # float32, as the source gave it up to the error of the type
-        "A whole trace"
-        r = self.index[row]
-        q = self.shard(r["shard"])[0][r["first"]:r["first"] + r["samples"]]
-        labels = {k: r[k].item() for k in LABELS}
-        return Record(dequantize(q, r["offset"], r["scale"]), name=r["name"].decode(), **labels)
-
-    def verify(self) -> list[str]: # names of the files that are not what they were when they were written
-        "Compare every checksum"
-        want = {s["file"]: s["sha256"] for s in self.manifest["shards"]} | self.manifest["tables"]
-        return [name for name, digest in want.items() if sha256(self.folder/name) != digest]
-
-def is_store(
-    folder, # any path
-) -> bool: # finished or not
-    "Whether a folder is a store or the beginning of one"
-    return (Path(folder)/"plan.json").exists() or (Path(folder)/"index.npy").exists() or (Path(folder)/"manifest.json").exists()

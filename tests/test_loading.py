@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from seismodel import augment
-from seismodel.gather import StoreSource
+from seismodel.reading import Store, StoreSource
 from seismodel.inspection import inspect, snr
 from seismodel.loading import (Batches, WindowDataset, amplitudes, dead, device_batches, normalize_narrow, standardize,
                                to_model, uniforms)
 from seismodel.pack import pack
 from seismodel.sources import SyntheticSource, open_source
-from seismodel.store import Store, StoreWriter, finish
+from seismodel.store import StoreWriter, finish
 from seismodel.waveforms import STATUS, BadRecord, Record, UserError, flat, normalize
 
 root = Path(__file__).parents[1]

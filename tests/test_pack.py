@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seismodel.gather import StoreSource
+from seismodel.reading import Store, StoreSource
 from seismodel.loading import WindowDataset
 from seismodel.pack import ArchiveItems, open_items, pack
 from seismodel.sources import open_source
-from seismodel.store import DTYPES, Store, dequantize, quantize
+from seismodel.store import DTYPES, dequantize, quantize
 from seismodel.waveforms import STATUS, UserError, flat, read_waveform, resample
 
 root = Path(__file__).parents[1]
