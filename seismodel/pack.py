@@ -42,7 +42,7 @@ class DatasetItems:
         name:str,          # what messages call it
         window:int=WINDOW, # samples; traces below half of it are left out
     ):
-        self.name, self.table = name, dataset.metadata
+        self.name, self.path, self.table = name, Path(dataset.path), dataset.metadata
         self.source = SeisBenchSource(dataset, None, name, window)
         self.source.data.cache, self.source.data.metadata_cache = None, False  # each is read once: nothing to keep
 
@@ -120,12 +120,12 @@ def _pieces(file): return read_pieces(file)                                    #
 class ArchiveItems:
     "Files that ObsPy reads, cut into records"
     def __init__(self,
-        files:list[Path],  # in a fixed order
+        path:Path,         # of a file, or of a folder with files at any depth
         name:str,          # what messages call it
         window:int=WINDOW, # samples; parts below half of it are left out
     ):
-        self.name, self.window = name, window
-        self.units, self.left = scan(files)
+        self.name, self.path, self.window = name, path, window
+        self.units, self.left = scan([path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file()))
         if not self.units: raise UserError(f"{name} holds neither a SeisBench data set nor a waveform file that ObsPy reads")
 
     def __len__(self): return len(self.left) + len(self.units)                 # about: a unit gives many items
@@ -180,18 +180,17 @@ def open_items(
     path = Path(where).expanduser()
     if where == "synthetic": raise UserError("the generator has no end and is not packed: give --data synthetic beside --data STORE")
     if path.is_dir() and is_store(path): raise UserError(f"{where} is a packed store already")
-    if path.is_file(): return ArchiveItems([path], path.name, window)
+    if path.is_file(): return ArchiveItems(path, path.name, window)
     if not path.is_dir(): return DatasetItems(open_published(published(where)), where, window)
     if any(path.glob("metadata*.csv")) or any(path.glob("waveforms*.hdf5")):
         return DatasetItems(open_folder(path), path.resolve().name, window)
-    return ArchiveItems(sorted(f for f in path.rglob("*") if f.is_file()), path.resolve().name, window)
+    return ArchiveItems(path, path.resolve().name, window)
 
 def listing(
-    where:str, # folder, file or name
+    path:Path, # of a folder or file
 ) -> dict: # how many files, how many bytes, a checksum of their names and sizes, and one of the metadata
     "What a source consisted of when it was packed"
-    path = Path(where).expanduser()
-    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else []
+    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
     lines = [f"{f.relative_to(path) if f != path else f.name} {f.stat().st_size}" for f in files]
     return {"count": len(files), "bytes": sum(f.stat().st_size for f in files),
             "names_and_sizes": hashlib.sha256("\n".join(lines).encode()).hexdigest(),
@@ -214,7 +213,8 @@ def pack(
     if shard < 3 * window: raise UserError(f"--file-mib is {file_mib}, too small for one record: give 1 or more")
     names = [s.name if [t.name for t in streams].count(s.name) == 1 else str(w) for s, w in zip(streams, sources)]
     plan = dict(dtype=dtype, window=window, shard_samples=shard, sources=[
-        dict(name=n, where=str(w), weight=share, files=listing(w)) for n, w, share in zip(names, sources, shares)])
+        dict(name=n, where=str(w), weight=share, files=listing(s.path))
+        for n, w, s, share in zip(names, sources, streams, shares)])
     with StoreWriter(out, plan) as writer:
         try:
             if not writer.complete: _copy(streams, writer)

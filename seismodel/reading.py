@@ -99,7 +99,7 @@ def gather(
         here = np.flatnonzero(shard == k)
         x, memory = store.shard(k)
         rows = np.lib.stride_tricks.as_strided(x, (len(x) - window + 1, 3 * window), (width, store.dtype.itemsize))
-        for byte in 128 + start[here] * width:                                 # after the header
+        for byte in 128 + start[here] * width if hasattr(memory, "madvise") else ():     # after the header
             page = int(byte) // mmap.PAGESIZE * mmap.PAGESIZE
             memory.madvise(mmap.MADV_WILLNEED, page, int(byte) + window * width - page)
         if out is None: out = rows[start]                                      # one file: one copy

@@ -6,11 +6,10 @@ Docs: https://seismodel.github.io/seismodel/store.html.md"""
 
 # %% auto #0
 __all__ = ['DTYPES', 'SPAN', 'LABELS', 'VERSION', 'TABLES', 'quantize', 'dequantize', 'write_whole', 'to_disk', 'move', 'sha256',
-           'Part', 'StoreWriter', 'row_type', 'finish']
+           'locked', 'Part', 'StoreWriter', 'row_type', 'finish']
 
 # %% ../nbs/01b_store.ipynb #7a332416
 import csv
-import fcntl
 import hashlib
 import json
 import os
@@ -85,6 +84,19 @@ def sha256(
     "Checksum of a file"
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
+# %% ../nbs/01b_store.ipynb #35219d8f
+def locked(
+    path:Path, # of a file
+): # the file, open; another process is refused until it is closed
+    "Take a lock, or raise `UserError`"
+    import fcntl                                                               # not on Windows, where only reading works
+    file = open(path)
+    try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise UserError(f"another process is packing {path.parent}: wait for it") from None
+    return file
+
 # %% ../nbs/01b_store.ipynb #67219919
 class Part:
     "A file of samples and the list of its traces, not yet there for anyone else"
@@ -151,9 +163,7 @@ class StoreWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder/"plan.json").exists(): write_whole(self.folder/"plan.json", _json(plan))   # the first of all
         self.parts.mkdir(exist_ok=True)
-        self.lock = open(self.folder/"plan.json")                              # released when the process dies
-        try: fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError: raise UserError(f"another process is packing {folder}: wait for it") from None
+        self.lock = locked(self.folder/"plan.json")
         ends = self.ends()
         self.closed, self.position = len(ends), ends[-1]["position"] if ends else None
         for file in {*self.folder.glob("samples-*"), *self.folder.glob("*.part"), *self.parts.glob("*.part")}:
@@ -209,6 +219,12 @@ class StoreWriter:
         self.part.close(self.position)
         self.closed, self.part = self.closed + 1, None
 
+    def remove(self) -> None:
+        "Take away what has been written"
+        self._clean()
+        for file in [*self.folder.glob("samples-*")]: file.unlink()
+        if not any(self.folder.iterdir()): self.folder.rmdir()
+
     def _clean(self):
         rmtree(self.parts, ignore_errors=True)
         for name in ("plan.json", "manifest.json.part"): (self.folder/name).unlink(missing_ok=True)
@@ -260,8 +276,7 @@ def finish(
             first = first or f"{names[line['source']]}/{line['left_out']}: {line['why']}"
     traces = sum(sum(p.values()) for p in packed)
     if not traces:
-        writer.lock.close()
-        rmtree(folder)
+        writer.remove()
         raise UserError(f"no usable trace in {', '.join(names)}; the first: {first or 'there is none at all'}")
     _tables(folder, names, traces, list(columns), splits, width)
     ends = writer.ends()
