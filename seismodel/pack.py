@@ -77,19 +77,21 @@ class Unit(NamedTuple):
 
 def scan(
     files:list[Path], # to look at
-) -> tuple[list[Unit], dict[Path, str]]: # units in a fixed order; why a file is in none
+) -> tuple[list[Unit], dict[str, str]]: # units in a fixed order; file or channel -> why it is in none
     "Which files hold which instrument, from their headers"
     import obspy
     found, left = {}, {}
     for file in files:
         try: stream = obspy.read(escape(str(file)), headonly=True)
         except Exception:
-            left[file] = "no waveform file that ObsPy can read"
+            left[file.name] = "no waveform file that ObsPy can read"
             continue
         first = {}
         for trace in stream:
-            if trace.id[-1:] in tuple("ZNE12"): first.setdefault(trace.id[:-1], []).append(trace.stats.starttime)
-        if not first: left[file] = "no channel that ends in Z, N, E, 1 or 2"
+            if trace.id[-1:] not in tuple("ZNE12"): left[f"{trace.id} in {file.name}"] = "channel does not end in Z, N, E, 1 or 2"
+            elif not 10 <= trace.stats.sampling_rate <= 10_000:
+                left[f"{trace.id} in {file.name}"] = "sampling rate not between 10 and 10,000 Hz"
+            else: first.setdefault(trace.id[:-1], []).append(trace.stats.starttime)
         for instrument, starts in first.items(): found.setdefault((str((min(starts) + 60).date), instrument), []).append(file)
     return sorted((Unit(*key, tuple(f)) for key, f in found.items()), key=lambda u: (u.day, u.files, u.instrument)), left
 
@@ -133,10 +135,10 @@ class ArchiveItems:
     def items(self,
         after:list|None=None, # [units that are done, items of the next one that are done]
     ) -> Iterator[Item]:
-        "The rest of the stream: files that are no waveforms, then unit by unit"
+        "The rest of the stream: files and channels that are not used, then unit by unit"
         done, inside = after or (0, 0)
-        for k, (file, why) in enumerate(self.left.items()):
-            if k >= done: yield Item([k + 1, 0], file.name, None, why, "", {})
+        for k, (name, why) in enumerate(self.left.items()):
+            if k >= done: yield Item([k + 1, 0], name, None, why, "", {})
         for k, unit in enumerate(self.units, len(self.left)):
             if k < done: continue
             for j, item in enumerate(self._unit(unit)):

@@ -265,6 +265,20 @@ def test_a_station_day_in_three_files_at_another_rate(tmp_path):
     assert any(i.record is not None for i in items)                  # Z and E are still there
 
 
+def test_channels_that_are_no_seismogram(tmp_path):
+    "One sample a second, and a pressure gauge, beside a seismometer in one file: each is named"
+    import obspy
+    (tmp_path/'mixed').mkdir()
+    stream, slow, other = obspy.read(), obspy.read()[0], obspy.read()[0]
+    slow.stats.channel, slow.stats.sampling_rate, other.stats.channel = 'LHZ', 1., 'HDF'
+    (stream + obspy.Stream([slow, other])).write(str(tmp_path/'mixed/a.mseed'), format='MSEED')
+    items = list(ArchiveItems(tmp_path/'mixed', 'mixed').items())
+    assert {i.name: i.why for i in items if not i.record} == {
+        'BW.RJOB..LHZ in a.mseed': 'sampling rate not between 10 and 10,000 Hz',
+        'BW.RJOB..HDF in a.mseed': 'channel does not end in Z, N, E, 1 or 2'}
+    assert [i.record.waveform.shape for i in items if i.record] == [(3000, 3)]
+
+
 def test_nearly_all_gap_is_left_out(tmp_path):
     "Two minutes that lie 400 days apart, in one file"
     import obspy
