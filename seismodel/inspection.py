@@ -84,7 +84,9 @@ def of_folder(
         if item.record: o.records.append(item.record)
         else:
             o.bad[stream.name, item.why] += 1
-            if isinstance(stream, DatasetItems): o.packed[stream.name, str(source.splits[np.searchsorted(source.rows, item.position - 1)])] -= 1
+            if not isinstance(stream, DatasetItems): continue
+            split = source.splits[np.searchsorted(source.rows, item.position - 1)]
+            o.packed[stream.name, str(split)] -= 1                             # it had been counted as usable
     return o
 
 # %% ../nbs/01h_inspection.ipynb #9e87bacd
@@ -93,11 +95,11 @@ def describe(
 ) -> str: # lines
     "Counts, rates, durations, picks, SNR, bad traces"
     total, bad, n = sum(o.packed.values()), sum(o.bad.values()), len(o.records)
-    splits = sorted({split for _, split in o.packed}, key=lambda s: (["train", "dev", "test"] + [s]).index(s))
+    splits = sorted({split for _, split in o.packed}, key=lambda s: (["train", "dev", "test", s].index(s), s))
     names = sorted({name for name, _ in o.packed} | {name for name, _ in o.bad})
     width = max(map(len, names), default=0)
-    lines = [f"{o.name}: {total:,} usable traces" + ("" if o.complete else " among the first files; pack it to count them all"),
-             f"  {'source':{width}}" + "".join(f"{s:>10}" for s in splits)]
+    part = "" if o.complete else " among the first files; pack it to count them all"
+    lines = [f"{o.name}: {total:,} usable traces{part}", f"  {'source':{width}}" + "".join(f"{s:>10}" for s in splits)]
     lines += [f"  {name:{width}}" + "".join(f"{o.packed[name, s]:>10,}" for s in splits) for name in names]
     if o.rates: lines.append("rates at the origin: " + ", ".join(f"{r:g} Hz ({k:,})" for r, k in o.rates.most_common(6)))
     lines.append(f"bad traces: {bad:,} of {total + bad:,} ({bad / max(total + bad, 1):.1%})")
@@ -106,13 +108,16 @@ def describe(
     seconds = np.array([len(r.waveform) for r in o.records]) / SAMPLING_RATE
     still = np.array([flat(torch.from_numpy(r.waveform)).numpy() for r in o.records])
     lines.append(f"of {n:,} records that were read:")
-    lines.append(f"  duration {seconds.min():.0f} to {seconds.max():.0f} s, median {np.median(seconds):.0f} s; with a flat or missing component {still.any(1).mean():.1%}")
+    lines.append(f"  duration {seconds.min():.0f} to {seconds.max():.0f} s, median {np.median(seconds):.0f} s")
+    lines.append(f"  with a flat or missing component: {still.any(1).mean():.1%}")
     for phase, at in (("P", 4), ("S", 5)):
         status = Counter(STATUS[r[at]] for r in o.records)
         lines.append(f"  {phase}: " + ", ".join(f"{status[s]} {s}" for s in STATUS if status[s]))
     db = np.array([snr(r) for r in o.records])
     db = db[np.isfinite(db)]
-    if len(db): lines.append(f"  SNR of P: median {np.median(db):.0f} dB, nine in ten from {np.quantile(db, .05):.0f} to {np.quantile(db, .95):.0f} dB ({len(db)} records)")
+    if len(db):
+        low, middle, high = np.quantile(db, (.05, .5, .95))
+        lines.append(f"  SNR of P: median {middle:.0f} dB, nine in ten from {low:.0f} to {high:.0f} dB ({len(db)} records)")
     return "\n".join(lines)
 
 # %% ../nbs/01h_inspection.ipynb #7997efb2
@@ -138,11 +143,11 @@ def page(
 
 # %% ../nbs/01h_inspection.ipynb #a6f79f97
 def inspect(
-    where:str,                   # a store, a folder of a SeisBench data set or of waveform files, or the name of a data set
+    where:str,                    # a store, the folder or name of a SeisBench data set, a folder or file of miniSEED, SAC, …
     out:Path=Path("inspect.png"), # the page of waveforms
-    records:int=400,             # how many to read for durations, picks and SNR
-    window:int=WINDOW,           # samples; traces below half of it count as bad
-    verify:bool=False,           # compare all checksums of a store
+    records:int=400,              # how many to read for durations, picks and SNR
+    window:int=WINDOW,            # samples; traces below half of it count as bad
+    verify:bool=False,            # compare all checksums of a store
 )->Overview: # what was found
     "Show what a store or a folder holds: counts, rates, durations, SNR, bad traces, and a page of waveforms"
     if records < 1: raise UserError(f"--records is {records}: give 1 or more")
@@ -151,7 +156,8 @@ def inspect(
     print(describe(o))
     if store and verify:
         damaged = store.verify()
-        if damaged: raise UserError(f"{where} is damaged, the checksum is another for {', '.join(damaged)}: copy or pack it again")
+        if damaged:
+            raise UserError(f"{where} is damaged, the checksum is another for {', '.join(damaged)}: copy or pack it again")
         print("every checksum is right")
     if o.records:
         page(o.records).savefig(out, dpi=110)

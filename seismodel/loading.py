@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from .reading import Windows
-from .waveforms import WINDOW, BadRecord, Record, UserError, flat, log
+from .waveforms import WINDOW, BadRecord, Record, UserError, flat, log, normalize
 
 # %% ../nbs/01f_loading.ipynb #8606d311
 def mix(
@@ -120,13 +120,15 @@ def normalize_windows(
     w:Windows,           # not yet normalised
     out:np.ndarray=None, # (B, W, 3) float32 to write into; None: a new one
 ) -> np.ndarray: # (B, W, 3) float32
-    "16 bits in one go; other types, and windows between zeros, one by one"
+    "Whole windows of 16 bits in one go; the others one by one"
     out = np.empty(w.x.shape, np.float32) if out is None else out
     fast = (w.valid[:, 1] - w.valid[:, 0] == w.x.shape[1]) & (w.x.dtype.itemsize == 2)
     if fast.all(): normalize_narrow(w.x, out)
     elif fast.any(): out[fast] = normalize_narrow(w.x[fast])
-    for k in np.flatnonzero(~fast):
-        out[k] = standardize(torch.from_numpy(w.x[k:k + 1]), torch.from_numpy(w.valid[k:k + 1]))[0].numpy()
+    for k, (a, b) in ((k, w.valid[k]) for k in np.flatnonzero(~fast)):
+        out[k, :a] = out[k, b:] = 0
+        if w.x.dtype.itemsize == 2: out[k, a:b] = normalize_narrow(w.x[k:k + 1, a:b])[0]
+        else: out[k, a:b] = normalize(torch.from_numpy(w.x[k, a:b])).numpy()
     return out
 
 def put(
@@ -297,7 +299,7 @@ def device_batches(
 ) -> Iterator[dict]: # batches on the device, in order
     "Batches made and sent ahead by a thread; what goes wrong there is raised here"
     device, raw = torch.device(device), augment is not None or torch.device(device).type == "cuda"
-    loader = DataLoader(Batches(data, batch_size, raw), batch_size=None, num_workers=workers, pin_memory=device.type == "cuda")
+    loader = DataLoader(Batches(data, batch_size, raw), None, num_workers=workers, pin_memory=device.type == "cuda")
     ready, stop = Queue(ahead), Event()
     thread = Thread(target=_produce, args=(loader, device, raw, augment, seed, ready, stop), daemon=True)
     thread.start()

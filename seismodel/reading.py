@@ -31,6 +31,8 @@ class Store:
         except (OSError, ValueError): raise UserError(f"{folder}/manifest.json cannot be read: pack it again") from None
         if not isinstance(m, dict) or m.get("format") != "seismodel-store":
             raise UserError(f"{folder} is no store: its manifest.json is of something else")
+        lacks = [k for k in ("version", "dtype", "splits", "traces", "samples", "sources", "shards", "tables") if k not in m]
+        if lacks: raise UserError(f"{folder}/manifest.json has no {lacks[0]}: pack it again")
         if m["version"] > VERSION:
             raise UserError(f"{folder} was packed by a newer seismodel (store version {m['version']}): upgrade this one")
         self.dtype, self._maps = np.dtype(DTYPES[m["dtype"]]), {}
@@ -41,11 +43,11 @@ class Store:
                 raise UserError(f"{file} is missing or cut short (it should have {size} bytes): copy it again")
         try: self.index = np.load(self.folder/"index.npy", mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError): raise UserError(f"{folder}/index.npy is missing or damaged: copy it again") from None
-        if len(self.index) != m["traces"]:
-            raise UserError(f"{folder}/index.npy has {len(self.index)} rows, not {m['traces']}: copy it again")
+        if len(self.index) != m["traces"] or not {"name", "shard", "first", *LABELS} <= set(self.index.dtype.names or ()):
+            raise UserError(f"{folder}/index.npy does not belong to its manifest: copy both again")
 
     def __len__(self): return len(self.index)
-    def __getstate__(self): return dict(vars(self), _maps={})                  # a loader process maps for itself
+    def __reduce__(self): return Store, (self.folder,)                         # a loader process opens it for itself
 
     def shard(self,
         k:int, # its number
@@ -116,18 +118,20 @@ class StoreSource:
     ):
         splits, index = store.manifest["splits"], store.index
         self.store, self.name, self.window = store, store.folder.resolve().name, window
-        if split not in splits: raise UserError(f"{self.name} has no trace in split {split!r}, only in {', '.join(splits)}")
+        if split not in splits:
+            raise UserError(f"{self.name} has no trace in split {split!r}, only in {', '.join(splits)}")
         rows = np.flatnonzero(index["split"] == splits.index(split))
         brief = index["samples"][rows] < window / 2
-        self.left_out = {"shorter than half a window": [n.decode() for n in index["name"][rows[brief]]]} if brief.any() else {}
-        self.rows = rows[~brief]
-        if not len(self.rows): raise UserError(f"{self.name}: every trace of split {split!r} is shorter than half a window of {window}")
-        self.samples, self.first, self.shard = (np.ascontiguousarray(index[k][self.rows]) for k in ("samples", "first", "shard"))
+        names = [n.decode() for n in index["name"][rows[brief]]]
+        self.left_out, self.rows = {"shorter than half a window": names} if names else {}, rows[~brief]
+        if not len(self.rows):
+            raise UserError(f"{self.name}: every trace of split {split!r} is shorter than half a window of {window}")
+        self.samples, self.first, self.shard = (index[k][self.rows] for k in ("samples", "first", "shard"))
         self.count = np.bincount(index["source"][self.rows], minlength=len(store.manifest["sources"]))
         weights = [s["weight"] for s in store.manifest["sources"]]
         share = np.where(self.count > 0, self.count if None in weights else weights, 0.)
         if not share.any(): share = self.count
-        self.upto = np.cumsum(share / share.sum())                             # of the sources, which lie one after the other
+        self.upto = np.cumsum(share / share.sum())                             # sources lie one after the other
 
     def __len__(self): return len(self.rows)
 

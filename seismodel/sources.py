@@ -105,7 +105,8 @@ def split_column(
         known = metadata[column].notna().to_numpy()
         key[known] = [str(k)[:digits].replace(" ", "T") for k in metadata[column][known]]
     log.warning("%s has no column split: its traces are split by event or hour, 80 %% train, 10 %% dev, 10 %% test", name)
-    if (key == None).any(): log.warning("%s: %d traces with neither source_id nor trace_start_time are in train", name, (key == None).sum())
+    lost = sum(k is None for k in key)
+    if lost: log.warning("%s: %d traces with neither source_id nor trace_start_time are in train", name, lost)
     return np.array(["train" if k is None else draw_split(k) for k in key])
 
 # %% ../nbs/01d_sources.ipynb #20ef7eba
@@ -168,9 +169,10 @@ class SeisBenchSource:
             self.why[hit & keep] = why
             keep &= ~hit
         names = trace_names(table)
-        self.left_out = {why: names[self.why == why].tolist() for why in dict.fromkeys(self.why[self.why != None])}
-        if not keep.any(): raise UserError(f"{name}: no usable trace{f' in split {split!r}' if split else ''}, since {self.reasons()}")
-        if self.left_out: log.warning("%s%s: %s", name, f", split {split}" if split else "", self.reasons())
+        self.left_out = {why: names[self.why == why].tolist() for why in dict.fromkeys(w for w in self.why if w)}
+        where = f", split {split}" if split else ""
+        if not keep.any(): raise UserError(f"{name}{where}: no usable trace, since {self.reasons()}")
+        if self.left_out: log.warning("%s%s: %s", name, where, self.reasons())
         self.rows, self.splits = np.flatnonzero(keep), splits[keep]            # of the data set's own table
         self.names = names[keep].tolist()
         self._labels(table[keep])

@@ -154,11 +154,11 @@ class StoreWriter:
     ):
         self.folder, self.plan, self.parts = Path(folder), plan, Path(folder)/"parts"
         self.part, self.position, self.complete = None, None, (self.folder/"manifest.json").exists()
-        if self.complete:                                                      # nothing to do, but to take away what a kill has left
+        if self.complete:                                                      # a kill may have left something
             self._compare(json.loads((self.folder/"manifest.json").read_text())["plan"])
             return self._clean()
         if (self.folder/"plan.json").exists(): self._compare(json.loads((self.folder/"plan.json").read_text()))
-        elif self.folder.exists() and (not self.folder.is_dir() or {f.name for f in self.folder.iterdir()} - {"plan.json.part"}):
+        elif self.folder.is_file() or self.folder.is_dir() and {f.name for f in self.folder.iterdir()} - {"plan.json.part"}:
             raise UserError(f"{folder} is there already and no store: name another folder")
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder/"plan.json").exists(): write_whole(self.folder/"plan.json", _json(plan))   # the first of all
@@ -300,7 +300,8 @@ def _tables(folder, names, traces, columns, splits, width):
     new = [folder/f"{name}.part" for name in TABLES]
     index, k = np.lib.format.open_memmap(new[0], "w+", row_type(width), (traces,)), 0
     with open(new[1], "w", newline="") as t, open(new[2], "w", newline="") as o:
-        table, left = csv.DictWriter(t, ["store_source", "trace_name", *columns], lineterminator="\n"), csv.writer(o, lineterminator="\n")
+        table = csv.DictWriter(t, ["store_source", "trace_name", *columns], lineterminator="\n")
+        left = csv.writer(o, lineterminator="\n")
         table.writeheader()
         left.writerow(["store_source", "trace_name", "why"])
         for line in _lines(folder):
