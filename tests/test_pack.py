@@ -201,6 +201,7 @@ def test_stores_that_cannot_be_opened(tmp_path, quakes_folder):
     assert 'samples-00000.npy' in spoilt('short', lambda f: os.truncate(f/'samples-00000.npy', 9999))
     assert 'samples-00000.npy' in spoilt('gone', lambda f: (f/'samples-00000.npy').unlink())
     assert 'index.npy' in spoilt('no_index', lambda f: (f/'index.npy').unlink())
+    assert 'traces.csv' in spoilt('no_table', lambda f: (f/'traces.csv').unlink())
     assert 'index.npy' in spoilt('bad_index', lambda f: (f/'index.npy').write_bytes(b'no array'))
     assert 'index.npy' in spoilt('cut_index', lambda f: os.truncate(f/'index.npy', 3000))
     assert 'manifest.json' in spoilt('no_manifest', lambda f: (f/'manifest.json').unlink())
@@ -232,12 +233,12 @@ def test_archive_of_several_stations(tmp_path):
     folder = archive(tmp_path/'archive', 1.5, gap=(1800., 1830.))
     archive(folder, 1.5, station='OTHER')
     (folder/'sub').mkdir()
-    (folder/'sub/notes.txt').write_text('a note')
+    for where in (folder, folder/'sub'): (where/'notes.txt').write_text('a note')
     manifest = pack([folder], tmp_path/'store')
     table = pd.read_csv(tmp_path/'store/traces.csv')
     assert sorted(table.station_code.unique()) == ['OTHER', 'RJOB']
     left = list(csv.DictReader(open(tmp_path/'store/left_out.csv')))
-    assert [row['why'] for row in left if 'txt' in row['trace_name']] == ['no waveform file that ObsPy can read']
+    assert [row['trace_name'] for row in left if 'no waveform' in row['why']] == ['notes.txt', 'sub/notes.txt']
     lost = [row for row in left if 'gap' in row['why']]
     assert len(lost) == 1 and 'RJOB' in lost[0]['trace_name']
     short = sum(1 for row in left if row['why'] == 'shorter than half a window')
