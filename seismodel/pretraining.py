@@ -6,8 +6,8 @@ Docs: https://seismodel.github.io/seismodel/pretraining.html.md"""
 
 # %% auto #0
 __all__ = ['CONFIGS', 'ENCODERS', 'PRESETS', 'ContrastiveConfig', 'ReconstructionConfig', 'config_to_dict', 'config_from_dict',
-           'Step', 'write_atomically', 'Pretrainer', 'ContrastivePretraining', 'ReconstructionPretraining', 'Preset',
-           'contrastive_size', 'preset', 'build', 'from_pretrained', 'load_weights']
+           'Step', 'write_atomically', 'force_out', 'Pretrainer', 'ContrastivePretraining', 'ReconstructionPretraining',
+           'Preset', 'contrastive_size', 'preset', 'build', 'from_pretrained', 'load_weights']
 
 # %% ../nbs/10_pretraining.ipynb #3dd052a1
 import json
@@ -19,7 +19,7 @@ from typing import ClassVar, NamedTuple
 import torch
 import torch.nn as nn
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from . import __version__
 from .backbones import MLSTMSequential, MLSTMUNet
@@ -96,15 +96,25 @@ def write_atomically(
     path:str|Path, # the file to write
     write,         # function that writes the file whose path it is given
 ):
-    "Write beside `path`, then rename: readers see the old file or the new one, never half of one"
+    "Write beside `path`, force it to the disk, then rename: readers see the old file or the new one, never half of one"
     path = Path(path)
     beside = path.with_name(f'.{path.name}.part')
     try:
         write(beside)
+        force_out(beside)
         os.replace(beside, path)
+        force_out(path.parent)
     finally: beside.unlink(missing_ok=True)
 
-# %% ../nbs/10_pretraining.ipynb #0d027254
+def force_out(
+    path:Path, # a file or a folder
+):
+    "Return when what was written is on the disk, not in a cache of the system"
+    handle = os.open(path, os.O_RDONLY)
+    try: os.fsync(handle)
+    finally: os.close(handle)
+
+# %% ../nbs/10_pretraining.ipynb #c154ceb1
 class Pretrainer(nn.Module):
     "Encoder, backbone and head: what both methods share. Each method adds its `forward`, the loss."
     def __init__(self, config, encoder, backbone, head):
@@ -127,13 +137,13 @@ class Pretrainer(nn.Module):
         folder:str|Path, # made if it is not there
         extra:dict|None=None, # more entries for config.json, such as how the model was trained
     ):
-        "Write `model.safetensors` and `config.json`"
+        "Write `config.json` and `model.safetensors`; raises OSError where the disk does not take them"
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
         config = {'seismodel': __version__, 'model': config_to_dict(self.config), **(extra or {})}
-        write_atomically(folder/'model.safetensors', lambda p: save_file(weights, p))
         write_atomically(folder/'config.json', lambda p: p.write_text(json.dumps(config, indent=2)))
+        write_atomically(folder/'model.safetensors', lambda p: p.write_bytes(save(weights)))
 
 # %% ../nbs/10_pretraining.ipynb #d4e6c04f
 class ContrastivePretraining(Pretrainer):
