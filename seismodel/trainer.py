@@ -6,7 +6,7 @@ Docs: https://seismodel.github.io/seismodel/trainer.html.md"""
 
 # %% auto #0
 __all__ = ['inputs_of', 'evaluate', 'train_step', 'log_row', 'Interrupted', 'Signals', 'Progress', 'begin', 'save_state',
-           'full_disk', 'train', 'check_fit', 'draw_run', 'run_steps', 'validate_run', 'write_row']
+           'save_for_people', 'full_disk', 'train', 'check_fit', 'draw_run', 'run_steps', 'validate_run', 'write_row']
 
 # %% ../nbs/11_trainer.ipynb #07577e0d
 import math
@@ -28,7 +28,7 @@ from .distributed import Ranks, pick_device
 from .health import FiniteWatch, TrainingError, alarms, healthy_at, withhold_unless
 from .plots import log_pictures, model_figures, plot_metrics, save_figures
 from .recipe import (FREE, SIGNALS, Order, TrainConfig, check_config, in_order, loader, lr_at, mixed, parameter_groups,
-                              precision, seed_step)
+                              precision, reading, seed_step)
 from .runlog import CLOCK, RunLog, read_metrics, write_bad_traces
 from .waveforms import UserError
 
@@ -77,10 +77,10 @@ def train_step(
     model.set_progress(step, c.steps)
     for group in optimizer.param_groups: group['lr'] = lr_at(step, c)
     seed_step(generator, c.seed, step)
-    torch.manual_seed(mixed(c.seed, step, ranks.rank))   # dropout
     metrics, used = {}, []
     for k in range(c.accumulate):
         used.append(next(batches))
+        torch.manual_seed(mixed(c.seed, step, k, ranks.rank))   # for dropout; after the data, which may draw in this process
         with nullcontext() if net is model or k == c.accumulate - 1 else net.no_sync():   # gradients travel once a step
             with precision(ranks.device), ranks.draws(): loss, measures = net(inputs_of(model, used[-1], ranks.device), generator)
             (loss/c.accumulate).backward()
@@ -182,6 +182,10 @@ def save_state(folder, model, optimizer, at, about, data, log, keep):
     "Write the checkpoint of this step, the weights for `from_pretrained` and the bad traces; raises OSError"
     log.sync()
     write_checkpoint(folder, training_tensors(model, optimizer), {'step': at.step, 'progress': asdict(at), 'settings': about}, keep)
+    save_for_people(folder, model, at, about, data)
+
+def save_for_people(folder, model, at, about, data):
+    "The weights for `from_pretrained` and the bad traces: both follow from the checkpoint, and are made again when a run is resumed"
     model.save_pretrained(folder, {k: v for k, v in about.items() if k != 'model'})
     write_bad_traces(folder, data, at.bad_traces, at.redrawn)
 
@@ -221,8 +225,11 @@ def train(
     at = begin(folder, model, optimizer, about, resume, ranks)
     log = RunLog(folder, at.step, c.tensorboard) if ranks.rank == 0 else None
     try:
+        if resume and ranks.rank == 0: save_for_people(folder, model, at, about, data)     # the kill may have come between checkpoint and these
         if at.step < c.steps: run_steps(model, optimizer, data, dev_batches, show, c, folder, about, at, log, ranks)
         if ranks.rank == 0: draw_run(model, show, folder)
+    except UserError as e:                                     # from a worker it comes with a traceback in its text
+        raise UserError(str(e).strip().splitlines()[-1].removeprefix('seismodel.waveforms.UserError: ')) from None
     except RuntimeError as e:
         if 'DataLoader worker' not in str(e): raise
         raise TrainingError(f"A process that prepares windows was lost ({str(e).splitlines()[0].rstrip('. ')}). Was there too little memory? Resume, perhaps with fewer workers.") from None
@@ -248,11 +255,11 @@ def draw_run(model, show, folder):
 def run_steps(model, optimizer, data, dev_batches, show, c, folder, about, at, log, ranks):
     "From where the run stands to its end; `at` moves along"
     net = model if ranks.world == 1 else DistributedDataParallel(model, broadcast_buffers=False)
-    batches, generator = iter(loader(data, Order(c, ranks, at.step), c, ranks.device)), torch.Generator(ranks.device)
+    windows, generator = loader(data, Order(c, ranks, at.step), c, ranks.device), torch.Generator(ranks.device)
     watch = FiniteWatch(folder, ranks.device, c.skip_nonfinite, at.withheld, ranks.gather, write=ranks.rank == 0)
     bar = tqdm(range(at.step + 1, c.steps + 1), initial=at.step, total=c.steps, unit='step', disable=ranks.rank > 0)
     since, done, saved = perf_counter(), at.step, at.step
-    with Signals() as signals:
+    with Signals() as signals, reading(windows) as batches:
         for step in bar:
             metrics, numbers, used = train_step(net, optimizer, batches, generator, step - 1, c, ranks, signals.caught)
             at.step = step
