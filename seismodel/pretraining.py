@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save
 
 from . import __version__
 from .backbones import MLSTMSequential, MLSTMUNet
-from .encoders import BidirAutoregConfig, BidirAutoregEncoder, ConvDownConfig, ConvDownEncoderContrastive
-from .infonce import contrastive_loss
+from .encoders import BidirAutoregConfig, BidirAutoregEncoder, ConvDownConfig, ConvDownEncoderContrastive, check_traces
+from .infonce import contrastive_mean, contrastive_sums, masked_frames
 from .masked_mse import (effective_rank, feature_variance, interpolation_baseline, masked_mse, patch_targets,
                                   token_targets, zero_baseline)
 from .masking import most_masked
@@ -174,15 +174,19 @@ class ContrastivePretraining(Pretrainer):
         generator:torch.Generator|None=None, # randomness of masks, codes and negatives, on the device of `x`
     )->Step:
         "InfoNCE over the masked frames plus the diversity of the codes"
-        c, k = self.config, self.config.encoder
-        e, predictions = self.predict(x, generator)
-        most = most_masked(e.mask.shape[1], k.mask_prob, k.mask_length, k.mask_mode)
-        out = contrastive_loss(predictions, e.targets, e.mask, e.codes, e.code_logits, n_negatives=c.negatives,
-            temperature=c.temperature, diversity_weight=c.diversity_weight, most=most, generator=generator)
-        codes_used = hard_perplexity(e.codes, k.num_codevectors_per_group, e.mask)
+        c, k, encoder = self.config, self.config.encoder, self.encoder
+        check_traces(x, k.in_features)
+        clean = encoder.frontend(x)
+        features, mask = encoder.hide(encoder.projection(clean), generator)     # at least 2 hidden frames a row
+        predictions = self.head(self.backbone(features))
+        places, valid = masked_frames(mask, most_masked(mask.shape[1], k.mask_prob, k.mask_length, k.mask_mode))
+        targets, codes, usage = encoder.masked_targets(clean, places, valid, generator)     # nothing at visible frames
+        sums = contrastive_sums(predictions, targets, codes, usage, places, valid, c.negatives, c.temperature, generator)
+        out = contrastive_mean(sums, c.negatives, c.diversity_weight)
+        codes_used = hard_perplexity(codes, k.num_codevectors_per_group, valid)
         metrics = dict(contrastive=out.contrastive, diversity=out.diversity, accuracy=out.accuracy, perplexity=out.perplexity,
-            code_perplexity=codes_used, collided=out.collided, masked=e.mask.float().mean(),
-            gumbel_temperature=self.encoder.quantizer.temperature, feature_variance=feature_variance(e.clean))
+            code_perplexity=codes_used, collided=out.collided, masked=mask.float().mean(),
+            gumbel_temperature=self.encoder.quantizer.temperature, feature_variance=feature_variance(clean))
         return Step(out.loss, {name: m.detach() for name, m in metrics.items()})
 
 # %% ../nbs/10_pretraining.ipynb #92ec4cff
