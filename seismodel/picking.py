@@ -100,7 +100,7 @@ class StreamPicker(WaveformModel):
         for phase in 'PS':
             threshold = argdict.get(f'{phase}_threshold', argdict.get('*_threshold', self._annotate_args['*_threshold'][1]))
             picks += self.picks_from_annotations(annotations.select(channel=f'{self.name}_{phase}'), threshold, phase)
-        return ClassifyOutput(self.name, picks=PickList(sorted(picks)))
+        return ClassifyOutput(self.name, picks=PickList(sorted(picks, key=lambda pick: pick.peak_time)))
 
 # %% ../nbs/11c_picking.ipynb #aed9f9c3
 class SeisModelPicker(StreamPicker):
