@@ -45,11 +45,10 @@ def labelled(
     metadata,  # of a SeisBench data set
     phase:str, # 'P' or 'S'
 )->np.ndarray: # (traces,) bool
-    "Whether the phase was looked for: status not `none`, or a noise record; True everywhere without such a column"
-    column = f'trace_{phase.lower()}_status'
-    if column not in metadata: return np.ones(len(metadata), bool)
-    noise = metadata['trace_category'].eq('noise') if 'trace_category' in metadata else False
-    return (metadata[column].fillna('none').ne('none') | noise).to_numpy()
+    "Whether the phase was looked for: there is a pick of it, or the record is noise"
+    here = np.isfinite(onsets(metadata, phase))
+    if 'trace_category' in metadata: return here | metadata['trace_category'].astype(str).str.lower().eq('noise').to_numpy()
+    return here | ~np.isfinite(onsets(metadata, 'P' if phase == 'S' else 'S'))      # no picks at all: noise, by the benchmark's rule
 
 # %% ../nbs/11d_evaluation.ipynb #c8b6f7a6
 def picks_of(
@@ -276,7 +275,7 @@ def score_records(
     dataset.component_order, dataset.dimension_order, dataset.sampling_rate = COMPONENTS, 'NCW', SAMPLING_RATE
     table, rows = dataset.metadata, []
     column = lambda name, default: table[name].fillna(default) if name in table else pd.Series(default, table.index)
-    noise, known = column('trace_category', 'earthquake').eq('noise').to_numpy(), {p: labelled(table, p) for p in 'PS'}
+    noise = column('trace_category', 'earthquake').eq('noise').to_numpy()
     onset = {p: onsets(table, p)*SAMPLING_RATE/column('trace_sampling_rate_hz', SAMPLING_RATE).to_numpy(float) for p in 'PS'}
     about = pd.DataFrame(dict(trace_name=table['trace_name'], event=column('source_id', '').astype(str), trace_dataset=column('trace_dataset', 'all'),
                               components=column('trace_components_present', COMPONENTS))).to_dict('records')
@@ -285,7 +284,7 @@ def score_records(
         at = {p: np.array([pick.peak_time.timestamp for pick in picks if pick.phase == p]) for p in 'PS'}
         if noise[i]: rows.append({**about[i], 'kind': 'noise', 'residual': np.nan, 'picks': len(picks)})
         for p in 'PS':
-            if noise[i] or not known[p][i] or np.isnan(onset[p][i]): continue
+            if noise[i] or np.isnan(onset[p][i]): continue
             late = at[p] - onset[p][i]/SAMPLING_RATE
             rows.append({**about[i], 'kind': p, 'residual': late[np.abs(late).argmin()] if len(late) else np.nan, 'picks': len(late)})
     return pd.DataFrame(rows)

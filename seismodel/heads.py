@@ -120,8 +120,10 @@ def pick_loss(
 FREEZE = ('none', 'encoder', 'all', 'gradual')
 PRETRAINING_ONLY = ('quantizer', 'target_projection', 'mask_emb')   # parts of an encoder that a picker does not need
 
-class Picker(Pretrainer):
+class Picker(nn.Module):
     "Encoder and backbone of a pretraining model, whose parts it takes over, with a head for P and S"
+    whole_batch = True       # tells the trainer that `forward` wants labels, not the windows alone
+
     def __init__(self,
         model:Pretrainer,   # where encoder and backbone come from
         width:int=64,       # channels of the head; 0: a linear probe
@@ -130,8 +132,9 @@ class Picker(Pretrainer):
         freeze:str='none',  # what does not learn: none, encoder, all or gradual
     ):
         if freeze not in FREEZE: raise UserError(f"freeze is '{freeze}'; choose one of {', '.join(FREEZE)}.")
-        super().__init__(model.config, model.encoder, model.backbone, PickHead(model.backbone.dim, width, dropout, raw))
-        self.options = dict(width=width, dropout=dropout, raw=raw)
+        super().__init__()
+        self.config, self.options = model.config, dict(width=width, dropout=dropout, raw=raw)
+        self.encoder, self.backbone, self.head = model.encoder, model.backbone, PickHead(model.backbone.dim, **self.options)
         for name in PRETRAINING_ONLY:
             if hasattr(self.encoder, name): delattr(self.encoder, name)
         self.encoder.pretraining = False
@@ -155,12 +158,12 @@ class Picker(Pretrainer):
         return self.head(self.features(x), x)
 
     def forward(self,
-        batch:dict, # x (B, L, 3), p_onset and s_onset (B,), and p_labelled, s_labelled (B,) bool where a catalogue is incomplete
+        batch:dict, # x (B, L, 3), p_onset and s_onset (B,) samples, and p_status, s_status (B,) int, 0 where a phase was not labelled
         generator:torch.Generator|None=None, # not used: nothing is drawn but dropout
     )->Step:
         "Cross-entropy of the picks that are labelled, and how many were found"
         x, onset = batch['x'], torch.stack([batch['p_onset'], batch['s_onset']], -1)          # (B, 2)
-        known = torch.stack([batch.get(f'{k}_labelled', torch.ones_like(onset[:, 0], dtype=torch.bool)) for k in 'ps'], -1)
+        known = torch.stack([batch.get(f'{k}_status', torch.ones_like(onset[:, 0])) > 0 for k in 'ps'], -1)
         onset = onset.masked_fill(~known, math.nan)
         features = self.features(x)
         logits = self.head(features, x)
@@ -169,7 +172,7 @@ class Picker(Pretrainer):
 
     def save_pretrained(self, folder, extra=None):
         "Write `model.safetensors` and `config.json`, which says that this is a picker"
-        super().save_pretrained(folder, {**(extra or {}), 'picker': self.options})
+        Pretrainer.save_pretrained(self, folder, {**(extra or {}), 'picker': self.options})
 
 
 @torch.no_grad()

@@ -78,20 +78,20 @@ def test_loss_survives_extreme_logits():
 def test_unlabelled_phase_leaves_no_trace(name):
     "An onset in a phase that is said to be unlabelled changes neither loss nor gradient"
     torch.manual_seed(0)
-    picker, b = Picker(build(preset(name).model), dropout=0.), batch(p_labelled=torch.tensor([True, True]), s_labelled=torch.tensor([False, True]))
+    picker, b = Picker(build(preset(name).model), dropout=0.), batch(p_status=torch.tensor([4, 3]), s_status=torch.tensor([0, 2]))
     losses = []
     for s in (nan, 40., 900.):
         b['s_onset'] = torch.tensor([s, 500.])
         losses.append(picker(b).loss)
     assert losses[0] == losses[1] == losses[2]
-    unknown = {**b, 's_labelled': torch.tensor([True, True])}
+    unknown = {**b, 's_status': torch.tensor([1, 2])}
     assert picker(unknown).loss != losses[0]
 
 
 def test_without_status_every_phase_counts():
     torch.manual_seed(0)
-    picker, b, true = Picker(build(preset(TINY[0]).model), dropout=0.), batch(), torch.ones(2, dtype=torch.bool)
-    assert picker(b).loss == picker({**b, 'p_labelled': true, 's_labelled': true}).loss
+    picker, b, true = Picker(build(preset(TINY[0]).model), dropout=0.), batch(), torch.tensor([1, 4], dtype=torch.int8)
+    assert picker(b).loss == picker({**b, 'p_status': true, 's_status': true}).loss
     want = F.cross_entropy(picker.logits(b['x']).flatten(0, 1), pick_labels(b['p_onset'], b['s_onset'], 1024).flatten(0, 1))
     torch.testing.assert_close(picker(b).loss, want)
 
