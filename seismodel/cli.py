@@ -19,6 +19,7 @@ import torch
 from fastcore.script import anno_parser
 
 from . import __version__
+from .catalogue import pick
 from .frontend import count_parameters, frames
 from .pretraining import PRESETS, Preset, build, from_pretrained, preset as find_preset, write_atomically
 from .trainer import TrainConfig, TrainingError, check_config, pick_device, read_metrics, train
@@ -198,7 +199,7 @@ def embed(
     return out
 
 # %% ../nbs/12_cli.ipynb #efda57be
-COMMANDS = {'pretrain': pretrain, 'info': info, 'embed': embed}
+COMMANDS = {'pretrain': pretrain, 'info': info, 'embed': embed, 'pick': pick}
 
 def usage(
 )->str: # the text of `seismodel --help`

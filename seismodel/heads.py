@@ -54,7 +54,7 @@ class PickHead(nn.Module):
     "Features (B, T, D) and the window (B, L, 3) they were made of, to logits (B, L, 3) of noise, P and S"
     def __init__(self,
         dim:int,          # D
-        width:int=64,     # channels of both convolutions; 0 leaves them out: a linear probe
+        width:int=32,     # channels of both convolutions; 0 leaves them out: a linear probe
         dropout:float=.2, # after each convolution
         raw:bool=True,    # the waveform beside the features
     ):
@@ -126,7 +126,7 @@ class Picker(nn.Module):
 
     def __init__(self,
         model:Pretrainer,   # where encoder and backbone come from
-        width:int=64,       # channels of the head; 0: a linear probe
+        width:int=32,       # channels of the head; 0: a linear probe
         dropout:float=.2,   # in the head
         raw:bool=True,      # the waveform beside the features
         freeze:str='none',  # what does not learn: none, encoder, all or gradual

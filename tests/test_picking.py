@@ -12,7 +12,7 @@ import torch
 from obspy.signal.trigger import trigger_onset
 
 from seismodel.heads import Picker
-from seismodel.picking import BLINDING, OVERLAP, SHORTEST, SeisModelPicker
+from seismodel.picking import READ, SHORTEST, SeisModelPicker
 from seismodel.pretraining import build, preset
 from seismodel.waveforms import COMPONENTS, UserError, normalize
 
@@ -50,6 +50,7 @@ def array(annotations): return np.stack([tr.data for tr in annotations], -1)
 def test_annotate_is_what_training_sees(name, waveform):
     "Window by window: the probabilities that training-time code computes, cut, normalised and stacked by hand"
     model, L = lively(name), 4096
+    model.window = L
     got = model.annotate(stream_of(waveform), blinding=(0, 0), overlap=2048, stacking='max')
     assert [tr.stats.channel for tr in got] == [f'SeisModelPicker_{c}' for c in 'NPS']
     x = torch.tensor(waveform - waveform.mean(0)).float()
@@ -67,7 +68,7 @@ def test_picks_are_those_of_the_training_code(model, waveform):
     x = normalize(torch.tensor(window - window.mean(0)).float())      # float32 would eat this amplitude beside its offset
     with torch.no_grad(): p = model.picker.logits(x[None])[0].softmax(-1).numpy()
     want = sorted((phase, s0 + int(p[s0:s1 + 1, k].argmax())) for k, phase in ((1, 'P'), (2, 'S')) for s0, s1 in trigger_onset(p[:, k], .3, .15))
-    picks = model.classify(stream_of(window), blinding=(0, 0)).picks
+    picks = model.classify(stream_of(window)).picks
     start = obspy.UTCDateTime('2020-01-01')
     got = sorted((pick.phase, round((pick.peak_time - start)*100)) for pick in picks)
     assert len(got) > 5 and got == want
@@ -83,35 +84,45 @@ def test_thresholds(model, waveform):
 
 
 def test_overlap_blinding_and_any_length(model):
-    "Every sample but the blinded ends has a probability, whatever the length"
+    "Every sample has a probability, whatever the length"
     rng = np.random.default_rng(0)
-    for n in (SHORTEST, 700, 1023, 1024, 1025, 4095, 4096, 4097, 4096 + OVERLAP, 9001):
+    for n in (SHORTEST, 700, 1023, 1024, 1025, 4095, 4096, 4097, 9001, READ - 1, READ, READ + 1):
         annotations = model.annotate(stream_of(rng.standard_normal((n, 3))))
-        blind = min(BLINDING, min(n, 4096)//4)
-        assert [len(tr) for tr in annotations] == [n - 2*blind]*3, n
+        assert [len(tr) for tr in annotations] == [n]*3, n
         assert all(np.isfinite(tr.data).all() for tr in annotations)
-        assert annotations[0].stats.starttime == obspy.UTCDateTime('2020-01-01') + blind/100
+        assert annotations[0].stats.starttime == obspy.UTCDateTime('2020-01-01')
         np.testing.assert_allclose(array(annotations).sum(1), 1, atol=1e-5)
 
 
+def test_blinding_leaves_the_ends_of_windows_to_their_neighbours(model, waveform):
+    "Two windows that overlap by 2048: each half of the overlap from the window that knows it better"
+    model = SeisModelPicker.of(model.picker, window=4096)
+    n, x = 4096 + 2048, waveform[2000:8144] - waveform[2000:8144].mean(0)
+    with torch.no_grad(): p = model.picker.logits(normalize(torch.tensor(np.stack([x[:4096], x[2048:]])).float())).softmax(-1).numpy()
+    want = np.concatenate([p[0, :3072], p[1, 1024:]])
+    got = array(model.annotate(stream_of(waveform[2000:8144]), overlap=2048, blinding=(1024, 1024)))
+    assert got.shape == (n, 3)
+    np.testing.assert_allclose(got, want, atol=2e-4)
+
+
 def test_an_hour_in_one_pass(model):
-    "`in_samples` is a plain setting: the mLSTM has no fixed length"
-    hour = SeisModelPicker.of(model.picker, in_samples=360_000)
+    "`window` is a plain setting: the mLSTM has no fixed length"
+    hour = SeisModelPicker.of(model.picker, window=None)
     x = np.random.default_rng(0).standard_normal((60_000, 3))
-    annotations = hour.annotate(stream_of(x), blinding=(0, 0))
+    annotations = hour.annotate(stream_of(x))
     with torch.no_grad(): want = model.picker.logits(normalize(torch.tensor(x - x.mean(0)).float())[None])[0].softmax(-1)
     np.testing.assert_allclose(array(annotations), want, atol=1e-4)
-    assert hour.get_model_args()['in_samples'] == 360_000
+    assert hour.get_model_args()['window'] is None
 
 
 @pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
 def test_one_bad_sample_costs_nothing_but_itself(model, waveform, bad, caplog):
     stream = stream_of(waveform[:4096])
     stream[1].data[2000] = bad
-    with caplog.at_level(logging.WARNING): annotations = model.annotate(stream, blinding=(0, 0))
+    with caplog.at_level(logging.WARNING): annotations = model.annotate(stream)
     assert 'XX.ABC..HHN: 1 of 4096 samples are NaN or infinite' in caplog.text
     assert [len(tr) for tr in annotations] == [4096]*3
-    whole = model.annotate(stream_of(waveform[:4096]), blinding=(0, 0))
+    whole = model.annotate(stream_of(waveform[:4096]))
     assert np.abs(array(annotations) - array(whole))[:1500].mean() < .05
     everywhere = stream_of(np.full((4096, 3), bad))
     assert len(model.annotate(everywhere)) == 0
@@ -120,7 +131,7 @@ def test_one_bad_sample_costs_nothing_but_itself(model, waveform, bad, caplog):
 def test_gap_in_all_components_splits(model, waveform):
     x = waveform[:9000].copy()
     x[5000:5200] = np.nan
-    annotations = model.annotate(stream_of(x), blinding=(0, 0)).select(channel='*_P')
+    annotations = model.annotate(stream_of(x)).select(channel='*_P')
     assert [len(tr) for tr in annotations] == [5000, 3800]
 
 
@@ -128,8 +139,8 @@ def test_strict(model, waveform):
     "With strict, only where all three are; without, the missing one is zero"
     x = waveform[:9000].copy()
     x[6000:, 2] = np.nan
-    assert [len(tr) for tr in model.annotate(stream_of(x), blinding=(0, 0))] == [9000]*3
-    assert [len(tr) for tr in model.annotate(stream_of(x), blinding=(0, 0), strict=True)] == [6000]*3
+    assert [len(tr) for tr in model.annotate(stream_of(x))] == [9000]*3
+    assert [len(tr) for tr in model.annotate(stream_of(x), strict=True)] == [6000]*3
     two = stream_of(waveform[:5000])[:2]
     assert len(model.annotate(two, strict=True)) == 0
     zeros = waveform[:5000].copy()
@@ -147,7 +158,7 @@ def test_too_slow(model, rate):
 def test_other_rates_come_out_at_100_hz(model, rate):
     t = np.arange(round(50*rate))/rate
     x = np.stack([np.sin(2*np.pi*f*t) for f in (1., 2., 3.)], -1)
-    annotations = model.annotate(stream_of(x, rate=rate), blinding=(0, 0))
+    annotations = model.annotate(stream_of(x, rate=rate))
     assert all(tr.stats.sampling_rate == 100. for tr in annotations)
     assert all(abs(len(tr) - 5000) <= 5 for tr in annotations)
 
@@ -172,7 +183,7 @@ def test_two_instruments_and_two_stations_stay_apart(model, waveform):
     alone = [array(model.annotate(st)) for st in parts]
     together = model.annotate(sum(parts, obspy.Stream()))
     assert len(together) == 9
-    for want in alone: assert any(np.allclose(array(together[k:k + 3]), want, atol=1e-6) for k in (0, 3, 6))
+    for want in alone: assert any(np.allclose(array(together[k:k + 3]), want, atol=1e-3) for k in (0, 3, 6))
     assert {tr.stats.station for tr in together} == {'ABC', 'DEF'}
 
 
@@ -203,7 +214,7 @@ def test_files_open_in_another_process(name, tmp_path):
     model = lively(name, seed=3)
     model.save(tmp_path/'model')
     args = json.loads((tmp_path/'model.json').read_text())['model_args']
-    assert set(args) == {'model', 'width', 'dropout', 'raw', 'in_samples'}
+    assert set(args) == {'model', 'width', 'dropout', 'raw', 'window'}
     code = ('import sys, torch; from seismodel.picking import SeisModelPicker; m = SeisModelPicker.load(sys.argv[1]); '
             'x = torch.sin(torch.arange(3*600.)).view(1, 3, 600); print(m(x).double().sum((0, 2)).tolist())')
     out = subprocess.run([sys.executable, '-c', code, tmp_path/'model'], capture_output=True, text=True, check=True).stdout
@@ -229,4 +240,4 @@ def test_on_real_streams(model, real_data):
         piece = stream.slice(start, start + 120)
         annotations = model.annotate(piece)
         assert len(annotations) == 3 and all(np.isfinite(tr.data).all() for tr in annotations)
-        assert min(len(tr) for tr in annotations) >= 12_000 - 2*BLINDING - 1
+        assert min(len(tr) for tr in annotations) >= 12_000 - 1

@@ -30,7 +30,7 @@ def test_export_is_in_sync(copy):
     for name in generated(copy): (copy/'seismodel'/name).unlink()
     nbdev_export.__wrapped__()
     ours = generated(root)
-    assert len(ours) == 17   # 16 chapters and the index
+    assert len(ours) == 18   # 17 chapters and the index
     assert generated(copy) == ours
 
 
