@@ -18,7 +18,7 @@ from torch import nn
 
 from .frontend import Conv1dSubsampling, ConvDownFrontend
 from .masking import MODES, apply_mask, channel_mask, span_mask
-from .quantizer import GumbelVectorQuantizer
+from .quantizer import GumbelVectorQuantizer, MaskedCodes, quantize_masked
 
 # %% ../nbs/05_encoders.ipynb #c0480331
 def check_choice(name: str,       # the setting, for the message
@@ -135,6 +135,20 @@ class ConvDownEncoderContrastive(nn.Module):
             features = features.masked_fill(dead[:, None], 0.)   # (B, 1, D) against (B, T, D)
         return features, mask
 
+    def heard(self, clean: torch.Tensor   # (B, T, conv_features)
+              ) -> torch.Tensor:
+        "The clean frames as the quantizer sees them: detached, unless the encoder is to learn from its targets"
+        return clean.detach() if self.config.target_gradients == 'quantizer' else clean
+
+    def masked_targets(self, clean: torch.Tensor,            # (B, T, conv_features) frames before both paths
+                       places: torch.Tensor,                 # (B, M) int64, which frames of each row
+                       valid: torch.Tensor,                  # (B, M) bool, those of them that are hidden
+                       generator: torch.Generator | None = None   # randomness of the codes
+                       ) -> MaskedCodes:                     # `vectors` are the targets (B, M, target_features)
+        "Steps B1 and B2 at the hidden frames alone: all that pretraining asks for, at two thirds of the price"
+        quantized = quantize_masked(self.quantizer, self.heard(clean), places, valid, generator)
+        return quantized._replace(vectors=self.target_projection(quantized.vectors))
+
     def forward(self, x: torch.Tensor,                       # (B, L, C) normalised trace
                 generator: torch.Generator | None = None     # randomness of masks and codes, on the device of `x`
                 ) -> ConvDownFeatures | torch.Tensor:        # or features (B, T, out_features) alone
@@ -143,8 +157,7 @@ class ConvDownEncoderContrastive(nn.Module):
         check_traces(x, self.config.in_features)
         clean = self.frontend(x)                                            # steps 2-7  (B, T, conv)
         features, mask = self.hide(self.projection(clean), generator)       # A1, A2     (B, T, out)
-        seen = clean.detach() if self.config.target_gradients == 'quantizer' else clean
-        quantized = self.quantizer(seen, generator)                         # B1         (B, T, codevector_dim)
+        quantized = self.quantizer(self.heard(clean), generator)            # B1         (B, T, codevector_dim)
         targets = self.target_projection(quantized.vectors)                 # B2         (B, T, target)
         return ConvDownFeatures(features, targets, mask, quantized.codes, quantized.logits, clean)
 

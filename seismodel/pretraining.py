@@ -6,8 +6,8 @@ Docs: https://seismodel.github.io/seismodel/pretraining.html.md"""
 
 # %% auto #0
 __all__ = ['CONFIGS', 'ENCODERS', 'PRESETS', 'ContrastiveConfig', 'ReconstructionConfig', 'config_to_dict', 'config_from_dict',
-           'Step', 'write_atomically', 'Pretrainer', 'ContrastivePretraining', 'ReconstructionPretraining', 'Preset',
-           'contrastive_size', 'preset', 'build', 'read_model', 'from_pretrained', 'load_weights']
+           'Step', 'write_atomically', 'force_out', 'Pretrainer', 'ContrastivePretraining', 'ReconstructionPretraining',
+           'Preset', 'contrastive_size', 'preset', 'build', 'read_model', 'from_pretrained', 'load_weights']
 
 # %% ../nbs/10_pretraining.ipynb #3dd052a1
 import json
@@ -19,12 +19,12 @@ from typing import ClassVar, NamedTuple
 import torch
 import torch.nn as nn
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from . import __version__
 from .backbones import MLSTMSequential, MLSTMUNet
-from .encoders import BidirAutoregConfig, BidirAutoregEncoder, ConvDownConfig, ConvDownEncoderContrastive
-from .infonce import contrastive_loss
+from .encoders import BidirAutoregConfig, BidirAutoregEncoder, ConvDownConfig, ConvDownEncoderContrastive, check_traces
+from .infonce import contrastive_mean, contrastive_sums, masked_frames
 from .masked_mse import (effective_rank, feature_variance, interpolation_baseline, masked_mse, patch_targets,
                                   token_targets, zero_baseline)
 from .masking import most_masked
@@ -96,15 +96,25 @@ def write_atomically(
     path:str|Path, # the file to write
     write,         # function that writes the file whose path it is given
 ):
-    "Write beside `path`, then rename: readers see the old file or the new one, never half of one"
+    "Write beside `path`, force it to the disk, then rename: readers see the old file or the new one, never half of one"
     path = Path(path)
     beside = path.with_name(f'.{path.name}.part')
     try:
         write(beside)
+        force_out(beside)
         os.replace(beside, path)
+        force_out(path.parent)
     finally: beside.unlink(missing_ok=True)
 
-# %% ../nbs/10_pretraining.ipynb #0d027254
+def force_out(
+    path:Path, # a file or a folder
+):
+    "Return when what was written is on the disk, not in a cache of the system"
+    handle = os.open(path, os.O_RDONLY)
+    try: os.fsync(handle)
+    finally: os.close(handle)
+
+# %% ../nbs/10_pretraining.ipynb #c154ceb1
 class Pretrainer(nn.Module):
     "Encoder, backbone and head: what both methods share. Each method adds its `forward`, the loss."
     def __init__(self, config, encoder, backbone, head):
@@ -127,13 +137,13 @@ class Pretrainer(nn.Module):
         folder:str|Path, # made if it is not there
         extra:dict|None=None, # more entries for config.json, such as how the model was trained
     ):
-        "Write `model.safetensors` and `config.json`"
+        "Write `config.json` and `model.safetensors`; raises OSError where the disk does not take them"
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
         config = {'seismodel': __version__, 'model': config_to_dict(self.config), **(extra or {})}
-        write_atomically(folder/'model.safetensors', lambda p: save_file(weights, p))
         write_atomically(folder/'config.json', lambda p: p.write_text(json.dumps(config, indent=2)))
+        write_atomically(folder/'model.safetensors', lambda p: p.write_bytes(save(weights)))
 
 # %% ../nbs/10_pretraining.ipynb #d4e6c04f
 class ContrastivePretraining(Pretrainer):
@@ -164,15 +174,19 @@ class ContrastivePretraining(Pretrainer):
         generator:torch.Generator|None=None, # randomness of masks, codes and negatives, on the device of `x`
     )->Step:
         "InfoNCE over the masked frames plus the diversity of the codes"
-        c, k = self.config, self.config.encoder
-        e, predictions = self.predict(x, generator)
-        most = most_masked(e.mask.shape[1], k.mask_prob, k.mask_length, k.mask_mode)
-        out = contrastive_loss(predictions, e.targets, e.mask, e.codes, e.code_logits, n_negatives=c.negatives,
-            temperature=c.temperature, diversity_weight=c.diversity_weight, most=most, generator=generator)
-        codes_used = hard_perplexity(e.codes, k.num_codevectors_per_group, e.mask)
+        c, k, encoder = self.config, self.config.encoder, self.encoder
+        check_traces(x, k.in_features)
+        clean = encoder.frontend(x)
+        features, mask = encoder.hide(encoder.projection(clean), generator)     # at least 2 hidden frames a row
+        predictions = self.head(self.backbone(features))
+        places, valid = masked_frames(mask, most_masked(mask.shape[1], k.mask_prob, k.mask_length, k.mask_mode))
+        targets, codes, usage = encoder.masked_targets(clean, places, valid, generator)     # nothing at visible frames
+        sums = contrastive_sums(predictions, targets, codes, usage, places, valid, c.negatives, c.temperature, generator)
+        out = contrastive_mean(sums, c.negatives, c.diversity_weight)
+        codes_used = hard_perplexity(codes, k.num_codevectors_per_group, valid)
         metrics = dict(contrastive=out.contrastive, diversity=out.diversity, accuracy=out.accuracy, perplexity=out.perplexity,
-            code_perplexity=codes_used, collided=out.collided, masked=e.mask.float().mean(),
-            gumbel_temperature=self.encoder.quantizer.temperature, feature_variance=feature_variance(e.clean))
+            code_perplexity=codes_used, collided=out.collided, masked=mask.float().mean(),
+            gumbel_temperature=self.encoder.quantizer.temperature, feature_variance=feature_variance(clean))
         return Step(out.loss, {name: m.detach() for name, m in metrics.items()})
 
 # %% ../nbs/10_pretraining.ipynb #92ec4cff

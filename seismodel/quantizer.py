@@ -6,10 +6,14 @@ Docs: https://seismodel.github.io/seismodel/quantizer.html.md"""
 
 # %% auto #0
 __all__ = ['gumbel_noise', 'straight_through', 'look_up', 'Quantized', 'GumbelVectorQuantizer', 'entropy_perplexity',
-           'soft_perplexity', 'code_usage', 'hard_perplexity', 'dead_codes', 'temperature_at']
+           'soft_usage', 'soft_perplexity', 'code_usage', 'hard_perplexity', 'dead_codes', 'MaskedCodes',
+           'gather_frames', 'triton_kernels', 'kernels_for', 'quantize_masked', 'temperature_at']
 
 # %% ../nbs/04_quantizer.ipynb #1acaf7c5
+import logging
 import math
+from functools import cache
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -96,17 +100,25 @@ def entropy_perplexity(
     return torch.exp(-(p * p.clamp_min(torch.finfo(p.dtype).tiny).log()).sum(-1)).sum()
 
 # %% ../nbs/04_quantizer.ipynb #6bd60793
+def soft_usage(
+    logits: Tensor,  # (..., G, V) scores of the codes
+    mask: Tensor | None = None,  # (...) bool, frames that count; None: all
+) -> Tensor:  # (G, V) fp32 (float64 for float64 logits), differentiable; each row sums to the number of frames
+    "Sum of the softmax over the masked frames: how many frames would choose each code."
+    with torch.autocast(logits.device.type, enabled=False):
+        if logits.dtype != torch.float64: logits = logits.float()
+        p = logits.softmax(-1)
+        weight = torch.ones_like(p[..., 0, 0]) if mask is None else mask.to(p.dtype)        # (...)
+        return (weight.flatten() @ p.flatten(0, -3).flatten(1)).view(p.shape[-2:])          # (N,) @ (N, G*V)
+
+
 def soft_perplexity(
     logits: Tensor,  # (..., G, V) scores of the codes
     mask: Tensor | None = None,  # (...) bool, frames that count; None: all
 ) -> Tensor:  # 0-d fp32, between G and G*V, differentiable; G where no frame counts
     "Perplexity of the mean softmax over the masked frames (wav2vec 2.0, equation 4, exponentiated), in fp32."
-    with torch.autocast(logits.device.type, enabled=False):
-        if logits.dtype != torch.float64: logits = logits.float()
-        p = logits.softmax(-1)
-        weight = torch.ones_like(p[..., 0, 0]) if mask is None else mask.to(p.dtype)        # (...)
-        total = weight.flatten() @ p.flatten(0, -3).flatten(1)                              # (N,) @ (N, G*V)
-        return entropy_perplexity((total / weight.sum().clamp_min(1)).view(p.shape[-2:]))
+    frames = math.prod(logits.shape[:-2]) if mask is None else mask.sum().clamp_min(1)
+    return entropy_perplexity(soft_usage(logits, mask) / frames)
 
 # %% ../nbs/04_quantizer.ipynb #02b75545
 def code_usage(
@@ -135,6 +147,54 @@ def dead_codes(
 ) -> Tensor:  # 0-d int64
     "Number of codes that no frame chose, over all groups."
     return (usage == 0).sum()
+
+# %% ../nbs/04_quantizer.ipynb #0c3fcd4c
+class MaskedCodes(NamedTuple):
+    "What the quantizer says about the masked frames."
+    vectors: Tensor  # (B, M, codevector_dim) the code vectors of the groups, side by side
+    codes: Tensor  # (B, M, G) int64, index of the chosen code in its group
+    usage: Tensor  # (G, V) sum of the softmax of the logits over the valid frames, differentiable
+
+
+def gather_frames(
+    x: Tensor,  # (B, T, D) any frames
+    places: Tensor,  # (B, M) int64 frame numbers
+) -> Tensor:  # (B, M, D)
+    "The frames at these places."
+    return x.gather(1, places.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+# %% ../nbs/04_quantizer.ipynb #4ca34ca0
+@cache
+def triton_kernels() -> ModuleType | None:  # the module `loss_kernels`
+    "The kernels of quantizer and loss; None, and one line in the log, where Triton cannot be imported."
+    try: from seismodel import loss_kernels
+    except ImportError as error:
+        logging.getLogger('seismodel').warning('quantizer and loss run in their slower form, for Triton is missing (%s)', error)
+        return None
+    return loss_kernels
+
+
+def kernels_for(
+    x: Tensor,  # an input
+) -> ModuleType | None:  # `loss_kernels`; None: use plain PyTorch
+    "The kernels where `x` lies on a GPU that can run them."
+    return triton_kernels() if x.is_cuda else None
+
+# %% ../nbs/04_quantizer.ipynb #d2632b5f
+def quantize_masked(
+    quantizer: GumbelVectorQuantizer,
+    x: Tensor,  # (B, T, in_features) frames
+    places: Tensor,  # (B, M) int64, which frames of each row
+    valid: Tensor,  # (B, M) bool, those that count in the usage
+    generator: torch.Generator | None = None,  # of the Gumbel noise; not used in evaluation
+) -> MaskedCodes:
+    "Quantize the frames at these places; as `quantizer` does, always in fp32."
+    kernels = kernels_for(x)
+    if kernels and quantizer.weight_proj.weight.dtype == torch.float32:
+        with torch.autocast(x.device.type, enabled=False):
+            return MaskedCodes(*kernels.quantize(quantizer, x, places, valid, generator))
+    vectors, codes, logits = quantizer(gather_frames(x, places), generator)
+    return MaskedCodes(vectors, codes, soft_usage(logits, valid))
 
 # %% ../nbs/04_quantizer.ipynb #bff012a8
 def temperature_at(

@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 root = Path(__file__).resolve().parents[1]
+if not torch.cuda.is_available(): os.environ['TRITON_INTERPRET'] = '1'   # kernels run on the CPU; to be said before anyone imports Triton
 
 
 def quake(k, samples=6000, amplitude=1.):
