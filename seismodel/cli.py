@@ -24,6 +24,7 @@ from fastcore.script import anno_parser
 from . import __version__
 from .catalogue import pick
 from .distributed import Ranks, join_ranks, pick_device
+from .finetuning import evaluate, finetune
 from .frontend import count_parameters, frames
 from .health import TrainingError
 from .plots import plot
@@ -282,7 +283,7 @@ def embed(
     return out
 
 # %% ../nbs/12_cli.ipynb #efda57be
-COMMANDS = {'pretrain': pretrain, 'info': info, 'plot': plot, 'embed': embed, 'pick': pick}
+COMMANDS = {'pretrain': pretrain, 'info': info, 'plot': plot, 'embed': embed, 'finetune': finetune, 'evaluate': evaluate, 'pick': pick}
 
 def usage(
 )->str: # the text of `seismodel --help`

@@ -189,11 +189,12 @@ def found(
 # %% ../nbs/10c_heads.ipynb #7719fdf5
 def picker_from_dict(
     config:dict, # a model's configuration under 'model', the picker's options under 'picker'
+    freeze:str='none', # see `Picker`
 )->Picker: # with fresh weights
     "The picker that a configuration describes; raises `UserError` naming an option that this version does not know"
     unknown = set(config['picker']) - {'width', 'dropout', 'raw'}
     if unknown: raise UserError(f"config field 'picker.{min(unknown)}' is not known to this version of seismodel.")
-    return Picker(build(config_from_dict(config['model'])), **config['picker'])
+    return Picker(build(config_from_dict(config['model'])), **config['picker'], freeze=freeze)
 
 def load_picker(
     folder:str|Path, # of a fine-tuning run, or one that `save_pretrained` wrote
