@@ -22,7 +22,9 @@ import torch
 from fastcore.script import anno_parser
 
 from . import __version__
+from .catalogue import pick
 from .distributed import Ranks, join_ranks, pick_device
+from .finetuning import evaluate, finetune
 from .frontend import count_parameters, frames
 from .health import TrainingError
 from .inspection import inspect
@@ -285,7 +287,8 @@ def embed(
     return out
 
 # %% ../nbs/12_cli.ipynb #efda57be
-COMMANDS = {'pretrain': pretrain, 'info': info, 'plot': plot, 'embed': embed, 'pack': pack, 'inspect': inspect}
+COMMANDS = {'pretrain': pretrain, 'info': info, 'plot': plot, 'embed': embed, 'finetune': finetune,
+            'evaluate': evaluate, 'pick': pick, 'pack': pack, 'inspect': inspect}
 
 def usage(
 )->str: # the text of `seismodel --help`
