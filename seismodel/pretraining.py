@@ -6,8 +6,9 @@ Docs: https://seismodel.github.io/seismodel/pretraining.html.md"""
 
 # %% auto #0
 __all__ = ['CONFIGS', 'ENCODERS', 'PRESETS', 'ContrastiveConfig', 'ReconstructionConfig', 'config_to_dict', 'config_from_dict',
-           'Step', 'write_atomically', 'Pretrainer', 'ContrastivePretraining', 'ReconstructionPretraining', 'Preset',
-           'contrastive_size', 'preset', 'build', 'from_pretrained', 'load_weights']
+           'Step', 'write_atomically', 'force_out', 'alone', 'Pretrainer', 'ContrastivePretraining',
+           'ReconstructionPretraining', 'Preset', 'contrastive_size', 'preset', 'build', 'read_model',
+           'from_pretrained', 'load_weights']
 
 # %% ../nbs/10_pretraining.ipynb #3dd052a1
 import json
@@ -19,16 +20,16 @@ from typing import ClassVar, NamedTuple
 import torch
 import torch.nn as nn
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from . import __version__
 from .backbones import MLSTMSequential, MLSTMUNet
 from .encoders import BidirAutoregConfig, BidirAutoregEncoder, ConvDownConfig, ConvDownEncoderContrastive, check_traces
-from .infonce import contrastive_mean, contrastive_sums, masked_frames
+from .infonce import ContrastiveSums, contrastive_mean, contrastive_sums, masked_frames
 from .masked_mse import (effective_rank, feature_variance, interpolation_baseline, masked_mse, patch_targets,
                                   token_targets, zero_baseline)
 from .masking import most_masked
-from .quantizer import hard_perplexity, temperature_at
+from .quantizer import code_usage, entropy_perplexity, temperature_at
 from .waveforms import UserError
 
 # %% ../nbs/10_pretraining.ipynb #d6dea999
@@ -96,20 +97,37 @@ def write_atomically(
     path:str|Path, # the file to write
     write,         # function that writes the file whose path it is given
 ):
-    "Write beside `path`, then rename: readers see the old file or the new one, never half of one"
+    "Write beside `path`, force it to the disk, then rename: readers see the old file or the new one, never half of one"
     path = Path(path)
     beside = path.with_name(f'.{path.name}.part')
     try:
         write(beside)
+        force_out(beside)
         os.replace(beside, path)
+        force_out(path.parent)
     finally: beside.unlink(missing_ok=True)
 
-# %% ../nbs/10_pretraining.ipynb #0d027254
+def force_out(
+    path:Path, # a file or a folder
+):
+    "Return when what was written is on the disk, not in a cache of the system"
+    handle = os.open(path, os.O_RDONLY)
+    try: os.fsync(handle)
+    finally: os.close(handle)
+
+# %% ../nbs/10_pretraining.ipynb #c154ceb1
+def alone(
+    x:torch.Tensor, # a sum, or a count, of this device
+)->torch.Tensor: # the same
+    "The mean over devices where there is one"
+    return x
+
 class Pretrainer(nn.Module):
     "Encoder, backbone and head: what both methods share. Each method adds its `forward`, the loss."
     def __init__(self, config, encoder, backbone, head):
         super().__init__()
         self.config, self.encoder, self.backbone, self.head = config, encoder, backbone, head
+        self.average = alone     # the trainer puts the mean over all ranks here
 
     def features(self,
         x:torch.Tensor, # (B, L, 3) normalised windows of any length, 100 Hz, Z N E
@@ -127,13 +145,13 @@ class Pretrainer(nn.Module):
         folder:str|Path, # made if it is not there
         extra:dict|None=None, # more entries for config.json, such as how the model was trained
     ):
-        "Write `model.safetensors` and `config.json`"
+        "Write `config.json` and `model.safetensors`; raises OSError where the disk does not take them"
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
         config = {'seismodel': __version__, 'model': config_to_dict(self.config), **(extra or {})}
-        write_atomically(folder/'model.safetensors', lambda p: save_file(weights, p))
         write_atomically(folder/'config.json', lambda p: p.write_text(json.dumps(config, indent=2)))
+        write_atomically(folder/'model.safetensors', lambda p: p.write_bytes(save(weights)))
 
 # %% ../nbs/10_pretraining.ipynb #d4e6c04f
 class ContrastivePretraining(Pretrainer):
@@ -171,12 +189,15 @@ class ContrastivePretraining(Pretrainer):
         predictions = self.head(self.backbone(features))
         places, valid = masked_frames(mask, most_masked(mask.shape[1], k.mask_prob, k.mask_length, k.mask_mode))
         targets, codes, usage = encoder.masked_targets(clean, places, valid, generator)     # nothing at visible frames
+        average = self.average if self.training else alone
         sums = contrastive_sums(predictions, targets, codes, usage, places, valid, c.negatives, c.temperature, generator)
-        out = contrastive_mean(sums, c.negatives, c.diversity_weight)
-        codes_used = hard_perplexity(codes, k.num_codevectors_per_group, valid)
+        out = contrastive_mean(ContrastiveSums(*map(average, sums)), c.negatives, c.diversity_weight)
+        taken = average(code_usage(codes, k.num_codevectors_per_group, valid).float())     # (G, V)
+        codes_used = entropy_perplexity(taken/taken.sum(-1, keepdim=True).clamp_min(1))
         metrics = dict(contrastive=out.contrastive, diversity=out.diversity, accuracy=out.accuracy, perplexity=out.perplexity,
             code_perplexity=codes_used, collided=out.collided, masked=mask.float().mean(),
             gumbel_temperature=self.encoder.quantizer.temperature, feature_variance=feature_variance(clean))
+        if not self.training: metrics['effective_rank'] = effective_rank(clean)   # too dear for every step
         return Step(out.loss, {name: m.detach() for name, m in metrics.items()})
 
 # %% ../nbs/10_pretraining.ipynb #92ec4cff
@@ -206,7 +227,9 @@ class ReconstructionPretraining(Pretrainer):
     )->Step:
         "Mean squared error over the masked frames"
         e, target, reconstruction = self.predict(x, generator)
-        loss = masked_mse(reconstruction, target, e.mask)
+        hidden = e.mask.sum().float().clamp_min(1)
+        average = self.average if self.training else alone
+        loss = masked_mse(reconstruction, target, e.mask) * (hidden/average(hidden))     # 1 on one device, exactly
         metrics = dict(mse=loss, masked=e.mask.float().mean(), feature_variance=feature_variance(e.tokens),
                        target_variance=feature_variance(target))
         if not self.training:   # too dear for every step
@@ -263,10 +286,10 @@ def build(
     return (ContrastivePretraining if config.method == 'contrastive' else ReconstructionPretraining)(config)
 
 # %% ../nbs/10_pretraining.ipynb #846f356b
-def from_pretrained(
+def read_model(
     folder:str|Path, # with config.json and model.safetensors
-)->Pretrainer: # on the CPU, in evaluation mode
-    "Build the model of `config.json` and load its weights; raises `UserError` with the file and what is wrong with it"
+)->tuple[dict, dict]: # the whole of config.json; name -> weight
+    "Read a model's two files; raises `UserError` with the file and what is wrong with it"
     config_file, weights_file = Path(folder)/'config.json', Path(folder)/'model.safetensors'
     for f in (config_file, weights_file):
         if not f.is_file(): raise UserError(f"No pretrained model in '{folder}': {f.name} is missing.")
@@ -275,8 +298,15 @@ def from_pretrained(
     if not isinstance(config, dict) or 'model' not in config: raise UserError(f"'{config_file}' does not describe a seismodel model: it has no field 'model'.")
     try: weights = load_file(weights_file)
     except (SafetensorError, OSError) as e: raise UserError(f"'{weights_file}' cannot be read as safetensors ({e}); it is truncated or damaged.") from None
+    return config, weights
+
+def from_pretrained(
+    folder:str|Path, # with config.json and model.safetensors
+)->Pretrainer: # on the CPU, in evaluation mode
+    "Build the model of `config.json` and load its weights; raises `UserError` as `read_model` and `load_weights` do"
+    config, weights = read_model(folder)
     model = build(config_from_dict(config['model']))
-    load_weights(model, weights, weights_file)
+    load_weights(model, weights, Path(folder)/'model.safetensors')
     return model.eval()
 
 # %% ../nbs/10_pretraining.ipynb #212fa134

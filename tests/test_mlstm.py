@@ -47,7 +47,7 @@ def reference(T, reverse):
     return x, run(lambda *z: mlstm_recurrent(*z, reverse=reverse), x)
 
 
-FORMS = {'parallel': mlstm_parallel, 'mlstm': mlstm,
+FORMS = {'parallel': mlstm_parallel, 'chunkwise': mlstm_chunkwise,
          'chunk48': lambda *z, reverse: mlstm_chunkwise(*z, reverse=reverse, chunk=48),
          'chunk5': lambda *z, reverse: mlstm_chunkwise(*z, reverse=reverse, chunk=5)}
 CASES = [(T, reverse) for T in (1, 7, 64, 1000, 1024) for reverse in (0, 1)] + [(64, 2), (4096, 1)]   # 1: one head each way
@@ -98,7 +98,7 @@ def test_extreme_gates_stay_finite(T, gate_i, gate_f):
     q, k, v, i, f = inputs(2, 4, T, 8, seed=5)
     i = 50 * torch.sign(i) if gate_i is None else torch.full_like(i, gate_i)
     f = 50 * torch.sign(f - 2) if gate_f is None else torch.full_like(f, gate_f)
-    for fn in (mlstm, mlstm_parallel):
+    for fn in (mlstm_chunkwise, mlstm_parallel):
         got = run(lambda *z: fn(*z, reverse=2), (q, k, v, i, f), torch.float32)
         for name, z in zip(NAMES, got): assert z.isfinite().all(), name
     torch.testing.assert_close(run(lambda *z: mlstm_chunkwise(*z, reverse=2), (q, k, v, i, f))[0],
@@ -154,7 +154,7 @@ def test_state_carries_no_gradient_but_counts_in_those_of_the_piece():
 def test_reversed_heads_equal_flipped_windows():
     "A reversed head on a window is a forward head on the window turned round, in every form"
     x = inputs(2, 3, 77, 4)
-    for fn in (mlstm, mlstm_parallel, mlstm_recurrent):
+    for fn in (mlstm_chunkwise, mlstm_parallel, mlstm_recurrent):
         both = fn(*x, reverse=1)
         torch.testing.assert_close(both[:, :2], fn(*(z[:, :2] for z in x)), rtol=1e-9, atol=1e-11)
         torch.testing.assert_close(both[:, 2:], fn(*(z[:, 2:].flip(2) for z in x)).flip(2), rtol=1e-9, atol=1e-11)
@@ -228,7 +228,7 @@ def test_backward_keeps_no_tiles():
     (lambda *x: tuple(z[:, :, :0] for z in x), 'T ≥ 1')])
 def test_bad_shapes_are_named(change, message):
     "Each form refuses inputs that do not fit, in one sentence"
-    for fn in (mlstm, mlstm_parallel, mlstm_recurrent):
+    for fn in (mlstm_chunkwise, mlstm_parallel, mlstm_recurrent):
         with pytest.raises(ValueError, match=message): fn(*change(*inputs(1, 2, 5, 3)))
 
 

@@ -5,12 +5,16 @@ import math
 import pytest
 import torch
 
-from seismodel.masked_mse import feature_variance, masked_mse
+from seismodel.checkpoints import checkpoint_files, read_checkpoint
+from seismodel.distributed import Ranks, pick_device
 from seismodel.encoders import BidirAutoregConfig, ConvDownConfig
+from seismodel.health import TrainingError, alarms
+from seismodel.masked_mse import feature_variance, masked_mse
 from seismodel.pretraining import (ContrastiveConfig, ReconstructionConfig, ReconstructionPretraining, Step, build,
                                    from_pretrained)
-from seismodel.trainer import (TrainConfig, TrainingError, alarms, evaluate, loader, lr_at, parameter_groups, pick_device,
-                               read_metrics, seed_step, train, train_step)
+from seismodel.recipe import TrainConfig, in_order, loader, lr_at, parameter_groups, seed_step
+from seismodel.runlog import CLOCK, read_metrics
+from seismodel.trainer import evaluate, train, train_step
 from seismodel.loading import WindowDataset
 from seismodel.sources import SyntheticSource, open_source
 from seismodel.waveforms import UserError
@@ -65,7 +69,7 @@ def test_the_same_seed_gives_the_same_run(config, tmp_path):
         torch.manual_seed(1)
         rows = read_metrics(run(build(config), folder, workers=workers))
         weights = from_pretrained(folder).state_dict()
-        return [{k: v for k, v in r.items() if k != 'windows_per_second'} for r in rows], weights
+        return [{k: v for k, v in r.items() if k not in CLOCK} for r in rows], weights
     (a, wa), (b, wb) = once(tmp_path/'a', 0), once(tmp_path/'b', 2)   # the number of workers does not matter
     assert a == b
     assert all(torch.equal(wa[k], wb[k]) for k in wa)
@@ -76,7 +80,7 @@ def test_accumulation_averages_the_gradients():
     c, device = TrainConfig(steps=10, batch_size=2, accumulate=2, clip=1e9), torch.device('cpu')
     torch.manual_seed(0)
     model = build(RECONSTRUCTION)
-    batches = list(loader(windows(4), c, device))
+    batches = list(loader(windows(4), in_order(range(4), 2), c, device))
     generator, gradients = torch.Generator(), []
     seed_step(generator, 0, 0)
     for b in batches:
@@ -85,8 +89,8 @@ def test_accumulation_averages_the_gradients():
         gradients.append([p.grad.clone() for p in model.parameters()])
     expected = math.sqrt(sum(((a + b)/2).square().sum().item() for a, b in zip(*gradients)))
     model.zero_grad()
-    optimizer = torch.optim.AdamW(parameter_groups(model, .1))
-    out = train_step(model, optimizer, iter(batches), generator, 0, c, device)
+    optimizer = torch.optim.AdamW(parameter_groups(model, .1), fused=True)
+    out, _, _ = train_step(model, optimizer, iter(batches), generator, 0, c, Ranks(device))
     assert out['grad_norm'].item() == pytest.approx(expected, rel=1e-4)
 
 
@@ -98,7 +102,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_weights(tmp_path):
     torch.manual_seed(0)
     model = Broken(RECONSTRUCTION)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(TrainingError, match='loss is nan at step 1'): run(model, tmp_path/'run')
+    with pytest.raises(TrainingError, match='loss is nan .* at step 1, with windows 0 to 3'): run(model, tmp_path/'run')
     after = from_pretrained(tmp_path/'run').state_dict()
     assert all(torch.equal(after[k], before[k]) for k in before)
 
@@ -112,11 +116,11 @@ def test_a_run_is_never_overwritten(tmp_path):
 
 def test_a_run_folder_holds_what_the_readme_says(tmp_path):
     folder = run(build(CONTRASTIVE), tmp_path/'run', steps=3, tensorboard=True)
-    assert {p.name for p in folder.iterdir()} == {'config.json', 'metrics.jsonl', 'model.safetensors', 'checkpoints', 'figures', 'tensorboard'}
+    assert {p.name for p in folder.iterdir()} == {'config.json', 'metrics.jsonl', 'model.safetensors', 'checkpoints', 'figures', 'tensorboard', 'best', 'bad_traces.json', '.lock'}
     row = json.loads((folder/'metrics.jsonl').read_text().split('\n')[0])
     assert {'step', 'loss', 'contrastive', 'diversity', 'lr', 'grad_norm'} <= row.keys()
-    state = torch.load(folder/'checkpoints/last.pt', weights_only=True)
-    assert state['step'] == 3 and state['optimizer']['state']
+    checkpoint = read_checkpoint(checkpoint_files(folder)[0])
+    assert checkpoint.state['step'] == 3 and any(name.endswith('exp_avg_sq') for name in checkpoint.tensors)
     assert not list(folder.rglob('*.part'))
 
 
@@ -124,8 +128,8 @@ def test_evaluation_leaves_the_model_as_it_was():
     torch.manual_seed(0)
     model, c = build(CONTRASTIVE), TrainConfig(batch_size=2)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    first = evaluate(model, loader(windows(4), c, torch.device('cpu')), torch.device('cpu'))
-    assert first == evaluate(model, loader(windows(4), c, torch.device('cpu')), torch.device('cpu'))
+    first = evaluate(model, loader(windows(4), in_order(range(4), 2), c, torch.device('cpu')), torch.device('cpu'))
+    assert first == evaluate(model, loader(windows(4), in_order(range(4), 2), c, torch.device('cpu')), torch.device('cpu'))
     assert model.training and all(torch.equal(model.state_dict()[k], v) for k, v in before.items())
 
 
