@@ -57,7 +57,8 @@ class Replay:
         "Record `function` without running it"
         self.inputs, self.graph = held(inputs), torch.cuda.CUDAGraph()
         self.graph.register_generator_state(self.generator)
-        with torch.cuda.graph(self.graph): self.results = self.function(self.inputs)
+        # thread_local: the loader's thread may pin memory meanwhile, which a global recording would not survive
+        with torch.cuda.graph(self.graph, capture_error_mode='thread_local'): self.results = self.function(self.inputs)
 
 # %% ../nbs/10g_replay.ipynb #4077587d
 def compile_blocks(
