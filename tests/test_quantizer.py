@@ -1,4 +1,6 @@
 "The quantizer against transformers, float64 references and properties that hold for any input"
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -7,10 +9,13 @@ from torch.nn import functional as F
 from transformers import Wav2Vec2Config
 from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2GumbelVectorQuantizer
 
+import seismodel
 from conftest import Largest
 from seismodel import quantizer as module
-from seismodel.quantizer import (GumbelVectorQuantizer, code_usage, dead_codes, entropy_perplexity, gumbel_noise,
-                                 hard_perplexity, look_up, soft_perplexity, straight_through, temperature_at)
+from seismodel.infonce import masked_frames
+from seismodel.quantizer import (GumbelVectorQuantizer, code_usage, dead_codes, entropy_perplexity, gather_frames, gumbel_noise,
+                                 hard_perplexity, look_up, quantize_masked, soft_perplexity, soft_usage, straight_through,
+                                 temperature_at, triton_kernels)
 
 torch.set_num_threads(1)
 quick = settings(max_examples=40, deadline=None)
@@ -279,3 +284,24 @@ def test_entropy_perplexity_reference():
     p = torch.rand(3, 11, dtype=torch.float64)
     p /= p.sum(-1, keepdim=True)
     torch.testing.assert_close(entropy_perplexity(p), torch.distributions.Categorical(p).entropy().exp().sum())
+
+
+def test_masked_frames_alone_give_the_same():
+    "In evaluation, where nothing is drawn: vectors, codes and usage are those of the whole at the given places"
+    torch.manual_seed(0)
+    vq = GumbelVectorQuantizer(32, codes=40, codevector_dim=64).eval()
+    x, mask = torch.randn(3, 30, 32), torch.rand(3, 30) < .5
+    places, valid = masked_frames(mask)
+    some, whole = quantize_masked(vq, x, places, valid), vq(x)
+    torch.testing.assert_close(some.vectors, gather_frames(whole.vectors, places))
+    assert torch.equal(some.codes, gather_frames(whole.codes, places))
+    torch.testing.assert_close(some.usage, soft_usage(whole.logits, mask))
+
+
+def test_a_missing_triton_is_said_once(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, 'seismodel.loss_kernels', None)      # importing it now fails
+    monkeypatch.delattr(seismodel, 'loss_kernels', raising=False)
+    triton_kernels.cache_clear()
+    try: assert [triton_kernels() for _ in range(3)] == [None]*3
+    finally: triton_kernels.cache_clear()
+    assert [r.levelname for r in caplog.records] == ['WARNING'] and 'Triton is missing' in caplog.text
