@@ -23,7 +23,8 @@ from sklearn.metrics import matthews_corrcoef, roc_auc_score
 from tqdm.auto import tqdm
 
 from .pretraining import write_atomically
-from .waveforms import COMPONENTS, PHASES, SAMPLING_RATE, UserError, onsets
+from .sources import PHASES, onsets
+from .waveforms import COMPONENTS, SAMPLING_RATE, UserError
 
 # %% ../nbs/11d_evaluation.ipynb #3b106743
 def window_around(

@@ -23,7 +23,9 @@ from .heads import FREEZE, Picker, picker_from_dict
 from .pretraining import build, from_pretrained, preset as find_preset, write_atomically
 from .recipe import TrainConfig, check_config
 from .trainer import train
-from .waveforms import WINDOW, UserError, WindowDataset, open_folder, open_published, open_source, published_names
+from .loading import WindowDataset
+from .sources import open_folder, open_published, open_source, published_names
+from .waveforms import WINDOW, UserError
 
 # %% ../nbs/11f_finetuning.ipynb #d079db8a
 def events_of(

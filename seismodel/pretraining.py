@@ -6,8 +6,9 @@ Docs: https://seismodel.github.io/seismodel/pretraining.html.md"""
 
 # %% auto #0
 __all__ = ['CONFIGS', 'ENCODERS', 'PRESETS', 'ContrastiveConfig', 'ReconstructionConfig', 'config_to_dict', 'config_from_dict',
-           'Step', 'write_atomically', 'force_out', 'Pretrainer', 'ContrastivePretraining', 'ReconstructionPretraining',
-           'Preset', 'contrastive_size', 'preset', 'build', 'read_model', 'from_pretrained', 'load_weights']
+           'Step', 'write_atomically', 'force_out', 'alone', 'Pretrainer', 'ContrastivePretraining',
+           'ReconstructionPretraining', 'Preset', 'contrastive_size', 'preset', 'build', 'read_model',
+           'from_pretrained', 'load_weights']
 
 # %% ../nbs/10_pretraining.ipynb #3dd052a1
 import json
@@ -24,11 +25,11 @@ from safetensors.torch import load_file, save
 from . import __version__
 from .backbones import MLSTMSequential, MLSTMUNet
 from .encoders import BidirAutoregConfig, BidirAutoregEncoder, ConvDownConfig, ConvDownEncoderContrastive, check_traces
-from .infonce import contrastive_mean, contrastive_sums, masked_frames
+from .infonce import ContrastiveSums, contrastive_mean, contrastive_sums, masked_frames
 from .masked_mse import (effective_rank, feature_variance, interpolation_baseline, masked_mse, patch_targets,
                                   token_targets, zero_baseline)
 from .masking import most_masked
-from .quantizer import hard_perplexity, temperature_at
+from .quantizer import code_usage, entropy_perplexity, temperature_at
 from .waveforms import UserError
 
 # %% ../nbs/10_pretraining.ipynb #d6dea999
@@ -115,11 +116,18 @@ def force_out(
     finally: os.close(handle)
 
 # %% ../nbs/10_pretraining.ipynb #c154ceb1
+def alone(
+    x:torch.Tensor, # a sum, or a count, of this device
+)->torch.Tensor: # the same
+    "The mean over devices where there is one"
+    return x
+
 class Pretrainer(nn.Module):
     "Encoder, backbone and head: what both methods share. Each method adds its `forward`, the loss."
     def __init__(self, config, encoder, backbone, head):
         super().__init__()
         self.config, self.encoder, self.backbone, self.head = config, encoder, backbone, head
+        self.average = alone     # the trainer puts the mean over all ranks here
 
     def features(self,
         x:torch.Tensor, # (B, L, 3) normalised windows of any length, 100 Hz, Z N E
@@ -181,12 +189,15 @@ class ContrastivePretraining(Pretrainer):
         predictions = self.head(self.backbone(features))
         places, valid = masked_frames(mask, most_masked(mask.shape[1], k.mask_prob, k.mask_length, k.mask_mode))
         targets, codes, usage = encoder.masked_targets(clean, places, valid, generator)     # nothing at visible frames
+        average = self.average if self.training else alone
         sums = contrastive_sums(predictions, targets, codes, usage, places, valid, c.negatives, c.temperature, generator)
-        out = contrastive_mean(sums, c.negatives, c.diversity_weight)
-        codes_used = hard_perplexity(codes, k.num_codevectors_per_group, valid)
+        out = contrastive_mean(ContrastiveSums(*map(average, sums)), c.negatives, c.diversity_weight)
+        taken = average(code_usage(codes, k.num_codevectors_per_group, valid).float())     # (G, V)
+        codes_used = entropy_perplexity(taken/taken.sum(-1, keepdim=True).clamp_min(1))
         metrics = dict(contrastive=out.contrastive, diversity=out.diversity, accuracy=out.accuracy, perplexity=out.perplexity,
             code_perplexity=codes_used, collided=out.collided, masked=mask.float().mean(),
             gumbel_temperature=self.encoder.quantizer.temperature, feature_variance=feature_variance(clean))
+        if not self.training: metrics['effective_rank'] = effective_rank(clean)   # too dear for every step
         return Step(out.loss, {name: m.detach() for name, m in metrics.items()})
 
 # %% ../nbs/10_pretraining.ipynb #92ec4cff
@@ -216,7 +227,9 @@ class ReconstructionPretraining(Pretrainer):
     )->Step:
         "Mean squared error over the masked frames"
         e, target, reconstruction = self.predict(x, generator)
-        loss = masked_mse(reconstruction, target, e.mask)
+        hidden = e.mask.sum().float().clamp_min(1)
+        average = self.average if self.training else alone
+        loss = masked_mse(reconstruction, target, e.mask) * (hidden/average(hidden))     # 1 on one device, exactly
         metrics = dict(mse=loss, masked=e.mask.float().mean(), feature_variance=feature_variance(e.tokens),
                        target_variance=feature_variance(target))
         if not self.training:   # too dear for every step

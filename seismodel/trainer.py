@@ -254,7 +254,7 @@ def draw_run(model, show, folder):
 # %% ../nbs/11_trainer.ipynb #f15db6c3
 def run_steps(model, optimizer, data, dev_batches, show, c, folder, about, at, log, ranks):
     "From where the run stands to its end; `at` moves along"
-    net = model if ranks.world == 1 else DistributedDataParallel(model, broadcast_buffers=False)
+    net = model if ranks.world == 1 else DistributedDataParallel(model)
     windows, generator = loader(data, Order(c, ranks, at.step), c, ranks.device), torch.Generator(ranks.device)
     watch = FiniteWatch(folder, ranks.device, c.skip_nonfinite, at.withheld, ranks.gather, write=ranks.rank == 0)
     bar = tqdm(range(at.step + 1, c.steps + 1), initial=at.step, total=c.steps, unit='step', disable=ranks.rank > 0)

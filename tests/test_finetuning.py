@@ -12,7 +12,8 @@ from seismodel.finetuning import Share, events_of, evaluate, finetune, fine_reci
 from seismodel.heads import load_picker
 from seismodel.pretraining import build, preset
 from seismodel.runlog import read_metrics
-from seismodel.waveforms import UserError, open_source
+from seismodel.sources import open_source
+from seismodel.waveforms import UserError
 
 SMALL = dict(steps=3, batch_size=4, validation_windows=4, device='cpu')
 

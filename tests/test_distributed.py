@@ -1,0 +1,125 @@
+"One rank against two, as torchrun starts them on CPUs: gradients, whole runs, resuming on another number, signals"
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from seismodel.checkpoints import checkpoint_files
+from seismodel.distributed import Ranks, join_ranks
+from seismodel.encoders import BidirAutoregConfig, ConvDownConfig
+from seismodel.pretraining import ContrastiveConfig, ReconstructionConfig, alone, build
+from seismodel.runlog import read_metrics
+
+root = Path(__file__).resolve().parents[1]
+RUN = ('--window 512 --batch-size 4 --log-every 1 --validate-every 6 --validation-windows 4 --checkpoint-every 6 --device cpu --workers 0 --steps').split()
+needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason='PyTorch was built without Gloo')
+
+
+def start(ranks, *words, cwd):
+    "A process that runs this Python with `words`, or torchrun over so many of them"
+    engine = [] if ranks == 1 else ['-m', 'torch.distributed.run', '--nproc-per-node', str(ranks), '--master-port', str(29500 + os.getpid() % 1000)]
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'agg', 'CUDA_VISIBLE_DEVICES': '', 'PYTHONPATH': str(root)}
+    return subprocess.Popen([sys.executable, *engine, *map(str, words)], cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def pretrain(ranks, *words, cwd):
+    process = start(ranks, '-m', 'seismodel', 'pretrain', *words, cwd=cwd)
+    said, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, said
+    return said
+
+
+def largest_difference(a, b, name='loss'):
+    left, right = ([r[name] for r in read_metrics(run)] for run in (a, b))
+    assert len(left) == len(right)
+    return max(abs(x - y) for x, y in zip(left, right))
+
+
+MODELS = {'contrastive': ContrastiveConfig(ConvDownConfig(conv_features=16, out_features=16, codevector_dim=16, target_features=16, mask_mode='wav2vec2'), blocks=1, pooling=(4,)),
+          'reconstruction': ReconstructionConfig(BidirAutoregConfig(d_model=16, mask_mode='wav2vec2'), blocks=1, ff=2.)}
+
+
+def gradients(ranks):
+    "Loss, its measures and its gradient for six windows, as this process and its peers find them together; masks of different sizes"
+    found = {}
+    for name, config in MODELS.items():
+        torch.manual_seed(0)
+        model = build(config).double().train()
+        x = torch.randn(6, 260, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        model.average = ranks.average
+        with ranks.draws(): loss, measures = model(x.unflatten(0, (ranks.world, -1))[ranks.rank], torch.Generator().manual_seed(2))
+        loss.backward()
+        found[name] = {**{n: ranks.average(p.grad) for n, p in model.named_parameters()}, 'loss': ranks.average(loss.detach()),
+                       **{n: ranks.average(m.double()) for n, m in measures.items() if 'variance' not in n and n != 'masked'}}
+    return found
+
+
+@needs_gloo
+def test_losses_and_gradients_of_two_ranks_are_those_of_one(tmp_path):
+    code = f"import sys, torch; sys.path.insert(0, {str(root/'tests')!r}); from test_distributed import *\nwith join_ranks('cpu') as r:\n    found = gradients(r)\n    if r.rank == 0: torch.save(found, 'found.pt')"
+    (tmp_path/'work.py').write_text(code)
+    process = start(2, 'work.py', cwd=tmp_path)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    two, one = torch.load(tmp_path/'found.pt'), gradients(Ranks(torch.device('cpu')))
+    for method in MODELS:
+        assert two[method].keys() == one[method].keys()
+        for name, value in one[method].items():
+            torch.testing.assert_close(two[method][name], value, rtol=1e-6, atol=1e-8, msg=lambda m: f'{method} {name}: {m}')
+
+
+def test_without_the_average_the_gradients_would_differ():
+    "The check above can fail: the plain mean of two halves is another number when their masks have different sizes"
+    torch.manual_seed(0)
+    model = build(MODELS['contrastive']).double().train()
+    x = torch.randn(6, 260, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    whole = model(x, torch.Generator().manual_seed(2)).loss
+    halves = []
+    for rank in range(2):
+        with Ranks(torch.device('cpu'), rank, 2).draws(): halves.append(model(x[3*rank:3*rank + 3], torch.Generator().manual_seed(2)).loss)
+    assert abs(sum(halves)/2 - whole) > 1e-4
+    assert model.average is alone
+
+
+@needs_gloo
+@pytest.mark.parametrize('method', ['contrastive', 'reconstruction'])
+def test_a_run_on_one_rank_and_on_two_has_the_same_curve(method, tmp_path):
+    "And begun on one it goes on on two, or the other way round"
+    words = ['--preset', f'{method}-tiny', *RUN, 12]
+    pretrain(1, *words, '--out', 'one', cwd=tmp_path)
+    pretrain(2, *words, '--out', 'two', cwd=tmp_path)
+    assert largest_difference(tmp_path/'one', tmp_path/'two') < 1e-5
+    assert largest_difference(tmp_path/'one', tmp_path/'two', 'grad_norm') < 1e-4
+    run, ranks = ('one', 2) if method == 'contrastive' else ('two', 1)
+    kept = read_metrics(tmp_path/run)
+    checkpoint_files(tmp_path/run)[0].unlink()                       # as if it had been killed before step 12
+    assert 'Going on from step 6' in pretrain(ranks, '--resume', run, cwd=tmp_path)
+    again = read_metrics(tmp_path/run)
+    assert [r['step'] for r in again] == [r['step'] for r in kept]
+    assert max(abs(a['loss'] - b['loss']) for a, b in zip(kept, again)) < 1e-5
+
+
+@needs_gloo
+def test_ranks_agree_where_to_stop(tmp_path):
+    process = start(2, '-m', 'seismodel', 'pretrain', '--preset', 'reconstruction-tiny', *RUN, 4000, '--out', 'run', cwd=tmp_path)
+    while process.poll() is None and not (tmp_path/'run/metrics.jsonl').exists(): time.sleep(.1)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)                              # torchrun hands it to both
+    said, _ = process.communicate(timeout=60)
+    assert said.count('Stopped by') == 2 and 'is safe. Go on with --resume run' in said, said
+    newest = int(checkpoint_files(tmp_path/'run')[0].stem[5:])
+    assert f'after step {newest} of 4000' in said
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused(tmp_path):
+    from seismodel.recipe import TrainConfig
+    from seismodel.trainer import check_fit
+    from seismodel.waveforms import UserError
+    with pytest.raises(UserError, match='batch size is 4, which 3 ranks cannot share'):
+        check_fit(TrainConfig(steps=1, batch_size=4), range(4), tmp_path/'run', False, Ranks(torch.device('cpu'), 0, 3))
