@@ -75,7 +75,8 @@ class StreamPicker(WaveformModel):
         "Clean every trace, in place"
         fast = [trace for trace in stream if trace.stats.sampling_rate >= SLOWEST]
         for trace in stream if fast else []:
-            if trace.stats.sampling_rate < SLOWEST: log.warning('%s has %g Hz and is left out: a picker needs at least %g Hz', trace.id, trace.stats.sampling_rate, SLOWEST)
+            rate = trace.stats.sampling_rate
+            if rate < SLOWEST: log.warning('%s has %g Hz and is left out: a picker needs at least %g Hz', trace.id, rate, SLOWEST)
         stream.traces = [piece for trace in fast or stream for piece in clean_trace(trace)]
         return stream
 
@@ -171,6 +172,7 @@ def open_picker(
     if not colon or Path(name).exists(): return SeisModelPicker.from_pretrained(name)
     import seisbench.models
     cls = getattr(seisbench.models, kind, None)
-    if not (isinstance(cls, type) and issubclass(cls, WaveformModel)): raise UserError(f"SeisBench has no picker '{kind}'; PhaseNet and EQTransformer are two of those it has.")
+    if not (isinstance(cls, type) and issubclass(cls, WaveformModel)):
+        raise UserError(f"SeisBench has no picker '{kind}'; PhaseNet and EQTransformer are two of those it has.")
     try: return cls.from_pretrained(weights).eval()
     except Exception as e: raise UserError(f"SeisBench cannot provide '{name}' ({type(e).__name__}: {str(e)[:100]}).") from None
