@@ -275,10 +275,13 @@ class Batches(Dataset):
 
 def amplitudes(
     batch:dict, # raw, on any device
-) -> dict: # its x as float32 amplitudes, up to an offset
-    "What a recorder would have written"
-    scaled = batch["x"].float() * batch["scale"][:, None]
-    return {**batch, "x": scaled, "scale": torch.ones_like(batch["scale"])}
+) -> dict: # its x as float32 amplitudes with mean 0, so that a zero is silence and no step
+    "What a recorder would have written, without its offset"
+    scaled, valid = batch["x"].float() * batch["scale"][:, None], batch["valid"]
+    t = torch.arange(scaled.shape[1], device=scaled.device)
+    inside = ((t >= valid[:, :1]) & (t < valid[:, 1:]))[..., None]             # (B, W, 1)
+    mean = torch.where(inside, scaled, 0.).sum(1, keepdim=True) / (valid[:, 1] - valid[:, 0])[:, None, None]
+    return {**batch, "x": torch.where(inside, scaled - mean, 0.), "scale": torch.ones_like(batch["scale"])}
 
 def to_model(
     batch:dict, # raw, on any device, augmented or not
@@ -330,10 +333,10 @@ def _produce(loader, device, raw, augment, seed, ready, stop):
         stream, generator = torch.cuda.Stream(device) if device.type == "cuda" else None, torch.Generator(device)
         for batch in loader:
             if stop.is_set(): return
+            first = uniforms(seed, batch["n"][:1].numpy())[0, 0]               # while the number is still on the CPU
             with torch.cuda.stream(stream) if stream else nullcontext():
                 batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()} if stream else batch
                 if augment is not None:
-                    first = uniforms(seed, np.array([int(batch["n"][0])]))[0, 0]
                     batch = augment(amplitudes(batch), generator.manual_seed(int(first * 2**53)))
                 if raw: batch = to_model(batch)
                 put((batch, stream.record_event() if stream else None))

@@ -19,8 +19,8 @@ from typing import Annotated, Iterator, NamedTuple
 import numpy as np
 from tqdm.auto import tqdm
 
-from .sources import SeisBenchSource, draw_split, open_folder, open_published, published, trace_names
 from .reading import is_store
+from .sources import SeisBenchSource, draw_split, open_folder, open_published, published, trace_names
 from .store import DTYPES, StoreWriter, finish, sha256
 from .waveforms import (SAMPLING_RATE, WINDOW, BadRecord, Record, UserError, Waveform, assemble, check_record,
                                  read_pieces)
@@ -48,6 +48,7 @@ class DatasetItems:
         window:int=WINDOW, # samples; traces below half of it are left out
     ):
         self.name, self.path, self.table = name, Path(dataset.path), dataset.metadata
+        self.names = trace_names(self.table).tolist()
         self.source = SeisBenchSource(dataset, None, name, window)
         self.source.data.cache, self.source.data.metadata_cache = None, False  # each is read once: nothing to keep
 
@@ -57,9 +58,9 @@ class DatasetItems:
         after:int|None=None, # rows that are done
     ) -> Iterator[Item]:
         "The rest of the stream"
-        source, names = self.source, trace_names(self.table)
+        source = self.source
         for row, more in enumerate(self._rows(after or 0), after or 0):
-            item = left_out(names.iloc[row], source.why[row], row + 1)
+            item = left_out(self.names[row], source.why[row], row + 1)
             if item.why is None:
                 i = int(np.searchsorted(source.rows, row))
                 try: item = item._replace(record=source.record(i), split=str(source.splits[i]), more=more)
@@ -69,9 +70,10 @@ class DatasetItems:
     def _rows(self, first):
         "What the table says of each trace, some hundred at a time: pandas takes milliseconds for a single row"
         import pandas as pd
-        table = self.table.drop(columns=["trace_name", "trace_chunk", "index"], errors="ignore")
-        for k in range(first, len(table), 256):
-            for row in table.iloc[k:k + 256].to_dict("records"): yield {c: v for c, v in row.items() if pd.notna(v)}
+        ours = ("trace_name", "trace_chunk", "index")
+        for k in range(first, len(self.table), 256):
+            for row in self.table.iloc[k:k + 256].to_dict("records"):
+                yield {c: v for c, v in row.items() if c not in ours and pd.notna(v)}
 
 # %% ../nbs/01e_pack.ipynb #c662e952
 class Unit(NamedTuple):
@@ -81,19 +83,21 @@ class Unit(NamedTuple):
     files: tuple        # of Path, in order
 
 def scan(
-    files:list[Path], # to look at
+    path:Path, # of a file, or of a folder with files at any depth
 ) -> tuple[list[Unit], dict[str, str]]: # units in a fixed order; file or channel -> why it is in none
     "Which files hold which instrument, from their headers"
     import obspy
+    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
     found, left = {}, {}
     for file in tqdm(files, desc="headers", unit=" files", leave=False, disable=len(files) < 100):
+        short = str(file.relative_to(path)) if file != path else file.name
         try: stream = obspy.read(escape(str(file)), headonly=True)
         except Exception:
-            left[file.name] = "no waveform file that ObsPy can read"
+            left[short] = "no waveform file that ObsPy can read"
             continue
         first = {}
         for trace in stream:
-            name = f"{trace.id} in {file.name}"
+            name = f"{trace.id} in {short}"
             if trace.id[-1:] not in tuple("ZNE12"): left[name] = "channel does not end in Z, N, E, 1 or 2"
             elif not 10 <= trace.stats.sampling_rate <= 10_000: left[name] = "sampling rate not between 10 and 10,000 Hz"
             else: first.setdefault(trace.id[:-1], []).append(trace.stats.starttime)
@@ -123,9 +127,6 @@ def stretches(
     return parts, w.gaps
 
 # %% ../nbs/01e_pack.ipynb #346b64bd
-@lru_cache(maxsize=3)
-def _pieces(file): return read_pieces(file)                                    # three components, or many stations in a file
-
 class ArchiveItems:
     "Files that ObsPy reads, cut into records"
     def __init__(self,
@@ -134,7 +135,8 @@ class ArchiveItems:
         window:int=WINDOW, # samples; parts below half of it are left out
     ):
         self.name, self.path, self.window = name, path, window
-        self.units, self.left = scan([path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file()))
+        self.units, self.left = scan(path)
+        self.read = lru_cache(3)(read_pieces)                                  # three components, or many stations in a file
         if not self.units: raise UserError(f"{name} holds neither a SeisBench data set nor a waveform file that ObsPy reads")
 
     def __len__(self): return len(self.left) + len(self.units)                 # about: a unit gives many items
@@ -156,7 +158,7 @@ class ArchiveItems:
         "The items of a unit; a file that cannot be read is one of them"
         pieces = []
         for file in unit.files:
-            try: pieces += [p for p in _pieces(file) if p.instrument == unit.instrument]
+            try: pieces += [p for p in self.read(file) if p.instrument == unit.instrument]
             except UserError: yield left_out(file.name, "damaged: ObsPy reads its header and not its samples")
         if not pieces: return
         label = f"{unit.instrument} {unit.day}"

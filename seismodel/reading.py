@@ -41,8 +41,10 @@ class Store:
             size = 128 + shard["samples"] * 3 * self.dtype.itemsize
             if not file.is_file() or file.stat().st_size != size:
                 raise UserError(f"{file} is missing or cut short (it should have {size} bytes): copy it again")
+        for name in m["tables"]:
+            if not (self.folder/name).is_file(): raise UserError(f"{self.folder/name} is missing: copy it again")
         try: self.index = np.load(self.folder/"index.npy", mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError): raise UserError(f"{folder}/index.npy is missing or damaged: copy it again") from None
+        except (OSError, ValueError): raise UserError(f"{folder}/index.npy is damaged: copy it again") from None
         if len(self.index) != m["traces"] or not {"name", "shard", "first", *LABELS} <= set(self.index.dtype.names or ()):
             raise UserError(f"{folder}/index.npy does not belong to its manifest: copy both again")
 
@@ -76,7 +78,8 @@ def is_store(
     folder, # any path
 ) -> bool: # finished or not
     "Whether a folder is a store or the beginning of one"
-    return (Path(folder)/"plan.json").exists() or (Path(folder)/"index.npy").exists() or (Path(folder)/"manifest.json").exists()
+    there = lambda name: (Path(folder)/name).exists()
+    return there("plan.json") or there("manifest.json") or there("index.npy") and there("samples-00000.npy")
 
 # %% ../nbs/01c_reading.ipynb #ffe7b89b
 class Windows(NamedTuple):

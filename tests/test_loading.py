@@ -286,7 +286,7 @@ def test_augmentations(name, seed):
     if name == 'shift':
         t = torch.arange(L)
         outside = (t < a[:, None]) | (t >= b[:, None])
-        assert not new['x'][outside].any() and (new['x'][~outside] != 0).all()
+        assert not new['x'][outside].any() and (new['x'][~outside] == 0).sum() <= (batch['x'] == 0).sum()   # randn can be 0
     if name == 'drop':
         alive = (new['x'] != 0).any(1).sum(1)
         assert ((alive >= 1) & (alive <= 3)).all()
