@@ -301,12 +301,15 @@ def summarise(
     records:pd.DataFrame, # from `score_records`
     draws:int=500,        # of the bootstrap
 )->pd.DataFrame: # trace_dataset, kind, figure, value, low, high, n
-    "Shares found within 0.1, 0.3 and 0.5 s, and share of noise records with a pick, by source and over all"
+    "Shares found within 0.1, 0.3 and 0.5 s, and share of noise records with a pick, over all and by source"
     records = records.assign(event=records['event'].where(records['event'].ne(''), records['trace_name']))
     figures = {'P': {f'found within {t} s': found_within(t) for t in (.1, .3, .5)}, 'noise': {'disturbed': lambda t: (t['picks'] > 0).mean()}}
     figures['S'], rows = figures['P'], []
-    for source in ['all', *(sorted(s) if len(s := set(records['trace_dataset']) - {'all'}) > 1 else [])]:
+    whole, sources = records['components'].eq(COMPONENTS), records['trace_dataset'].unique().tolist()
+    parts = {'all': records, **({'all with three components': records[whole]} if not whole.all() else {}),
+             **({s: records[records['trace_dataset'] == s] for s in sorted(sources)} if len(sources) > 1 else {})}
+    for source, table in parts.items():
         for kind in ('P', 'S', 'noise'):
-            part = records[records['kind'].eq(kind) & (records['trace_dataset'].eq(source) | (source == 'all'))]
+            part = table[table['kind'] == kind]
             if len(part): rows += [(source, kind, name, *bootstrap(f, part, draws=draws), len(part)) for name, f in figures[kind].items()]
     return pd.DataFrame(rows, columns=['trace_dataset', 'kind', 'figure', 'value', 'low', 'high', 'n'])

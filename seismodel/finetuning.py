@@ -8,6 +8,7 @@ Docs: https://seismodel.github.io/seismodel/finetuning.html.md"""
 __all__ = ['RECIPES', 'events_of', 'Share', 'start_picker', 'fine_recipe', 'label_windows', 'fine_plan', 'finetune', 'evaluate']
 
 # %% ../nbs/11f_finetuning.ipynb #92f5df8c
+import csv
 import json
 import math
 from pathlib import Path
@@ -33,7 +34,10 @@ def events_of(
 )->list[str]: # one per record
     "The event of each record of a source; its own name where none is known"
     if hasattr(source, 'events'): return [str(e) for e in source.events]
-    if not hasattr(source, 'names'): return [str(i) for i in range(len(source))]
+    if hasattr(source, 'store'):                                          # its table has the rows of its index, in that order
+        with open(source.store.folder/'traces.csv', newline='') as f: events = [row.get('source_id') or row['trace_name'] for row in csv.DictReader(f)]
+        return [events[i] for i in source.rows]
+    if not hasattr(source, 'names'): return [str(i) for i in range(len(source))]      # synthetic: every record is an event
     import pandas as pd
     tables = [pd.read_csv(f, dtype=str) for f in sorted(Path(source.data.path).glob('metadata*.csv'))] if hasattr(source, 'data') else []
     known = {}
@@ -148,7 +152,9 @@ def finetune(
                         validate_every=validate_every, validation_windows=validation_windows, checkpoint_every=checkpoint_every, tensorboard=tensorboard or None)
     windows, dev, records = label_windows(plan['data'], plan['fraction'], plan['weights'], c)
     with join_ranks(c.device) as ranks:
-        if ranks.rank == 0: print(f"{count_parameters(picker):,} parameters from {plan['from']}, {c.steps} steps of {c.batch_size} windows from {sum(records)} records, on {ranks.device}")
+        if ranks.rank == 0:
+            print(f"{count_parameters(picker):,} parameters from {plan['from']}, {c.steps} steps of {c.batch_size} windows "
+                  f"from {sum(records)} records, on {ranks.device}")
         train(picker, windows, dev, c, folder, {'finetune': plan, 'records': records}, bool(resume), ranks)
     print(f"picker  {folder}, for `seismodel pick --model` and `SeisModelPicker.from_pretrained`")
     return folder

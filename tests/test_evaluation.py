@@ -172,6 +172,16 @@ def test_bootstrap_draws_events():
     assert found_within(.3)(pd.DataFrame({'residual': [.1, -.3, .31, np.nan]})) == .5
 
 
+def test_summary_has_a_line_for_whole_records():
+    "Records of one component stay in `all`, and out of `all with three components`"
+    records = pd.DataFrame({'trace_name': list('abcd'), 'event': '', 'trace_dataset': list('xxyy'), 'components': ['ZNE', 'Z', 'ZNE', 'ZNE'],
+                            'kind': ['P', 'P', 'P', 'noise'], 'residual': [.05, np.nan, .2, np.nan], 'picks': [1, 0, 2, 1]})
+    table = summarise(records, draws=20).set_index(['trace_dataset', 'kind', 'figure'])
+    assert table.n['all', 'P', 'found within 0.1 s'] == 3 and table.n['all with three components', 'P', 'found within 0.1 s'] == 2
+    assert table.value['all with three components', 'P', 'found within 0.3 s'] == 1 and table.value['all', 'noise', 'disturbed'] == 1
+    assert table.value['x', 'P', 'found within 0.1 s'] == .5 and ('x', 'noise', 'disturbed') not in table.index
+
+
 def test_on_real_records(real_data):
     folder = next((f for f in real_data if f.name == 'realquakes'), None)
     if folder is None: pytest.skip('no labelled records here')

@@ -1,5 +1,7 @@
 "seismodel finetune and evaluate: shares of events, starts, the control, resuming, and the picker that comes out"
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -31,6 +33,35 @@ def test_events_of_a_data_set(folder):
     assert len(share) == 6 and len(set(share.events)) == 3
     for i in range(6): assert np.array_equal(share.record(i).waveform, source.record(share.rows[i]).waveform)
     assert events_of(open_source('synthetic', 'train'))[:2] == ['0', '1']
+
+
+def test_a_store_and_its_data_set_share_alike(folder, tmp_path):
+    "The same events, the same share, the same waveforms' onsets, packed or not; and a machine without SeisBench can fine-tune from it"
+    assert main(['pack', str(folder), '--out', str(tmp_path/'store')]) == 0
+    plain, packed = open_source(str(folder), 'train'), open_source(str(tmp_path/'store'), 'train')
+    a, b = Share(plain, .3), Share(packed, .3)
+    named = lambda share: sorted((e, round(float(share.record(i).p_onset), 2)) for i, e in enumerate(share.events) if np.isfinite(share.record(i).p_onset))
+    assert len(a) == len(b) and named(a) == named(b) and len(set(a.events)) < len(a)
+    code = ('import sys; sys.modules["seisbench"] = sys.modules["obspy"] = None; from seismodel.finetuning import finetune; '
+            'finetune("random", "contrastive-tiny", [sys.argv[1]], fraction=.5, steps=2, batch_size=4, validation_windows=4, device="cpu", out=sys.argv[2])')
+    done = subprocess.run([sys.executable, '-c', code, tmp_path/'store', tmp_path/'run'], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert load_picker(tmp_path/'run')
+
+
+def test_an_unlabelled_phase_is_masked_on_the_way(tmp_path, write_dataset, quake_records):
+    "From the table to the loss: a missing S on an earthquake's record changes nothing, on a noise record it is noise"
+    def records():
+        for m, x in quake_records(12):
+            m['trace_s_arrival_sample'] = np.nan
+            yield m, x
+    windows, _, _ = label_windows([str(write_dataset(tmp_path/'d', records()))], 1., None, fine_recipe('contrastive', steps=4, batch_size=4, validation_windows=2))
+    batch = next(iter(torch.utils.data.DataLoader(windows, 16)))
+    picker = start_picker('random', 'contrastive-tiny').eval()
+    unlabelled = batch['s_status'] == 0
+    assert unlabelled.any() and not unlabelled.all()
+    moved = {**batch, 's_onset': torch.where(unlabelled, 1000., batch['s_onset'])}
+    assert picker(moved).loss == picker(batch).loss != picker({**batch, 's_status': torch.ones(16)}).loss
 
 
 @settings(max_examples=30, deadline=None)

@@ -154,6 +154,14 @@ def test_too_slow(model, rate):
         model.annotate(stream_of(np.random.default_rng(0).standard_normal((5000, 3)), rate=rate))
 
 
+def test_slow_channels_beside_fast_ones_are_left_out(model, waveform, caplog):
+    "LHZ in the same file as HHZ: named, and the picks are those without it"
+    slow = stream_of(waveform[:300], rate=1., channels=('LHZ', 'LHN', 'LHE'))
+    with caplog.at_level(logging.WARNING): both = model.annotate(stream_of(waveform[:5000]) + slow)
+    assert 'XX.ABC..LHZ has 1 Hz and is left out' in caplog.text
+    np.testing.assert_array_equal(array(both), array(model.annotate(stream_of(waveform[:5000]))))
+
+
 @pytest.mark.parametrize('rate', [20., 50., 100.02, 125., 200., 250.])
 def test_other_rates_come_out_at_100_hz(model, rate):
     t = np.arange(round(50*rate))/rate
