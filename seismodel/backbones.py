@@ -11,7 +11,7 @@ __all__ = ['pad_frames', 'fold', 'unfold', 'stage_shapes', 'check_features', 'ML
 import torch
 from torch import Tensor, nn
 
-from .mlstm import MLSTMBlock
+from .blocks import MLSTMBlock
 
 # %% ../nbs/07_backbones.ipynb #8961ca91
 def pad_frames(

@@ -22,16 +22,22 @@ import torch
 from fastcore.script import anno_parser
 
 from . import __version__
+from .catalogue import pick
 from .distributed import Ranks, join_ranks, pick_device
+from .finetuning import evaluate, finetune
 from .frontend import count_parameters, frames
 from .health import TrainingError
+from .inspection import inspect
+from .loading import WindowDataset
+from .pack import pack
 from .plots import plot
 from .pretraining import (PRESETS, ContrastiveConfig, Preset, ReconstructionConfig, build, config_from_dict, from_pretrained,
                                    preset as find_preset, write_atomically)
 from .recipe import FREE, TrainConfig, check_config
 from .runlog import read_metrics
+from .sources import open_source
 from .trainer import Interrupted, train
-from .waveforms import WINDOW, BadRecord, UserError, WindowDataset, normalize, open_source, read_waveform
+from .waveforms import WINDOW, BadRecord, UserError, normalize, read_waveform
 
 # %% ../nbs/12_cli.ipynb #2240a29d
 def open_data(
@@ -281,7 +287,8 @@ def embed(
     return out
 
 # %% ../nbs/12_cli.ipynb #efda57be
-COMMANDS = {'pretrain': pretrain, 'info': info, 'plot': plot, 'embed': embed}
+COMMANDS = {'pretrain': pretrain, 'info': info, 'plot': plot, 'embed': embed, 'finetune': finetune,
+            'evaluate': evaluate, 'pick': pick, 'pack': pack, 'inspect': inspect}
 
 def usage(
 )->str: # the text of `seismodel --help`
@@ -301,7 +308,7 @@ def main(
         print(f"seismodel: there is no command '{name}'; choose one of {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
     command = COMMANDS[name]
-    args = vars(anno_parser(command, prog=f'seismodel {name}', pos=['run'] if name == 'info' else None).parse_args(rest))
+    args = vars(anno_parser(command, prog=f'seismodel {name}', pos=['run', 'where']).parse_args(rest))
     for hidden in ('pdb', 'xtra'): args.pop(hidden)   # fastcore's own
     rank = int(os.environ.get('RANK', 0))   # torchrun's number of this process
     try: command(**args)

@@ -7,8 +7,7 @@ Docs: https://seismodel.github.io/seismodel/mlstm.html.md"""
 # %% auto #0
 __all__ = ['NEVER', 'soft_cap', 'MLSTMState', 'check_inputs', 'mlstm_recurrent', 'lag', 'running_max', 'time_scan',
            'mlstm_parallel', 'chunk_gates', 'chunk_weights', 'decay_tile', 'dot', 'chunk_forward', 'carry',
-           'chunk_backward', 'ChunkwiseMLSTM', 'mlstm_chunkwise', 'mlstm', 'HeadNorm', 'BidirectionalMLSTM',
-           'MLSTMBlock']
+           'chunk_backward', 'ChunkwiseMLSTM', 'mlstm_chunkwise']
 
 # %% ../nbs/06_mlstm.ipynb #9e6a9545
 import math
@@ -286,107 +285,3 @@ def mlstm_chunkwise(
     h, *end = ChunkwiseMLSTM.apply(q, k, v, i, f, reverse, L, state, return_state)
     h = h[:, :, :T] if fill else h
     return (h, MLSTMState(*end)) if return_state else h
-
-# %% ../nbs/06_mlstm.ipynb #a07c7153
-def mlstm(
-    q: torch.Tensor,   # (B, H, T, dk) queries
-    k: torch.Tensor,   # (B, H, T, dk) keys
-    v: torch.Tensor,   # (B, H, T, dv) values
-    i: torch.Tensor,   # (B, H, T) input gates before the exponential, soft-capped
-    f: torch.Tensor,   # (B, H, T) forget gates before the sigmoid, soft-capped
-    reverse: int=0,    # the last `reverse` heads read time backwards
-    chunk: int=64,     # frames a chunk
-) -> torch.Tensor:     # h (B, H, T, dv)
-    "The mLSTM cell of this package: `mlstm_chunkwise` without a state. Raises ValueError on shapes that do not fit."
-    return mlstm_chunkwise(q, k, v, i, f, reverse, chunk)
-
-# %% ../nbs/06_mlstm.ipynb #3b93da40
-class HeadNorm(nn.Module):
-    "LayerNorm over the features of each head, with one weight per feature of the layer"
-    def __init__(
-        self,
-        heads: int,        # H
-        features: int,     # dv of a head
-        eps: float=1e-6,   # added to the variance
-    ):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(heads * features))
-
-    def forward(self, h):   # (B, H, T, dv) -> (B, T, H * dv)
-        h = F.layer_norm(h.to(self.weight.dtype), h.shape[-1:], eps=self.eps)
-        return h.transpose(1, 2).flatten(2) * self.weight
-
-# %% ../nbs/06_mlstm.ipynb #a0f53fa4
-class BidirectionalMLSTM(nn.Module):
-    "mLSTM layer (xLSTM-7B layout, Beck et al. 2025) in which every output frame sees both sides of the window."
-    def __init__(
-        self,
-        dim: int,                    # D, a multiple of heads
-        heads: int=4,                # H
-        direction: str='per_head',   # or 'shared', 'two_pass': how the two directions share the work
-        blocks: int=1,               # layers in the network (scales the last Linear)
-    ):
-        super().__init__()
-        if direction not in ('per_head', 'shared', 'two_pass'):
-            raise ValueError(f"direction must be 'per_head', 'shared' or 'two_pass', but it is {direction!r}")
-        if dim % heads: raise ValueError(f'dim must be a multiple of heads, but they are {dim} and {heads}')
-        if direction == 'per_head' and heads % 2:
-            raise ValueError(f"direction 'per_head' needs an even number of heads, but it is {heads}")
-        self.direction = direction
-        self.heads = 2 * heads if direction == 'two_pass' else heads        # heads with a q, k, v of their own
-        self.cells = heads if direction == 'per_head' else 2 * heads        # heads with gates of their own
-        width = self.heads * (dim // heads)
-        self.qkvo = nn.Linear(dim, 4 * width, bias=False)
-        self.gates = nn.Linear(dim, 2 * self.cells)
-        self.norm = HeadNorm(self.heads, dim // heads)
-        self.out = nn.Linear(width, dim, bias=False)
-        nn.init.normal_(self.qkvo.weight[:3 * width], std=math.sqrt(2 / (5 * dim)))
-        nn.init.zeros_(self.qkvo.weight[3 * width:])                        # o: all output gates half open
-        nn.init.normal_(self.out.weight, std=2 / (blocks * math.sqrt(width)))
-        nn.init.zeros_(self.gates.weight)
-        with torch.no_grad():
-            self.gates.bias[:self.cells] = -10.                             # i
-            self.gates.bias[self.cells:] = torch.linspace(3, 6, self.cells // 2).repeat(2)   # f, each direction alike
-
-    def forward(
-        self,
-        x: torch.Tensor,     # (B, T, D)
-    ) -> torch.Tensor:       # (B, T, D)
-        q, k, v, o = self.qkvo(x).unflatten(-1, (4, self.heads, -1)).unbind(2)             # (B, T, H, d)
-        q, k, v = (z.transpose(1, 2) for z in (q, k, v))                                   # (B, H, T, d)
-        with torch.autocast(x.device.type, enabled=False):                                 # gates in full precision
-            i, f = soft_cap(self.gates(x.to(self.gates.weight.dtype))).mT.chunk(2, 1)      # (B, cells, T)
-        if self.direction == 'shared': q, k, v = (torch.cat([z, z], 1) for z in (q, k, v))
-        h = mlstm(q, k, v, i, f, reverse=self.cells // 2)                                  # (B, cells, T, d)
-        if self.direction == 'shared': h = h.unflatten(1, (2, self.heads)).sum(1)
-        return self.out(torch.sigmoid(o.flatten(2)) * self.norm(h))
-
-# %% ../nbs/06_mlstm.ipynb #23637e06
-class MLSTMBlock(nn.Module):
-    "Residual block: x + mLSTM(norm(x)), then x + SwiGLU(norm(x)) (xLSTM-7B layout, Beck et al. 2025)."
-    def __init__(
-        self,
-        dim: int,                    # D
-        heads: int=4,                # H
-        ff: float=3.0,               # hidden width of the feed-forward part over D, rounded up to a multiple of 16
-        direction: str='per_head',   # see `BidirectionalMLSTM`
-        dropout: float=0.,           # on both branches
-        blocks: int=1,               # blocks in the network (scales the last Linear of both branches)
-    ):
-        super().__init__()
-        hidden = 16 * math.ceil(ff * dim / 16)
-        self.norm_mlstm, self.norm_ff = nn.RMSNorm(dim, eps=1e-6), nn.RMSNorm(dim, eps=1e-6)
-        self.mlstm = BidirectionalMLSTM(dim, heads, direction, blocks)
-        self.up, self.down = nn.Linear(dim, 2 * hidden, bias=False), nn.Linear(hidden, dim, bias=False)
-        self.dropout = nn.Dropout(dropout)
-        nn.init.normal_(self.up.weight, std=math.sqrt(2 / (5 * dim)))
-        nn.init.normal_(self.down.weight, std=2 / (blocks * math.sqrt(dim)))
-
-    def forward(
-        self,
-        x: torch.Tensor,   # (B, T, D)
-    ) -> torch.Tensor:     # (B, T, D)
-        x = x + self.dropout(self.mlstm(self.norm_mlstm(x)))
-        a, b = self.up(self.norm_ff(x)).chunk(2, -1)
-        return x + self.dropout(self.down(F.silu(a) * b))

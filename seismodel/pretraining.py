@@ -7,8 +7,8 @@ Docs: https://seismodel.github.io/seismodel/pretraining.html.md"""
 # %% auto #0
 __all__ = ['CONFIGS', 'ENCODERS', 'PRESETS', 'ContrastiveConfig', 'ReconstructionConfig', 'config_to_dict', 'config_from_dict',
            'Step', 'write_atomically', 'force_out', 'alone', 'Pretrainer', 'ContrastivePretraining',
-           'ReconstructionPretraining', 'Preset', 'contrastive_size', 'preset', 'build', 'from_pretrained',
-           'load_weights']
+           'ReconstructionPretraining', 'Preset', 'contrastive_size', 'preset', 'build', 'read_model',
+           'from_pretrained', 'load_weights']
 
 # %% ../nbs/10_pretraining.ipynb #3dd052a1
 import json
@@ -286,10 +286,10 @@ def build(
     return (ContrastivePretraining if config.method == 'contrastive' else ReconstructionPretraining)(config)
 
 # %% ../nbs/10_pretraining.ipynb #846f356b
-def from_pretrained(
+def read_model(
     folder:str|Path, # with config.json and model.safetensors
-)->Pretrainer: # on the CPU, in evaluation mode
-    "Build the model of `config.json` and load its weights; raises `UserError` with the file and what is wrong with it"
+)->tuple[dict, dict]: # the whole of config.json; name -> weight
+    "Read a model's two files; raises `UserError` with the file and what is wrong with it"
     config_file, weights_file = Path(folder)/'config.json', Path(folder)/'model.safetensors'
     for f in (config_file, weights_file):
         if not f.is_file(): raise UserError(f"No pretrained model in '{folder}': {f.name} is missing.")
@@ -298,8 +298,15 @@ def from_pretrained(
     if not isinstance(config, dict) or 'model' not in config: raise UserError(f"'{config_file}' does not describe a seismodel model: it has no field 'model'.")
     try: weights = load_file(weights_file)
     except (SafetensorError, OSError) as e: raise UserError(f"'{weights_file}' cannot be read as safetensors ({e}); it is truncated or damaged.") from None
+    return config, weights
+
+def from_pretrained(
+    folder:str|Path, # with config.json and model.safetensors
+)->Pretrainer: # on the CPU, in evaluation mode
+    "Build the model of `config.json` and load its weights; raises `UserError` as `read_model` and `load_weights` do"
+    config, weights = read_model(folder)
     model = build(config_from_dict(config['model']))
-    load_weights(model, weights, weights_file)
+    load_weights(model, weights, Path(folder)/'model.safetensors')
     return model.eval()
 
 # %% ../nbs/10_pretraining.ipynb #212fa134

@@ -92,7 +92,8 @@ class Batches(Dataset):
     def __getitem__(self,
         numbers:list[int], # of the windows
     )->dict: # of tensors (B, …), and `rejected`
-        items = self.data.__getitems__(numbers) if hasattr(self.data, '__getitems__') else [self.data[n] for n in numbers]
+        fetch = getattr(self.data, 'batch', None) or getattr(self.data, '__getitems__', None)   # `batch` leaves nothing to collate
+        items = fetch(numbers) if fetch else [self.data[n] for n in numbers]
         fresh = {name: why for name, why in getattr(self.data, 'rejected', {}).items() if name not in self.told}
         self.told |= fresh.keys()
         return {**(items if isinstance(items, dict) else default_collate(items)), 'rejected': fresh}

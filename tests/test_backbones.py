@@ -6,7 +6,8 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from seismodel.backbones import MLSTMSequential, MLSTMUNet, fold, pad_frames, stage_shapes, unfold
-from seismodel.mlstm import MLSTMBlock, mlstm_recurrent, soft_cap
+from seismodel.blocks import MLSTMBlock
+from seismodel.mlstm import mlstm_recurrent, soft_cap
 
 torch.set_num_threads(1)
 DIRECTIONS = ['per_head', 'shared', 'two_pass']

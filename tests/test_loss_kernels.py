@@ -115,7 +115,7 @@ def loss_case(B, T, M, D, V, seed, dtype=torch.float32):
     targets = book[codes[..., 0], codes[..., 1]].to(dtype)
     predictions = (3*torch.randn(B, T, D, device=device)).to(dtype)
     gathered = gather_frames(predictions, places)
-    predictions.scatter_(1, places.unsqueeze(-1).expand_as(gathered), (gathered + 2*targets).to(dtype))     # not all wrong
+    predictions.scatter_(1, places.unsqueeze(-1).expand_as(gathered), (gathered + 6*D**-.5*targets).to(dtype))   # some right
     return predictions, targets, codes, places, valid
 
 

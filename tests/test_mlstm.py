@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seismodel.mlstm import (BidirectionalMLSTM, MLSTMBlock, MLSTMState, mlstm, mlstm_chunkwise, mlstm_parallel,
-                             mlstm_recurrent, soft_cap)
+from seismodel.blocks import BidirectionalMLSTM, MLSTMBlock
+from seismodel.mlstm import MLSTMState, mlstm_chunkwise, mlstm_parallel, mlstm_recurrent, soft_cap
 
 NAMES = 'h', 'dq', 'dk', 'dv', 'di', 'df'
 
@@ -47,7 +47,7 @@ def reference(T, reverse):
     return x, run(lambda *z: mlstm_recurrent(*z, reverse=reverse), x)
 
 
-FORMS = {'parallel': mlstm_parallel, 'mlstm': mlstm,
+FORMS = {'parallel': mlstm_parallel, 'chunkwise': mlstm_chunkwise,
          'chunk48': lambda *z, reverse: mlstm_chunkwise(*z, reverse=reverse, chunk=48),
          'chunk5': lambda *z, reverse: mlstm_chunkwise(*z, reverse=reverse, chunk=5)}
 CASES = [(T, reverse) for T in (1, 7, 64, 1000, 1024) for reverse in (0, 1)] + [(64, 2), (4096, 1)]   # 1: one head each way
@@ -75,7 +75,7 @@ def test_forms_agree_with_saturated_gates(chunk):
     "Gates that hit the cap on both sides"
     x = inputs(2, 2, 256, 8, seed=3, gates=8., bias=0.)
     want = run(lambda *z: mlstm_recurrent(*z, reverse=1), x)
-    assert_near(run(lambda *z: mlstm(*z, reverse=1, chunk=chunk), x), want, 1e-9)
+    assert_near(run(lambda *z: mlstm_chunkwise(*z, reverse=1, chunk=chunk), x), want, 1e-9)
     assert_near(run(lambda *z: mlstm_parallel(*z, reverse=1), x), want, 1e-9)
 
 
@@ -98,10 +98,10 @@ def test_extreme_gates_stay_finite(T, gate_i, gate_f):
     q, k, v, i, f = inputs(2, 4, T, 8, seed=5)
     i = 50 * torch.sign(i) if gate_i is None else torch.full_like(i, gate_i)
     f = 50 * torch.sign(f - 2) if gate_f is None else torch.full_like(f, gate_f)
-    for fn in (mlstm, mlstm_parallel):
+    for fn in (mlstm_chunkwise, mlstm_parallel):
         got = run(lambda *z: fn(*z, reverse=2), (q, k, v, i, f), torch.float32)
         for name, z in zip(NAMES, got): assert z.isfinite().all(), name
-    torch.testing.assert_close(run(lambda *z: mlstm(*z, reverse=2), (q, k, v, i, f))[0],
+    torch.testing.assert_close(run(lambda *z: mlstm_chunkwise(*z, reverse=2), (q, k, v, i, f))[0],
                                mlstm_recurrent(q, k, v, i, f, reverse=2), rtol=1e-8, atol=1e-8)
 
 
@@ -110,7 +110,7 @@ def test_extreme_gates_stay_finite(T, gate_i, gate_f):
 def test_gradcheck(B, H, T, dk, dv, chunk, reverse):
     "The hand-written backward against finite differences"
     x = [z.requires_grad_() for z in inputs(B, H, T, dk, dv, seed=2)]
-    assert torch.autograd.gradcheck(lambda *z: mlstm(*z, reverse=reverse, chunk=chunk), x)
+    assert torch.autograd.gradcheck(lambda *z: mlstm_chunkwise(*z, reverse=reverse, chunk=chunk), x)
 
 
 @settings(max_examples=25, deadline=None)
@@ -121,7 +121,7 @@ def test_chunkwise_for_any_shape(B, H, T, dk, dv, chunk, data):
     reverse = data.draw(st.integers(0, H))
     x = inputs(B, H, T, dk, dv, seed=T)
     want = run(lambda *z: mlstm_recurrent(*z, reverse=reverse), x)
-    assert_near(run(lambda *z: mlstm(*z, reverse=reverse, chunk=chunk), x), want, 1e-9)
+    assert_near(run(lambda *z: mlstm_chunkwise(*z, reverse=reverse, chunk=chunk), x), want, 1e-9)
 
 
 @settings(max_examples=15, deadline=None)
@@ -154,7 +154,7 @@ def test_state_carries_no_gradient_but_counts_in_those_of_the_piece():
 def test_reversed_heads_equal_flipped_windows():
     "A reversed head on a window is a forward head on the window turned round, in every form"
     x = inputs(2, 3, 77, 4)
-    for fn in (mlstm, mlstm_parallel, mlstm_recurrent):
+    for fn in (mlstm_chunkwise, mlstm_parallel, mlstm_recurrent):
         both = fn(*x, reverse=1)
         torch.testing.assert_close(both[:, :2], fn(*(z[:, :2] for z in x)), rtol=1e-9, atol=1e-11)
         torch.testing.assert_close(both[:, 2:], fn(*(z[:, 2:].flip(2) for z in x)).flip(2), rtol=1e-9, atol=1e-11)
@@ -166,7 +166,7 @@ def test_no_head_sees_what_it_has_not_read(frame):
     x = inputs(1, 2, 77, 4, bias=6.)
     y = [z.clone() for z in x]
     for z in y: z[:, :, frame] += 1.
-    changed = (mlstm(*x, reverse=1, chunk=16) - mlstm(*y, reverse=1, chunk=16)).abs().amax((0, 3))
+    changed = (mlstm_chunkwise(*x, reverse=1, chunk=16) - mlstm_chunkwise(*y, reverse=1, chunk=16)).abs().amax((0, 3))
     assert (changed[0, :frame] < 1e-12).all() and (changed[0, frame:] > 1e-6).all()
     assert (changed[1, frame + 1:] < 1e-12).all() and (changed[1, :frame + 1] > 1e-6).all()
 
@@ -178,7 +178,7 @@ def test_views_are_as_good_as_contiguous_tensors():
     views = [z.transpose(1, 2) for z in packed.unbind(-2)]
     assert not views[0].is_contiguous()
     ones = torch.ones((), dtype=torch.float64).expand(2, 2, 70, 4)
-    got = run(lambda *z: mlstm(*z, reverse=1), (*views, *x[3:]), weight=ones)
+    got = run(lambda *z: mlstm_chunkwise(*z, reverse=1), (*views, *x[3:]), weight=ones)
     assert_near(got, run(lambda *z: mlstm_recurrent(*z, reverse=1), x, weight=ones), 1e-9)
 
 
@@ -186,9 +186,9 @@ def test_bfloat16_operands():
     "q, k, v in bfloat16 with float32 gates as a new layer has them: all within a few roundings of float64"
     q, k, v, i, f = inputs(2, 4, 512, 32, seed=4, bias=5.)
     x = [*(z.bfloat16().double() for z in (q, k, v)), i - 10, f]
-    want = run(lambda *z: mlstm(*z, reverse=2), x)
+    want = run(lambda *z: mlstm_chunkwise(*z, reverse=2), x)
     low = [z.to(t).requires_grad_() for z, t in zip(x, [torch.bfloat16] * 3 + [torch.float32] * 2)]
-    h = mlstm(*low, reverse=2)
+    h = mlstm_chunkwise(*low, reverse=2)
     weight = torch.randn(h.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     grads = torch.autograd.grad(h, low, weight.to(h))
     assert h.dtype == torch.bfloat16 and [g.dtype for g in grads] == [z.dtype for z in low]
@@ -199,15 +199,15 @@ def test_bfloat16_operands():
 def test_autocast_changes_nothing_inside():
     "Float32 inputs give the same bits with and without autocast around the cell, forward and backward"
     x = inputs(1, 2, 100, 8)
-    plain = run(lambda *z: mlstm(*z, reverse=1), x, torch.float32)
-    with torch.autocast('cpu', torch.bfloat16): cast = run(lambda *z: mlstm(*z, reverse=1), x, torch.float32)
+    plain = run(lambda *z: mlstm_chunkwise(*z, reverse=1), x, torch.float32)
+    with torch.autocast('cpu', torch.bfloat16): cast = run(lambda *z: mlstm_chunkwise(*z, reverse=1), x, torch.float32)
     for a, b in zip(plain, cast): assert torch.equal(a, b)
 
 
 def test_second_derivative_is_refused():
     "The backward is differentiable once; asking for more is an error, not a wrong number"
     x = [z.requires_grad_() for z in inputs(1, 1, 5, 2)]
-    grad, = torch.autograd.grad(mlstm(*x).sum(), x[0], create_graph=True)
+    grad, = torch.autograd.grad(mlstm_chunkwise(*x).sum(), x[0], create_graph=True)
     with pytest.raises(RuntimeError, match='once_differentiable|does not require grad'): grad.sum().backward()
 
 
@@ -216,7 +216,7 @@ def test_backward_keeps_no_tiles():
     x = [z.float().requires_grad_() for z in inputs(1, 2, 1024, 64)]
     sizes = {}
     def pack(z): sizes[z.untyped_storage().data_ptr()] = z.untyped_storage().nbytes(); return z
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda z: z): h = mlstm(*x, reverse=1)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda z: z): h = mlstm_chunkwise(*x, reverse=1)
     assert h.grad_fn is not None and sum(sizes.values()) < 5.5 * x[0].numel() * 4
 
 
@@ -228,15 +228,15 @@ def test_backward_keeps_no_tiles():
     (lambda *x: tuple(z[:, :, :0] for z in x), 'T ≥ 1')])
 def test_bad_shapes_are_named(change, message):
     "Each form refuses inputs that do not fit, in one sentence"
-    for fn in (mlstm, mlstm_parallel, mlstm_recurrent):
+    for fn in (mlstm_chunkwise, mlstm_parallel, mlstm_recurrent):
         with pytest.raises(ValueError, match=message): fn(*change(*inputs(1, 2, 5, 3)))
 
 
 def test_bad_arguments_are_named():
     "reverse, chunk, and a state with reversed heads"
     x = inputs(1, 2, 5, 3)
-    with pytest.raises(ValueError, match='between 0 and 2 heads'): mlstm(*x, reverse=3)
-    with pytest.raises(ValueError, match='chunk must be'): mlstm(*x, chunk=0)
+    with pytest.raises(ValueError, match='between 0 and 2 heads'): mlstm_chunkwise(*x, reverse=3)
+    with pytest.raises(ValueError, match='chunk must be'): mlstm_chunkwise(*x, chunk=0)
     state = mlstm_recurrent(*x, return_state=True)[1]
     for fn in (mlstm_chunkwise, mlstm_recurrent):
         with pytest.raises(ValueError, match='forwards in time only'): fn(*x, reverse=1, state=state)
@@ -358,5 +358,5 @@ def test_block_under_autocast():
 def test_on_gpu(T, dtype, tol):
     "The same on a GPU, against the CPU in float64"
     x = inputs(2, 4, T, 64, seed=7)
-    want = run(lambda *z: mlstm(*z, reverse=2), x)
-    assert_near(run(lambda *z: mlstm(*z, reverse=2), [z.cuda() for z in x], dtype), want, tol)
+    want = run(lambda *z: mlstm_chunkwise(*z, reverse=2), x)
+    assert_near(run(lambda *z: mlstm_chunkwise(*z, reverse=2), [z.cuda() for z in x], dtype), want, tol)

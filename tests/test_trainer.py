@@ -15,7 +15,9 @@ from seismodel.pretraining import (ContrastiveConfig, ReconstructionConfig, Reco
 from seismodel.recipe import TrainConfig, in_order, loader, lr_at, parameter_groups, seed_step
 from seismodel.runlog import CLOCK, read_metrics
 from seismodel.trainer import evaluate, train, train_step
-from seismodel.waveforms import SyntheticSource, UserError, WindowDataset, open_source
+from seismodel.loading import WindowDataset
+from seismodel.sources import SyntheticSource, open_source
+from seismodel.waveforms import UserError
 
 CONTRASTIVE = ContrastiveConfig(ConvDownConfig(conv_features=16, out_features=16, codevector_dim=16, target_features=16, scale_logits=False),
                                 blocks=1, pooling=(4,), negatives=20)

@@ -1,0 +1,93 @@
+"""Windows a second of a whole pretraining step on one GPU: forward, backward, clipping and AdamW, by the modes that the trainer knows.
+
+    python benchmarks/step.py                              # every preset of size base, three modes
+    python benchmarks/step.py contrastive-small:64 --profile
+"""
+import argparse
+import statistics
+import time
+
+import torch
+
+from seismodel.blocks import MLSTMBlock
+from seismodel.frontend import ConvDownFrontend
+from seismodel.pretraining import build, preset
+from seismodel.trainer import parameter_groups
+
+
+class Step:
+    "One training step of a preset on windows made on the device"
+    def __init__(self, name, batch, compiled=False, graph=False):
+        torch.manual_seed(0)
+        torch.compiler.reset()
+        self.model = build(preset(name).model).cuda()
+        if compiled:
+            for module in self.model.modules():
+                if isinstance(module, (MLSTMBlock, ConvDownFrontend)): module.compile(dynamic=False)
+        self.x = torch.randn(batch, 4096, 3, device='cuda')
+        self.generator = torch.Generator('cuda').manual_seed(0)
+        self.lr = torch.tensor(1e-3, device='cuda')
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, .1), lr=self.lr, fused=True, capturable=True)
+        for _ in range(3): self.run()
+        torch.cuda.synchronize()
+        if graph: self.capture()
+
+    def run(self):
+        with torch.autocast('cuda', torch.bfloat16, cache_enabled=False): loss, _ = self.model(self.x, self.generator)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+    def capture(self):
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self.generator)
+        with torch.cuda.graph(graph): loss = self.run()
+        def replay():
+            graph.replay()
+            return loss
+        self.run = replay
+
+
+def measure(name, batch, repeats=12, profile=False, **mode):
+    start = time.time()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    step = Step(name, batch, **mode)
+    warm = time.time() - start
+    halves = []
+    for _ in range(2):
+        times = []
+        for n in range(repeats // 2):
+            step.generator.manual_seed(n)
+            step.x.normal_()
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record(); loss = step.run(); end.record()
+            torch.cuda.synchronize()
+            times.append(begin.elapsed_time(end))
+        halves.append(statistics.median(times))
+    mode = '+'.join(k for k, on in mode.items() if on) or 'eager'
+    print(f'{name:20} batch {batch:4}  {mode:16} {halves[0]:7.2f} {halves[1]:7.2f} ms  {batch/min(halves)*1e3:7.0f} windows/s  '
+          f'{torch.cuda.max_memory_allocated()/2**30:5.1f} GiB  ready after {warm:4.0f} s  loss {loss.item():.3f}', flush=True)
+    if profile:
+        from torch.profiler import ProfilerActivity, profile as record
+        with record(activities=[ProfilerActivity.CUDA]) as p:
+            step.run()
+            torch.cuda.synchronize()
+        rows = sorted((e for e in p.key_averages() if e.self_device_time_total > 0), key=lambda e: -e.self_device_time_total)
+        print(f'  kernels {sum(e.self_device_time_total for e in rows)/1e3:.1f} ms in {sum(e.count for e in rows)} launches')
+        for e in rows[:profile]: print(f'  {e.self_device_time_total/1e3:8.3f} ms {e.count:4}  {e.key[:100]}')
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('what', nargs='*', default=['contrastive-base:256', 'reconstruction-base:256'], help='PRESET:BATCH')
+    parser.add_argument('--modes', default='eager,compiled,compiled+graph')
+    parser.add_argument('--profile', type=int, default=0, help='kernels to list')
+    args = parser.parse_args()
+    for what in args.what:
+        name, batch = what.split(':')
+        for mode in args.modes.split(','):
+            try: measure(name, int(batch), profile=args.profile, compiled='compiled' in mode, graph='graph' in mode)
+            except torch.OutOfMemoryError: print(f'{name:20} batch {batch}  {mode}: out of memory')

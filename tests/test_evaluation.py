@@ -1,0 +1,185 @@
+"Evaluation: the published rule, SeisBench's pickers through the same door, missing labels, intervals"
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from seisbench.data import WaveformDataset
+from seisbench.models import EQTransformer, PhaseNet
+from seisbench.models.base import WaveformModel
+from seisbench.util import ClassifyOutput, Pick, PickList
+
+from seismodel.evaluation import (auc, best_threshold, bootstrap, curves, found_within, labelled, mcc, pick_benchmark, predict, residuals,
+                                  score_records, score_tasks, summarise, targets, task1_targets, task23_targets, window_around)
+from seismodel.heads import Picker
+from seismodel.picking import SeisModelPicker
+from seismodel.pretraining import build, preset
+from seismodel.waveforms import UserError
+
+
+def opened(folder): return WaveformDataset(folder, component_order='ZNE', dimension_order='NCW', sampling_rate=100)
+
+
+def ours():
+    torch.manual_seed(0)
+    return SeisModelPicker.of(Picker(build(preset('contrastive-tiny').model)).eval())
+
+
+@pytest.fixture
+def data(quakes_folder): return opened(quakes_folder)
+
+
+class Oracle(WaveformModel):
+    "Knows the records by heart: the probability of P is 1 at the sample that the vertical marks with 1000, of S at -1000"
+    def __init__(self, late=0):
+        super().__init__(component_order='ZNE', sampling_rate=100, output_type='array', in_samples=3001, pred_sample=(0, 3001), labels='NPS')
+        self.late = late
+
+    def forward(self, x):
+        p = torch.stack([x[:, 0] > 500, x[:, 0] < -500], 1).float().roll(self.late, -1)
+        return torch.cat([1 - p.sum(1, keepdim=True), p], 1)
+
+    def annotate_batch_post(self, batch, piggyback, argdict): return batch.transpose(1, 2)
+
+    def classify_aggregate(self, annotations, argdict):
+        return ClassifyOutput('oracle', picks=PickList(p for c in 'PS' for p in self.picks_from_annotations(annotations.select(channel=f'*_{c}'), .3, c)))
+
+
+def marked(records):
+    "Silent records with a mark at each onset"
+    for k, (m, x) in enumerate(records):
+        x = np.zeros_like(x)
+        for column, value in (('trace_p_arrival_sample', 1000.), ('trace_s_arrival_sample', -1000.)):
+            if np.isfinite(m[column]):
+                m[column] = float(round(m[column]))
+                x[0, int(m[column])] = value
+        yield m, x
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(10, 9000), st.sampled_from([1000, 3000]), st.one_of(st.none(), st.floats(0, 8999)), st.integers(0, 99))
+def test_window_holds_its_onset(npts, length, onset, seed):
+    if onset is not None: onset = min(onset, npts - 1)
+    start, end = window_around(np.random.RandomState(seed), npts, length, onset, 100)
+    assert 0 <= start < end <= npts
+    if (start, end) != (0, npts): assert end - start == length and (onset is None or start + 99 <= onset <= end - 100 + 1)
+
+
+def test_tasks_by_the_rule(data):
+    one, two = task1_targets(data), task23_targets(data)
+    table = data.metadata.set_index('trace_name')
+    assert len(one[one.trace_type == 'earthquake']) == 40 and (one.end_sample - one.start_sample == 3000).all()
+    for row in one[one.trace_type == 'noise'].itertuples():
+        p = table.trace_p_arrival_sample[row.trace_name]
+        assert np.isnan(p) or row.end_sample <= p
+    assert (two.end_sample - two.start_sample == 1000).all()
+    for row in two.itertuples():
+        onset = table.loc[row.trace_name, ['trace_p_arrival_sample', 'trace_s_arrival_sample']].astype(float)
+        assert (onset.between(row.start_sample, row.end_sample - 1)).sum() == 1
+        assert onset[f'trace_{row.phase_label.lower()}_arrival_sample'] == row.phase_onset
+    pd.testing.assert_frame_equal(one, task1_targets(data))
+
+
+def test_missing_labels_are_not_clean(tmp_path, write_dataset, quake_records):
+    def records():
+        for k, (m, x) in enumerate(quake_records(24)):
+            if k % 2 and m['trace_category'] == 'earthquake': m['trace_p_arrival_sample'] = np.nan
+            yield {**m, 'trace_p_status': 'none' if np.isnan(m['trace_p_arrival_sample']) else 'manual',
+                   'trace_s_status': 'none' if np.isnan(m['trace_s_arrival_sample']) else 'manual'}, x
+    data = opened(write_dataset(tmp_path/'d', records()))
+    noise = data.metadata.trace_category.eq('noise').to_numpy()
+    assert (labelled(data.metadata, 'P') == (np.arange(24) % 2 == 0) | noise).all() and labelled(data.metadata, 'S').all()
+    one, two = task1_targets(data), task23_targets(data)
+    assert one[one.trace_type == 'noise'].apply(lambda r: r.clean == (noise[r.trace_idx] or r.trace_idx % 2 == 0), axis=1).all()
+    assert (two.clean == (two.trace_idx % 2 == 0)).all() and not two.clean.all()
+    records = score_records(ours(), data)
+    assert len(records[records.kind == 'P']) == 12 and len(records[records.kind == 'S']) == 20     # a phase without label is no row
+
+
+def test_targets_are_made_once(data, tmp_path):
+    first = targets(data, tmp_path)
+    (tmp_path/'task1.csv').write_text(first[0].drop(columns='clean').head(3).to_csv(index=False))       # as a published table
+    again = targets(data, tmp_path)
+    assert len(again[0]) == 3 and again[0].clean.all() and len(again[1]) == len(first[1])
+    (tmp_path/'task1.csv').write_text('a,b\n1,2\n')
+    with pytest.raises(UserError, match='no column start_sample'): targets(data, tmp_path)
+
+
+@pytest.mark.parametrize('make', [ours, lambda: PhaseNet(phases='PSN').eval(), lambda: EQTransformer().eval()], ids=['ours', 'PhaseNet', 'EQTransformer'])
+def test_every_picker_through_the_same_door(make, data, tmp_path):
+    model = make()
+    c = curves(model, 1e-9*torch.randn(2, 3, model.in_samples))
+    assert c.shape == (2, model.in_samples, 3) and c.isfinite().all() and (c >= 0).all() and (c <= 1).all()
+    table = pick_benchmark(model, data, tmp_path, draws=20)
+    assert len(table) == 13 and (table.n > 0).all() and table.value.notna().all()
+    few = data.copy()
+    few.filter(np.arange(len(data)) < 8)
+    records = score_records(model, few)
+    assert set(records.kind) == {'P', 'S', 'noise'} and len(summarise(records, draws=20)) == 7
+
+
+def test_an_oracle_scores_full_marks(tmp_path, write_dataset, quake_records):
+    "And one that is 0.2 s late is 0.2 s late, in every figure"
+    data = opened(write_dataset(tmp_path/'d', marked(quake_records(48))))
+    table = pick_benchmark(Oracle(), data, tmp_path/'t', draws=20).set_index(['task', 'figure'])['value']
+    assert table['1 detection', 'AUC'] == table['2 identification', 'AUC'] == table['2 identification', 'MCC'] == 1
+    assert table['3 onset P', 'RMSE (s)'] == table['3 onset S', 'MAE (s)'] == 0 and table['3 onset P', 'within 0.1 s'] == 1
+    late = pick_benchmark(Oracle(20), data, tmp_path/'t', draws=20).set_index(['task', 'figure'])['value']
+    for phase in 'PS':
+        assert late[f'3 onset {phase}', 'RMSE (s)'] == pytest.approx(.2) and late[f'3 onset {phase}', 'MAE (s)'] == pytest.approx(.2)
+        assert late[f'3 onset {phase}', 'within 0.1 s'] == 0 and late[f'3 onset {phase}', 'within 0.3 s'] == 1
+    records = score_records(Oracle(20), data)
+    np.testing.assert_allclose(records[records.kind != 'noise'].residual, .2)
+    assert (records[records.kind == 'noise'].picks == 0).all()
+    shares = summarise(records, draws=20).set_index(['trace_dataset', 'kind', 'figure'])['value']
+    assert shares['all', 'P', 'found within 0.3 s'] == 1 and shares['all', 'S', 'found within 0.1 s'] == 0 and shares['all', 'noise', 'disturbed'] == 0
+
+
+def test_context_does_not_move_the_target(data):
+    "More samples around a target change what the model sees, not where the answer is counted from"
+    table = task23_targets(data).head(12)
+    class Peak(Oracle):
+        def forward(self, x):
+            p = (x[:, :1].abs() == x[:, :1].abs().amax(-1, keepdim=True)).float()
+            return torch.cat([1 - p, p, 0*p], 1)
+    inside = predict(Peak(), data, table, context=1000)
+    loudest = [table.start_sample[i] + np.abs((x := data.get_waveforms(data.get_idx_from_trace_name(table.trace_name[i]))[0])[int(table.start_sample[i]):int(table.end_sample[i])]
+               - x.mean()).argmax() for i in table.index]
+    np.testing.assert_allclose(inside.p_sample_pred, np.trunc(loudest), atol=1)
+    wide = predict(ours(), data, table, context=4096)
+    assert ((wide.p_sample_pred >= np.trunc(table.start_sample)) & (wide.p_sample_pred <= table.end_sample)).all()
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.floats(-5, 5).map(lambda v: round(v, 2))), min_size=2, max_size=12))
+def test_threshold_is_the_best_of_all(pairs):
+    table = pd.DataFrame({'phase_label': ['P' if p else 'S' for p, _ in pairs], 'score_p_or_s': [s for _, s in pairs]})
+    p, scores = table.phase_label == 'P', table.score_p_or_s
+    t = best_threshold(table)
+    if p.nunique() < 2 or scores.nunique() < 2: assert t == 0
+    else: assert mcc(p, scores > t) == pytest.approx(max(mcc(p, scores > s) for s in np.unique(scores)[:-1]))
+
+
+def test_bootstrap_draws_events():
+    "Ten events of a hundred equal rows are ten, not a thousand"
+    values = np.random.default_rng(0).standard_normal(10)
+    table = pd.DataFrame({'event': np.repeat(range(10), 100), 'x': np.repeat(values, 100)})
+    value, low, high = bootstrap(lambda t: t.x.mean(), table, draws=400)
+    assert value == pytest.approx(values.mean())
+    assert .6 < (high - low)/(2*1.96*values.std()/10**.5) < 1.3
+    assert np.isnan(bootstrap(lambda t: t.x.mean(), table.iloc[:0])).all()
+    assert np.isnan(auc([True, True], [1., 2.])) and np.isnan(mcc([True, True], [True, False]))
+    assert found_within(.3)(pd.DataFrame({'residual': [.1, -.3, .31, np.nan]})) == .5
+
+
+def test_on_real_records(real_data):
+    folder = next((f for f in real_data if f.name == 'realquakes'), None)
+    if folder is None: pytest.skip('no labelled records here')
+    data = opened(folder)
+    one, two = task1_targets(data), task23_targets(data)
+    assert len(one) >= len(data) and {'earthquake', 'noise'} == set(one.trace_type)
+    assert 0 < (~two.clean).sum() < len(two) and len(two) > 1000
+    few = data.test()
+    few.filter(np.arange(len(few)) % 12 == 0)
+    records = score_records(ours(), few)
+    assert len(records) == (few.metadata.trace_p_status.ne('none').sum() + few.metadata.trace_s_status.ne('none').sum() + few.metadata.trace_category.eq('noise').sum())

@@ -1,0 +1,136 @@
+"seismodel finetune and evaluate: shares of events, starts, the control, resuming, and the picker that comes out"
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from seismodel.cli import main
+from seismodel.finetuning import Share, events_of, evaluate, finetune, fine_recipe, label_windows, start_picker
+from seismodel.heads import load_picker
+from seismodel.pretraining import build, preset
+from seismodel.runlog import read_metrics
+from seismodel.sources import open_source
+from seismodel.waveforms import UserError
+
+SMALL = dict(steps=3, batch_size=4, validation_windows=4, device='cpu')
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory, write_dataset, quake_records):
+    return write_dataset(tmp_path_factory.mktemp('quakes'), quake_records(48))
+
+
+def test_events_of_a_data_set(folder):
+    source = open_source(str(folder), 'train')
+    events = events_of(source)
+    assert len(events) == len(source) == 24 and len(set(events)) == 12 and all(e.startswith('event') for e in events)
+    share = Share(source, .25)
+    assert len(share) == 6 and len(set(share.events)) == 3
+    for i in range(6): assert np.array_equal(share.record(i).waveform, source.record(share.rows[i]).waveform)
+    assert events_of(open_source('synthetic', 'train'))[:2] == ['0', '1']
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=40), st.floats(.01, 1), st.floats(.01, 1), st.integers(0, 5))
+def test_shares_are_nested_whole_and_never_empty(events, a, b, seed):
+    class Source:
+        name = 'toy'
+        def __len__(self): return len(events)
+    source = Source()
+    source.events = events
+    small, large = Share(source, min(a, b), seed), Share(source, max(a, b), seed)
+    assert small.rows and set(small.rows) <= set(large.rows)
+    assert sorted(small.rows) == [i for i, e in enumerate(events) if str(e) in small.events]      # whole events
+    assert len(set(small.events)) == int(np.ceil(min(a, b)*len(set(events))))
+    assert Share(source, 1., seed).rows == list(range(len(events)))
+
+
+@pytest.mark.parametrize('name', ['contrastive-tiny', 'reconstruction-tiny'])
+def test_a_run_from_a_pretrained_model(name, folder, tmp_path):
+    "Weights come from there, the head is fresh, everything is written down, and the picker opens"
+    torch.manual_seed(5)
+    model = build(preset(name).model)
+    model.save_pretrained(tmp_path/'pre')
+    run = finetune(str(tmp_path/'pre'), None, [str(folder)], fraction=.5, freeze='all', out=tmp_path/'run', **SMALL)
+    picker, config = load_picker(run), json.loads((run/'config.json').read_text())
+    for part in ('encoder', 'backbone'):
+        for key, w in getattr(picker, part).state_dict().items(): assert torch.equal(w, getattr(model, part).state_dict()[key]), key
+    assert config['finetune']['fraction'] == .5 and config['finetune']['from'] == str(tmp_path/'pre') and config['records'] == [12]
+    assert config['train']['lr'] == fine_recipe(model.config.method).lr
+    rows = read_metrics(run)
+    assert rows[-1]['step'] == 3 and {'p_found', 'dev_loss', 'dev_s_found', 'grad_norm'} <= set(rows[-1])
+    if name == 'contrastive-tiny':
+        from seismodel.picking import SeisModelPicker
+        import obspy
+        assert len(SeisModelPicker.from_pretrained(run).annotate(obspy.read())) == 3
+
+
+def test_the_control_differs_in_the_start_alone(folder, tmp_path):
+    "Same head, same windows: only encoder and backbone begin elsewhere"
+    torch.manual_seed(7)
+    build(preset('contrastive-tiny').model).save_pretrained(tmp_path/'pre')
+    torch.manual_seed(0)
+    control = start_picker('random', 'contrastive-tiny')
+    torch.manual_seed(0)
+    pretrained = start_picker(str(tmp_path/'pre'))
+    assert [(n, p.shape) for n, p in control.named_parameters()] == [(n, p.shape) for n, p in pretrained.named_parameters()]
+    c = fine_recipe('contrastive', **{k: v for k, v in SMALL.items() if k != 'device'})
+    a, b = label_windows([str(folder)], .5, None, c)[0], label_windows([str(folder)], .5, None, c)[0]
+    for n in (0, 5, 11): assert torch.equal(a[n]['x'], b[n]['x'])
+
+
+def test_resumed_run_is_the_undisturbed_one(folder, tmp_path, monkeypatch):
+    "Stopped after two of four steps, gone on: the same weights to the last bit"
+    import shutil
+    import seismodel.trainer as trainer
+    args = dict(from_run='random', preset='contrastive-tiny', data=[str(folder)], steps=4, batch_size=4, validation_windows=4, checkpoint_every=2, device='cpu')
+    whole = finetune(**args, out=tmp_path/'whole')
+    real, calls = trainer.train_step, []
+    def cut_off(*a, **k):
+        if len(calls) == 3: raise KeyboardInterrupt
+        calls.append(1)
+        return real(*a, **k)
+    monkeypatch.setattr(trainer, 'train_step', cut_off)
+    with pytest.raises(KeyboardInterrupt): finetune(**args, out=tmp_path/'cut')
+    monkeypatch.setattr(trainer, 'train_step', real)
+    finetune(resume=tmp_path/'cut')
+    a, b = load_picker(whole).state_dict(), load_picker(tmp_path/'cut').state_dict()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize('args, words', [
+    (['--data', 'FOLDER'], 'where to start'),
+    (['--from', 'random', '--data', 'FOLDER'], 'needs --preset'),
+    (['--from', 'random', '--preset', 'contrastive-huge', '--data', 'FOLDER'], 'contrastive-huge'),
+    (['--from', 'no/such/run', '--data', 'FOLDER'], 'config.json is missing'),
+    (['--from', 'random', '--preset', 'contrastive-tiny'], '--data'),
+    (['--from', 'random', '--preset', 'contrastive-tiny', '--data', 'no/such/data'], 'no/such/data'),
+    (['--from', 'random', '--preset', 'contrastive-tiny', '--data', 'FOLDER', '--fraction', '0'], '--fraction is 0'),
+    (['--from', 'random', '--preset', 'contrastive-tiny', '--data', 'FOLDER', '--freeze', 'decoder'], 'choose one of'),
+    (['--from', 'random', '--preset', 'contrastive-tiny', '--data', 'FOLDER', '--steps', '0'], 'steps'),
+    (['--from', 'random', '--preset', 'contrastive-tiny', '--data', 'FOLDER', '--weights', 'a,b'], '--weights'),
+])
+def test_mistakes(args, words, folder, tmp_path, capsys):
+    assert main(['finetune', *[str(folder) if a == 'FOLDER' else a for a in args], '--out', str(tmp_path/'run')]) == 2
+    assert words in capsys.readouterr().err and not (tmp_path/'run').exists()
+
+
+def test_resume_refuses_what_is_no_fine_tuning_run(tmp_path, capsys):
+    assert main(['finetune', '--resume', str(tmp_path)]) == 2
+    (tmp_path/'config.json').write_text('{"model": {}, "train": {}}')
+    assert main(['finetune', '--resume', str(tmp_path)]) == 2
+    assert 'seismodel pretrain --resume' in capsys.readouterr().err
+
+
+def test_evaluate_writes_tables(folder, tmp_path, capsys):
+    run = finetune('random', 'contrastive-tiny', [str(folder)], out=tmp_path/'run', **SMALL)
+    assert main(['evaluate', str(run), '--data', str(folder), '--out', str(tmp_path/'e'), '--device', 'cpu']) == 0
+    assert sorted(f.name for f in (tmp_path/'e').iterdir()) == ['records.csv', 'summary.csv', 'targets', 'tasks.csv']
+    tasks, summary = pd.read_csv(tmp_path/'e/tasks.csv'), pd.read_csv(tmp_path/'e/summary.csv')
+    assert len(tasks) == 13 and {'found within 0.1 s', 'disturbed'} <= set(summary.figure)
+    assert '1 detection' in capsys.readouterr().out
+    with pytest.raises(UserError, match='neither a folder'): evaluate(str(run), 'no-such-data', out=tmp_path/'f')
+    with pytest.raises(UserError, match="split 'holdout'"): evaluate(str(run), str(folder), 'holdout', out=tmp_path/'f')
