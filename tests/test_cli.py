@@ -92,7 +92,23 @@ def test_embed_writes_features_of_a_dataset_and_of_a_file(trained, quakes_folder
     assert 'ObsPy' in capsys.readouterr().err and not (tmp_path/'c.npz').exists()
 
 
-@pytest.mark.parametrize('command', ['pretrain', 'info', 'embed'])
+def test_plot_draws_one_run_or_several(trained, tmp_path, capsys):
+    folder, _ = trained
+    run = str(folder/'runs/reconstruction-tiny-1')
+    assert main(['plot', run]) == 0 and main(['plot', run, run, '--out', str(tmp_path/'both.png')]) == 0
+    assert (tmp_path/'both.png').read_bytes().startswith(b'\x89PNG')
+    assert main(['plot', str(tmp_path)]) == 2 and 'holds no run' in capsys.readouterr().err
+
+
+def test_a_resumed_run_needs_nothing_else_and_names_what_differs(trained, capsys):
+    folder, _ = trained
+    run = str(folder/'runs/reconstruction-tiny-1')
+    assert main(['pretrain', '--resume', run]) == 0
+    assert main(['pretrain', '--resume', run, '--lr', '9', '--preset', 'contrastive-tiny']) == 2
+    assert 'preset was reconstruction-tiny and is contrastive-tiny; lr was 0.003 and is 9.0' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('command', ['pretrain', 'info', 'plot', 'embed'])
 def test_help_comes_from_the_comments(command, capsys):
     with pytest.raises(SystemExit) as e: main([command, '--help'])
     said = capsys.readouterr().out

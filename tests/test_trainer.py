@@ -124,6 +124,14 @@ def test_a_run_folder_holds_what_the_readme_says(tmp_path):
     assert not list(folder.rglob('*.part'))
 
 
+def test_tensorboard_gets_scalars_codes_and_a_window(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    folder = run(build(CONTRASTIVE), tmp_path/'run', steps=2, validate_every=2, tensorboard=True)
+    events = EventAccumulator(str(folder/'tensorboard')).Reload().Tags()
+    assert {'loss', 'dev_loss', 'lr'} <= set(events['scalars'])
+    assert set(events['histograms']) == {'codes/group 1', 'codes/group 2'} and set(events['images']) == {'window', 'codes'}
+
+
 def test_evaluation_leaves_the_model_as_it_was():
     torch.manual_seed(0)
     model, c = build(CONTRASTIVE), TrainConfig(batch_size=2)

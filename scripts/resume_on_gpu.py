@@ -1,0 +1,81 @@
+"""Kill training processes on a GPU, resume them, and say what is equal to the bit.
+
+    python scripts/resume_on_gpu.py [--device cuda] [--steps 60] [--kills 3]
+
+For both methods, with deterministic algorithms and without: one run that nothing happens to, a second one (is the same command twice
+the same at all?), and one that is killed with SIGKILL at random moments and resumed each time. Exit code 1 if a deterministic run is not bit-equal.
+"""
+import argparse
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from seismodel.checkpoints import checkpoint_files, read_checkpoint
+from seismodel.runlog import CLOCK, read_metrics
+
+root = Path(__file__).resolve().parents[1]
+MAIN = """import sys, torch
+if {deterministic}:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark = False
+from seismodel.cli import main
+sys.exit(main())"""
+
+
+def start(deterministic, *words, cwd):
+    env = {**os.environ, 'CUBLAS_WORKSPACE_CONFIG': ':4096:8', 'MPLBACKEND': 'agg', 'PYTHONPATH': str(root)}
+    return subprocess.Popen([sys.executable, '-c', MAIN.format(deterministic=deterministic), 'pretrain', *map(str, words)], cwd=cwd, env=env,
+                            stdout=subprocess.DEVNULL, stderr=open(cwd/'stderr.txt', 'a'))
+
+
+def wait(process, cwd):
+    if process.wait(): sys.exit((cwd/'stderr.txt').read_text()[-3000:])
+
+
+def compare(a, b):
+    "What differs between two finished runs, in words"
+    rows = [[{k: v for k, v in r.items() if k not in CLOCK} for r in read_metrics(run)] for run in (a, b)]
+    left, right = (read_checkpoint(checkpoint_files(run)[0]).tensors for run in (a, b))
+    apart = [name for name, t in left.items() if not torch.equal(t, right[name])]
+    first = next((x['step'] for x, y in zip(*rows) if x != y), None)
+    loss = max(abs(x['loss'] - y['loss']) for x, y in zip(*rows))
+    if not apart and rows[0] == rows[1]: return True, 'bit-equal: every line of metrics, weight and moment'
+    return False, f'{len(apart)} of {len(left)} tensors differ, first line at step {first}, largest difference of the loss {loss:.1e}'
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    for name, value in (('device', 'cuda'), ('steps', 60), ('kills', 3)): parser.add_argument(f'--{name}', default=value, type=type(value))
+    args, failed = parser.parse_args(), False
+    for method in ('contrastive', 'reconstruction'):
+        for deterministic in (True, False):
+            with tempfile.TemporaryDirectory() as tmp:
+                tmp, rng = Path(tmp), random.Random(method)
+                words = ['--preset', f'{method}-tiny', '--steps', args.steps, '--batch-size', 8, '--log-every', 1, '--validate-every', 20, '--validation-windows', 8,
+                         '--checkpoint-every', 7, '--device', args.device, '--workers', 2]
+                for name in ('whole', 'twice'): wait(start(deterministic, *words, '--out', name, cwd=tmp), tmp)
+                process, run = start(deterministic, *words, '--out', 'killed', cwd=tmp), tmp/'killed'
+                for k in range(args.kills):
+                    goal = (k + 1)*args.steps//(args.kills + 1)
+                    lines = lambda: (run/'metrics.jsonl').read_bytes().count(b'\n') if (run/'metrics.jsonl').exists() else 0
+                    while process.poll() is None and lines() < goal: time.sleep(.005)
+                    time.sleep(rng.uniform(0, .1))
+                    process.kill()
+                    process.wait()
+                    process = start(deterministic, '--resume', run, cwd=tmp)
+                wait(process, tmp)
+                print(f"{method}, {'deterministic algorithms' if deterministic else 'default algorithms'}")
+                for name in ('twice', 'killed'):
+                    same, words_ = compare(tmp/'whole', tmp/name)
+                    failed |= deterministic and not same
+                    print(f"  {'the same command twice' if name == 'twice' else f'killed {args.kills} times and resumed'}: {words_}", flush=True)
+    sys.exit(failed)
+
+
+if __name__ == '__main__': main()
