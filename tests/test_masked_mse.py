@@ -154,7 +154,8 @@ def test_token_targets_are_normalised_detached_and_scale_free(width, seed, scale
     expected = expected/(expected.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     torch.testing.assert_close(y, expected)
     assert not y.requires_grad
-    if scale >= 1: torch.testing.assert_close(token_targets(scale*tokens), y, rtol=0, atol=0.02)
+    spread = tokens.detach().var(-1, unbiased=False) > 1e-3      # in a frame that is nearly constant, the eps of 1e-6 has its say
+    if scale >= 1: torch.testing.assert_close(token_targets(scale*tokens)[spread], y[spread], rtol=0, atol=0.002)
 
 
 @pytest.mark.parametrize('samples', [1, 2, 3, 4, 5, 4095, 4096])

@@ -1,4 +1,5 @@
 "Every notebook in nbs/ runs from top to bottom: one case per notebook"
+import logging
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -13,6 +14,9 @@ nbs = sorted(p for p in (root/'nbs').glob('*.ipynb') if p.name[0] not in '._')
 @pytest.mark.parametrize('nb', nbs, ids=lambda p: p.stem)
 def test_notebook(nb, monkeypatch):
     monkeypatch.setenv('MPLBACKEND', 'agg')
+    loggers = [logging.getLogger(name) for name in ('seismodel', 'seisbench')]   # chapters hush them for their readers
+    levels = [log.level for log in loggers]
     ok, _ = run_nb(nb, skip_flags=get_config(root).tst_flags.split(), basepath=root)
+    for log, level in zip(loggers, levels): log.setLevel(level)
     plt.close('all')
     assert ok, f'{nb.name} failed: the traceback is above'
