@@ -139,6 +139,7 @@ class Picker(nn.Module):
             if hasattr(self.encoder, name): delattr(self.encoder, name)
         self.encoder.pretraining = False
         self.freeze = self.frozen = freeze
+        self.steady = freeze != 'gradual'       # else a step's operations change along the run, and must not be recorded
         self.set_progress(0, 1)
         self.encoder.requires_grad_(freeze in ('none', 'gradual'))
         self.backbone.requires_grad_(freeze != 'all')

@@ -287,7 +287,7 @@ def run_steps(model, optimizer, data, dev_batches, show, c, folder, about, at, l
     if worth_compiling(ranks.device, c.steps): compile_blocks(model)
     net = model if ranks.world == 1 else DistributedDataParallel(model)
     windows, generator = loader(data, Order(c, ranks, at.step), c, ranks.device), torch.Generator(ranks.device)
-    recorded = ranks.device.type == 'cuda' and ranks.world == 1 and c.accumulate == 1
+    recorded = ranks.device.type == 'cuda' and ranks.world == 1 and c.accumulate == 1 and getattr(model, 'steady', True)
     replay = Replay(lambda inputs: update(net, optimizer, [inputs], generator, c, ranks), generator) if recorded else None
     watch = FiniteWatch(folder, ranks.device, c.skip_nonfinite, at.withheld, ranks.gather, write=ranks.rank == 0)
     bar = tqdm(range(at.step + 1, c.steps + 1), initial=at.step, total=c.steps, unit='step', disable=ranks.rank > 0)

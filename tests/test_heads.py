@@ -102,6 +102,7 @@ def test_frozen_parts_stay_bit_for_bit(name, freeze):
     "Through real optimiser steps with weight decay"
     torch.manual_seed(0)
     picker = Picker(build(preset(name).model), freeze=freeze)
+    assert picker.steady == (freeze != 'gradual')         # what the trainer asks before it records a step
     before = {k: v.clone() for k, v in picker.state_dict().items()}
     optimizer, b = torch.optim.AdamW(parameter_groups(picker, .1), lr=1e-2), batch()
     moved = []
