@@ -203,16 +203,17 @@ def disagreement(
     frames: int = 150,      # T
 ) -> float:                 # largest relative error of h and of the five gradients, inf where one is not finite
     "Solve a small problem by the kernels and in float64"
-    generator = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(2, 2, frames, *shape, generator=generator, dtype=torch.float64).to(device)
-    q, k, v, dh = (draw(d).to(dtype) for d in (dk, dk, dv, dv))
-    i, f = draw().float(), 3 + draw().float()
-    inputs = [z.requires_grad_() for z in (q, k, v, i, f)]
-    h = FusedMLSTM.apply(*inputs, 1, None, False)[0]
-    found = [h, *torch.autograd.grad(h, inputs, dh)]
-    exact = [z.detach().double().requires_grad_() for z in inputs]
-    h = mlstm_chunkwise(*exact, reverse=1)
-    wanted = [h, *torch.autograd.grad(h, exact, dh.double())]
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):    # whoever asks, and where
+        generator = torch.Generator().manual_seed(0)
+        draw = lambda *shape: torch.randn(2, 2, frames, *shape, generator=generator, dtype=torch.float64).to(device)
+        q, k, v, dh = (draw(d).to(dtype) for d in (dk, dk, dv, dv))
+        i, f = draw().float(), 3 + draw().float()
+        inputs = [z.requires_grad_() for z in (q, k, v, i, f)]
+        h = FusedMLSTM.apply(*inputs, 1, None, False)[0]
+        found = [h, *torch.autograd.grad(h, inputs, dh)]
+        exact = [z.detach().double().requires_grad_() for z in inputs]
+        h = mlstm_chunkwise(*exact, reverse=1)
+        wanted = [h, *torch.autograd.grad(h, exact, dh.double())]
     errors = torch.stack([(a.double() - b).norm() / b.norm() for a, b in zip(found, wanted)])
     return torch.where(errors.isfinite(), errors, math.inf).max().item()
 

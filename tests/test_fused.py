@@ -145,6 +145,11 @@ def test_a_kernel_that_cannot_run_is_named(monkeypatch):
     assert 'RuntimeError: no such instruction' in fault and '\n' not in fault
 
 
+@pytest.mark.parametrize('mode', [torch.no_grad, torch.inference_mode, lambda: torch.autocast(device, torch.bfloat16)])
+def test_the_self_check_does_not_mind_where_it_is_asked(mode):
+    with mode(): assert find_fault(torch.device(device), torch.float32, 16, 16) == ''
+
+
 def test_without_triton(monkeypatch):
     monkeypatch.setattr(fused, 'find_spec', lambda name: None)
     assert find_fault(torch.device(device), torch.float32, 16, 16) == 'Triton is not installed'
