@@ -200,7 +200,7 @@ def disagreement(
     dtype: torch.dtype,     # of q, k and v
     dk: int, dv: int,       # width of a head
     device: torch.device,   # of the kernels
-    frames: int = 150,      # T
+    frames: int = 100,      # T, which decides between tiles and walk
 ) -> float:                 # largest relative error of h and of the five gradients, inf where one is not finite
     "Solve a small problem by the kernels and in float64"
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):    # whoever asks, and where
@@ -239,7 +239,8 @@ def find_fault(device: torch.device, dtype: torch.dtype, dk: int, dv: int) -> st
     "Why the kernels must not be used, or nothing"
     if dtype not in BOUNDS or max(dk, dv) > 256: return 'no kernel is made for them'
     if find_spec('triton') is None: return 'Triton is not installed'
-    try: error = disagreement(dtype, dk, dv, device)
+    lengths = (100, 450) if max(dk, dv) <= 128 else (100,)     # tiles, and a walk where there is one
+    try: error = max(disagreement(dtype, dk, dv, device, frames) for frames in lengths)
     except Exception as e:   # a compiler or driver that cannot do it says so in many ways
         return f'{torch.cuda.get_device_name(device)} cannot run the kernels ({type(e).__name__}: {str(e).splitlines()[0][:120] if str(e) else ""})'
     if error < BOUNDS[dtype]: return ''
