@@ -118,6 +118,7 @@ def test_a_plan_covers_the_window(B, H, T, d, wide, stream, room):
     assert p.L in (16, 32, 64) and p.segments*p.per >= chunks > (p.segments - 1)*p.per and p.stages >= 1 and p.stages_back >= 1
     if stream: assert p.walk and p.segments == 1
     if not p.walk: assert p.segments == 1
+    assert all(fused.walks(frames, 16) == walk for frames, walk in ((100, False), (450, True)))     # what the self-check relies on
 
 
 def test_a_gpu_that_computes_wrongly_is_found_out(monkeypatch, caplog):
@@ -131,7 +132,7 @@ def test_a_gpu_that_computes_wrongly_is_found_out(monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda *a: 'a GPU')
     answers.clear()
     with caplog.at_level(logging.WARNING, 'seismodel'):
-        for _ in range(2): assert not trusted(torch.device(device), torch.float32, 16, 16)
+        for _ in range(2): assert not trusted(torch.device(device), torch.float32, 16, 16, False)
     answers.clear()
     assert len(caplog.records) == 1 and 'off by' in caplog.text and 'plain PyTorch' in caplog.text
     assert disagreement(torch.float32, 16, 16, torch.device(device), frames=20) > 1e-2
@@ -141,18 +142,18 @@ def test_a_kernel_that_cannot_run_is_named(monkeypatch):
     def broken(*a): raise RuntimeError('no such instruction\nand more')
     monkeypatch.setattr(fused, 'disagreement', broken)
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda *a: 'a GPU')
-    fault = find_fault(torch.device(device), torch.float32, 16, 16)
+    fault = find_fault(torch.device(device), torch.float32, 16, 16, False)
     assert 'RuntimeError: no such instruction' in fault and '\n' not in fault
 
 
 @pytest.mark.parametrize('mode', [torch.no_grad, torch.inference_mode, lambda: torch.autocast(device, torch.bfloat16)])
 def test_the_self_check_does_not_mind_where_it_is_asked(mode):
-    with mode(): assert find_fault(torch.device(device), torch.float32, 16, 16) == ''
+    with mode(): assert [find_fault(torch.device(device), torch.float32, 16, 16, walk) for walk in (False, True)] == ['', '']
 
 
 def test_without_triton(monkeypatch):
     monkeypatch.setattr(fused, 'find_spec', lambda name: None)
-    assert find_fault(torch.device(device), torch.float32, 16, 16) == 'Triton is not installed'
+    assert find_fault(torch.device(device), torch.float32, 16, 16, False) == 'Triton is not installed'
 
 
 def test_plain_forms_on_a_cpu():
