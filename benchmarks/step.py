@@ -1,4 +1,4 @@
-"""Windows a second of a whole pretraining step on one GPU: forward, backward, clipping and AdamW, by the modes that the trainer knows.
+"""Windows a second of a whole pretraining step on one GPU: forward, backward, clipping and AdamW, as the trainer takes it.
 
     python benchmarks/step.py                              # every preset of size base, three modes
     python benchmarks/step.py contrastive-small:64 --profile
@@ -9,45 +9,37 @@ import time
 
 import torch
 
-from seismodel.blocks import MLSTMBlock
 from seismodel.frontend import ConvDownFrontend
 from seismodel.pretraining import build, preset
-from seismodel.trainer import parameter_groups
+from seismodel.recipe import parameter_groups
+from seismodel.replay import Replay, compile_blocks, tensor_float32
 
 
 class Step:
     "One training step of a preset on windows made on the device"
-    def __init__(self, name, batch, compiled=False, graph=False):
+    def __init__(self, name, batch, blocks=False, frontend=False, replay=False):
         torch.manual_seed(0)
         torch.compiler.reset()
         self.model = build(preset(name).model).cuda()
-        if compiled:
+        if blocks: compile_blocks(self.model)
+        if frontend:
             for module in self.model.modules():
-                if isinstance(module, (MLSTMBlock, ConvDownFrontend)): module.compile(dynamic=False)
+                if isinstance(module, ConvDownFrontend): module.compile(dynamic=False)
         self.x = torch.randn(batch, 4096, 3, device='cuda')
         self.generator = torch.Generator('cuda').manual_seed(0)
         self.lr = torch.tensor(1e-3, device='cuda')
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, .1), lr=self.lr, fused=True, capturable=True)
-        for _ in range(3): self.run()
+        self.run = Replay(self.update, self.generator) if replay else self.update
+        for _ in range(4): self.run(self.x)
         torch.cuda.synchronize()
-        if graph: self.capture()
 
-    def run(self):
-        with torch.autocast('cuda', torch.bfloat16, cache_enabled=False): loss, _ = self.model(self.x, self.generator)
+    def update(self, x):
+        with torch.autocast('cuda', torch.bfloat16): loss, _ = self.model(x, self.generator)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss.detach()
-
-    def capture(self):
-        graph = torch.cuda.CUDAGraph()
-        graph.register_generator_state(self.generator)
-        with torch.cuda.graph(graph): loss = self.run()
-        def replay():
-            graph.replay()
-            return loss
-        self.run = replay
 
 
 def measure(name, batch, repeats=12, profile=False, **mode):
@@ -63,7 +55,7 @@ def measure(name, batch, repeats=12, profile=False, **mode):
             step.generator.manual_seed(n)
             step.x.normal_()
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record(); loss = step.run(); end.record()
+            begin.record(); loss = step.run(step.x); end.record()
             torch.cuda.synchronize()
             times.append(begin.elapsed_time(end))
         halves.append(statistics.median(times))
@@ -73,7 +65,7 @@ def measure(name, batch, repeats=12, profile=False, **mode):
     if profile:
         from torch.profiler import ProfilerActivity, profile as record
         with record(activities=[ProfilerActivity.CUDA]) as p:
-            step.run()
+            step.run(step.x)
             torch.cuda.synchronize()
         rows = sorted((e for e in p.key_averages() if e.self_device_time_total > 0), key=lambda e: -e.self_device_time_total)
         print(f'  kernels {sum(e.self_device_time_total for e in rows)/1e3:.1f} ms in {sum(e.count for e in rows)} launches')
@@ -83,11 +75,12 @@ def measure(name, batch, repeats=12, profile=False, **mode):
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('what', nargs='*', default=['contrastive-base:256', 'reconstruction-base:256'], help='PRESET:BATCH')
-    parser.add_argument('--modes', default='eager,compiled,compiled+graph')
+    parser.add_argument('--modes', default='eager,blocks,blocks+replay', help='blocks: compiled, as the trainer does in long runs; frontend: compiled too; replay: recorded')
     parser.add_argument('--profile', type=int, default=0, help='kernels to list')
     args = parser.parse_args()
     for what in args.what:
         name, batch = what.split(':')
         for mode in args.modes.split(','):
-            try: measure(name, int(batch), profile=args.profile, compiled='compiled' in mode, graph='graph' in mode)
+            try:
+                with tensor_float32(torch.device('cuda')): measure(name, int(batch), profile=args.profile, **{k: k in mode for k in ('blocks', 'frontend', 'replay')})
             except torch.OutOfMemoryError: print(f'{name:20} batch {batch}  {mode}: out of memory')
