@@ -57,6 +57,7 @@ class Replay:
         "Record `function` without running it"
         self.inputs, self.graph = held(inputs), torch.cuda.CUDAGraph()
         self.graph.register_generator_state(self.generator)
+        torch.cuda.empty_cache()               # of the plain steps: a recording has memory of its own
         # thread_local: the loader's thread may pin memory meanwhile, which a global recording would not survive
         with torch.cuda.graph(self.graph, capture_error_mode='thread_local'): self.results = self.function(self.inputs)
 
