@@ -15,7 +15,6 @@ from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.autograd.function import once_differentiable
 
 # %% ../nbs/06_mlstm.ipynb #c8a1afbf

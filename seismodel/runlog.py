@@ -13,7 +13,6 @@ import json
 import os
 from pathlib import Path
 
-from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from .pretraining import write_atomically

@@ -1,10 +1,8 @@
 "Windows from stores and other sources: pure functions of (seed, n), right whatever the type, the batch or the process; augmentations"
-import multiprocessing
 import os
 import subprocess
 import sys
 import threading
-import time
 from itertools import islice
 from pathlib import Path
 

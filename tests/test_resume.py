@@ -2,7 +2,6 @@
 
 `SEISMODEL_KILLS=20 python -m pytest -s tests/test_resume.py` kills twenty times in each case and says where it hit.
 """
-import json
 import os
 import random
 import signal
