@@ -100,7 +100,7 @@ def label_windows(
 )->tuple[WindowDataset, WindowDataset, list[int]]: # to train on, to validate on; records of each dataset
     "Windows with labels; raises `UserError` where a dataset cannot be opened, or has no dev split"
     training = [open_source(name, 'train', window) for name in names]
-    if fraction < 1: training = [Share(source, fraction, c.seed) for source in training]
+    if fraction < 1: training = [s if isinstance(s, SyntheticSource) else Share(s, fraction, c.seed) for s in training]   # nobody had to label those
     dev = WindowDataset([open_source(name, 'dev', window) for name in names], c.validation_windows, weights, c.seed, window=window)
     return WindowDataset(training, c.steps*c.accumulate*c.batch_size, weights, c.seed, window=window), dev, [len(s) for s in training]
 
@@ -109,13 +109,14 @@ def with_real_noise(
     windows:WindowDataset, # to train on
     device, # of the training
     settings:Augmentation=Augmentation(), # how often and how much
+    events:int=1000, # synthetic ones to make, where there are any among the data
 )->tuple[WindowDataset, Callable]: # the windows to train on, the augmentation for `train`
     "Noise from the windows' own records: added by the augmentation, and put around the synthetic events among them"
-    is_real = [not isinstance(getattr(s, 'source', s), SyntheticSource) for s in windows.sources]
+    is_real = [not isinstance(s, SyntheticSource) for s in windows.sources]
     real = [s for s, yes in zip(windows.sources, is_real) if yes]
     noise = noise_bank(real, seed=windows.seed, window=windows.window) if real else torch.zeros(0, windows.window, 3)
     if real and not len(noise): log.warning('No training record has ten seconds that are known to be noise: none is added, and synthetic events keep theirs.')
-    sources = [EventsInNoise(noise, seed=windows.seed) if len(noise) and not yes else s for s, yes in zip(windows.sources, is_real)]
+    sources = [EventsInNoise(noise, events, windows.seed) if len(noise) and not yes else s for s, yes in zip(windows.sources, is_real)]
     windows = WindowDataset(sources, windows.length, windows.share, windows.seed, windows.start, windows.window)
     return windows, fine_augment(noise.to(device), settings)
 
