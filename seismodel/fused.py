@@ -99,20 +99,21 @@ def fused_forward(
     reverse: int,                     # the last `reverse` heads read time backwards
     cap: float = 0.,                  # soft cap of the gates inside the kernel; 0: none
     o: Tensor | None = None,          # (B, H, T, dv) output gate before the sigmoid: norm and gate follow at once
-    weight: Tensor | None = None,     # (H · dv,) of that norm
+    weight: Tensor | None = None,     # (H · dv,) of that norm; of fewer, if heads are filled up with zeros
     state: MLSTMState | None = None,  # memory left by the piece before
     return_state: bool = False,       # also the memory at the end
     eps: float = 1e-6,                # of the norm
 ):                                    # y, h (B, H, T, dv), den (B, H, T), memory, state or None
     "The kernels of a forward pass, one after the other"
     from seismodel import kernels as K, tiles
-    B, H, T, dk = q.shape
+    B, H, T, _ = q.shape
     p, w, ops = plan_for(q, v, state is not None or return_state), widths(q, v), operands(q, k, v, *([] if o is None else [o]))
+    norm = 0 if o is None else len(weight) // H
     chunks, rows, single = -(-T // p.L), max(1, 256 // p.L), dict(dtype=torch.float32, device=q.device)
     h = q.new_empty(B, T, H, w['dv']).transpose(1, 2)
     y, den = h if o is None else torch.empty_like(h), torch.empty(B, H, T, **single)
     b, x = (torch.empty(B * H, chunks * p.L, device=q.device, dtype=torch.float64 if q.dtype == torch.float32 else torch.float32) for _ in range(2))
-    K.gate_logs[B * H, -(-chunks // rows)](i, f, b, x, reverse, T, chunks, -.5 * math.log2(dk), H, *i.stride(), L=p.L, ROWS=rows, CAP=cap, num_warps=2)
+    K.gate_logs[B * H, -(-chunks // rows)](i, f, b, x, reverse, T, chunks, -.5 * math.log2(norm or w['dk']), H, *i.stride(), L=p.L, ROWS=rows, CAP=cap, num_warps=2)
     strides = [s for z in (q, k, v, v if o is None else o, h) for s in z.stride()[:3]]
     how = dict(num_warps=p.warps, num_stages=p.stages)
     parts, ends, begins = (den,) * 3, (den,) * 2, (den,) * 2
@@ -124,11 +125,11 @@ def fused_forward(
         if state is not None: begins = enter_state(state, w)
         if return_state: ends = torch.empty(B, H, w['DK'], w['DV'], **single), torch.empty(B, H, w['DK'], **single)
         K.walk_forward[B * H, p.segments](q, k, v, b, x, v if o is None else o, den if o is None else weight, y, h, den, *begins, *parts, *ends,
-            reverse, T, p.per, p.segments, chunks, H, *strides, L=p.L, EPILOGUE=o is not None, EPS=eps, INITIAL=state is not None,
+            reverse, T, p.per, p.segments, chunks, H, *strides, L=p.L, NORM=norm, EPS=eps, INITIAL=state is not None,
             FINAL=return_state, **w, **ops, **how)
     else:
         tiles.tile_forward[B * H, chunks](q, k, v, b, x, v if o is None else o, den if o is None else weight, y, h, den, reverse, T, chunks, H, *strides,
-            L=p.L, EPILOGUE=o is not None, EPS=eps, **w, **ops, **how)
+            L=p.L, NORM=norm, EPS=eps, **w, **ops, **how)
     memory = (b, x, *(z if p.segments > 1 else den.new_empty(0) for z in parts), *(z if state is not None else den.new_empty(0) for z in begins))
     return y, h, den, memory, leave_state(*ends, w) if return_state else None
 
@@ -157,6 +158,7 @@ def fused_backward(
     from seismodel import kernels as K, tiles
     B, H, T, _ = q.shape
     p, w, fused = plan_for(q, v, stream), widths(q, v), o is not None
+    norm = len(weight) // H if fused else 0
     single, (b, x, C, n, G, *begins) = dict(dtype=torch.float32, device=q.device), memory
     chunks = -(-T // p.L)
     dh = dy if not fused else torch.empty_like(h, dtype=h.dtype if h.dtype == torch.bfloat16 else torch.float32)
@@ -168,20 +170,21 @@ def fused_backward(
     out = o if fused else h
     align = math.gcd(16, *(s for z in (h, dy, out) for s in z.stride()[:3]))
     K.begin_backward[B * H, pieces](h, den, b, dy, out, weight if fused else den, dh, do if fused else den, dw, e, rho, reverse, T, pieces, chunks * p.L, H,
-        *h.stride()[:3], *dy.stride()[:3], *out.stride()[:3], DV=w['DV'], dv=w['dv'], ROWS=rows, EPILOGUE=fused, EPS=eps, ALIGN=align, num_warps=4)
+        *h.stride()[:3], *dy.stride()[:3], *out.stride()[:3], DV=w['DV'], dv=w['dv'], ROWS=rows, NORM=norm, EPS=eps, ALIGN=align, num_warps=4)
     ops, how = operands(q, k, v, dh), dict(num_warps=p.warps, num_stages=p.stages_back)
     inputs, strides = (q, k, v, b, x, dh, e, rho), [s for z in (q, k, v, dh) for s in z.stride()[:3]]
     if p.walk:
         dC, dn = torch.empty_like(C), torch.empty_like(n)
         if p.segments > 1:
-            K.walk_memory_backward[B * H, p.segments](q, b, x, dh, e, rho, dC, dn, reverse, T, p.per, p.segments, chunks, H, *strides[:3], *strides[9:],
-                                                      L=p.L, **w, **ops, **how)
-        K.walk_backward[2 * B * H, p.segments](*inputs, dq, dk, dv, qdq, kdk, *begins, C, n, G, dC, dn, reverse, T, p.per, p.segments, chunks, H, *strides,
-                                               L=p.L, INITIAL=begins[0].numel() > 0, **w, **ops, **how)
+            K.walk_dkv[B * H, p.segments](*inputs, dk, dv, kdk, dC, dn, G, reverse, T, p.per, p.segments, chunks, H, *strides, L=p.L, ALONE=True, **w, **ops, **how)
+        K.walk_dq[B * H, p.segments](*inputs, dq, qdq, *begins, C, n, G, reverse, T, p.per, p.segments, chunks, H, *strides,
+                                     L=p.L, INITIAL=begins[0].numel() > 0, **w, **ops, **how)
+        K.walk_dkv[B * H, p.segments](*inputs, dk, dv, kdk, dC, dn, G, reverse, T, p.per, p.segments, chunks, H, *strides, L=p.L, ALONE=False, **w, **ops, **how)
     else:
-        tiles.tile_backward[2 * B * H, chunks](*inputs, dq, dk, dv, qdq, kdk, reverse, T, chunks, H, *strides, L=p.L, **w, **ops, **how)
+        tiles.tile_dq[B * H, chunks](*inputs, dq, qdq, reverse, T, chunks, H, *strides, L=p.L, **w, **ops, **how)
+        tiles.tile_dkv[B * H, chunks](*inputs, dk, dv, kdk, reverse, T, chunks, H, *strides, L=p.L, **w, **ops, **how)
     K.gate_gradients[B * H,](i, f, qdq, kdk, di, df, reverse, T, H, *i.stride(), L=min(1024, fill(T)), CAP=cap, num_warps=4)
-    return dw[..., :w['dv']].sum((0, 2)).flatten() if fused else None
+    return dw[..., :norm].sum((0, 2)).flatten() if fused else None
 
 # %% ../nbs/06c_fused.ipynb #ce15a4a7
 class FusedMLSTM(torch.autograd.Function):
@@ -293,15 +296,18 @@ def head_norm(
 def mix_plain(
     qkvo: Tensor,     # (B, T, 4, H, d) queries, keys, values and output gates of H heads
     gates: Tensor,    # (B, T, 2, H) input and forget gates before the cap
-    weight: Tensor,   # (H · d,) of the norm
+    weight: Tensor,   # (H · n,) of the norm; n < d: only the first n numbers of a head are there, then follow zeros
     reverse: int,     # the last `reverse` heads read time backwards
     eps: float=1e-6,  # of the norm
 ) -> Tensor:          # (B, T, H · d)
     "Soft cap, mLSTM, LayerNorm per head, output gate"
-    q, k, v, o = (z.transpose(1, 2) for z in qkvo.unbind(2))                        # (B, H, T, d)
+    H, d = qkvo.shape[3:]
+    n = len(weight) // H
+    q, k, v, o = (z[..., :n].transpose(1, 2) for z in qkvo.unbind(2))               # (B, H, T, n)
     i, f = (soft_cap(z.transpose(1, 2)) for z in gates.unbind(2))                   # (B, H, T)
     h = mlstm_chunkwise(q, k, v, i, f, reverse)
-    return torch.sigmoid(o.transpose(1, 2).flatten(2)) * head_norm(h, weight, eps)
+    y = torch.sigmoid(o.transpose(1, 2).flatten(2)) * head_norm(h, weight, eps)     # (B, T, H · n)
+    return y if n == d else F.pad(y.unflatten(2, (H, n)), (0, d - n)).flatten(2)
 
 # %% ../nbs/06c_fused.ipynb #747de0c3
 CAP = 15.
@@ -359,7 +365,7 @@ trusted_constant = torch.compiler.assume_constant_result(trusted)   # asked whil
 def mix(
     qkvo: Tensor,     # (B, T, 4, H, d) queries, keys, values and output gates of H heads
     gates: Tensor,    # (B, T, 2, H) float32, input and forget gates before the cap
-    weight: Tensor,   # (H · d,) of the norm
+    weight: Tensor,   # (H · n,) of the norm, see `mix_plain`
     reverse: int,     # the last `reverse` heads read time backwards
     eps: float=1e-6,  # of the norm
 ) -> Tensor:          # (B, T, H · d)
