@@ -1,12 +1,15 @@
 #!/usr/bin/env python
-"""The contrastive step fed from a packed store against the same step fed from batches that lie in GPU memory.
+"""The trainer's step fed from a packed store, by the trainer's own path, against the same step fed from batches that lie in
+GPU memory.
 
     python benchmarks/loading_gpu.py STORE                      a packed store
     python benchmarks/loading_gpu.py --make-mib 4096            a store of random records of that size, made first
+    python benchmarks/loading_gpu.py STORE --augment            with the augmentation of `seismodel finetune` on top
 
-For each preset, both ways take turns, `--rounds` times. Printed are windows a second and the ratio of the two, which
-should be 0.95 or more; the exit code says so as well. Neither SeisBench nor ObsPy is imported. With `--device cpu` and
-`--preset contrastive-tiny` the script can be tried without a GPU.
+Step and batches are those of a run: `train_step`, recorded on a GPU (`--compile`: with compiled blocks, as in long runs),
+and `training_batches`. For each preset, both ways take turns, `--rounds` times. Printed are windows a second and the
+ratio of the two, which should be 0.95 or more; the exit code says so as well. Neither SeisBench nor ObsPy is imported.
+With `--device cpu --preset contrastive-tiny --augment --batch 8 --steps 5 --rounds 1` the script can be tried without a GPU.
 """
 import argparse
 import os
@@ -20,10 +23,15 @@ from statistics import median
 import numpy as np
 import torch
 
-from seismodel.reading import Store, StoreSource
-from seismodel.loading import WindowDataset, device_batches
+from seismodel.augment import fine_augment
+from seismodel.distributed import Ranks
+from seismodel.loading import WindowDataset
 from seismodel.pretraining import build, preset
+from seismodel.reading import Store, StoreSource
+from seismodel.recipe import TrainConfig, parameter_groups
+from seismodel.replay import Replay, compile_blocks, tensor_float32
 from seismodel.store import StoreWriter, finish
+from seismodel.trainer import train_step, training_batches, update
 from seismodel.waveforms import WINDOW, Record
 
 
@@ -42,71 +50,70 @@ def make_store(folder, mib):
 
 class Trainer:
     "A model, its optimiser and one step, as in a run"
-    def __init__(self, name, device):
+    def __init__(self, name, args, device):
         torch.manual_seed(0)
-        self.preset, self.device = preset(name), device
-        self.model = build(self.preset.model).to(device).train()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=device.type == 'cuda')
-        self.generator = torch.Generator(device).manual_seed(0)
-        self.done = 0
+        self.ranks, on_gpu = Ranks(device), device.type == 'cuda'
+        size = args.batch or preset(name).batch_size
+        self.c = TrainConfig(steps=10**6, batch_size=size, lr=1e-4, workers=args.workers, device=args.device)
+        self.model = build(preset(name).model).to(device).train()
+        if args.compile: compile_blocks(self.model)
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, .1), lr=torch.tensor(1e-4, device=device) if on_gpu else 1e-4,
+                                           fused=True, capturable=on_gpu)
+        self.generator, self.done = torch.Generator(device), 0
+        one = lambda inputs: update(self.model, self.optimizer, [inputs], self.generator, self.c, self.ranks)
+        self.replay = Replay(one, self.generator) if on_gpu else None
 
-    def step(self, x):
-        self.model.set_progress(self.done, 100_000)
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == 'cuda'):
-            loss, _ = self.model(x, self.generator)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+    def step(self, batches):
+        "One step; how many windows it took"
+        _, _, used = train_step(self.model, self.optimizer, batches, self.generator, self.done, self.c, self.ranks, replay=self.replay)
         self.done += 1
+        return sum(len(b['x']) for b in used)
+
+
+def batches_of(source, trainer, seed, augment=None):
+    "The iterator of a run, as a context"
+    return training_batches(WindowDataset([source], 10**9, seed=seed), trainer.c, trainer.ranks, 0, augment)
 
 
 def timed(trainer, batches, steps, warm):
     "Windows a second over `steps` steps"
-    wait = torch.cuda.synchronize if trainer.device.type == 'cuda' else lambda: None
-    for batch in islice(batches, warm): trainer.step(batch['x'])
+    wait = torch.cuda.synchronize if trainer.ranks.device.type == 'cuda' else lambda: None
+    for _ in range(warm): trainer.step(batches)
     wait()
-    start, seen = time.perf_counter(), 0
-    for batch in islice(batches, steps):
-        trainer.step(batch['x'])
-        seen += len(batch['x'])
+    start = time.perf_counter()
+    seen = sum(trainer.step(batches) for _ in range(steps))
     wait()
     return seen / (time.perf_counter() - start)
 
 
 def compare(name, source, args, device):
     "Both ways in turns; prints a line, returns the median ratio"
-    trainer = Trainer(name, device)
-    size = args.batch or trainer.preset.batch_size
-    data = lambda seed: WindowDataset([source], 10**9, seed=seed)
-    first = device_batches(data(0), size, device)
-    ready = [{k: v.clone() for k, v in b.items()} for b in islice(first, 8)]
-    first.close()
-    timed(trainer, cycle(ready), args.warm, args.warm)                              # kernels are compiled and chosen
+    trainer = Trainer(name, args, device)
+    noise = torch.randn(512, WINDOW, 3, generator=torch.Generator().manual_seed(0)).to(device)
+    augment = fine_augment(noise) if args.augment else None
+    with batches_of(source, trainer, 0, augment) as batches: ready = list(islice(batches, 8))
+    ready = [{k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in b.items()} for b in ready]
+    timed(trainer, cycle(ready), args.warm, args.warm)                              # kernels are compiled, chosen, recorded
     memory, store = [], []
     for k in range(args.rounds):
         memory.append(timed(trainer, cycle(ready), args.steps, args.warm))
-        batches = device_batches(data(k + 1), size, device, workers=args.workers)
-        store.append(timed(trainer, batches, args.steps, args.warm))
-        batches.close()
+        with batches_of(source, trainer, k + 1, augment) as batches: store.append(timed(trainer, batches, args.steps, args.warm))
     ratios = [b / a for a, b in zip(memory, store)]
-    print(f'{name:22} batch {size:4}: in memory {median(memory):9,.0f}, from the store {median(store):9,.0f} windows/s, '
+    print(f'{name:22} batch {trainer.c.batch_size:4}: in memory {median(memory):9,.0f}, from the store {median(store):9,.0f} windows/s, '
           f'ratio {median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})', flush=True)
     return median(ratios)
 
 
-def loader_alone(source, size, device, seconds=4.):
+def loader_alone(source, args, device, seconds=4.):
     "Windows a second that arrive on the device when nobody trains"
-    batches = device_batches(WindowDataset([source], 10**9), size, device)
-    for _ in islice(batches, 5): pass
-    start, seen = time.perf_counter(), 0
-    for batch in batches:
-        seen += len(batch['x'])
-        if time.perf_counter() - start > seconds: break
-    if device.type == 'cuda': torch.cuda.synchronize()
-    rate = seen / (time.perf_counter() - start)
-    batches.close()
-    return rate
+    c, start, seen = TrainConfig(steps=10**6, batch_size=args.batch or 256, workers=args.workers), None, 0
+    with training_batches(WindowDataset([source], 10**9), c, Ranks(device)) as batches:
+        for k, batch in enumerate(batches):
+            if k == 5: start, seen = time.perf_counter(), 0
+            seen += len(batch['x'])
+            if start and time.perf_counter() - start > seconds: break
+        if device.type == 'cuda': torch.cuda.synchronize()
+        return seen / (time.perf_counter() - start)
 
 
 def main():
@@ -118,7 +125,9 @@ def main():
     parser.add_argument('--steps', type=int, default=100)
     parser.add_argument('--warm', type=int, default=10)
     parser.add_argument('--rounds', type=int, default=5)
-    parser.add_argument('--workers', type=int, default=0, help='loader processes beside the prefetching thread')
+    parser.add_argument('--workers', type=int, help='loader processes beside the prefetching thread; those of a run if not given')
+    parser.add_argument('--augment', action='store_true', help='as `seismodel finetune` does, with noise that is random')
+    parser.add_argument('--compile', action='store_true', help='compile the blocks, as runs of 2,000 steps and more do')
     parser.add_argument('--device', default='cuda')
     args = parser.parse_args()
     device = torch.device(args.device)
@@ -129,8 +138,8 @@ def main():
         name = torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'
         print(f'{name}, torch {torch.__version__}, {os.cpu_count()} CPUs; {len(source):,} traces, '
               f"{source.store.manifest['samples'] * 3 * source.store.dtype.itemsize / 2**20:,.0f} MiB {source.store.dtype}")
-        print(f'loader alone: {loader_alone(source, args.batch or 256, device):,.0f} windows/s in batches of {args.batch or 256}')
-        ratios = [compare(p, source, args, device) for p in args.preset or ('contrastive-small', 'contrastive-base')]
+        print(f'loader alone: {loader_alone(source, args, device):,.0f} windows/s in batches of {args.batch or 256}')
+        with tensor_float32(device): ratios = [compare(p, source, args, device) for p in args.preset or ('contrastive-small', 'contrastive-base')]
     heavy = sorted(m for m in ('seisbench', 'obspy', 'h5py', 'pandas') if m in sys.modules)
     print(f'imported of seisbench, obspy, h5py, pandas: {", ".join(heavy) or "nothing"}')
     return 0 if min(ratios) >= .95 else 1

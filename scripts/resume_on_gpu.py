@@ -1,8 +1,9 @@
 """Kill training processes on a GPU, resume them, and say what is equal to the bit.
 
-    python scripts/resume_on_gpu.py [--device cuda] [--steps 60] [--kills 3]
+    python scripts/resume_on_gpu.py [--device cuda] [--steps 60] [--kills 3] [--data FOLDER]
 
-For both methods, with deterministic algorithms and without: one run that nothing happens to, a second one (is the same command twice
+For both methods of pretraining and for fine-tuning with its augmentation (on synthetic events in the noise of FOLDER, a labelled dataset or store; without
+one there is no real noise), with deterministic algorithms and without: one run that nothing happens to, a second one (is the same command twice
 the same at all?), and one that is killed with SIGKILL at random moments and resumed each time. Exit code 1 if a deterministic run is not bit-equal.
 """
 import argparse
@@ -30,7 +31,7 @@ sys.exit(main())"""
 
 def start(deterministic, *words, cwd):
     env = {**os.environ, 'CUBLAS_WORKSPACE_CONFIG': ':4096:8', 'MPLBACKEND': 'agg', 'PYTHONPATH': str(root)}
-    return subprocess.Popen([sys.executable, '-c', MAIN.format(deterministic=deterministic), 'pretrain', *map(str, words)], cwd=cwd, env=env,
+    return subprocess.Popen([sys.executable, '-c', MAIN.format(deterministic=deterministic), *map(str, words)], cwd=cwd, env=env,
                             stdout=subprocess.DEVNULL, stderr=open(cwd/'stderr.txt', 'a'))
 
 
@@ -51,26 +52,29 @@ def compare(a, b):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    for name, value in (('device', 'cuda'), ('steps', 60), ('kills', 3)): parser.add_argument(f'--{name}', default=value, type=type(value))
+    for name, value in (('device', 'cuda'), ('steps', 60), ('kills', 3), ('data', '')): parser.add_argument(f'--{name}', default=value, type=type(value))
     args, failed = parser.parse_args(), False
-    for method in ('contrastive', 'reconstruction'):
+    labelled = ['--data', Path(args.data).resolve()] if args.data else []
+    cases = {'contrastive': ['pretrain', '--preset', 'contrastive-tiny', '--log-every', 1], 'reconstruction': ['pretrain', '--preset', 'reconstruction-tiny', '--log-every', 1],
+             'fine-tuning': ['finetune', '--from', 'random', '--preset', 'contrastive-tiny', '--data', 'synthetic', *labelled]}
+    for case, (command, *given) in cases.items():
         for deterministic in (True, False):
             with tempfile.TemporaryDirectory() as tmp:
-                tmp, rng = Path(tmp), random.Random(method)
-                words = ['--preset', f'{method}-tiny', '--steps', args.steps, '--batch-size', 8, '--log-every', 1, '--validate-every', 20, '--validation-windows', 8,
+                tmp, rng = Path(tmp), random.Random(case)
+                words = [command, *given, '--steps', args.steps, '--batch-size', 8, '--validate-every', 20, '--validation-windows', 8,
                          '--checkpoint-every', 7, '--device', args.device, '--workers', 2]
                 for name in ('whole', 'twice'): wait(start(deterministic, *words, '--out', name, cwd=tmp), tmp)
                 process, run = start(deterministic, *words, '--out', 'killed', cwd=tmp), tmp/'killed'
                 for k in range(args.kills):
                     goal = (k + 1)*args.steps//(args.kills + 1)
-                    lines = lambda: (run/'metrics.jsonl').read_bytes().count(b'\n') if (run/'metrics.jsonl').exists() else 0
-                    while process.poll() is None and lines() < goal: time.sleep(.005)
+                    reached = lambda: max((row['step'] for row in read_metrics(run)), default=0)
+                    while process.poll() is None and reached() < goal: time.sleep(.005)
                     time.sleep(rng.uniform(0, .1))
                     process.kill()
                     process.wait()
-                    process = start(deterministic, '--resume', run, cwd=tmp)
+                    process = start(deterministic, command, '--resume', run, cwd=tmp)
                 wait(process, tmp)
-                print(f"{method}, {'deterministic algorithms' if deterministic else 'default algorithms'}")
+                print(f"{case}, {'deterministic algorithms' if deterministic else 'default algorithms'}")
                 for name in ('twice', 'killed'):
                     same, words_ = compare(tmp/'whole', tmp/name)
                     failed |= deterministic and not same
