@@ -294,8 +294,9 @@ def check_fit(c, data, folder, resume, ranks):
     if len(data) < c.steps*c.accumulate*c.batch_size:
         raise UserError(f"{c.steps} steps of {c.accumulate*c.batch_size} windows need {c.steps*c.accumulate*c.batch_size} windows; there are {len(data)}.")
     if c.batch_size % ranks.world: raise UserError(f"The batch size is {c.batch_size}, which {ranks.world} ranks cannot share evenly; choose a multiple.")
-    if not resume and (folder/'config.json').exists(): raise UserError(f"'{folder}' holds a run already; name another folder, or resume it.")
-    if resume and not (folder/'config.json').is_file(): raise UserError(f"'{folder}' holds no run to resume: config.json is missing.")
+    there = ranks.share((folder/'config.json').is_file())      # as rank 0 sees it, before it writes one
+    if there and not resume: raise UserError(f"'{folder}' holds a run already; name another folder, or resume it.")
+    if resume and not there: raise UserError(f"'{folder}' holds no run to resume: config.json is missing.")
 
 def draw_run(model, show, folder):
     "The figures of the run so far"
