@@ -177,8 +177,9 @@ def finetune(
         change = None
         if plan.get('augment'): windows, change = with_real_noise(windows, ranks.device, Augmentation(**plan['augment']))
         if ranks.rank == 0:
+            real = [len(s) for s in windows.sources if not isinstance(s, (SyntheticSource, EventsInNoise))]
             print(f"{count_parameters(picker):,} parameters from {plan['from']}, {c.steps} steps of {c.batch_size} windows "
-                  f"from {sum(records)} records, on {ranks.device}")
+                  f"from {sum(real)} records{' and synthetic ones' if len(real) < len(records) else ''}, on {ranks.device}")
         train(picker, windows, dev, c, folder, {'finetune': plan, 'records': records}, bool(resume), ranks, change)
     print(f"picker  {folder}, for `seismodel pick --model` and `SeisModelPicker.from_pretrained`")
     return folder
