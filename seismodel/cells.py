@@ -29,12 +29,10 @@ from torch import nn
 from .augment import Augmentation
 from .checkpoints import differences
 from .distributed import pick_device
-from .evaluation import found_within, score_records
 from .finetuning import RECIPES, label_windows, with_real_noise
 from .health import TrainingError
 from .heads import Picker
 from .loading import WindowDataset
-from .peers import fresh_peer, open_trained
 from .pretraining import build, config_from_dict, from_pretrained, read_model, write_atomically
 from .reading import Store, is_store
 from .recipe import FREE, TrainConfig, check_config
@@ -109,7 +107,9 @@ def start_cell(
 )->nn.Module: # in training mode; takes batches with labels
     "The network of a cell, before its first step: pretrained and random ones differ in nothing but their weights"
     torch.manual_seed(cell.seed)
-    if cell.method.start == 'peer': return fresh_peer(cell.method.source).train()
+    if cell.method.start == 'peer':
+        from seismodel.peers import fresh_peer   # brings SeisBench, which takes seconds: only for those who need it
+        return fresh_peer(cell.method.source).train()
     if cell.method.start == 'pretrained': return Picker(from_pretrained(cell.method.source)).train()
     return Picker(build(config_from_dict(read_model(cell.method.source)[0]['model']))).train()
 
@@ -191,13 +191,14 @@ def dev_figure(
 )->float: # at most 1
     "Share of the onsets found within 0.3 s, less the share of noise records disturbed"
     noise = records['kind'] == 'noise'
-    return found_within(.3)(records[~noise]) - ((records['picks'][noise] > 0).mean() if noise.any() else 0.)
+    return (records['residual'][~noise].abs() <= .3).mean() - ((records['picks'][noise] > 0).mean() if noise.any() else 0.)
 
 def score_cell(
     picker, # SeisBench's kind
     h:Harness,
 )->pd.DataFrame: # rows of `score_records` on test, with threshold and by: fixed or dev
     "Picks of the test records, at the fixed threshold and at the one that does best on dev"
+    from seismodel.evaluation import score_records
     def at(split, threshold): return pd.concat([score_records(remember, open_records(name, split), threshold) for name in h.data], ignore_index=True)
     remember = Remembering(picker)
     best = max(THRESHOLDS, key=lambda t: dev_figure(at('dev', t)))
@@ -244,6 +245,7 @@ def run_cell(
     extra = {'cell': cell_settings(cell, h, c)['cell'], 'records': records}
     train(net, windows, dev, c, part, extra, resume=(part/'config.json').exists(), augment=change)
     if not (part/'best').is_dir(): raise TrainingError('the dev loss was never finite, so that there are no best weights')
+    from seismodel.peers import open_trained
     table = score_cell(open_trained(part/'best').to(pick_device(h.device)), h)
     write_atomically(part/'records.csv', lambda path: table.to_csv(path, index=False))
     shutil.rmtree(part/'checkpoints', ignore_errors=True)

@@ -149,13 +149,13 @@ def figure(
     colors = {m: f'C{k}' for k, m in enumerate(dict.fromkeys(m.removesuffix('-random') for m in t['method']))}
     fig, axs = plt.subplots(1, 4, figsize=(10, 2.8), sharey=True, layout='constrained')
     for ax, (kind, name) in zip(axs, [(kind, name) for kind in 'PS' for name in ('within 0.3 s', 'within 0.5 s')]):
-        for m, rows in t[(t['kind'] == kind) & (t['figure'] == name)].groupby('method', sort=False):
-            ax.errorbar(rows['share'], rows['value'], np.maximum(0, [rows['value'] - rows['low'], rows['high'] - rows['value']]), label=m,
+        for k, (m, rows) in enumerate(t[(t['kind'] == kind) & (t['figure'] == name)].groupby('method', sort=False)):
+            ax.errorbar(rows['share']*1.02**k, rows['value'], np.maximum(0, [rows['value'] - rows['low'], rows['high'] - rows['value']]), label=m,
                         color=colors[m.removesuffix('-random')], ls='--' if m.endswith('-random') else '-', marker='o', ms=3, lw=1, elinewidth=.6, capsize=2)
         if lines and name in lines.get(kind, {}): ax.axhline(lines[kind][name], color='.5', ls=':', lw=1, label=label)
         shares = sorted(set(t['share']))
         ax.set(title=f'{kind} {name}', xlabel='share of the labels', xscale='log', xticks=shares, xticklabels=[f'{s:g}' for s in shares], ylim=(0, 1))
         ax.minorticks_off()
     axs[0].set_ylabel('share of the onsets found')
-    axs[-1].legend(fontsize=6, loc='lower right')
+    axs[-1].legend(*axs[0].get_legend_handles_labels(), fontsize=6, loc='lower right')
     return fig
