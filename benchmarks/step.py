@@ -9,7 +9,6 @@ import time
 
 import torch
 
-from seismodel.frontend import ConvDownFrontend
 from seismodel.pretraining import build, preset
 from seismodel.recipe import parameter_groups
 from seismodel.replay import Replay, compile_blocks, tensor_float32
@@ -17,14 +16,11 @@ from seismodel.replay import Replay, compile_blocks, tensor_float32
 
 class Step:
     "One training step of a preset on windows made on the device"
-    def __init__(self, name, batch, blocks=False, frontend=False, replay=False):
+    def __init__(self, name, batch, compiled=False, replay=False):
         torch.manual_seed(0)
         torch.compiler.reset()
         self.model = build(preset(name).model).cuda()
-        if blocks: compile_blocks(self.model)
-        if frontend:
-            for module in self.model.modules():
-                if isinstance(module, ConvDownFrontend): module.compile(dynamic=False)
+        if compiled: compile_blocks(self.model)
         self.x = torch.randn(batch, 4096, 3, device='cuda')
         self.generator = torch.Generator('cuda').manual_seed(0)
         self.lr = torch.tensor(1e-3, device='cuda')
@@ -75,12 +71,12 @@ def measure(name, batch, repeats=12, profile=False, **mode):
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('what', nargs='*', default=['contrastive-base:256', 'reconstruction-base:256'], help='PRESET:BATCH')
-    parser.add_argument('--modes', default='eager,blocks,blocks+replay', help='blocks: compiled, as the trainer does in long runs; frontend: compiled too; replay: recorded')
+    parser.add_argument('--modes', default='eager,compiled,compiled+replay', help='compiled: blocks and frontend, as the trainer does in long runs; replay: recorded')
     parser.add_argument('--profile', type=int, default=0, help='kernels to list')
     args = parser.parse_args()
     for what in args.what:
         name, batch = what.split(':')
         for mode in args.modes.split(','):
             try:
-                with tensor_float32(torch.device('cuda')): measure(name, int(batch), profile=args.profile, **{k: k in mode for k in ('blocks', 'frontend', 'replay')})
+                with tensor_float32(torch.device('cuda')): measure(name, int(batch), profile=args.profile, **{k: k in mode for k in ('compiled', 'replay')})
             except torch.OutOfMemoryError: print(f'{name:20} batch {batch}  {mode}: out of memory')

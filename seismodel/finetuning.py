@@ -66,7 +66,8 @@ class Share:
     def record(self, i): return self.source.record(self.rows[i])
 
 def share_of(source, fraction, seed):
-    "A `Share`; of a packed store a part that reads many windows at once, as the whole does"
+    "A `Share`; of a packed store a part that reads many windows at once, as the whole does; of the generator all, since nobody had to label that"
+    if isinstance(source, SyntheticSource): return source
     share = Share(source, fraction, seed)
     return source.part(share.rows) if hasattr(source, 'part') else share
 
@@ -114,13 +115,14 @@ def with_real_noise(
     windows:WindowDataset, # to train on
     device, # of the training
     settings:Augmentation=Augmentation(), # how often and how much
+    events:int=1000, # synthetic ones to make, where there are any among the data
 )->tuple[WindowDataset, Callable]: # the windows to train on, the augmentation for `train`
     "Noise from the windows' own records: added by the augmentation, and put around the synthetic events among them"
-    is_real = [not isinstance(getattr(s, 'source', s), SyntheticSource) for s in windows.sources]
+    is_real = [not isinstance(s, SyntheticSource) for s in windows.sources]
     real = [s for s, yes in zip(windows.sources, is_real) if yes]
     noise = noise_bank(real, seed=windows.seed, window=windows.window) if real else torch.zeros(0, windows.window, 3)
     if real and not len(noise): log.warning('No training record has ten seconds that are known to be noise: none is added, and synthetic events keep theirs.')
-    sources = [EventsInNoise(noise, seed=windows.seed) if len(noise) and not yes else s for s, yes in zip(windows.sources, is_real)]
+    sources = [EventsInNoise(noise, events, windows.seed) if len(noise) and not yes else s for s, yes in zip(windows.sources, is_real)]
     windows = WindowDataset(sources, windows.length, windows.share, windows.seed, windows.start, windows.window)
     return windows, fine_augment(noise.to(device), settings)
 

@@ -46,8 +46,9 @@ def receptive_field(kernel_size:int=3, # taps of each convolution
 def convolve(conv:nn.Conv1d, # any strided convolution
              x:Tensor, # (B, L, C_in)
              ) -> Tensor: # (B, L', C_out)
-    "`conv` over time, with the channels last before and after"
-    return conv(x.transpose(1, 2)).transpose(1, 2)
+    "`conv` over time, with the channels last before, inside and after"
+    y = F.conv2d(x.transpose(1, 2).unsqueeze(2), conv.weight.unsqueeze(2), conv.bias, (1, *conv.stride), (0, *conv.padding), (1, *conv.dilation))
+    return y.squeeze(2).transpose(1, 2)
 
 # %% ../nbs/02_frontend.ipynb #baf7a944
 class ConvDownFrontend(nn.Module):

@@ -6,8 +6,7 @@ Docs: https://seismodel.github.io/seismodel/kernels.html.md"""
 
 # %% auto #0
 __all__ = ['NEVER', 'LOG2E', 'place', 'read_rows', 'write_rows', 'decay', 'capped', 'gate_logs', 'norm_and_gate', 'enter',
-           'walk_forward', 'walk_memory', 'begin_backward', 'walk_dq', 'walk_dkv', 'walk_backward',
-           'walk_memory_backward', 'gate_gradients']
+           'walk_forward', 'walk_memory', 'begin_backward', 'walk_dq', 'walk_dkv', 'gate_gradients']
 
 # %% ../nbs/06a_kernels.ipynb #328c9502
 import triton
@@ -70,12 +69,13 @@ def gate_logs(i, f, b_out, x_out, reverse, T, chunks, log_scale, H, gb, gh, gt,
 
 # %% ../nbs/06a_kernels.ipynb #a4c5ea50
 @triton.jit
-def norm_and_gate(y, o, weight, h, t, exists, y_step, o_step, columns, width: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr):
-    "Write sigmoid(o) * layer_norm(h) * weight"
+def norm_and_gate(y, o, weight, h, t, exists, y_step, o_step, columns, width: tl.constexpr, BLOCK: tl.constexpr,
+                  NORM: tl.constexpr, EPS: tl.constexpr):
+    "Write sigmoid(o) * layer_norm(h) * weight, the norm over the first NORM numbers of a row; the others are zeros and stay so"
     gate = tl.sigmoid(read_rows(o, t, exists, o_step, columns, width, BLOCK).to(tl.float32))
-    w = tl.load(weight + columns, mask=columns < width, other=0.).to(tl.float32)
-    centred = tl.where((columns < width)[None, :], h - (tl.sum(h, 1) / width)[:, None], 0.)
-    deviation = tl.rsqrt(tl.sum(centred * centred, 1) / width + EPS)
+    w = tl.load(weight + columns, mask=columns < NORM, other=0.).to(tl.float32)
+    centred = tl.where((columns < NORM)[None, :], h - (tl.sum(h, 1) / NORM)[:, None], 0.)
+    deviation = tl.rsqrt(tl.sum(centred * centred, 1) / NORM + EPS)
     write_rows(y, gate * centred * deviation[:, None] * w[None, :], t, exists, y_step, columns, width, BLOCK)
 
 @triton.jit
@@ -98,9 +98,9 @@ def enter(C_in, n_in, C_parts, n_parts, G_parts, bh, segment, segments, at, ck,
 def walk_forward(q, k, v, b, x, o, weight, y, h, den, C_in, n_in, C_parts, n_parts, G_parts, C_out, n_out,
                  reverse, T, per, segments, chunks, H, qb, qh, qt, kb, kh, kt, vb, vh, vt, ob, oh, ot, hb, hh, ht,
                  DK: tl.constexpr, DV: tl.constexpr, dk: tl.constexpr, dv: tl.constexpr, L: tl.constexpr,
-                 EPILOGUE: tl.constexpr, EPS: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr,
+                 NORM: tl.constexpr, EPS: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr,
                  DOT: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr):
-    "h and den of one segment of one head, and y if asked for; FINAL: the memory at its end"
+    "h and den of one segment of one head, and y if NORM says over how many numbers to norm; FINAL: the memory at its end"
     bh, segment = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch, head = bh // H, bh % H
     backwards = head >= H - reverse
@@ -108,10 +108,10 @@ def walk_forward(q, k, v, b, x, o, weight, y, h, den, C_in, n_in, C_parts, n_par
     k += tl.multiple_of(batch * kb + head * kh, ALIGN)
     v += tl.multiple_of(batch * vb + head * vh, ALIGN)
     h += tl.multiple_of(batch * hb + head * hh, ALIGN)
-    if EPILOGUE:
+    if NORM > 0:
         y += tl.multiple_of(batch * hb + head * hh, ALIGN)
         o += tl.multiple_of(batch * ob + head * oh, ALIGN)
-        weight += head * dv
+        weight += head * NORM
     b += bh * chunks * L; x += bh * chunks * L; den += bh * T
     ck, cv, a = tl.arange(0, DK), tl.arange(0, DV), tl.arange(0, L)
     at = ck[:, None] * DV + cv[None, :]
@@ -130,7 +130,7 @@ def walk_forward(q, k, v, b, x, o, weight, y, h, den, C_in, n_in, C_parts, n_par
         out = (num / tl.maximum(tl.abs(total), 1.)[:, None]).to(h.dtype.element_ty)
         write_rows(h, out, t, exists, ht, cv, dv, DV)
         tl.store(den + t, total, mask=exists)
-        if EPILOGUE: norm_and_gate(y, o, weight, out.to(tl.float32), t, exists, ht, ot, cv, dv, DV, EPS)
+        if NORM > 0: norm_and_gate(y, o, weight, out.to(tl.float32), t, exists, ht, ot, cv, dv, DV, NORM, EPS)
         Ka = K.to(tl.float32) * tl.exp2((xs + g).to(tl.float32))[:, None]
         C = keep * C + tl.dot(tl.trans(Ka.to(DOT)), V, input_precision=PRECISION)
         n = keep * n + tl.sum(Ka, 0)
@@ -169,7 +169,7 @@ def walk_memory(k, v, b, x, C_parts, n_parts, G_parts, reverse, T, per, segments
 @triton.jit
 def begin_backward(h, den, b, dy, o, weight, dh, do, dw, e, rho, reverse, T, pieces, length, H,
                    hb, hh, ht, yb, yh, yt, ob, oh, ot,
-                   DV: tl.constexpr, dv: tl.constexpr, ROWS: tl.constexpr, EPILOGUE: tl.constexpr, EPS: tl.constexpr, ALIGN: tl.constexpr):
+                   DV: tl.constexpr, dv: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, ALIGN: tl.constexpr):
     "rho and e in reading order; from dy the gradients of h and o, and of the norm's weight piece by piece"
     bh, piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch, head = bh // H, bh % H
@@ -177,27 +177,27 @@ def begin_backward(h, den, b, dy, o, weight, dh, do, dw, e, rho, reverse, T, pie
     dy += tl.multiple_of(batch * yb + head * yh, ALIGN)
     b += bh * length; e += bh * length; rho += bh * length; den += bh * T
     cv = tl.arange(0, DV)
-    if EPILOGUE:
+    if NORM > 0:
         o += tl.multiple_of(batch * ob + head * oh, ALIGN)
         do += tl.multiple_of(batch * ob + head * oh, ALIGN)
         dh += tl.multiple_of(batch * hb + head * hh, ALIGN)
-        w = tl.load(weight + head * dv + cv, mask=cv < dv, other=0.).to(tl.float32)
+        w = tl.load(weight + head * NORM + cv, mask=cv < NORM, other=0.).to(tl.float32)
         sum_dw = tl.zeros((DV,), tl.float32)
     for c in range(piece, tl.cdiv(length, ROWS), pieces):
         t, exists = place(c, T, head >= H - reverse, ROWS)
         H_ = read_rows(h, t, exists, ht, cv, dv, DV).to(tl.float32)
         G = read_rows(dy, t, exists, yt, cv, dv, DV).to(tl.float32)
-        if EPILOGUE:
+        if NORM > 0:
             gate = tl.sigmoid(read_rows(o, t, exists, ot, cv, dv, DV).to(tl.float32))
-            centred = tl.where((cv < dv)[None, :], H_ - (tl.sum(H_, 1) / dv)[:, None], 0.)
-            deviation = tl.rsqrt(tl.sum(centred * centred, 1) / dv + EPS)[:, None]
+            centred = tl.where((cv < NORM)[None, :], H_ - (tl.sum(H_, 1) / NORM)[:, None], 0.)
+            deviation = tl.rsqrt(tl.sum(centred * centred, 1) / NORM + EPS)[:, None]
             normed = centred * deviation
             part = G * gate * normed
             sum_dw += tl.sum(part, 0)
             write_rows(do, part * w[None, :] * (1. - gate), t, exists, ot, cv, dv, DV)
             G = G * gate * w[None, :]
-            G = (G - (tl.sum(G, 1) / dv)[:, None] - normed * (tl.sum(G * normed, 1) / dv)[:, None]) * deviation
-            G = tl.where((cv < dv)[None, :], G, 0.).to(dh.dtype.element_ty)
+            G = (G - (tl.sum(G, 1) / NORM)[:, None] - normed * (tl.sum(G * normed, 1) / NORM)[:, None]) * deviation
+            G = tl.where((cv < NORM)[None, :], G, 0.).to(dh.dtype.element_ty)
             write_rows(dh, G, t, exists, ht, cv, dv, DV)
             G = G.to(tl.float32)                                        # e belongs to the dh that was written
         total = tl.load(den + t, mask=exists, other=0.)
@@ -205,15 +205,16 @@ def begin_backward(h, den, b, dy, o, weight, dh, do, dw, e, rho, reverse, T, pie
         tl.store(e + position, tl.where(size > 1., tl.sum(G * H_, 1) * tl.where(total > 0, -1., 1.), 0.), mask=position < length)
         log_b = tl.load(b + position, mask=position < length, other=0.)
         tl.store(rho + position, log_b - tl.log2(tl.maximum(size, 1.)).to(log_b.dtype), mask=position < length)
-    if EPILOGUE: tl.store(dw + (bh * pieces + piece) * DV + cv, sum_dw)
+    if NORM > 0: tl.store(dw + (bh * pieces + piece) * DV + cv, sum_dw)
 
 # %% ../nbs/06a_kernels.ipynb #d834115a
 @triton.jit
-def walk_dq(q, k, v, b, x, dh, e, rho, dq, qdq, C_in, n_in, C_parts, n_parts, G_parts, bh, segment,
+def walk_dq(q, k, v, b, x, dh, e, rho, dq, qdq, C_in, n_in, C_parts, n_parts, G_parts,
             reverse, T, per, segments, chunks, H, qb, qh, qt, kb, kh, kt, vb, vh, vt, hb, hh, ht,
             DK: tl.constexpr, DV: tl.constexpr, dk: tl.constexpr, dv: tl.constexpr, L: tl.constexpr,
             INITIAL: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr):
     "dq and q . dq of one segment of one head"
+    bh, segment = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch, head = bh // H, bh % H
     q += tl.multiple_of(batch * qb + head * qh, ALIGN)
     k += tl.multiple_of(batch * kb + head * kh, ALIGN)
@@ -242,11 +243,12 @@ def walk_dq(q, k, v, b, x, dh, e, rho, dq, qdq, C_in, n_in, C_parts, n_parts, G_
 
 # %% ../nbs/06a_kernels.ipynb #d7103a51
 @triton.jit
-def walk_dkv(q, k, v, b, x, dh, e, rho, dk_out, dv_out, kdk, dC_parts, dn_parts, G_parts, bh, segment,
+def walk_dkv(q, k, v, b, x, dh, e, rho, dk_out, dv_out, kdk, dC_parts, dn_parts, G_parts,
              reverse, T, per, segments, chunks, H, qb, qh, qt, kb, kh, kt, vb, vh, vt, hb, hh, ht,
              DK: tl.constexpr, DV: tl.constexpr, dk: tl.constexpr, dv: tl.constexpr, L: tl.constexpr,
              ALONE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr):
     "dk, dv and k . dk of one segment of one head; ALONE: only what the segment adds to the gradient of the memory"
+    bh, segment = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch, head = bh // H, bh % H
     q += tl.multiple_of(batch * qb + head * qh, ALIGN)
     dh += tl.multiple_of(batch * hb + head * hh, ALIGN)
@@ -294,33 +296,6 @@ def walk_dkv(q, k, v, b, x, dh, e, rho, dk_out, dv_out, kdk, dC_parts, dn_parts,
     if ALONE:
         tl.store(dC_parts + (bh * segments + segment) * DK * DV + at, dC)
         tl.store(dn_parts + (bh * segments + segment) * DK + ck, dn)
-
-# %% ../nbs/06a_kernels.ipynb #b4b5c479
-@triton.jit
-def walk_backward(q, k, v, b, x, dh, e, rho, dq, dk_out, dv_out, qdq, kdk, C_in, n_in, C_parts, n_parts, G_parts, dC_parts, dn_parts,
-                  reverse, T, per, segments, chunks, H, qb, qh, qt, kb, kh, kt, vb, vh, vt, hb, hh, ht,
-                  DK: tl.constexpr, DV: tl.constexpr, dk: tl.constexpr, dv: tl.constexpr, L: tl.constexpr,
-                  INITIAL: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr):
-    "All gradients but those of the gates: even programs dq, odd programs dk and dv"
-    program, segment = tl.program_id(0), tl.program_id(1)
-    bh = (program // 2).to(tl.int64)
-    if program % 2 == 0:
-        walk_dq(q, k, v, b, x, dh, e, rho, dq, qdq, C_in, n_in, C_parts, n_parts, G_parts, bh, segment,
-                reverse, T, per, segments, chunks, H, qb, qh, qt, kb, kh, kt, vb, vh, vt, hb, hh, ht,
-                DK, DV, dk, dv, L, INITIAL, DOT, PRECISION, ALIGN)
-    else:
-        walk_dkv(q, k, v, b, x, dh, e, rho, dk_out, dv_out, kdk, dC_parts, dn_parts, G_parts, bh, segment,
-                 reverse, T, per, segments, chunks, H, qb, qh, qt, kb, kh, kt, vb, vh, vt, hb, hh, ht,
-                 DK, DV, dk, dv, L, False, DOT, PRECISION, ALIGN)
-
-@triton.jit
-def walk_memory_backward(q, b, x, dh, e, rho, dC_parts, dn_parts, reverse, T, per, segments, chunks, H, qb, qh, qt, hb, hh, ht,
-                         DK: tl.constexpr, DV: tl.constexpr, dk: tl.constexpr, dv: tl.constexpr, L: tl.constexpr,
-                         DOT: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr):
-    "What each segment alone adds to the gradient of the memory"
-    walk_dkv(q, q, q, b, x, dh, e, rho, q, q, e, dC_parts, dn_parts, e, tl.program_id(0).to(tl.int64), tl.program_id(1),
-             reverse, T, per, segments, chunks, H, qb, qh, qt, qb, qh, qt, qb, qh, qt, hb, hh, ht,
-             DK, DV, dk, dv, L, True, DOT, PRECISION, ALIGN)
 
 # %% ../nbs/06a_kernels.ipynb #63a8edf7
 @triton.jit

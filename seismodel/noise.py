@@ -67,18 +67,18 @@ class EventsInNoise:
         noise:torch.Tensor,  # (N, L, 3) from `noise_bank`, N at least 1
         events:int=1000,     # made at the start and kept
         seed:int=0,          # of the events and of what is drawn
-        spread_db:float=6.,  # by which the ratio of signal to noise may differ from the event's own
+        spread_db:float=3.,  # by which the ratio of signal to noise may differ from the event's own
     ):
         self.noise, self.seed, self.spread_db, L = noise.numpy(), seed, spread_db, noise.shape[1]
         self.level = np.sqrt(band_power(self.noise[:, :1000], SAMPLING_RATE))             # of the first ten seconds
-        config = SyntheticConfig(samples=L * 3 // 2, noise_only=0., double=0., faults=0.)
-        parts = [self._make(range(k, min(k + 32, events)), config) for k in range(0, events, 32)]
+        self.config = SyntheticConfig(samples=3 * L // 2, noise_only=0., double=0., faults=0., snr_db=(15., 14., 3., 60.))
+        parts = [self._make(range(k, min(k + 32, events))) for k in range(0, events, 32)]
         self.waves, self.onsets = (np.concatenate(p) for p in zip(*parts))                # (E, 3L/2, 3), (E, 2)
 
-    def _make(self, numbers, config):
+    def _make(self, numbers):
         "Clean waves for noise of band power 1, and their onsets"
-        hiss = np.random.default_rng([self.seed, numbers[0]]).standard_normal((len(numbers), config.samples, 3), np.float32)
-        s = synthesize(numbers, self.seed, config, hiss)
+        hiss = np.random.default_rng([self.seed, numbers[0]]).standard_normal((len(numbers), self.config.samples, 3), np.float32)
+        s = synthesize(numbers, self.seed, self.config, hiss)
         level = np.sqrt(band_power(hiss[:, :1000], SAMPLING_RATE))[:, None, None]
         return ((s.waveforms - hiss) / level).astype(np.float32), np.stack([s.p_onset, s.s_onset], 1)
 

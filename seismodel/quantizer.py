@@ -165,20 +165,23 @@ def gather_frames(
 
 # %% ../nbs/04_quantizer.ipynb #4ca34ca0
 @cache
-def triton_kernels() -> ModuleType | None:  # the module `loss_kernels`
-    "The kernels of quantizer and loss; None, and one line in the log, where Triton cannot be imported."
-    try: from seismodel import loss_kernels
-    except ImportError as error:
-        logging.getLogger('seismodel').warning('quantizer and loss run in their slower form, for Triton is missing (%s)', error)
-        return None
-    return loss_kernels
+def triton_kernels(
+    device: torch.device,  # a GPU
+) -> ModuleType | None:  # the module `loss_kernels`
+    "The kernels of quantizer and loss; None, and one line in the log, where they cannot be imported or give wrong results."
+    try:
+        from seismodel import loss_check, loss_kernels
+        fault = loss_check.find_fault(device)
+    except ImportError as error: fault = f'Triton is missing ({error})'
+    if not fault: return loss_kernels
+    logging.getLogger('seismodel').warning('quantizer and loss run in their slower form on %s: %s', device, fault)
 
 
 def kernels_for(
     x: Tensor,  # an input
 ) -> ModuleType | None:  # `loss_kernels`; None: use plain PyTorch
     "The kernels where `x` lies on a GPU that can run them."
-    return triton_kernels() if x.is_cuda else None
+    return triton_kernels(x.device) if x.is_cuda else None
 
 # %% ../nbs/04_quantizer.ipynb #d2632b5f
 def quantize_masked(

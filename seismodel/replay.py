@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import MLSTMBlock
+from .frontend import ConvDownFrontend
 
 # %% ../nbs/10g_replay.ipynb #d53f8589
 def held(
@@ -63,12 +64,12 @@ class Replay:
 
 # %% ../nbs/10g_replay.ipynb #4077587d
 def compile_blocks(
-    model:nn.Module, # with mLSTM blocks somewhere inside
+    model:nn.Module, # with such parts somewhere inside
 )->int: # how many there are
-    "Compile every mLSTM block of a model, in place, for shapes that do not change"
-    blocks = [m for m in model.modules() if isinstance(m, MLSTMBlock)]
-    for block in blocks: block.compile(dynamic=False)
-    return len(blocks)
+    "Compile every mLSTM block of a model, and the frontend, in place, for shapes that do not change"
+    parts = [m for m in model.modules() if isinstance(m, (MLSTMBlock, ConvDownFrontend))]
+    for part in parts: part.compile(dynamic=False, options={'comprehensive_padding': False})
+    return len(parts)
 
 def worth_compiling(
     device:torch.device, # of the run
@@ -79,7 +80,7 @@ def worth_compiling(
 
 @contextmanager
 def as_written():
-    "Inside, compiled blocks run as they are written: validation has other shapes, and would be compiled for each"
+    "Inside, compiled parts run as they are written: validation has other shapes, and would be compiled for each"
     with torch.compiler.set_stance('force_eager'): yield
 
 # %% ../nbs/10g_replay.ipynb #048f4b96

@@ -104,6 +104,22 @@ def test_mixer(T, d):
     for a, b in zip(found, wanted, strict=True): assert ((a.double() - b).norm() / b.norm()).item() < 1e-4
 
 
+@pytest.mark.parametrize('T,d,spare', [(40, 12, 4), (21, 20, 12)])
+def test_heads_filled_up_with_zeros(T, d, spare):
+    "The kernels and the plain form leave out what fills a head up, in y and in all gradients"
+    torch.manual_seed(T)
+    qkvo, gates = torch.randn(2, T, 4, 2, d, device=device), 3*torch.randn(2, T, 2, 2, device=device)
+    weight, dy = 1 + .1*torch.randn(2*d, device=device), torch.randn(2, T, 2*d, device=device)
+    fill = lambda z: torch.nn.functional.pad(z, (0, spare))
+    without = lambda y: y.unflatten(2, (2, -1))[..., :d].flatten(2)
+    wanted = outputs(lambda *z: mix_plain(*z, 1), [z.double() for z in (qkvo, gates, weight)], dy)
+    for form, kind in ((lambda *z: FusedMix.apply(*z, 1, 1e-6), torch.float32), (lambda *z: mix_plain(*z, 1), torch.float64)):
+        found = outputs(lambda a, *z: without(form(fill(a), *z)), [z.to(kind) for z in (qkvo, gates, weight)], dy)
+        for a, b in zip(found, wanted, strict=True): assert a.shape == b.shape and ((a.double() - b).norm() / b.norm()).item() < 1e-4
+    y = FusedMix.apply(fill(qkvo), gates, weight, 1, 1e-6).unflatten(2, (2, -1))
+    assert y.shape[-1] == d + spare and (y[..., d:] == 0).all()
+
+
 def test_the_compiler_is_told_true_shapes():
     x = [torch.randn(2, 40, 4, 2, 16, device=device), torch.randn(2, 40, 2, 2, device=device), torch.ones(32, device=device)]
     torch.library.opcheck(fused.mix_forward, (*x, 1, 1e-6), test_utils=('test_schema', 'test_faketensor'))

@@ -298,10 +298,29 @@ def test_masked_frames_alone_give_the_same():
     torch.testing.assert_close(some.usage, soft_usage(whole.logits, mask))
 
 
+def test_kernels_that_compute_wrongly_are_not_used(monkeypatch, caplog):
+    "A gradient of the codebook with a wrong sign is found at first use, said once, and the plain form runs"
+    from seismodel import loss_kernels
+    right, device = loss_kernels.Quantize.backward, torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    def wrong(ctx, *upstream):
+        grads = list(right(ctx, *upstream))
+        grads[5] = -grads[5]
+        return tuple(grads)
+    monkeypatch.setattr(loss_kernels.Quantize, 'backward', staticmethod(wrong))
+    triton_kernels.cache_clear()
+    try:
+        with torch.no_grad(): assert [triton_kernels(device) for _ in range(2)] == [None]*2
+    finally: triton_kernels.cache_clear()
+    assert [r.levelname for r in caplog.records] == ['WARNING'] and 'off by' in caplog.text
+    monkeypatch.undo()
+    try: assert triton_kernels(device) is loss_kernels
+    finally: triton_kernels.cache_clear()
+
+
 def test_a_missing_triton_is_said_once(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, 'seismodel.loss_kernels', None)      # importing it now fails
     monkeypatch.delattr(seismodel, 'loss_kernels', raising=False)
     triton_kernels.cache_clear()
-    try: assert [triton_kernels() for _ in range(3)] == [None]*3
+    try: assert [triton_kernels(torch.device('cpu')) for _ in range(3)] == [None]*3
     finally: triton_kernels.cache_clear()
     assert [r.levelname for r in caplog.records] == ['WARNING'] and 'Triton is missing' in caplog.text

@@ -302,7 +302,7 @@ def test_the_threshold_comes_from_dev(store):
             from obspy import UTCDateTime
             from seisbench.util import ClassifyOutput, Pick, PickList
             seen.append(args['P_threshold'])
-            return ClassifyOutput('k', picks=PickList([Pick('XX.REC.', peak_time=UTCDateTime(3), phase='P')] if args['P_threshold'] < .4 else []))
+            return ClassifyOutput('k', picks=PickList([Pick('XX.REC.', UTCDateTime(2), peak_time=UTCDateTime(3), phase='P')] if args['P_threshold'] < .4 else []))
     rows = score_cell(Known(), h)
     assert rows.groupby('by')['threshold'].first().to_dict() == {'fixed': .3, 'dev': .4} and set(seen) == {.1, .2, .3, .4, .5, .6, .7}
     assert (rows[(rows.by == 'dev') & (rows.kind == 'noise')].picks == 0).all() and (rows[(rows.by == 'fixed') & (rows.kind == 'noise')].picks == 1).all()
