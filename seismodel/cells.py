@@ -63,7 +63,7 @@ def named_values(
 
 def methods_of(
     runs:list[str]|None,  # 'NAME=RUN', pretrained
-    peers:list[str]|None, # names of peers
+    peers:list[str]|None, # 'PhaseNet', or 'NAME=PhaseNet'
     rates:list[str]|None=None, # 'NAME=VALUE', learning rates
 )->list[Method]:
     "Every pretrained run with its control, then the peers; raises `UserError` for what is not there"
@@ -71,7 +71,7 @@ def methods_of(
     for name, run in named_values(runs).items():
         if 'picker' in read_model(run)[0]: raise UserError(f"'{run}' is a picker already; give a pretrained run.")
         methods += [Method(name, 'pretrained', str(Path(run).resolve())), Method(f'{name}-random', 'random', str(Path(run).resolve()))]
-    methods += [Method(name, 'peer', name) for name in named_values(peers)]
+    methods += [Method(name, 'peer', which) for name, which in named_values(peers).items()]
     if not methods: raise UserError('Say what to compare, with --from NAME=RUN or --peer PhaseNet.')
     if len({m.name for m in methods}) < len(methods): raise UserError(f"Two methods have one name among {', '.join(m.name for m in methods)}; choose other names with --from NAME=RUN.")
     chosen = named_values(rates)
@@ -215,7 +215,7 @@ def cell_settings(
     c:TrainConfig,
 )->dict: # as config.json has them
     "What makes the result of a cell what it is"
-    counts = {Path(name).name: count_records(name) for name in h.data}
+    counts = [[Path(name).name, *count_records(name)] for name in h.data]
     weights = crc32((Path(cell.method.source)/'model.safetensors').read_bytes()) if cell.method.start == 'pretrained' else None
     about = {'method': cell.method.name, 'start': cell.method.start, 'weights': weights, 'share': cell.share, 'data': counts, 'synthetic': h.synthetic,
              'augment': asdict(Augmentation()) if h.augment == 'full' else None, 'threshold': h.threshold}

@@ -133,7 +133,7 @@ def plan(methods, shares, seeds, h, folder)->list[Cell]:
 
 def study(
     from_run:Annotated[str, {'action': 'append'}]=None, # NAME=RUN, a pretrained run to fine-tune, with its control from random weights; may be given several times; --from for short
-    peer:Annotated[str, {'action': 'append'}]=None, # PhaseNet or EQTransformer, from random weights; may be given several times
+    peer:Annotated[str, {'action': 'append'}]=None, # PhaseNet or EQTransformer, from random weights, or NAME=PhaseNet; may be given several times
     data:Annotated[str, {'action': 'append'}]=None, # data with picks and splits train, dev, test: a packed store (fastest), a SeisBench folder or name; may be given several times
     fractions:str='.1,.2,.5,1', # shares of the labelled events
     seeds:str='0,1,2', # of share, windows, head and random starts
@@ -164,8 +164,9 @@ def study(
                 synthetic, augment, validation_windows, device, workers)
     todo, whole = plan(methods, shares, chosen, h, Path(out)/'cells'), len(methods)*len(shares)*len(chosen)
     print(f"{len(methods)} methods × {len(shares)} shares × {len(chosen)} seeds: {whole} cells of {steps} steps, {whole - len(todo)} done before")
-    failed = run_cells(todo, h, Path(out)/'cells', jobs)
-    if len(failed) < whole: report(Path(out))
+    try: failed = run_cells(todo, h, Path(out)/'cells', jobs)
+    finally:
+        if any(Path(out).glob('cells/*[0-9]/records.csv')): report(Path(out))     # also when stopped: what is there so far
     if failed:
         raise TrainingError(f"{len(failed)} of {whole} cells failed: {', '.join(failed)}. What happened stands in output.txt of each; the same command tries them again.")
     return Path(out)
