@@ -7,7 +7,7 @@ Docs: https://seismodel.github.io/seismodel/cells.html.md"""
 # %% auto #0
 __all__ = ['PEER_RECIPE', 'THRESHOLDS', 'Method', 'named_values', 'methods_of', 'Harness', 'Cell', 'start_cell', 'cell_recipe',
            'cell_windows', 'StoreRecords', 'open_records', 'Remembering', 'dev_figure', 'score_cell', 'count_records',
-           'cell_settings', 'refuse_others', 'run_cell']
+           'cell_settings', 'in_common', 'refuse_others', 'run_cell']
 
 # %% ../nbs/11h_cells.ipynb #c63cbc1e
 import json
@@ -221,15 +221,24 @@ def cell_settings(
              'augment': asdict(Augmentation()) if h.augment == 'full' else None, 'threshold': h.threshold}
     return json.loads(json.dumps({'cell': about, 'train': asdict(c)}))
 
+def in_common(
+    settings:dict, # from `cell_settings`
+)->dict:
+    "What all cells of a study must agree on"
+    own = {'cell': ('method', 'start', 'weights', 'share'), 'train': ('lr', 'weight_decay', 'seed')}
+    return {part: {k: v for k, v in settings[part].items() if k not in own[part]} for part in own}
+
 def refuse_others(
     folder:Path, # of a cell, done or not
     wanted:dict, # from `cell_settings`
+    same:bool=True, # it is the same cell; False: another one of the same study
 ):
     "Raise `UserError` where the folder holds a cell with other settings"
     try: saved = json.loads((folder/'config.json').read_text())
     except FileNotFoundError: return
     except ValueError: raise UserError(f"'{folder/'config.json'}' is damaged; remove that folder, and the cell starts over.") from None
-    differ = differences({name: saved.get(name, {}) for name in wanted}, wanted, FREE)
+    saved = {name: saved.get(name, {}) for name in wanted}
+    differ = differences(*(settings if same else in_common(settings) for settings in (saved, wanted)), FREE)
     if differ: raise UserError(f"'{folder}' is of a study with other settings: {'; '.join(differ)}. Give the same settings, or another --out.")
 
 def run_cell(

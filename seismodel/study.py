@@ -129,6 +129,7 @@ def plan(methods, shares, seeds, h, folder)->list[Cell]:
     for cell in cells:
         wanted = cell_settings(cell, h, cell_recipe(nets[cell.method], cell, h))
         for name in (cell.name, f'{cell.name}.part'): refuse_others(folder/name, wanted)
+    for other in sorted(folder.glob('*')): refuse_others(other, wanted, same=False)      # cells of an earlier call stand in the same table
     return [cell for cell in cells if not (folder/cell.name/'records.csv').exists()]
 
 def study(

@@ -82,6 +82,14 @@ def test_other_settings_are_refused(done, store, tmp_path, capsys, where, more, 
     assert sorted((f, f.stat().st_mtime_ns) for f in (tmp_path/'s').rglob('*')) == before
 
 
+def test_cells_of_another_budget_never_share_a_table(done, store, tmp_path, capsys):
+    "Another share alone is asked for, and the folder holds cells of three steps"
+    out = shutil.copytree(done, tmp_path/'s')
+    assert main(command(store, out, '--fractions', '.2', '--steps', '4')) == 2
+    said = capsys.readouterr().err
+    assert 'train.steps was 3 and is 4' in said and said.count('\n') == 1 and not (out/'cells/PhaseNet--0.2--0.part').exists()
+
+
 def test_stopped_by_a_signal_it_goes_on_to_the_same_numbers(done, store, tmp_path, monkeypatch, capsys):
     real, calls = trainer.train_step, []
     def stop_at_second(*args, **kwargs):
