@@ -17,6 +17,7 @@ import tempfile
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -94,15 +95,25 @@ def ours(store, labels=True):
         yield batch['x']
 
 
+def order():
+    "Window numbers, batch by batch"
+    return (range(k, k + BATCH) for k in count(0, BATCH))
+
+
+def raw(store):
+    "Batches as a GPU gets them"
+    return DataLoader(Batches(WindowDataset([StoreSource(store)], 10**9), raw=True), batch_size=None, sampler=order())
+
+
 class Labelled(Batches):
-    def __getitem__(self, k):
-        batch = super().__getitem__(k)
+    def __getitem__(self, numbers):
+        batch = super().__getitem__(numbers)
         return {**batch, 'y': gaussian_labels(batch)}
 
 
 def in_processes(store, workers=2):
     data = WindowDataset([StoreSource(store)], 10**9)
-    return (b['x'] for b in DataLoader(Labelled(data, BATCH), batch_size=None, num_workers=workers))
+    return (b['x'] for b in DataLoader(Labelled(data), batch_size=None, sampler=order(), num_workers=workers))
 
 
 def forget(folder):
@@ -188,8 +199,8 @@ def main():
         top = 0.
         for label, make in (('store, one thread', lambda: ours(store)), ('store, one thread, no label curves', lambda: ours(store, False)),
                             ('store, 2 processes', lambda: in_processes(store)),
-                            ('store, raw int16 for a GPU, one thread', lambda: (b['x'] for b in iter(Batches(WindowDataset([StoreSource(store)], 10**9), BATCH, True)))),
-                            ('store, prefetching thread', lambda: (b['x'] for b in device_batches(WindowDataset([StoreSource(store)], 10**9), BATCH)))):
+                            ('store, raw int16 for a GPU, one thread', lambda: (b['x'] for b in raw(store))),
+                            ('store, prefetching thread', lambda: (b['x'] for b in device_batches(raw(store), BATCH)))):
             rate, cost = best(make, args.windows, args.rounds)
             print(f'  {label:45} {rate:9,.0f} {cost:9,.0f}   x {rate / peer:.1f}')
         mib = 10 * args.limit_mib

@@ -6,9 +6,12 @@ Docs: https://seismodel.github.io/seismodel/augment.html.md"""
 
 # %% auto #0
 __all__ = ['ONSETS', 'uniform', 'moved', 'at', 'random_window', 'shift_time', 'drop_components', 'flip_polarity',
-           'rotate_horizontals', 'add_noise', 'inside', 'add_gaps']
+           'rotate_horizontals', 'add_noise', 'inside', 'add_gaps', 'sometimes', 'Augmentation', 'fine_augment']
 
 # %% ../nbs/01g_augment.ipynb #fa0d786a
+from dataclasses import dataclass
+from typing import Callable
+
 import torch
 
 from .waveforms import STATUS
@@ -72,11 +75,12 @@ def drop_components(batch:dict, generator:torch.Generator,
     return {**batch, "x": torch.where(hit[:, None], 0., x)}
 
 def flip_polarity(batch:dict, generator:torch.Generator,
-    share:float=.5, # of the components
+    share:float=.5, # of the components, or of the windows
+    together:bool=False, # all three components of a window or none
 ) -> dict:
-    "Poles swapped, each component by itself"
+    "Poles swapped"
     x = batch["x"]
-    flip = torch.rand(len(x), 3, generator=generator, device=x.device) < share
+    flip = torch.rand(len(x), 1 if together else 3, generator=generator, device=x.device) < share
     return {**batch, "x": torch.where(flip[:, None], -x, x)}
 
 def rotate_horizontals(batch:dict, generator:torch.Generator) -> dict:
@@ -123,3 +127,44 @@ def add_gaps(batch:dict, generator:torch.Generator,
         status = name.replace("_onset", "_status")
         if status != name: new[status] = torch.where(lost, STATUS.index("unlabelled"), batch[status]).to(batch[status].dtype)
     return {**batch, **new}
+
+# %% ../nbs/01g_augment.ipynb #4b6e1694
+def sometimes(batch:dict, generator:torch.Generator,
+    share:float, # of the windows
+    change:Callable, # (batch, generator) -> batch, of windows of the same length
+) -> dict:
+    "A change for some of the windows"
+    new, hit = change(batch, generator), uniform(batch["x"], generator) < share
+    pick = lambda a, b: torch.where(hit.view(-1, *[1] * (a.ndim - 1)), a, b)
+    return {k: v if new[k] is v else pick(new[k], v) for k, v in batch.items()}
+
+# %% ../nbs/01g_augment.ipynb #6228075e
+@dataclass(frozen=True)
+class Augmentation:
+    "How often and how much; a share is a probability for each window"
+    rotate: float = .5               # share with horizontals turned by any angle
+    flip: float = .5                 # share with all components turned upside down
+    flip_one: float = .05            # likewise, for each component by itself
+    shift: float = .1                # share that begins earlier or later
+    shift_most: int = 500            # samples
+    noise: float = .5                # share with real noise on top
+    snr_db: tuple[float, float] = (0., 20.)   # see `add_noise`
+    drop: float = .1                 # share that loses one or two components
+    gap: float = .05                 # share with a gap
+    gap_most: float = .1             # of the window
+
+def fine_augment(
+    noise:torch.Tensor, # (N, L, 3) of training records, on the device of the batches; N may be 0: none is added
+    settings:Augmentation=Augmentation(), # how often and how much
+) -> Callable: # (batch, generator) -> batch, for `device_batches` and `train`
+    "The augmentation of labelled windows"
+    s = settings
+    def augment(batch, generator):
+        batch = sometimes(batch, generator, s.rotate, rotate_horizontals)
+        batch = flip_polarity(batch, generator, s.flip, together=True)
+        batch = flip_polarity(batch, generator, s.flip_one)
+        batch = sometimes(batch, generator, s.shift, lambda b, g: shift_time(b, g, s.shift_most))
+        if len(noise): batch = sometimes(batch, generator, s.noise, lambda b, g: add_noise(b, g, noise, s.snr_db))
+        batch = drop_components(batch, generator, s.drop)
+        return add_gaps(batch, generator, s.gap, s.gap_most)
+    return augment

@@ -17,7 +17,7 @@ from typing import Callable, Iterator
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset, default_collate
 
 from .reading import Windows
 from .waveforms import WINDOW, BadRecord, Record, UserError, flat, log, normalize
@@ -260,18 +260,20 @@ class WindowDataset(Dataset):
 
 # %% ../nbs/01f_loading.ipynb #2b238806
 class Batches(Dataset):
-    "The batches of a data set, in order; the last may be smaller"
+    "Whole batches of a data set by their window numbers; each carries under `rejected` the bad traces met since the one before"
     def __init__(self,
-        data:WindowDataset, # windows
-        batch_size:int,     # windows in a batch
-        raw:bool=False,     # see `WindowDataset.batch`
-    ): self.data, self.size, self.raw = data, batch_size, raw
+        data:Dataset,   # items are dicts of tensors; `rejected`, if it has one, maps the name of a bad trace to the reason
+        raw:bool=False, # see `WindowDataset.batch`, which other data sets do not have
+    ): self.data, self.raw, self.told = data, raw, set()
 
-    def __len__(self): return -(-len(self.data) // self.size)
-
-    def __getitem__(self, k:int) -> dict:
-        if not 0 <= k < len(self): raise IndexError(f"batch {k} of {len(self)}")
-        return self.data.batch(np.arange(k * self.size, min((k + 1) * self.size, len(self.data))), self.raw)
+    def __getitem__(self,
+        numbers, # of the windows
+    ) -> dict: # of tensors (B, …), and `rejected`
+        if hasattr(self.data, "batch"): batch = self.data.batch(numbers, **({"raw": True} if self.raw else {}))
+        else: batch = default_collate([self.data[n] for n in numbers])
+        fresh = {name: why for name, why in getattr(self.data, "rejected", {}).items() if name not in self.told}
+        self.told |= fresh.keys()
+        return {**batch, "rejected": fresh}
 
 def amplitudes(
     batch:dict, # raw, on any device
@@ -292,19 +294,19 @@ def to_model(
 
 # %% ../nbs/01f_loading.ipynb #b47d05be
 def device_batches(
-    data:WindowDataset,       # windows
-    batch_size:int,           # windows in a batch
+    batches,                  # batches in order, from a loader over `Batches`; raw ones, where they are to be augmented
+    batch_size:int,           # windows in a whole batch, of all ranks together: says which batch it is
     device="cpu",             # where they go
-    workers:int=0,            # processes that make batches; 0 is best for stores alone
-    ahead:int=3,              # batches that lie ready
     augment:Callable=None,    # (batch, generator) -> batch, on the device, before normalising
     seed:int=0,               # of the augmentation
-) -> Iterator[dict]: # batches on the device, in order
-    "Batches made and sent ahead by a thread; what goes wrong there is raised here"
-    device, raw = torch.device(device), augment is not None or torch.device(device).type == "cuda"
-    loader = DataLoader(Batches(data, batch_size, raw), None, num_workers=workers, pin_memory=device.type == "cuda")
-    ready, stop = Queue(ahead), Event()
-    thread = Thread(target=_produce, args=(loader, device, raw, augment, seed, ready, stop), daemon=True)
+    draws:Callable=nullcontext, # makes a context for the draws, see `Ranks.draws`
+    ahead:int=3,              # batches that lie ready
+) -> Iterator[dict]: # batches on the device, normalised; but what the host reads (n, source, redrawn, rejected)
+    "Batches sent ahead, augmented and normalised by a thread; what goes wrong there is raised here"
+    device, ready, stop = torch.device(device), Queue(ahead), Event()
+    prepare = lambda batch, generator: _prepare(batch, device, augment, draws, generator,
+                                                uniforms(seed, batch["n"][:1].numpy() // batch_size)[0, 0])
+    thread = Thread(target=_produce, args=(batches, prepare, device, ready, stop), daemon=True)
     thread.start()
     try:
         while (got := ready.get()) is not None:
@@ -313,7 +315,8 @@ def device_batches(
             if event is not None:
                 here = torch.cuda.current_stream(device)
                 here.wait_event(event)
-                for v in batch.values(): v.record_stream(here)                 # not to be reused before `here` is done
+                for v in batch.values():                                       # not to be reused before `here` is done
+                    if isinstance(v, torch.Tensor) and v.is_cuda: v.record_stream(here)
             yield batch
     finally:                                                                   # also when the caller stops early
         stop.set()
@@ -322,7 +325,15 @@ def device_batches(
             except Empty: pass
         thread.join()
 
-def _produce(loader, device, raw, augment, seed, ready, stop):
+def _prepare(batch, device, augment, draws, generator, u):
+    "One batch to the device, where it is made ready"
+    stay = {k: batch[k] for k in ("n", "source", "redrawn", "rejected") if k in batch}
+    batch = {k: v.to(device, non_blocking=True) for k, v in batch.items() if k not in stay}
+    if augment is not None:
+        with draws(): batch = augment(amplitudes(batch), generator.manual_seed(int(u * 2**53)))
+    return {**(to_model(batch) if "scale" in batch else batch), **stay}
+
+def _produce(batches, prepare, device, ready, stop):
     "The thread: everything but the training"
     def put(what):
         while not stop.is_set():
@@ -331,14 +342,9 @@ def _produce(loader, device, raw, augment, seed, ready, stop):
 
     try:
         stream, generator = torch.cuda.Stream(device) if device.type == "cuda" else None, torch.Generator(device)
-        for batch in loader:
+        for batch in batches:
             if stop.is_set(): return
-            first = uniforms(seed, batch["n"][:1].numpy())[0, 0]               # while the number is still on the CPU
             with torch.cuda.stream(stream) if stream else nullcontext():
-                batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()} if stream else batch
-                if augment is not None:
-                    batch = augment(amplitudes(batch), generator.manual_seed(int(first * 2**53)))
-                if raw: batch = to_model(batch)
-                put((batch, stream.record_event() if stream else None))
+                put((prepare(batch, generator), stream.record_event() if stream else None))
         put(None)
     except BaseException as e: put(e)

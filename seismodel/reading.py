@@ -10,6 +10,7 @@ __all__ = ['Store', 'is_store', 'Windows', 'gather', 'StoreSource']
 # %% ../nbs/01c_reading.ipynb #89ae573c
 import json
 import mmap
+from copy import copy
 from pathlib import Path
 from typing import NamedTuple
 
@@ -129,14 +130,28 @@ class StoreSource:
         self.left_out, self.rows = {"shorter than half a window": names} if names else {}, rows[~brief]
         if not len(self.rows):
             raise UserError(f"{self.name}: every trace of split {split!r} is shorter than half a window of {window}")
+        self._look_up()
+
+    def _look_up(self):
+        "Where the records lie, and how often each source is drawn"
+        index, sources = self.store.index, self.store.manifest["sources"]
         self.samples, self.first, self.shard = (index[k][self.rows] for k in ("samples", "first", "shard"))
-        self.count = np.bincount(index["source"][self.rows], minlength=len(store.manifest["sources"]))
-        weights = [s["weight"] for s in store.manifest["sources"]]
+        self.count = np.bincount(index["source"][self.rows], minlength=len(sources))
+        weights = [s["weight"] for s in sources]
         share = np.where(self.count > 0, self.count if None in weights else weights, 0.)
         if not share.any(): share = self.count
         self.upto = np.cumsum(share / share.sum())                             # sources lie one after the other
 
     def __len__(self): return len(self.rows)
+
+    def part(self,
+        chosen, # numbers of records, ascending
+    ): # a source of these records alone, as fast as the whole
+        "A part of this source, such as a share of its events"
+        part = copy(self)
+        part.rows = self.rows[np.asarray(chosen)]
+        part._look_up()
+        return part
 
     def record(self, i:int) -> Record:
         return check_record(self.store.record(self.rows[i]), self.window)

@@ -21,7 +21,7 @@ import torch.nn as nn
 from torch.utils.data import DataLoader, Dataset
 
 from .distributed import Ranks
-from .runlog import Batches
+from .loading import Batches
 from .waveforms import UserError
 
 # %% ../nbs/10f_recipe.ipynb #eb9b964d
@@ -118,11 +118,12 @@ def loader(
     order, # lists of window numbers
     c:TrainConfig, # names the workers
     device:torch.device, # where the batches will go
+    raw:bool=False, # not normalised, see `WindowDataset.batch`
 )->DataLoader: # of batches, see `Batches`
     "Batches of windows in this order"
     workers = c.workers
     if workers is None: workers = min(8, os.cpu_count() or 1) if device.type == 'cuda' else 0
-    return DataLoader(Batches(data), batch_size=None, sampler=order, num_workers=workers, pin_memory=device.type == 'cuda', worker_init_fn=deaf)
+    return DataLoader(Batches(data, raw), batch_size=None, sampler=order, num_workers=workers, pin_memory=device.type == 'cuda', worker_init_fn=deaf)
 
 @contextmanager
 def reading(

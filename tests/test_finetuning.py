@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from seismodel.cli import main
-from seismodel.finetuning import Share, events_of, evaluate, finetune, fine_recipe, label_windows, start_picker
+from seismodel.finetuning import Share, events_of, evaluate, finetune, fine_recipe, label_windows, start_picker, with_real_noise
 from seismodel.heads import load_picker
+from seismodel.noise import EventsInNoise
 from seismodel.pretraining import build, preset
 from seismodel.runlog import read_metrics
 from seismodel.sources import open_source
@@ -132,6 +133,46 @@ def test_resumed_run_is_the_undisturbed_one(folder, tmp_path, monkeypatch):
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_noise_comes_from_the_share_alone(folder):
+    "And synthetic events among real records are set into it; without real records everything stays as it is"
+    c = fine_recipe('contrastive', steps=2, batch_size=4, validation_windows=2)
+    plain, _, records = label_windows([str(folder), 'synthetic'], .5, [1., 1.], c)
+    windows, augment = with_real_noise(plain, 'cpu', events=32)
+    met, record = [], plain.sources[0].source.record
+    plain.sources[0].source.record = lambda i: met.append(i) or record(i)
+    again, _ = with_real_noise(plain, 'cpu', events=32)
+    assert met and set(met) <= set(plain.sources[0].rows) and records[0] == 12
+    assert isinstance(windows.sources[1], EventsInNoise) and torch.equal(torch.from_numpy(windows.sources[1].noise), torch.from_numpy(again.sources[1].noise))
+    assert windows.share.tolist() == [.5, .5] and len(windows) == len(plain)
+    only = label_windows(['synthetic'], 1., None, c)[0]
+    assert with_real_noise(only, 'cpu')[0].sources == only.sources
+
+
+def test_where_nothing_is_known_to_be_noise_it_is_said(tmp_path, write_dataset, quake_records, caplog):
+    def records():
+        for m, x in quake_records(12):
+            m['trace_p_arrival_sample'], m['trace_category'] = np.nan, 'earthquake'
+            yield m, x
+    data = [str(write_dataset(tmp_path/'d', records())), 'synthetic']
+    plain = label_windows(data, 1., None, fine_recipe('contrastive', steps=1, batch_size=4))[0]
+    windows, _ = with_real_noise(plain, 'cpu')
+    assert windows.sources == plain.sources and 'No training record has ten seconds that are known to be noise' in caplog.text
+
+
+def test_without_augmentation_windows_are_as_before(folder, tmp_path, monkeypatch):
+    "The flag is kept in the run's settings, and a run from before there was one goes on without"
+    import seismodel.finetuning as finetuning
+    monkeypatch.setattr('seismodel.trainer.draw_run', lambda *a: None)
+    args = dict(from_run='random', preset='contrastive-tiny', data=[str(folder)], **SMALL)
+    full, none = finetune(**args, out=tmp_path/'full'), finetune(**args, augment='none', out=tmp_path/'none')
+    plan = lambda run: json.loads((run/'config.json').read_text())['finetune']
+    assert plan(full)['augment']['noise'] == .5 and plan(none)['augment'] is None
+    assert read_metrics(full)[0]['loss'] != read_metrics(none)[0]['loss']
+    monkeypatch.setattr(finetuning, 'with_real_noise', None)                    # must not be called
+    finetune(resume=none)
+    with pytest.raises(TypeError): finetune(resume=full)
+
+
 @pytest.mark.parametrize('args, words', [
     (['--data', 'FOLDER'], 'where to start'),
     (['--from', 'random', '--data', 'FOLDER'], 'needs --preset'),
@@ -143,6 +184,7 @@ def test_resumed_run_is_the_undisturbed_one(folder, tmp_path, monkeypatch):
     (['--from', 'random', '--preset', 'contrastive-tiny', '--data', 'FOLDER', '--freeze', 'decoder'], 'choose one of'),
     (['--from', 'random', '--preset', 'contrastive-tiny', '--data', 'FOLDER', '--steps', '0'], 'steps'),
     (['--from', 'random', '--preset', 'contrastive-tiny', '--data', 'FOLDER', '--weights', 'a,b'], '--weights'),
+    (['--from', 'random', '--preset', 'contrastive-tiny', '--data', 'FOLDER', '--augment', 'some'], "--augment is 'some'; choose full or none"),
 ])
 def test_mistakes(args, words, folder, tmp_path, capsys):
     assert main(['finetune', *[str(folder) if a == 'FOLDER' else a for a in args], '--out', str(tmp_path/'run')]) == 2

@@ -169,27 +169,35 @@ def test_a_store_and_its_parts_in_their_shares(tmp_path):
 
 # processes and threads
 
+def batches_of(data, size, raw=True, **how):
+    "A loader over whole batches, in order"
+    order = (range(k, min(k + size, len(data))) for k in range(0, len(data), size))
+    return DataLoader(Batches(data, raw), None, sampler=order, **how)
+
+
 @pytest.mark.parametrize('method, workers', [('fork', 2), ('spawn', 1)])
 def test_the_loader_of_a_trainer(mixed, method, workers):
     "A plain DataLoader, in this process and in others, gives the same batches as whole ones do"
     data = WindowDataset([StoreSource(mixed), SyntheticSource()], 20, [3, 1], seed=5)
     want = data.batch(range(20))
     for loader in (DataLoader(data, 8), DataLoader(data, 8, num_workers=workers, multiprocessing_context=method),
-                   DataLoader(Batches(data, 8), None, num_workers=workers, multiprocessing_context=method)):
+                   batches_of(data, 8, raw=False, num_workers=workers, multiprocessing_context=method)):
         batches = list(loader)
         assert [len(b['x']) for b in batches] == [8, 8, 4]
         for k in want: same(torch.cat([b[k] for b in batches]), want[k])
 
 
 def test_device_batches(mixed):
-    "In order, from any start, with processes or without; it stops with its caller and raises what went wrong"
+    "In order, raw or not, with processes or without; it stops with its caller and raises what went wrong"
     data = WindowDataset([StoreSource(mixed)], 40, seed=5)
     want = data.batch(range(40))
     for workers in (0, 1):
-        got = list(device_batches(data, 16, workers=workers))
+        got = list(device_batches(batches_of(data, 16, raw=False, num_workers=workers), 16))
         for k in want: same(torch.cat([b[k] for b in got]), want[k])
+        got = list(device_batches(batches_of(data, 16, num_workers=workers), 16))
+        for k in want: torch.testing.assert_close(torch.cat([b[k] for b in got]), want[k], rtol=1e-4, atol=1e-4, equal_nan=True)
     before = set(threading.enumerate())
-    endless = device_batches(WindowDataset([StoreSource(mixed)], 10**9), 4)
+    endless = device_batches(batches_of(WindowDataset([StoreSource(mixed)], 10**9), 4), 4)
     assert [b['n'][0].item() for b in islice(endless, 3)] == [0, 4, 8]
     endless.close()
     assert not set(threading.enumerate()) - before       # one of the loaders above may still be ending a thread of its own
@@ -198,23 +206,36 @@ def test_device_batches(mixed):
         name = 'broken'
         def __len__(self): return 3
         def record(self, i): raise RuntimeError('the disk is gone')
-    with pytest.raises(RuntimeError, match='the disk is gone'): list(device_batches(WindowDataset([Broken()], 8), 4))
+    with pytest.raises(RuntimeError, match='the disk is gone'): list(device_batches(batches_of(WindowDataset([Broken()], 8), 4), 4))
+
+
+def test_bad_traces_travel_with_the_batches(mixed):
+    "Each is told once, in a batch at or before the one that counts its vain draw, raw or not"
+    data = lambda: WindowDataset([StoreSource(mixed)], 200, seed=3)
+    plain = data()
+    plain.batch(range(200))
+    assert plain.rejected
+    for raw in (False, True):
+        got = list(device_batches(batches_of(data(), 20, raw), 20))
+        told = [name for b in got for name in b['rejected']]
+        assert sorted(told) == sorted(plain.rejected) and len(set(told)) == len(told)
+        assert sum(int(b['redrawn'].sum()) for b in got) > 0
 
 
 def test_augmented_batches_are_reproducible(mixed):
     data = WindowDataset([StoreSource(mixed)], 48, seed=5)
     recipe = lambda b, g: augment.shift_time(augment.rotate_horizontals(b, g), g)
-    a, b = (torch.cat([x['x'] for x in device_batches(data, 16, augment=recipe, seed=2)]) for _ in range(2))
+    a, b = (torch.cat([x['x'] for x in device_batches(batches_of(data, 16), 16, augment=recipe, seed=2)]) for _ in range(2))
     same(a, b)
     resumed = WindowDataset([StoreSource(mixed)], 16, seed=5, start=32)
-    same(next(device_batches(resumed, 16, augment=recipe, seed=2))['x'], a[32:])
-    assert not torch.equal(a, torch.cat([x['x'] for x in device_batches(data, 16)]))
+    same(next(device_batches(batches_of(resumed, 16), 16, augment=recipe, seed=2))['x'], a[32:])
+    assert not torch.equal(a, torch.cat([x['x'] for x in device_batches(batches_of(data, 16), 16)]))
 
 
 def test_reading_a_store_needs_numpy_and_torch_alone(mixed):
     "Also through `open_source`, the way of the command line"
-    code = ('import sys\nfrom seismodel.sources import open_source\nfrom seismodel.loading import WindowDataset, device_batches\n'
-            f'b = next(device_batches(WindowDataset([open_source({str(mixed.folder)!r})], 64), 8))\n'
+    code = ('import sys\nfrom seismodel.sources import open_source\nfrom seismodel.loading import Batches, WindowDataset, device_batches\nfrom torch.utils.data import DataLoader as Loader\n'
+            f'b = next(device_batches(Loader(Batches(WindowDataset([open_source({str(mixed.folder)!r})], 64), True), None, sampler=[range(8)]), 8))\n'
             'print(len(b["x"]), [m for m in ("seisbench", "obspy", "h5py", "pandas", "matplotlib", "scipy") if m in sys.modules])')
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=root)
     assert out.stdout == '8 []\n'

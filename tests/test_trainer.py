@@ -164,6 +164,44 @@ def test_it_trains_on_real_data_where_there_is_some(real_data, quakes_folder, tm
         assert all(math.isfinite(r['loss']) for r in rows)
 
 
+def fading(batch, generator):
+    "An augmentation: each window dies away at a pace of its own"
+    pace, t = torch.rand(len(batch['x']), generator=generator), torch.linspace(0, 1, batch['x'].shape[1])
+    return {**batch, 'x': batch['x']*torch.exp(-3*pace[:, None]*t)[..., None]}
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_an_augmented_run_resumes_to_the_bit(workers, tmp_path, monkeypatch):
+    "Batches are made ahead, and what was ahead when the run died is made again; processes or not"
+    import seismodel.trainer as trainer
+    c = TrainConfig(steps=6, batch_size=4, accumulate=2, lr=3e-3, device='cpu', workers=workers, log_every=1, validation_windows=4, checkpoint_every=2)
+    monkeypatch.setattr(trainer, 'draw_run', lambda *a: None)
+    def go(folder, resume=False):
+        torch.manual_seed(0)
+        return train(build(CONTRASTIVE), windows(48), windows(4, 'dev'), c, folder, resume=resume, augment=fading)
+    real, calls = trainer.train_step, []
+    def cut_off(*a, **k):
+        if len(calls) == 5: raise ZeroDivisionError
+        calls.append(1)
+        return real(*a, **k)
+    monkeypatch.setattr(trainer, 'train_step', cut_off)
+    with pytest.raises(ZeroDivisionError): go(tmp_path/'cut')
+    monkeypatch.setattr(trainer, 'train_step', real)
+    go(tmp_path/'cut', resume=True), go(tmp_path/'whole')
+    a, b = (read_checkpoint(checkpoint_files(tmp_path/name)[0]) for name in ('cut', 'whole'))
+    assert a.state['progress'] == b.state['progress'] and all(torch.equal(t, b.tensors[n]) for n, t in a.tensors.items())
+    rows = [[{k: v for k, v in r.items() if k not in CLOCK} for r in read_metrics(tmp_path/name)] for name in ('cut', 'whole')]
+    assert rows[0] == rows[1]
+
+
+def test_an_augmentation_that_fails_ends_the_run_with_its_error(tmp_path):
+    def fails(batch, generator): raise ZeroDivisionError('in the augmentation')
+    with pytest.raises(ZeroDivisionError, match='in the augmentation'):
+        train(build(CONTRASTIVE), windows(4), windows(4, 'dev'), TrainConfig(steps=1, batch_size=4, device='cpu'), tmp_path/'run', augment=fails)
+    with pytest.raises(UserError, match='not a list; train without'):
+        train(build(CONTRASTIVE), list(windows(4)), windows(4, 'dev'), TrainConfig(steps=1, batch_size=4, device='cpu'), tmp_path/'other', augment=fading)
+
+
 def test_a_device_that_is_not_there_is_named():
     with pytest.raises(UserError, match="'abacus' is not a device"): pick_device('abacus')
     with pytest.raises(UserError, match='cuda:99'): pick_device('cuda:99')
