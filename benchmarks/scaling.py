@@ -261,12 +261,12 @@ def part_profile(out, p, counts):
     "The step at the largest count, and beside it the trainer with the windows that its loaders bring"
     cpu, n = p['device'] == 'cpu', counts[-1]
     run(n, __file__, 'work', 'profile', out, *p['flag'], cpu=cpu)
-    name, batch, steps = p['models'][0], p['weak']*n, 60
+    name, batch, every = p['models'][0], p['weak']*n, 2*p['rounds']
     with tempfile.TemporaryDirectory() as tmp:
         folder = Path(tmp)/'run'
-        words = ('--preset', name, '--steps', 2000, '--batch-size', batch, '--window', p['window'], '--log-every', steps//3, '--validate-every', 2000,
+        words = ('--preset', name, '--steps', 2000, '--batch-size', batch, '--window', p['window'], '--log-every', every, '--validate-every', 2000,
                  '--validation-windows', 8, '--checkpoint-every', 2000, '--device', p['device'])
-        run(n, '-m', 'seismodel', 'pretrain', *words, '--out', folder, cpu=cpu, until=lambda: lines(folder) >= 4)     # steps 1, 20, 40, 60
+        run(n, '-m', 'seismodel', 'pretrain', *words, '--out', folder, cpu=cpu, until=lambda: lines(folder) >= 4)     # the first step, then thrice `every`
         ms = batch/read_metrics(folder)[3]['windows_per_second']*1e3
     append(out, 'profile', dict(preset=name, ranks=n, windows_a_rank=p['weak'], how='trainer, windows from its loaders', what='all', ms=round(ms, 3)))
 
@@ -352,6 +352,7 @@ def main():
             (measure_speed if args.part == 'speed' else measure_profile)(out, p, ranks)
             if ranks.world == 1 and dist.is_initialized(): dist.destroy_process_group()
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # so that no rank is left behind
     found = 2 if args.small else torch.cuda.device_count()
     if not found: sys.exit('There is no GPU here; SMALL=1 tries the script on a CPU.')
     counts = [n for n in (1, 2, 4, 8) if n <= found]
