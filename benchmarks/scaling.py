@@ -117,6 +117,7 @@ def measure_speed(out, p, ranks):
     for name in p['models']:
         for batch in dict.fromkeys((p['weak'], p['strong']//ranks.world)):
             for how, who in ways(ranks).items():
+                if how != 'recorded' and batch != p['weak']: continue    # every way where every count has the same batch
                 row = dict(preset=name, ranks=ranks.world, windows_a_rank=batch, how=how)
                 if cuda: torch.cuda.reset_peak_memory_stats()
                 try:
@@ -200,6 +201,13 @@ def rows_of(out, part):
     return list(csv.DictReader(open(path))) if path.exists() else []
 
 
+def drop_rows(out, part, counts):
+    "Forget what an earlier call found for these counts of ranks"
+    kept = [r for r in rows_of(out, part) if part == 'speed' and int(r['ranks']) not in counts]
+    (out/f'scaling_{part}.csv').unlink(missing_ok=True)
+    for r in kept: append(out, part, r)
+
+
 def descendants(pid):
     "Process numbers of all that a process has started, and those started by them"
     parents = {}
@@ -280,8 +288,8 @@ def part_losses(out, p, counts):
                 how = ('-m', 'seismodel', 'pretrain') if draws == 'as usual' else (__file__, 'train')
                 run(n, *how, *settings(p, name), '--out', Path(tmp)/'run', cpu=p['device'] == 'cpu')
                 for r in read_metrics(Path(tmp)/'run'):
-                    append(out, 'losses', dict(preset=name, draws=draws, ranks=n, time=again, step=r['step'], loss=f"{r['loss']:.6g}",
-                                               code_perplexity=f"{r['code_perplexity']:.6g}" if 'code_perplexity' in r else ''))
+                    append(out, 'losses', dict(preset=name, draws=draws, ranks=n, time=again, step=r['step'], loss=f"{r['loss']:.9g}",
+                                               code_perplexity=f"{r['code_perplexity']:.9g}" if 'code_perplexity' in r else ''))
             print(f'{name}, {n} ranks, draws {draws}, time {again}', flush=True)
 
 
@@ -355,13 +363,14 @@ def main():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # so that no rank is left behind
     found = 2 if args.small else torch.cuda.device_count()
     if not found: sys.exit('There is no GPU here; SMALL=1 tries the script on a CPU.')
-    counts = [n for n in (1, 2, 4, 8) if n <= found]
+    counts = [n for n in map(int, os.environ.get('RANKS', '1 2 4 8').split()) if n <= found]
+    if not counts: sys.exit(f'There are {found} devices, and RANKS asks for more.')
     out.mkdir(parents=True, exist_ok=True)
     device = 'CPU' if args.small else torch.cuda.get_device_name()
     nccl = None if args.small else '.'.join(map(str, torch.cuda.nccl.version()))
     (out/'scaling_machine.json').write_text(json.dumps(dict(device=device, devices=found, torch=torch.__version__, nccl=nccl), indent=1))
     for part in args.parts:
-        (out/f'scaling_{part}.csv').unlink(missing_ok=True)
+        drop_rows(out, part, counts)
         since = time.monotonic()
         {'speed': part_speed, 'losses': part_losses, 'resume': part_resume, 'profile': part_profile}[part](out, p, counts)
         print(f'{part}: {time.monotonic() - since:.0f} s\n', flush=True)

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Pretraining on 1, 2, 4, 8 … GPUs of this machine, as far as it has them: `bash benchmarks/scaling.sh OUT [PART…]`.
-# Parts: speed (some 8 minutes with 8 GPUs), losses (5), resume (4), profile (4); all of them if none is named. OUT gets scaling_*.csv
-# and scaling_machine.json, which belong into nbs/runs/, and the table is printed last. PYTHON names the interpreter.
+# Parts: speed, losses, resume, profile; all of them if none is named. OUT gets scaling_*.csv and scaling_machine.json, which belong into
+# nbs/runs/, and the tables are printed last. RANKS="4 8" takes these counts alone; a later call adds its counts to the table of speed.
+# PYTHON names the interpreter. No part leaves a process behind, and none waits for longer than 8 minutes on one count.
 # Without a GPU, to see that everything runs: `SMALL=1 bash benchmarks/scaling.sh OUT` (tiny models, 1 and 2 ranks over Gloo).
 set -euo pipefail
 cd "$(dirname "$0")/.."
