@@ -36,6 +36,7 @@ from .pretraining import (PRESETS, ContrastiveConfig, Preset, ReconstructionConf
 from .recipe import FREE, TrainConfig, check_config
 from .runlog import read_metrics
 from .sources import open_source
+from .study import study
 from .trainer import Interrupted, train
 from .waveforms import WINDOW, BadRecord, UserError, normalize, read_waveform
 
@@ -288,7 +289,7 @@ def embed(
 
 # %% ../nbs/12_cli.ipynb #efda57be
 COMMANDS = {'pretrain': pretrain, 'info': info, 'plot': plot, 'embed': embed, 'finetune': finetune,
-            'evaluate': evaluate, 'pick': pick, 'pack': pack, 'inspect': inspect}
+            'evaluate': evaluate, 'study': study, 'pick': pick, 'pack': pack, 'inspect': inspect}
 
 def usage(
 )->str: # the text of `seismodel --help`

@@ -15,10 +15,10 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .pretraining import alone
+from .pretraining import alone, average_all
 from .waveforms import UserError
 
 # %% ../nbs/10c_distributed.ipynb #485b88af
@@ -94,6 +94,16 @@ class Ranks:
     def draws(self):
         "A context in which the model draws as if it had the whole batch"
         return nullcontext() if self.world == 1 else WholeBatchDraws(self.rank, self.world)
+
+    def average_gradients(self, model:nn.Module):
+        "Put the mean over the ranks into the gradients, in one message"
+        grads = [p.grad for p in model.parameters() if p.grad is not None]     # the same ones on every rank
+        if self.world > 1: torch._foreach_copy_(grads, average_all(self.average, grads))
+
+    def same_weights(self, model:nn.Module):
+        "Give every rank the weights and buffers of rank 0"
+        if self.world > 1:
+            for t in model.state_dict().values(): dist.broadcast(t, 0)
 
 # %% ../nbs/10c_distributed.ipynb #83983524
 @contextmanager

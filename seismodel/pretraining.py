@@ -6,13 +6,14 @@ Docs: https://seismodel.github.io/seismodel/pretraining.html.md"""
 
 # %% auto #0
 __all__ = ['CONFIGS', 'ENCODERS', 'PRESETS', 'ContrastiveConfig', 'ReconstructionConfig', 'config_to_dict', 'config_from_dict',
-           'Step', 'write_atomically', 'force_out', 'alone', 'Pretrainer', 'ContrastivePretraining',
+           'Step', 'write_atomically', 'force_out', 'alone', 'average_all', 'Pretrainer', 'ContrastivePretraining',
            'ReconstructionPretraining', 'Preset', 'contrastive_size', 'preset', 'build', 'read_model',
            'from_pretrained', 'load_weights']
 
 # %% ../nbs/10_pretraining.ipynb #3dd052a1
 import json
 import os
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -122,12 +123,22 @@ def alone(
     "The mean over devices where there is one"
     return x
 
+def average_all(
+    average,  # from `alone`, or the mean over devices
+    tensors,  # several, of any shapes
+)->list[torch.Tensor]: # their averages, shapes and types kept
+    "Average several tensors as one"
+    flat = average(torch.cat([t.flatten() for t in tensors]))
+    parts = flat.split([t.numel() for t in tensors])
+    return [part.view_as(t).to(t.dtype) for part, t in zip(parts, tensors)]
+
+# %% ../nbs/10_pretraining.ipynb #5077d1bc
 class Pretrainer(nn.Module):
     "Encoder, backbone and head: what both methods share. Each method adds its `forward`, the loss."
     def __init__(self, config, encoder, backbone, head):
         super().__init__()
         self.config, self.encoder, self.backbone, self.head = config, encoder, backbone, head
-        self.average = alone     # the trainer puts the mean over all ranks here
+        self.average, self.draws = alone, nullcontext     # with several ranks the trainer puts the mean over them, and their draws, here
 
     def features(self,
         x:torch.Tensor, # (B, L, 3) normalised windows of any length, 100 Hz, Z N E
@@ -184,15 +195,16 @@ class ContrastivePretraining(Pretrainer):
         "InfoNCE over the masked frames plus the diversity of the codes"
         c, k, encoder = self.config, self.config.encoder, self.encoder
         check_traces(x, k.in_features)
+        average, draws = (self.average, self.draws) if self.training else (alone, nullcontext)
         clean = encoder.frontend(x)
-        features, mask = encoder.hide(encoder.projection(clean), generator)     # at least 2 hidden frames a row
+        with draws(): features, mask = encoder.hide(encoder.projection(clean), generator)   # at least 2 hidden frames a row
         predictions = self.head(self.backbone(features))
         places, valid = masked_frames(mask, most_masked(mask.shape[1], k.mask_prob, k.mask_length, k.mask_mode))
-        targets, codes, usage = encoder.masked_targets(clean, places, valid, generator)     # nothing at visible frames
-        average = self.average if self.training else alone
-        sums = contrastive_sums(predictions, targets, codes, usage, places, valid, c.negatives, c.temperature, generator)
-        out = contrastive_mean(ContrastiveSums(*map(average, sums)), c.negatives, c.diversity_weight)
-        taken = average(code_usage(codes, k.num_codevectors_per_group, valid).float())     # (G, V)
+        with draws():
+            targets, codes, usage = encoder.masked_targets(clean, places, valid, generator)     # nothing at visible frames
+            sums = contrastive_sums(predictions, targets, codes, usage, places, valid, c.negatives, c.temperature, generator)
+        *sums, taken = average_all(average, [*sums, code_usage(codes, k.num_codevectors_per_group, valid).float()])
+        out = contrastive_mean(ContrastiveSums(*sums), c.negatives, c.diversity_weight)     # taken is (G, V)
         codes_used = entropy_perplexity(taken/taken.sum(-1, keepdim=True).clamp_min(1))
         metrics = dict(contrastive=out.contrastive, diversity=out.diversity, accuracy=out.accuracy, perplexity=out.perplexity,
             code_perplexity=codes_used, collided=out.collided, masked=mask.float().mean(),
@@ -217,7 +229,7 @@ class ReconstructionPretraining(Pretrainer):
         generator:torch.Generator|None=None, # randomness of the masks
     ):
         "The encoder's outputs, the target (B, T, D) and its reconstruction (B, T, D)"
-        e = self.encoder(x, generator=generator)
+        with self.draws() if self.training else nullcontext(): e = self.encoder(x, generator=generator)
         target = token_targets(e.tokens) if self.config.target == 'tokens' else patch_targets(x)
         return e, target, self.head(self.backbone(e.features))
 

@@ -6,8 +6,8 @@ Docs: https://seismodel.github.io/seismodel/sources.html.md"""
 
 # %% auto #0
 __all__ = ['PHASES', 'NEEDED', 'SyntheticSource', 'onsets', 'statuses', 'draw_split', 'split_column', 'unusable', 'trace_names',
-           'component_codes', 'SeisBenchSource', 'check_files', 'open_folder', 'open_published', 'open_source',
-           'published', 'published_names']
+           'component_codes', 'of_split', 'refusals', 'make_quick', 'SeisBenchSource', 'check_files', 'open_folder',
+           'open_published', 'open_source', 'published', 'published_names']
 
 # %% ../nbs/01d_sources.ipynb #2e3bc429
 import logging
@@ -148,6 +148,44 @@ def component_codes(
     return codes
 
 # %% ../nbs/01d_sources.ipynb #2f58d088
+def of_split(
+    splits:np.ndarray, # (traces,) from `split_column`
+    split:str|None,    # one of them; None: all
+    name:str,          # of the data set, for the message
+) -> np.ndarray: # (traces,) bool
+    "Which traces a split has; raises `UserError` with the splits that there are"
+    inside = splits == split if split else np.ones(len(splits), bool)
+    if inside.any(): return inside
+    counts = ", ".join(f"{s} ({n})" for s, n in zip(*np.unique(splits[splits != ""], return_counts=True)))
+    raise UserError(f"{name} has no trace in split {split!r}, only in {counts}")
+
+def refusals(
+    table,             # metadata with component codes as Z, N, E
+    splits:np.ndarray, # (traces,)
+    inside:np.ndarray, # (traces,) bool, those that are asked about
+    window:int,        # samples
+) -> np.ndarray: # (traces,) object: the first reason against a trace, or None
+    "What the table says against each trace"
+    why, fine = np.full(len(table), None, object), inside.copy()
+    for clause, hit in {"no split, in a table that has some": splits == "", **unusable(table, window)}.items():
+        why[hit & fine] = clause
+        fine &= ~hit
+    return why
+
+def make_quick(
+    data,            # a copy of a SeisBench data set
+    keep:np.ndarray, # (traces,) bool
+) -> None:
+    "Only these traces, only the columns that reading needs, and blocks in memory where they are small"
+    needed = ("trace_name", "trace_chunk", "trace_sampling_rate_hz", "trace_component_order")
+    for column in set(data.metadata) - set(needed): del data.metadata[column]
+    data.filter(keep)
+    data.dimension_order, data.component_order, data.missing_components = "NCW", COMPONENTS, "pad"
+    data.sampling_rate = None                                                  # SeisBench does not resample: we do
+    small = sum(f.stat().st_size for f in Path(data.path).glob("waveforms*.hdf5")) <= 2**30
+    data.cache, data.metadata_cache = ("full", True) if small else (None, False)
+
+# %% ../nbs/01d_sources.ipynb #fca0743f
 class SeisBenchSource:
     "A SeisBench data set or one split of it; `left_out` maps a reason to the names of the traces that were not taken"
 
@@ -159,16 +197,10 @@ class SeisBenchSource:
     ):
         data = dataset.copy()                                                  # metadata only, the samples are shared
         table, splits = data.metadata, split_column(data.metadata, name)
-        keep = splits == split if split else np.ones(len(table), bool)
-        if not keep.any():
-            counts = ", ".join(f"{s} ({n})" for s, n in zip(*np.unique(splits[splits != ""], return_counts=True)))
-            raise UserError(f"{name} has no trace in split {split!r}, only in {counts}")
+        inside = of_split(splits, split, name)
         table["trace_component_order"] = component_codes(table, name)
-        self.name, self.window, self.why = name, window, np.full(len(table), None, object)
-        for why, hit in {"no split, in a table that has some": splits == "", **unusable(table, window)}.items():
-            self.why[hit & keep] = why
-            keep &= ~hit
-        names = trace_names(table)
+        self.name, self.window, self.why = name, window, refusals(table, splits, inside, window)
+        keep, names = inside & ~self.why.astype(bool), trace_names(table)
         self.left_out = {why: names[self.why == why].tolist() for why in dict.fromkeys(w for w in self.why if w)}
         where = f", split {split}" if split else ""
         if not keep.any(): raise UserError(f"{name}{where}: no usable trace, since {self.reasons()}")
@@ -176,13 +208,7 @@ class SeisBenchSource:
         self.rows, self.splits = np.flatnonzero(keep), splits[keep]            # of the data set's own table
         self.names = names[keep].tolist()
         self._labels(table[keep])
-        needed = ("trace_name", "trace_chunk", "trace_sampling_rate_hz", "trace_component_order")
-        for column in set(table) - set(needed): del table[column]
-        data.filter(keep)
-        data.dimension_order, data.component_order, data.missing_components = "NCW", COMPONENTS, "pad"
-        data.sampling_rate = None                                              # SeisBench does not resample: we do
-        small = sum(f.stat().st_size for f in Path(data.path).glob("waveforms*.hdf5")) <= 2**30
-        data.cache, data.metadata_cache = ("full", True) if small else (None, False)
+        make_quick(data, keep)
         self.data, self.checked = data, np.zeros(len(self.names), bool)        # a record is checked once
 
     def _labels(self, table):

@@ -6,7 +6,7 @@ Docs: https://seismodel.github.io/seismodel/store.html.md"""
 
 # %% auto #0
 __all__ = ['DTYPES', 'SPAN', 'LABELS', 'VERSION', 'TABLES', 'quantize', 'dequantize', 'write_whole', 'to_disk', 'move', 'sha256',
-           'locked', 'Part', 'StoreWriter', 'row_type', 'finish']
+           'locked', 'Part', 'same_plan', 'begin', 'part_ends', 'sweep', 'clear', 'StoreWriter', 'row_type', 'finish']
 
 # %% ../nbs/01b_store.ipynb #7a332416
 import csv
@@ -97,6 +97,19 @@ def locked(
         raise UserError(f"another process is packing {path.parent}: wait for it") from None
     return file
 
+# %% ../nbs/01b_store.ipynb #92f77cc2
+LABELS = ("p_onset", "s_onset", "p_status", "s_status", "p_weak", "s_weak")
+
+def _json(what):
+    "One line"
+    return (json.dumps(what, allow_nan=False) + "\n").encode()
+
+def _plain(value):
+    "What JSON can hold: NaN becomes null, and a time its text"
+    value = value.item() if isinstance(value, np.generic) else value
+    if isinstance(value, float): return value if np.isfinite(value) else None
+    return value if value is None or isinstance(value, (str, int)) else str(value)
+
 # %% ../nbs/01b_store.ipynb #67219919
 class Part:
     "A file of samples and the list of its traces, not yet there for anyone else"
@@ -146,43 +159,73 @@ class Part:
         for f in (self.file, self.list): f.close()
 
 # %% ../nbs/01b_store.ipynb #d15cd03b
+def same_plan(
+    folder:Path, # of the store
+    plan:dict,   # of this call
+    other:dict,  # that the folder was begun with
+) -> None:
+    "Raise `UserError` with the first field that differs"
+    for key in sorted({*plan, *other}):
+        if plan.get(key) != other.get(key):
+            raise UserError(f"{folder} was begun with other {key}: name another folder, or remove this one")
+
+def begin(
+    folder:Path, # of the store: new, empty, or begun with the same plan
+    plan:dict,   # what will be in it
+): # the lock, held
+    "Plan and folders of a store that is not complete; raises `UserError` where the folder is something else"
+    path = folder/"plan.json"
+    if path.exists(): same_plan(folder, plan, json.loads(path.read_text()))
+    elif folder.is_file() or folder.is_dir() and {f.name for f in folder.iterdir()} - {"plan.json.part"}:
+        raise UserError(f"{folder} is there already and no store: name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not path.exists(): write_whole(path, _json(plan))                       # the first of all
+    (folder/"parts").mkdir(exist_ok=True)
+    return locked(path)
+
+def part_ends(
+    folder:Path, # of the store
+) -> list[dict]: # number of samples, position, checksum
+    "The last line of every part that is closed"
+    return [json.loads(p.read_bytes().splitlines()[-1]) for p in sorted((folder/"parts").glob("*.jsonl"))]
+
+def sweep(
+    folder:Path, # of the store
+    closed:int,  # how many parts count
+) -> None:
+    "Delete what a kill left behind: temporary files, and samples without their list"
+    for file in {*folder.glob("samples-*"), *folder.glob("*.part"), *(folder/"parts").glob("*.part")}:
+        if file.suffix == ".part" or int(file.stem[8:]) >= closed: file.unlink()
+
+def clear(
+    folder:Path, # of a store
+) -> None:
+    "Take away what only the writing needs"
+    rmtree(folder/"parts", ignore_errors=True)
+    for name in ("plan.json", "manifest.json.part"): (folder/name).unlink(missing_ok=True)
+
+# %% ../nbs/01b_store.ipynb #839f5058
 class StoreWriter:
     "Writes a store, or goes on with one; a context manager"
     def __init__(self,
         folder:Path, # of the store: new, empty, or begun with the same plan
         plan:dict,   # dtype, window, shard_samples, sources [{name, where, weight, files}, …]
     ):
-        self.folder, self.plan, self.parts = Path(folder), plan, Path(folder)/"parts"
-        self.part, self.position, self.complete = None, None, (self.folder/"manifest.json").exists()
+        self.folder, self.plan, self.part, self.position = Path(folder), plan, None, None
+        self.complete = (self.folder/"manifest.json").exists()
         if self.complete:                                                      # a kill may have left something
-            self._compare(json.loads((self.folder/"manifest.json").read_text())["plan"])
-            return self._clean()
-        if (self.folder/"plan.json").exists(): self._compare(json.loads((self.folder/"plan.json").read_text()))
-        elif self.folder.is_file() or self.folder.is_dir() and {f.name for f in self.folder.iterdir()} - {"plan.json.part"}:
-            raise UserError(f"{folder} is there already and no store: name another folder")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder/"plan.json").exists(): write_whole(self.folder/"plan.json", _json(plan))   # the first of all
-        self.parts.mkdir(exist_ok=True)
-        self.lock = locked(self.folder/"plan.json")
-        ends = self.ends()
+            same_plan(self.folder, plan, json.loads((self.folder/"manifest.json").read_text())["plan"])
+            return clear(self.folder)
+        self.lock = begin(self.folder, plan)
+        ends = part_ends(self.folder)
         self.closed, self.position = len(ends), ends[-1]["position"] if ends else None
-        for file in {*self.folder.glob("samples-*"), *self.folder.glob("*.part"), *self.parts.glob("*.part")}:
-            if file.suffix == ".part" or int(file.stem[8:]) >= self.closed: file.unlink()
+        sweep(self.folder, self.closed)
 
     def __enter__(self): return self
 
     def __exit__(self, *error):
         if self.part: self.part.abandon()
         if not self.complete: self.lock.close()
-
-    def _compare(self, other):
-        for key in sorted({*self.plan, *other}):
-            if self.plan.get(key) != other.get(key):
-                raise UserError(f"{self.folder} was begun with other {key}: name another folder, or remove this one")
-
-    def ends(self) -> list[dict]: # number of samples, position, checksum
-        "The last line of every part that is closed"
-        return [json.loads(p.read_bytes().splitlines()[-1]) for p in sorted(self.parts.glob("*.jsonl"))]
 
     def _open(self, samples=0):
         "The part for so many samples more"
@@ -219,28 +262,6 @@ class StoreWriter:
         self.part.close(self.position)
         self.closed, self.part = self.closed + 1, None
 
-    def remove(self) -> None:
-        "Take away what has been written"
-        self._clean()
-        for file in [*self.folder.glob("samples-*")]: file.unlink()
-        if not any(self.folder.iterdir()): self.folder.rmdir()
-
-    def _clean(self):
-        rmtree(self.parts, ignore_errors=True)
-        for name in ("plan.json", "manifest.json.part"): (self.folder/name).unlink(missing_ok=True)
-
-LABELS = ("p_onset", "s_onset", "p_status", "s_status", "p_weak", "s_weak")
-
-def _json(what):
-    "One line"
-    return (json.dumps(what, allow_nan=False) + "\n").encode()
-
-def _plain(value):
-    "What JSON can hold: NaN becomes null, and a time its text"
-    value = value.item() if isinstance(value, np.generic) else value
-    if isinstance(value, float): return value if np.isfinite(value) else None
-    return value if value is None or isinstance(value, (str, int)) else str(value)
-
 # %% ../nbs/01b_store.ipynb #d93be262
 def row_type(
     name_bytes:int, # longest name
@@ -251,21 +272,19 @@ def row_type(
                      ("p_weak", "<f8"), ("s_weak", "<f8"), ("offset", "<f8", 3), ("scale", "<f8", 3),
                      ("name", f"S{max(name_bytes, 1)}")])
 
+# %% ../nbs/01b_store.ipynb #6f13ee28
+VERSION = 1
+TABLES = ("index.npy", "traces.csv", "left_out.csv")
+
 def _lines(folder):
     "Every line of every part, in order"
     for part in sorted((folder/"parts").glob("*.jsonl")):
         with open(part, "rb") as f: yield from map(json.loads, f)
 
-def finish(
-    writer:StoreWriter, # that has got everything
-) -> dict: # the manifest
-    "Make index, tables and manifest from the parts; raises `UserError` when there is no trace in them"
-    if writer.complete: return json.loads((writer.folder/"manifest.json").read_text())
-    if writer.part: writer.commit()
-    folder, plan = writer.folder, writer.plan
-    names = [s["name"] for s in plan["sources"]]
+def _count(folder, names):
+    "Packed by source and split, left out by source and reason; columns, splits, bytes of the longest name; the first left out"
     packed, left, columns, splits, width, first = [{} for _ in names], [{} for _ in names], {}, {}, 0, None
-    for line in _lines(folder):                                                # once to count
+    for line in _lines(folder):
         if "name" in line:
             packed[line["source"]][line["split"]] = packed[line["source"]].get(line["split"], 0) + 1
             columns.update(dict.fromkeys(line["more"]))
@@ -274,26 +293,7 @@ def finish(
         elif "why" in line:
             left[line["source"]][line["why"]] = left[line["source"]].get(line["why"], 0) + 1
             first = first or f"{names[line['source']]}/{line['left_out']}: {line['why']}"
-    traces = sum(sum(p.values()) for p in packed)
-    if not traces:
-        writer.remove()
-        raise UserError(f"no usable trace in {', '.join(names)}; the first: {first or 'there is none at all'}")
-    _tables(folder, names, traces, list(columns), splits, width)
-    ends = writer.ends()
-    shards = [{"file": f"samples-{k:05}.npy", "samples": e["samples"], "sha256": e["sha256"]} for k, e in enumerate(ends)]
-    sources = [dict(s, packed=p, left_out=o) for s, p, o in zip(plan["sources"], packed, left)]
-    manifest = {"format": "seismodel-store", "version": VERSION, "dtype": plan["dtype"], "sampling_rate": SAMPLING_RATE,
-                "components": COMPONENTS, "status": STATUS, "splits": list(splits), "traces": traces,
-                "samples": sum(e["samples"] for e in ends), "sources": sources, "shards": shards,
-                "tables": {name: sha256(folder/name) for name in TABLES}, "plan": plan}
-    write_whole(folder/"manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
-    writer._clean()
-    writer.lock.close()
-    writer.complete = True
-    return json.loads((folder/"manifest.json").read_text())
-
-VERSION = 1
-TABLES = ("index.npy", "traces.csv", "left_out.csv")
+    return packed, left, columns, splits, width, first
 
 def _tables(folder, names, traces, columns, splits, width):
     "index.npy, traces.csv and left_out.csv, line by line"
@@ -313,3 +313,32 @@ def _tables(folder, names, traces, columns, splits, width):
         index.flush()
         for f in (t, o): to_disk(f)
     for name, part in zip(TABLES, new): move(part, folder/name)
+
+# %% ../nbs/01b_store.ipynb #c4f9a73c
+def finish(
+    writer:StoreWriter, # that has got everything
+) -> dict: # the manifest
+    "Make index, tables and manifest from the parts; raises `UserError` when there is no trace in them"
+    folder, plan = writer.folder, writer.plan
+    if writer.complete: return json.loads((folder/"manifest.json").read_text())
+    if writer.part: writer.commit()
+    names = [s["name"] for s in plan["sources"]]
+    packed, left, columns, splits, width, first = _count(folder, names)
+    traces, ends = sum(sum(p.values()) for p in packed), part_ends(folder)
+    if not traces:
+        clear(folder)
+        for file in [*folder.glob("samples-*")]: file.unlink()
+        if not any(folder.iterdir()): folder.rmdir()
+        raise UserError(f"no usable trace in {', '.join(names)}; the first: {first or 'there is none at all'}")
+    _tables(folder, names, traces, list(columns), splits, width)
+    shards = [{"file": f"samples-{k:05}.npy", "samples": e["samples"], "sha256": e["sha256"]} for k, e in enumerate(ends)]
+    sources = [dict(s, packed=p, left_out=o) for s, p, o in zip(plan["sources"], packed, left)]
+    manifest = {"format": "seismodel-store", "version": VERSION, "dtype": plan["dtype"], "sampling_rate": SAMPLING_RATE,
+                "components": COMPONENTS, "status": STATUS, "splits": list(splits), "traces": traces,
+                "samples": sum(e["samples"] for e in ends), "sources": sources, "shards": shards,
+                "tables": {name: sha256(folder/name) for name in TABLES}, "plan": plan}
+    write_whole(folder/"manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
+    clear(folder)
+    writer.lock.close()
+    writer.complete = True
+    return json.loads((folder/"manifest.json").read_text())

@@ -1,4 +1,5 @@
 "One rank against two, as torchrun starts them on CPUs: gradients, whole runs, resuming on another number, signals"
+import json
 import os
 import signal
 import subprocess
@@ -9,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch._dynamo.testing import CompileCounterWithBackend
 
-from seismodel.checkpoints import checkpoint_files
+from seismodel.checkpoints import checkpoint_files, read_checkpoint
 from seismodel.distributed import Ranks, join_ranks
 from seismodel.encoders import BidirAutoregConfig, ConvDownConfig
 from seismodel.pretraining import ContrastiveConfig, ReconstructionConfig, alone, build
@@ -52,17 +54,43 @@ def gradients(ranks):
         torch.manual_seed(0)
         model = build(config).double().train()
         x = torch.randn(6, 260, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        model.average = ranks.average
-        with ranks.draws(): loss, measures = model(x.unflatten(0, (ranks.world, -1))[ranks.rank], torch.Generator().manual_seed(2))
+        model.average, model.draws = ranks.average, ranks.draws
+        loss, measures = model(x.unflatten(0, (ranks.world, -1))[ranks.rank], torch.Generator().manual_seed(2))
         loss.backward()
-        found[name] = {**{n: ranks.average(p.grad) for n, p in model.named_parameters()}, 'loss': ranks.average(loss.detach()),
+        ranks.average_gradients(model)
+        found[name] = {**{n: p.grad for n, p in model.named_parameters()}, 'loss': ranks.average(loss.detach()),
                        **{n: ranks.average(m.double()) for n, m in measures.items() if 'variance' not in n and n != 'masked'}}
     return found
 
 
+def test_a_compiled_block_stays_whole_while_a_rank_draws():
+    "What the whole batch's draws catch must not reach the backbone: every function that is caught there breaks a graph"
+    seen = CompileCounterWithBackend('eager')
+    model = build(MODELS['reconstruction']).train()
+    model.draws, x = Ranks(torch.device('cpu'), 0, 2).draws, torch.randn(2, 260, 3)
+    torch.compiler.reset()
+    for block in model.backbone.blocks: block.compile(dynamic=False, backend=seen)
+    model(x, torch.Generator().manual_seed(2))
+    whole = seen.frame_count
+    with Ranks(torch.device('cpu'), 0, 2).draws(): model(x, torch.Generator().manual_seed(2))
+    assert whole == 1 and seen.frame_count > 2*whole
+    torch.compiler.reset()
+
+
+def scattered(ranks):
+    "Weights and buffers that differ from rank to rank, after `same_weights`"
+    torch.manual_seed(ranks.rank)
+    layer = torch.nn.BatchNorm1d(3)
+    torch.nn.init.normal_(layer.weight)
+    layer.running_var.fill_(ranks.rank)
+    ranks.same_weights(layer)
+    return layer.state_dict()
+
+
 @needs_gloo
 def test_losses_and_gradients_of_two_ranks_are_those_of_one(tmp_path):
-    code = f"import sys, torch; sys.path.insert(0, {str(root/'tests')!r}); from test_distributed import *\nwith join_ranks('cpu') as r:\n    found = gradients(r)\n    if r.rank == 0: torch.save(found, 'found.pt')"
+    code = (f"import sys, torch; sys.path.insert(0, {str(root/'tests')!r}); from test_distributed import *\nwith join_ranks('cpu') as r:\n    found = gradients(r)\n"
+            "    if r.rank == 0: torch.save(found, 'found.pt')\n    torch.save(scattered(r), f'{r.rank}.pt')")
     (tmp_path/'work.py').write_text(code)
     process = start(2, 'work.py', cwd=tmp_path)
     said, _ = process.communicate(timeout=120)
@@ -72,6 +100,8 @@ def test_losses_and_gradients_of_two_ranks_are_those_of_one(tmp_path):
         assert two[method].keys() == one[method].keys()
         for name, value in one[method].items():
             torch.testing.assert_close(two[method][name], value, rtol=1e-6, atol=1e-8, msg=lambda m: f'{method} {name}: {m}')
+    first, second = (torch.load(tmp_path/f'{rank}.pt') for rank in range(2))
+    assert first['running_var'].tolist() == [0., 0., 0.] and all(torch.equal(t, second[name]) for name, t in first.items())
 
 
 def test_without_the_average_the_gradients_would_differ():
@@ -82,7 +112,8 @@ def test_without_the_average_the_gradients_would_differ():
     whole = model(x, torch.Generator().manual_seed(2)).loss
     halves = []
     for rank in range(2):
-        with Ranks(torch.device('cpu'), rank, 2).draws(): halves.append(model(x[3*rank:3*rank + 3], torch.Generator().manual_seed(2)).loss)
+        model.draws = Ranks(torch.device('cpu'), rank, 2).draws
+        halves.append(model(x[3*rank:3*rank + 3], torch.Generator().manual_seed(2)).loss)
     assert abs(sum(halves)/2 - whole) > 1e-4
     assert model.average is alone
 
@@ -115,6 +146,55 @@ def test_ranks_agree_where_to_stop(tmp_path):
     assert said.count('Stopped by') == 2 and 'is safe. Go on with --resume run' in said, said
     newest = int(checkpoint_files(tmp_path/'run')[0].stem[5:])
     assert f'after step {newest} of 4000' in said
+
+
+POISONED = """
+import hashlib, os, sys
+import seismodel.cli as cli, seismodel.trainer as trainer
+
+class Poisoned(cli.WindowDataset):
+    "Window 31 is not a number: the last of step 8, which rank 1 has"
+    def batch(self, numbers):
+        b = super().batch(numbers)
+        for k, n in enumerate(numbers):
+            if n == 31: b['x'][k] = float('nan')
+        return b
+
+def train(model, *args):
+    try: return trainer.train(model, *args)
+    finally: print('digest', hashlib.sha256(b''.join(t.numpy().tobytes() for t in model.state_dict().values())).hexdigest())
+
+cli.WindowDataset, cli.train, trainer.draw_run = Poisoned, train, lambda *_: None
+for name, more in (('stopped', []), ('skipped', ['--skip-nonfinite', '1'])):
+    print('exit', cli.main(['pretrain', *sys.argv[1:], '--out', name, *more]), flush=True)
+    os.environ['MASTER_PORT'] = str(int(os.environ['MASTER_PORT']) + 1)
+"""
+
+
+@needs_gloo
+def test_a_nan_on_one_rank_stops_both_or_is_skipped_by_both(tmp_path):
+    "Two processes, without torchrun, which would end the other one at once: each comes to its end by itself"
+    (tmp_path/'work.py').write_text(POISONED)
+    port, both = 31500 + os.getpid() % 1000, []
+    for rank in range(2):
+        env = {**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'agg', 'CUDA_VISIBLE_DEVICES': '', 'PYTHONPATH': str(root), 'RANK': str(rank), 'LOCAL_RANK': str(rank),
+               'WORLD_SIZE': '2', 'MASTER_ADDR': 'localhost', 'MASTER_PORT': str(port)}
+        both.append(subprocess.Popen([sys.executable, 'work.py', '--preset', 'reconstruction-tiny', *RUN, '12'], cwd=tmp_path, env=env,
+                                     stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    try: said = [p.communicate(timeout=120) for p in both]
+    finally:
+        for p in both: p.kill()
+    assert [[line for line in out.splitlines() if line.startswith('exit')] for out, _ in said] == [['exit 1', 'exit 0']]*2, said
+    sentence = ('The loss is nan and the norm of its gradient nan at step 8, with windows 28 to 31; the update was withheld. Lower the learning rate, or look at these windows '
+                "(they are listed in 'stopped/nonfinite.jsonl').")
+    for (_, errors), who in zip(said, ('seismodel: ', 'seismodel, rank 1: ')): assert errors.count(who + sentence) == 1 and errors.count('The loss is') == 1
+    digests = [[line for line in out.splitlines() if line.startswith('digest')] for out, _ in said]
+    assert digests[0] == digests[1] and digests[0][0] != digests[0][1]     # those of step 7 and of step 12, the same on both ranks
+    kept = read_checkpoint(checkpoint_files(tmp_path/'stopped')[0])
+    assert kept.state['step'] == 6 and all(t.isfinite().all() for t in kept.tensors.values())
+    assert [r['step'] for r in read_metrics(tmp_path/'stopped')] == list(range(1, 8))
+    assert [r['loss'] is None for r in read_metrics(tmp_path/'skipped')] == [step == 8 for step in range(1, 13)]
+    for name in ('stopped', 'skipped'): assert [json.loads(line)['windows'] for line in open(tmp_path/name/'nonfinite.jsonl')] == [[28, 29, 30, 31]]
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused(tmp_path):
