@@ -199,10 +199,13 @@ def test_a_peer_says_the_same_in_training_and_in_classify(name, tmp_path):
     with torch.no_grad(): p = peer.probabilities(peer.outputs(z))[0].numpy()
     for k, phase in enumerate('NPS'): np.testing.assert_allclose(said[phase][:2048], p[:2048, k], atol=1e-4)     # the rest is shared with the next window
     remember = Remembering(net)
-    for threshold in (.1, .2, .4):
+    seen = 0
+    for threshold in np.quantile(said['P'], (.5, .9, .99)).tolist():
         a, b = (m.classify(record_stream(x), P_threshold=threshold, S_threshold=threshold).picks for m in (net, remember))
-        assert [(q.peak_time, q.phase, q.peak_value) for q in a] == [(q.peak_time, q.phase, q.peak_value) for q in b]
-    assert len(remember.known) == 1
+        inside = lambda picks: [(q.peak_time, q.phase, q.peak_value) for q in picks if 6 < q.start_time.timestamp and q.end_time.timestamp < 84]
+        assert inside(a) == inside(b) and all(5.119 <= q.start_time.timestamp and q.end_time.timestamp <= 84.871 for q in b)
+        seen += len(inside(b))
+    assert seen and len(remember.known) == 1
 
 
 def batch_of(n):
