@@ -174,7 +174,7 @@ def open_records(
     return data
 
 # %% ../nbs/11h_cells.ipynb #016e2057
-THRESHOLDS = (.1, .2, .3, .4, .5, .6, .7)
+THRESHOLDS = (.05, .1, .2, .3, .4, .5, .6, .7)
 BLINDED = 5.12       # seconds at the ends of a record: 512 samples, as at the ends of a window
 
 class Remembering:
