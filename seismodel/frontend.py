@@ -47,7 +47,10 @@ def convolve(conv:nn.Conv1d, # any strided convolution
              x:Tensor, # (B, L, C_in)
              ) -> Tensor: # (B, L', C_out)
     "`conv` over time, with the channels last before and after"
-    return conv(x.transpose(1, 2)).transpose(1, 2)
+    if x.is_cuda: return conv(x.transpose(1, 2)).transpose(1, 2)
+    image = x.transpose(1, 2).unsqueeze(2)             # (B, C_in, 1, L)
+    y = F.conv2d(image, conv.weight.unsqueeze(2), conv.bias, (1, *conv.stride), (0, *conv.padding), (1, *conv.dilation), conv.groups)
+    return y.squeeze(2).transpose(1, 2)
 
 # %% ../nbs/02_frontend.ipynb #baf7a944
 class ConvDownFrontend(nn.Module):
