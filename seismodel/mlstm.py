@@ -310,8 +310,9 @@ def mlstm_chunkwise(
     fill = -T % L
     if fill:
         q, k, v = (F.pad(x, (0, 0, 0, fill)) for x in (q, k, v))
-        i, f = F.pad(i, (0, fill), value=NEVER), F.pad(f, (0, fill), value=-NEVER)
-    h, end = chunk_read(q, k, v, i, f, reverse, L) if reads else None, ()
+        f = F.pad(f, (0, fill), value=-NEVER)
+        i = torch.cat([i, i[..., -1:].expand(-1, -1, fill)], -1) if reads else F.pad(i, (0, fill), value=NEVER)
+    with torch.autocast(q.device.type, enabled=False): h, end = chunk_read(q, k, v, i, f, reverse, L) if reads else None, ()
     if h is None: h, *end = ChunkwiseMLSTM.apply(q, k, v, i, f, reverse, L, state, return_state)
     h = h[:, :, :T] if fill else h
     return (h, MLSTMState(*end)) if return_state else h
