@@ -86,16 +86,19 @@ def answers(
 ): # pandas.DataFrame: trace_name, event, truth, answer, and for classes the probability of each
     "What the model says of each record beside what the table says; bad records are left out"
     import pandas as pd
-    q, device, rows, x = model.question, next(model.parameters()).device, [], []
-    for i in range(len(source)):
-        try:
-            record = source.record(i)
-            w = cut(around_onset(record, window), window, .5)
-        except BadRecord: continue
-        x.append(torch.from_numpy(normalize_windows(w)[0]))
-        rows.append(dict(trace_name=record.name, event=source.events[i], truth=q.classes[int(source.y[i])] if q.classes else source.y[i]))
+    q, device, rows, p = model.question, next(model.parameters()).device, [], []
+    for k in range(0, len(source), batch_size):
+        x = []
+        for i in range(k, min(k + batch_size, len(source))):
+            try:
+                record = source.record(i)
+                w = cut(around_onset(record, window), window, .5)
+            except BadRecord: continue
+            x.append(torch.from_numpy(normalize_windows(w)[0]))
+            rows.append(dict(trace_name=record.name, event=source.events[i], truth=q.classes[int(source.y[i])] if q.classes else source.y[i]))
+        if x: p.append(model.answer(torch.stack(x).to(device)).double().cpu().numpy())
     if not rows: raise UserError(f"{source.name} has no usable record with a label.")
-    p = torch.cat([model.answer(torch.stack(x[k:k + batch_size]).to(device)).cpu() for k in range(0, len(x), batch_size)]).numpy().astype(float)
+    p = np.concatenate(p)
     table = pd.DataFrame(rows).assign(answer=[q.classes[k] for k in p.argmax(1)] if q.classes else p[:, 0])
     return table.assign(**{f'p_{c}': p[:, k] for k, c in enumerate(q.classes or [])})
 
@@ -177,7 +180,7 @@ def finetune_window(
         if not out: raise UserError("Name the run's folder, with --out FOLDER.")
         torch.manual_seed(seed or 0)
         start, folder = start_model(plan['from'], preset), Path(out)
-        c = fine_recipe(start.config.method, steps=steps or 500, batch_size=batch_size, lr=lr, weight_decay=weight_decay, seed=seed, device=device, workers=workers,
+        c = fine_recipe(start.config.method, steps=500 if steps is None else steps, batch_size=batch_size, lr=lr, weight_decay=weight_decay, seed=seed, device=device, workers=workers,
                         validate_every=validate_every, validation_windows=validation_windows, checkpoint_every=checkpoint_every, tensorboard=tensorboard or None)
     question, training, dev = label_sources(plan['data'], plan['column'], plan['classes'], plan['fraction'], c.seed)
     if resume: start = build(config_from_dict(json.loads((folder/'config.json').read_text())['model']))
