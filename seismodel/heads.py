@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .frontend import convolve
+from .frontend import TraceConv, convolve
 from .masked_mse import feature_variance
 from .pretraining import Pretrainer, Step, build, config_from_dict, load_weights, read_model
 from .waveforms import UserError
@@ -44,7 +44,7 @@ class ConvNorm(nn.Module):
         dropout:float, # share of the outputs set to zero in training
     ):
         super().__init__()
-        self.conv, self.norm = nn.Conv1d(channels, width, 3, padding=1), nn.LayerNorm(width)
+        self.conv, self.norm = TraceConv(channels, width, 3, padding=1), nn.LayerNorm(width)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x): return self.dropout(F.gelu(self.norm(convolve(self.conv, x))))
