@@ -39,6 +39,7 @@ from .sources import open_source
 from .study import study
 from .trainer import Interrupted, train
 from .waveforms import WINDOW, BadRecord, UserError, normalize, read_waveform
+from .window_tasks import evaluate_window, finetune_window
 
 # %% ../nbs/12_cli.ipynb #2240a29d
 def open_data(
@@ -289,12 +290,13 @@ def embed(
 
 # %% ../nbs/12_cli.ipynb #efda57be
 COMMANDS = {'pretrain': pretrain, 'info': info, 'plot': plot, 'embed': embed, 'finetune': finetune,
-            'evaluate': evaluate, 'study': study, 'pick': pick, 'pack': pack, 'inspect': inspect}
+            'evaluate': evaluate, 'study': study, 'pick': pick, 'finetune-window': finetune_window, 'evaluate-window': evaluate_window,
+            'pack': pack, 'inspect': inspect}
 
 def usage(
 )->str: # the text of `seismodel --help`
     "One line for each command"
-    lines = [f'  {name:10} {command.__doc__}' for name, command in COMMANDS.items()]
+    lines = [f'  {name:16} {command.__doc__}' for name, command in COMMANDS.items()]
     return '\n'.join(['usage: seismodel COMMAND [options]', '', *lines, '', 'seismodel COMMAND --help lists the options of a command.'])
 
 def main(

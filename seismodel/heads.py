@@ -6,7 +6,7 @@ Docs: https://seismodel.github.io/seismodel/heads.html.md"""
 
 # %% auto #0
 __all__ = ['LABELS', 'SIGMA', 'FREEZE', 'PRETRAINING_ONLY', 'to_samples', 'ConvNorm', 'PickHead', 'WindowHead', 'pick_labels',
-           'pick_loss', 'Picker', 'found', 'picker_from_dict', 'load_picker']
+           'pick_loss', 'FineTuned', 'Picker', 'found', 'picker_from_dict', 'load_picker']
 
 # %% ../nbs/11b_heads.ipynb #44d1b57a
 import json
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .frontend import convolve
+from .frontend import TraceConv, convolve
 from .masked_mse import feature_variance
 from .pretraining import Pretrainer, Step, build, config_from_dict, load_weights, read_model
 from .waveforms import UserError
@@ -44,7 +44,7 @@ class ConvNorm(nn.Module):
         dropout:float, # share of the outputs set to zero in training
     ):
         super().__init__()
-        self.conv, self.norm = nn.Conv1d(channels, width, 3, padding=1), nn.LayerNorm(width)
+        self.conv, self.norm = TraceConv(channels, width, 3, padding=1), nn.LayerNorm(width)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x): return self.dropout(F.gelu(self.norm(convolve(self.conv, x))))
@@ -120,21 +120,18 @@ def pick_loss(
 FREEZE = ('none', 'encoder', 'all', 'gradual')
 PRETRAINING_ONLY = ('quantizer', 'target_projection', 'mask_emb')   # parts of an encoder that a picker does not need
 
-class Picker(nn.Module):
-    "Encoder and backbone of a pretraining model, whose parts it takes over, with a head for P and S"
+class FineTuned(nn.Module):
+    "Encoder and backbone of a pretraining model, whose parts it takes over, with a head, and what of them learns"
     whole_batch = True       # tells the trainer that `forward` wants labels, not the windows alone
 
     def __init__(self,
         model:Pretrainer,   # where encoder and backbone come from
-        width:int=32,       # channels of the head; 0: a linear probe
-        dropout:float=.2,   # in the head
-        raw:bool=True,      # the waveform beside the features
+        head:nn.Module,     # what is put on top
         freeze:str='none',  # what does not learn: none, encoder, all or gradual
     ):
         if freeze not in FREEZE: raise UserError(f"freeze is '{freeze}'; choose one of {', '.join(FREEZE)}.")
         super().__init__()
-        self.config, self.options = model.config, dict(width=width, dropout=dropout, raw=raw)
-        self.encoder, self.backbone, self.head = model.encoder, model.backbone, PickHead(model.backbone.dim, **self.options)
+        self.config, self.encoder, self.backbone, self.head = model.config, model.encoder, model.backbone, head
         for name in PRETRAINING_ONLY:
             if hasattr(self.encoder, name): delattr(self.encoder, name)
         self.encoder.pretraining = False
@@ -153,6 +150,20 @@ class Picker(nn.Module):
         grad = torch.is_grad_enabled()
         with torch.set_grad_enabled(grad and self.frozen == 'none'): frames = self.encoder.encode(x)
         with torch.set_grad_enabled(grad and self.frozen != 'all'): return self.backbone(frames)
+
+# %% ../nbs/11b_heads.ipynb #11877423
+class Picker(FineTuned):
+    "Encoder and backbone of a pretraining model, whose parts it takes over, with a head for P and S"
+    def __init__(self,
+        model:Pretrainer,   # where encoder and backbone come from
+        width:int=32,       # channels of the head; 0: a linear probe
+        dropout:float=.2,   # in the head
+        raw:bool=True,      # the waveform beside the features
+        freeze:str='none',  # what does not learn: none, encoder, all or gradual
+    ):
+        options = dict(width=width, dropout=dropout, raw=raw)
+        super().__init__(model, PickHead(model.backbone.dim, **options), freeze)
+        self.options = options
 
     def logits(self, x):
         "(B, L, 3) normalised windows of any length to (B, L, 3) logits of noise, P and S"

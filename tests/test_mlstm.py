@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seismodel.blocks import BidirectionalMLSTM, MLSTMBlock
-from seismodel.mlstm import MLSTMState, mlstm_chunkwise, mlstm_parallel, mlstm_recurrent, soft_cap
+from seismodel.mlstm import MLSTMState, chunk_read, mlstm_chunkwise, mlstm_parallel, mlstm_recurrent, soft_cap
 
 NAMES = 'h', 'dq', 'dk', 'dv', 'di', 'df'
 
@@ -122,6 +122,54 @@ def test_chunkwise_for_any_shape(B, H, T, dk, dv, chunk, data):
     x = inputs(B, H, T, dk, dv, seed=T)
     want = run(lambda *z: mlstm_recurrent(*z, reverse=reverse), x)
     assert_near(run(lambda *z: mlstm_chunkwise(*z, reverse=reverse, chunk=chunk), x), want, 1e-9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(B=st.integers(1, 2), H=st.integers(1, 4), N=st.integers(1, 5), L=st.integers(1, 32), dk=st.integers(1, 9), dv=st.integers(1, 9), data=st.data())
+def test_reading_alone_is_the_recurrence(B, H, N, L, dk, dv, data):
+    "Any shape and direction, gates from shut to open; where they close too far it declines, and the caller's answer is right all the same"
+    reverse = data.draw(st.integers(0, H))
+    x = inputs(B, H, N * L, dk, dv, seed=data.draw(st.integers(0, 99)), gates=data.draw(st.sampled_from([.1, 1., 8.])), bias=data.draw(st.sampled_from([-4., 2., 6.])))
+    want = mlstm_recurrent(*x, reverse=reverse)
+    got = chunk_read(*x, reverse, L)
+    if got is not None: assert (got - want).abs().max() <= 1e-9 * want.abs().max()
+    with torch.no_grad(): assert (mlstm_chunkwise(*x, reverse=reverse) - want).abs().max() <= 1e-9 * want.abs().max()
+
+
+@pytest.mark.parametrize('shift, declines', [(0., False), (-1., False), (-14., True)])
+def test_reading_alone_in_single_precision(shift, declines):
+    "Nearly as exact as the tile as long as it answers, views and lengths between chunks included"
+    x = inputs(2, 4, 300, 8, gates=1.5, bias=4. + shift)
+    want = mlstm_recurrent(*x, reverse=2)
+    single = [z.float().transpose(1, 2).contiguous().transpose(1, 2) for z in x]
+    padded = [z[:, :, :288] for z in single]
+    assert (chunk_read(*padded, 2, 32) is None) == declines
+    with torch.no_grad(): got = mlstm_chunkwise(*single, reverse=2)
+    tile = mlstm_chunkwise(*[z.clone().requires_grad_() for z in single], reverse=2).detach()
+    errors = [((h.double() - want).abs().max() / want.abs().max()).item() for h in (got, tile)]
+    assert errors[0] <= max(2e-6, 4 * errors[1])
+
+
+@pytest.mark.parametrize('T', [1, 31, 32, 33, 150])
+def test_any_length_is_read_without_the_tile(T, monkeypatch):
+    "Filled up or not; and with a gradient to come, or a state, the tile is used"
+    x = [z.float() for z in inputs(1, 2, T, 4, bias=4.)]
+    with torch.no_grad(): want = mlstm_recurrent(*x, reverse=1)
+    def refuse(*_): raise AssertionError('the tile')
+    monkeypatch.setattr('seismodel.mlstm.chunk_forward', refuse)
+    torch.testing.assert_close(mlstm_chunkwise(*x, reverse=1), want, rtol=1e-4, atol=1e-4)
+    with pytest.raises(AssertionError, match='the tile'): mlstm_chunkwise(*[z.requires_grad_() for z in x], reverse=1)
+    with torch.no_grad(), pytest.raises(AssertionError, match='the tile'): mlstm_chunkwise(*x, return_state=True)
+
+
+def test_a_memory_far_above_or_below_its_chunk():
+    "Input gates at their cap in one chunk and shut in the next, both ways"
+    q, k, v, i, f = inputs(1, 2, 128, 4, bias=6.)
+    for loud in (slice(0, 32), slice(64, 96)):
+        gate = torch.full_like(i, -15.)
+        gate[:, :, loud] = 15.
+        want = mlstm_recurrent(q, k, v, gate, f, reverse=1)
+        torch.testing.assert_close(chunk_read(*(z.float() for z in (q, k, v, gate, f)), 1, 32).double(), want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
 
 
 @settings(max_examples=15, deadline=None)
