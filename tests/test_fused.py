@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seismodel import fused
-from seismodel.fused import FusedMix, FusedMLSTM, answers, disagreement, find_fault, mix, mix_plain, mlstm, plan, trusted
+from seismodel import fused, mixer
+from seismodel.fused import FusedMLSTM, answers, disagreement, find_fault, mlstm, plan, trusted
+from seismodel.mixer import FusedMix, mix, mix_plain
 from seismodel.mlstm import MLSTMState, mlstm_chunkwise, mlstm_recurrent, soft_cap
 
 cuda = torch.cuda.is_available()
@@ -122,7 +123,7 @@ def test_heads_filled_up_with_zeros(T, d, spare):
 
 def test_the_compiler_is_told_true_shapes():
     x = [torch.randn(2, 40, 4, 2, 16, device=device), torch.randn(2, 40, 2, 2, device=device), torch.ones(32, device=device)]
-    torch.library.opcheck(fused.mix_forward, (*x, 1, 1e-6), test_utils=('test_schema', 'test_faketensor'))
+    torch.library.opcheck(mixer.mix_forward, (*x, 1, 1e-6), test_utils=('test_schema', 'test_faketensor'))
 
 
 @settings(deadline=None, max_examples=200)
