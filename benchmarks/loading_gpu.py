@@ -59,13 +59,13 @@ class Trainer:
         if args.compile: compile_blocks(self.model)
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, .1), lr=torch.tensor(1e-4, device=device) if on_gpu else 1e-4,
                                            fused=True, capturable=on_gpu)
-        self.generator, self.done = torch.Generator(device), 0
-        one = lambda inputs: update(self.model, self.optimizer, [inputs], self.generator, self.c, self.ranks)
+        self.generator, self.done, self.told = torch.Generator(device), 0, torch.zeros((), device=device)
+        one = lambda inputs: update(self.model, self.optimizer, [inputs], self.generator, self.c, self.ranks, self.told)
         self.replay = Replay(one, self.generator) if on_gpu else None
 
     def step(self, batches):
         "One step; how many windows it took"
-        _, _, used = train_step(self.model, self.optimizer, batches, self.generator, self.done, self.c, self.ranks, replay=self.replay)
+        _, _, used = train_step(self.model, self.optimizer, batches, self.generator, self.done, self.c, self.ranks, self.told, self.replay)
         self.done += 1
         return sum(len(b['x']) for b in used)
 

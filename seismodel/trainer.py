@@ -13,7 +13,7 @@ __all__ = ['inputs_of', 'evaluate', 'training_batches', 'update', 'train_step', 
 import math
 import signal
 import threading
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from time import monotonic, perf_counter
@@ -21,7 +21,6 @@ from typing import Callable
 
 import torch
 import torch.nn as nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
@@ -85,23 +84,23 @@ def training_batches(
 
 # %% ../nbs/11_trainer.ipynb #8257f7ac
 def update(
-    net, # the model, or DistributedDataParallel around it
+    model, # in training
     optimizer, # fused
     parts, # the inputs of each forward pass, prepared as they are asked for
     generator, # on the device
     c:TrainConfig,
     ranks:Ranks, # who we are
-    stop:bool=False, # this rank was told to stop
+    told:torch.Tensor, # 0-d on the device, above 0 where this rank was told to stop
 ): # measures, means over the forward passes; numbers for `FiniteWatch`
     "One update from `c.accumulate` forward passes; withheld where loss or gradient is not finite. The host waits for nothing"
     metrics = {}
-    for k, inputs in enumerate(parts):
-        with net.no_sync() if ranks.world > 1 and k < c.accumulate - 1 else nullcontext():   # gradients travel once a step
-            with precision(ranks.device), ranks.draws(): loss, measures = net(inputs, generator)
-            (loss/c.accumulate).backward()
+    for inputs in parts:
+        with precision(ranks.device): loss, measures = model(inputs, generator)
+        (loss/c.accumulate).backward()
         for name, value in {'loss': loss.detach(), **measures}.items(): metrics[name] = metrics.get(name, 0.) + value/c.accumulate
-    norm = nn.utils.clip_grad_norm_(net.parameters(), c.clip)
-    loss, stop = ranks.average(torch.stack([metrics['loss'].float(), torch.full((), float(stop), device=ranks.device)]))
+    ranks.average_gradients(model)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), c.clip)
+    loss, stop = ranks.average(torch.stack([metrics['loss'].float(), told]))
     finite = loss.isfinite() & norm.isfinite()
     withhold_unless(finite, optimizer)
     optimizer.step()
@@ -110,18 +109,18 @@ def update(
 
 # %% ../nbs/11_trainer.ipynb #63dfb08f
 def train_step(
-    net, # the model, or DistributedDataParallel around it
+    model, # in training
     optimizer, # fused
     batches, # iterator over batches
     generator, # on the device
     step:int, # steps done
     c:TrainConfig,
     ranks:Ranks, # who we are
-    stop:bool=False, # this rank was told to stop
+    told:torch.Tensor, # 0-d on the device, above 0 where this rank was told to stop
     replay:Replay|None=None, # the update as a recording
 ): # measures, means over the forward passes; numbers for `FiniteWatch`; the batches
     "Set what follows from the number of the step, fetch the batches, and update"
-    model, used = getattr(net, 'module', net), []
+    used = []
     model.set_progress(step, c.steps)
     set_lr(optimizer, lr_at(step, c))
     seed_step(generator, c.seed, step)
@@ -130,7 +129,7 @@ def train_step(
             used.append(next(batches))
             torch.manual_seed(mixed(c.seed, step, k, ranks.rank))   # for dropout; after the data, which may draw in this process
             yield inputs_of(model, used[-1], ranks.device)
-    if replay is None: return *update(net, optimizer, parts(), generator, c, ranks, stop), used
+    if replay is None: return *update(model, optimizer, parts(), generator, c, ranks, told), used
     metrics, numbers = replay(*parts())
     return metrics, numbers.clone(), used      # the next replay writes over its results, and the numbers are read late
 
@@ -266,13 +265,14 @@ def train(
     check_fit(c, data, folder, resume, ranks)
     about = {'model': asdict(model.config) if is_dataclass(getattr(model, 'config', None)) else {}, 'train': asdict(c), **(extra or {})}
     model.to(ranks.device).train()
-    model.average = ranks.average     # for losses that are means over an uneven number of things
+    model.average, model.draws = ranks.average, ranks.draws     # for means over an uneven number of things, and the draws of the whole batch
     on_gpu = ranks.device.type == 'cuda'
     optimizer = torch.optim.AdamW(parameter_groups(model, c.weight_decay), lr=torch.tensor(c.lr, device=ranks.device) if on_gpu else c.lr,
                                   betas=c.betas, fused=True, capturable=on_gpu)
     dev_batches = loader(dev, in_order(dev, c.batch_size), c, ranks.device)
     show = next(iter(dev_batches))['x'].to(ranks.device)       # read before anything is written: bad data shows here
     at = begin(folder, model, optimizer, about, resume, ranks)
+    ranks.same_weights(model)
     log = RunLog(folder, at.step, c.tensorboard) if ranks.rank == 0 else None
     try:
         if resume and ranks.rank == 0: save_for_people(folder, model, at, about, data)     # the kill may have come between checkpoint and these
@@ -307,16 +307,16 @@ def draw_run(model, show, folder):
 def run_steps(model, optimizer, data, dev_batches, show, c, folder, about, at, log, ranks, augment):
     "From where the run stands to its end; `at` moves along"
     if worth_compiling(ranks.device, c.steps): compile_blocks(model)
-    net = model if ranks.world == 1 else DistributedDataParallel(model)
-    generator = torch.Generator(ranks.device)
+    generator, told = torch.Generator(ranks.device), torch.zeros((), device=ranks.device)
     recorded = ranks.device.type == 'cuda' and ranks.world == 1 and c.accumulate == 1 and getattr(model, 'steady', True)
-    replay = Replay(lambda inputs: update(net, optimizer, [inputs], generator, c, ranks), generator) if recorded else None
+    replay = Replay(lambda inputs: update(model, optimizer, [inputs], generator, c, ranks, told), generator) if recorded else None
     watch = FiniteWatch(folder, ranks.device, c.skip_nonfinite, at.withheld, ranks.gather, write=ranks.rank == 0)
     bar = tqdm(range(at.step + 1, c.steps + 1), initial=at.step, total=c.steps, unit='step', disable=ranks.rank > 0)
     since, done, saved = perf_counter(), at.step, at.step
     with Signals() as signals, training_batches(data, c, ranks, at.step, augment) as batches:
         for step in bar:
-            metrics, numbers, used = train_step(net, optimizer, batches, generator, step - 1, c, ranks, signals.caught, replay)
+            if signals.caught: told.fill_(1)
+            metrics, numbers, used = train_step(model, optimizer, batches, generator, step - 1, c, ranks, told, replay)
             at.step = step
             at.count(used)
             watch.add(step, numbers, used)

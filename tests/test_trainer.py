@@ -90,7 +90,7 @@ def test_accumulation_averages_the_gradients():
     expected = math.sqrt(sum(((a + b)/2).square().sum().item() for a, b in zip(*gradients)))
     model.zero_grad()
     optimizer = torch.optim.AdamW(parameter_groups(model, .1), fused=True)
-    out, _, _ = train_step(model, optimizer, iter(batches), generator, 0, c, Ranks(device))
+    out, _, _ = train_step(model, optimizer, iter(batches), generator, 0, c, Ranks(device), torch.zeros((), device=device))
     assert out['grad_norm'].item() == pytest.approx(expected, rel=1e-4)
 
 
