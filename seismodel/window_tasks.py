@@ -199,11 +199,11 @@ def finetune_window(
 # %% ../nbs/11l_window_tasks.ipynb #37ff3125
 def window_plan(from_run, preset, data, column, classes, weights, fraction, freeze)->dict:
     "What config.json says of such a run; raises `UserError` for what makes no sense"
-    plan = fine_plan(from_run, preset, data, weights, fraction, freeze, width=0)
+    plan = fine_plan(from_run, preset, data, weights, fraction, freeze, width=0, augment='none')
     if not column: raise UserError('Say which column of the metadata has the labels, with --column NAME.')
     named = [name.strip() for name in classes.split(',')] if classes else None
     if named and (len(set(named)) < 2 or '' in named): raise UserError(f"--classes is '{classes}'; give at least two different names with commas between.")
-    return {**{k: v for k, v in plan.items() if k != 'width'}, 'column': column, 'classes': named}
+    return {**{k: v for k, v in plan.items() if k not in ('width', 'augment')}, 'column': column, 'classes': named}
 
 def saved_window_plan(folder)->tuple[dict, TrainConfig]:
     "From config.json of a run"
