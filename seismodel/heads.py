@@ -6,7 +6,7 @@ Docs: https://seismodel.github.io/seismodel/heads.html.md"""
 
 # %% auto #0
 __all__ = ['LABELS', 'SIGMA', 'FREEZE', 'PRETRAINING_ONLY', 'to_samples', 'ConvNorm', 'PickHead', 'WindowHead', 'pick_labels',
-           'pick_loss', 'FineTuned', 'Picker', 'found', 'picker_from_dict', 'load_picker']
+           'labels_of', 'pick_loss', 'FineTuned', 'Picker', 'found', 'picker_from_dict', 'load_picker']
 
 # %% ../nbs/11b_heads.ipynb #44d1b57a
 import json
@@ -103,6 +103,15 @@ def pick_labels(
     y = y/y.sum(-1, keepdim=True).clamp_min(1.)
     return torch.cat([1 - y.sum(-1, keepdim=True), y], -1)
 
+# %% ../nbs/11b_heads.ipynb #97790bd0
+def labels_of(
+    batch:dict, # p_onset and s_onset (B,) samples, and p_status, s_status (B,) int, 0 where a phase was not labelled; without them all are
+)->tuple[Tensor, Tensor]: # onsets (B, 2), NaN where there is none or it is not labelled; (B, 2) bool, whether P and S were labelled
+    "What a batch of windows says about P and S"
+    onset = torch.stack([batch['p_onset'], batch['s_onset']], -1)
+    known = torch.stack([batch.get(f'{k}_status', torch.ones_like(onset[:, 0])) > 0 for k in 'ps'], -1)
+    return onset.masked_fill(~known, math.nan), known
+
 # %% ../nbs/11b_heads.ipynb #4be11151
 def pick_loss(
     logits:Tensor, # (B, L, 3) of noise, P and S
@@ -174,9 +183,7 @@ class Picker(FineTuned):
         generator:torch.Generator|None=None, # not used: nothing is drawn but dropout
     )->Step:
         "Cross-entropy of the picks that are labelled, and how many were found"
-        x, onset = batch['x'], torch.stack([batch['p_onset'], batch['s_onset']], -1)          # (B, 2)
-        known = torch.stack([batch.get(f'{k}_status', torch.ones_like(onset[:, 0])) > 0 for k in 'ps'], -1)
-        onset = onset.masked_fill(~known, math.nan)
+        x, (onset, known) = batch['x'], labels_of(batch)
         features = self.features(x)
         logits = self.head(features, x)
         loss = pick_loss(logits, pick_labels(*onset.unbind(-1), x.shape[1]), known)

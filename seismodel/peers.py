@@ -9,7 +9,6 @@ __all__ = ['Peer', 'PhaseNetPeer', 'detection_labels', 'EQTransformerPeer', 'fre
 
 # %% ../nbs/11g_peers.ipynb #9790babc
 import json
-import math
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import __version__
-from .heads import LABELS, found, load_picker, pick_labels, pick_loss
+from .heads import LABELS, found, labels_of, load_picker, pick_labels, pick_loss
 from .picking import Instruments, SeisModelPicker, StreamPicker
 from .pretraining import Step, load_weights, read_model, write_atomically
 from .waveforms import COMPONENTS, SAMPLING_RATE, WINDOW, UserError
@@ -49,9 +48,7 @@ class Peer(nn.Module):
         generator:torch.Generator|None=None, # not used: nothing is drawn but dropout
     )->Step:
         "The loss over the picks that are labelled, and how many were found"
-        x, onset = batch['x'], torch.stack([batch['p_onset'], batch['s_onset']], -1)          # (B, 2)
-        known = torch.stack([batch.get(f'{k}_status', torch.ones_like(onset[:, 0])) > 0 for k in 'ps'], -1)
-        onset = onset.masked_fill(~known, math.nan)
+        x, (onset, known) = batch['x'], labels_of(batch)
         z = self.outputs(x)
         return Step(self.loss(z, onset, known), found(self.probabilities(z).clamp_min(1e-9).log(), onset))
 
