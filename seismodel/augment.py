@@ -6,7 +6,7 @@ Docs: https://seismodel.github.io/seismodel/augment.html.md"""
 
 # %% auto #0
 __all__ = ['ONSETS', 'uniform', 'moved', 'at', 'random_window', 'shift_time', 'drop_components', 'flip_polarity',
-           'rotate_horizontals', 'add_noise', 'inside', 'add_gaps', 'sometimes', 'Augmentation', 'fine_augment']
+           'rotate_horizontals', 'add_noise', 'add_gaps', 'sometimes', 'Augmentation', 'fine_augment']
 
 # %% ../nbs/01g_augment.ipynb #fa0d786a
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from typing import Callable
 
 import torch
 
+from .loading import inside
 from .waveforms import STATUS
 
 # %% ../nbs/01g_augment.ipynb #2ebdb66c
@@ -103,13 +104,8 @@ def add_noise(batch:dict, generator:torch.Generator,
     spread = lambda v: (v - v.mean(1, keepdim=True)).square().mean((1, 2)).sqrt()
     n = noise[which] - noise[which].mean(1, keepdim=True)
     size = ratio * spread(x) / spread(n).clamp(min=torch.finfo(torch.float32).tiny)
-    there = (x != x[:, :1]).any(1, keepdim=True) & inside(batch)               # not into missing components or padding
+    there = (x != x[:, :1]).any(1, keepdim=True) & inside(batch["valid"], x.shape[1])               # not into missing components or padding
     return {**batch, "x": torch.where(there, x + size[:, None, None] * n, x)}
-
-def inside(batch:dict) -> torch.Tensor: # (B, L, 1) bool
-    "Samples that come from the record"
-    t = torch.arange(batch["x"].shape[1], device=batch["x"].device)
-    return ((t >= batch["valid"][:, :1]) & (t < batch["valid"][:, 1:]))[..., None]
 
 def add_gaps(batch:dict, generator:torch.Generator,
     share:float=.1, # of the windows

@@ -6,7 +6,7 @@ Docs: https://seismodel.github.io/seismodel/finetuning.html.md"""
 
 # %% auto #0
 __all__ = ['RECIPES', 'events_of', 'Share', 'share_of', 'start_model', 'start_picker', 'fine_recipe', 'label_windows',
-           'with_real_noise', 'fine_plan', 'finetune', 'evaluate']
+           'with_real_noise', 'fine_plan', 'saved_run', 'finetune', 'evaluate']
 
 # %% ../nbs/11f_finetuning.ipynb #92f5df8c
 import csv
@@ -21,15 +21,15 @@ import numpy as np
 import torch
 
 from .augment import Augmentation, fine_augment
-from .distributed import join_ranks
+from .distributed import join_ranks, pick_device
 from .frontend import count_parameters
 from .heads import FREEZE, Picker, picker_from_dict
 from .pretraining import Pretrainer, build, from_pretrained, preset as find_preset, write_atomically
-from .recipe import TrainConfig, check_config
+from .recipe import TrainConfig, check_config, train_from_dict
 from .trainer import train
 from .loading import WindowDataset
 from .noise import EventsInNoise, noise_bank
-from .sources import SyntheticSource, open_folder, open_published, open_source, published_names
+from .sources import SyntheticSource, open_folder, open_published, open_source, published_names, whole_path
 from .waveforms import WINDOW, UserError, log
 
 # %% ../nbs/11f_finetuning.ipynb #d079db8a
@@ -140,11 +140,21 @@ def fine_plan(from_run, preset, data, weights, fraction, freeze, width, augment)
     if width < 0: raise UserError(f"--width is {width}; it must not be negative.")
     if augment not in ('full', 'none'): raise UserError(f"--augment is '{augment}'; choose full or none.")
     if not data: raise UserError('Say which labels, with --data FOLDER.')
-    whole = lambda name: str(Path(name).expanduser().resolve()) if Path(name).expanduser().is_dir() else name
     try: shares = [float(w) for w in weights.split(',')] if weights else None
     except ValueError: raise UserError(f"--weights is '{weights}'; give positive numbers with commas between.") from None
-    return {'from': from_run if from_run in (None, 'random') else whole(from_run), 'preset': preset, 'data': [whole(d) for d in data], 'weights': shares,
+    return {'from': from_run if from_run in (None, 'random') else whole_path(from_run), 'preset': preset, 'data': [whole_path(d) for d in data], 'weights': shares,
             'fraction': fraction, 'freeze': freeze, 'width': width, 'augment': asdict(Augmentation()) if augment == 'full' else None}
+
+def saved_run(
+    folder:Path, # of a run
+    key:str,     # what its config.json must have
+    other:str,   # what to say of a run that has not
+)->dict: # config.json
+    "The settings of a run to go on with; raises `UserError` where it is none, or of another kind"
+    try: saved = json.loads((Path(folder)/'config.json').read_text())
+    except (OSError, ValueError): raise UserError(f"'{folder}' holds no run to resume: config.json is missing or damaged.") from None
+    if key not in saved: raise UserError(other)
+    return saved
 
 def finetune(
     from_run:str=None, # the folder of a pretrained model, or random, which needs --preset; --from for short
@@ -171,10 +181,8 @@ def finetune(
 )->Path: # the run's folder
     "Fine-tune a pretrained model to pick P and S, or go on with such a run"
     if resume:
-        try: saved = json.loads((Path(resume)/'config.json').read_text())
-        except (OSError, ValueError): raise UserError(f"'{resume}' holds no run to resume: config.json is missing or damaged.") from None
-        if 'finetune' not in saved: raise UserError(f"'{resume}' is not a fine-tuning run; go on with it by `seismodel pretrain --resume`.")
-        plan, folder, c = saved['finetune'], Path(resume), TrainConfig(**{**saved['train'], 'betas': tuple(saved['train']['betas'])})
+        saved = saved_run(resume, 'finetune', f"'{resume}' is not a fine-tuning run; go on with it by `seismodel pretrain --resume`.")
+        plan, folder, c = saved['finetune'], Path(resume), train_from_dict(saved['train'])
         picker = picker_from_dict(saved, plan['freeze']).train()
     else:
         plan = fine_plan(from_run, preset, data, weights, fraction, freeze, width, augment)
@@ -214,7 +222,7 @@ def evaluate(
     else: raise UserError(f"'{data}' is neither a folder nor a dataset of SeisBench.")
     from seismodel.evaluation import pick_benchmark, score_records, summarise
     from seismodel.picking import open_picker
-    net = open_picker(model).to(device if device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu')
+    net = open_picker(model).to(pick_device(device))
     if split not in set(dataset.metadata['split']): raise UserError(f"'{data}' has no trace in the split '{split}'.")
     tables = {'tasks': pick_benchmark(net, dataset, targets or Path(out)/'targets', split, context)}
     tables['records'] = score_records(net, dataset.get_split(split), threshold, progress=True)

@@ -7,7 +7,7 @@ Docs: https://seismodel.github.io/seismodel/sources.html.md"""
 # %% auto #0
 __all__ = ['PHASES', 'NEEDED', 'SyntheticSource', 'onsets', 'statuses', 'draw_split', 'split_column', 'unusable', 'trace_names',
            'component_codes', 'of_split', 'refusals', 'make_quick', 'SeisBenchSource', 'check_files', 'open_folder',
-           'open_published', 'open_source', 'published', 'published_names']
+           'open_published', 'whole_path', 'open_source', 'published', 'published_names']
 
 # %% ../nbs/01d_sources.ipynb #2e3bc429
 import logging
@@ -297,6 +297,13 @@ def open_published(
         if not isinstance(e, Exception): raise                                 # Ctrl-C stays Ctrl-C
         raise UserError(f"SeisBench cannot provide {name} ({type(e).__name__}: {reason(e)[:150]}); connect to the "
                         "network, or give the folder of a data set") from None
+
+# %% ../nbs/01d_sources.ipynb #b98b4733
+def whole_path(
+    name:str, # what a person typed: a folder or a name
+) -> str:
+    "The whole path of a folder; other names as they are"
+    return str(Path(name).expanduser().resolve()) if Path(name).expanduser().is_dir() else name
 
 # %% ../nbs/01d_sources.ipynb #d3afc4e2
 def open_source(

@@ -26,6 +26,7 @@ from .comparison import brief, figure, gains, gather, pack_study, results, table
 from .distributed import pick_device
 from .health import TrainingError
 from .pretraining import write_atomically
+from .sources import whole_path
 from .trainer import Interrupted, Signals
 from .waveforms import UserError
 
@@ -161,7 +162,7 @@ def study(
     if augment not in ('full', 'none'): raise UserError(f"--augment is '{augment}'; choose full or none.")
     pick_device(device)
     methods = methods_of(from_run, peer, lr)
-    h = Harness(tuple(str(Path(d).expanduser().resolve()) if Path(d).expanduser().is_dir() else d for d in data), steps, batch_size, threshold,
+    h = Harness(tuple(map(whole_path, data)), steps, batch_size, threshold,
                 synthetic, augment, validation_windows, device, workers)
     todo, whole = plan(methods, shares, chosen, h, Path(out)/'cells'), len(methods)*len(shares)*len(chosen)
     print(f"{len(methods)} methods × {len(shares)} shares × {len(chosen)} seeds: {whole} cells of {steps} steps, {whole - len(todo)} done before")

@@ -6,7 +6,7 @@ Docs: https://seismodel.github.io/seismodel/window_tasks.html.md"""
 
 # %% auto #0
 __all__ = ['WindowModel', 'load_window_model', 'answers', 'figures_of', 'score', 'plot_answers', 'finetune_window', 'window_plan',
-           'saved_window_plan', 'evaluate_window']
+           'evaluate_window']
 
 # %% ../nbs/11l_window_tasks.ipynb #8a0e9c64
 import json
@@ -19,13 +19,13 @@ import torch
 from torch.nn import functional as F
 
 from .distributed import join_ranks, pick_device
-from .finetuning import fine_plan, fine_recipe, start_model
+from .finetuning import fine_plan, fine_recipe, saved_run, start_model
 from .frontend import count_parameters
 from .heads import FineTuned, WindowHead
 from .loading import cut, normalize_windows
 from .masked_mse import feature_variance
 from .pretraining import Pretrainer, Step, build, config_from_dict, load_weights, read_model, write_atomically
-from .recipe import TrainConfig
+from .recipe import train_from_dict
 from .sources import open_source
 from .trainer import train
 from .waveforms import WINDOW, BadRecord, UserError
@@ -174,7 +174,10 @@ def finetune_window(
     resume:Path=None, # the folder of such a run to go on with; needs nothing else
 )->Path: # the run's folder
     "Fine-tune a pretrained model to answer one question about a window, or go on with such a run"
-    if resume: plan, c, folder = *saved_window_plan(Path(resume)), Path(resume)
+    if resume:
+        saved = saved_run(resume, 'finetune_window', f"'{resume}' is no run of `seismodel finetune-window`; resume it with the command that began it.")
+        plan, folder, c = saved['finetune_window'], Path(resume), train_from_dict(saved['train'])
+        start = build(config_from_dict(saved['model']))
     else:
         plan = window_plan(from_run, preset, data, column, classes, weights, fraction, freeze)
         if not out: raise UserError("Name the run's folder, with --out FOLDER.")
@@ -183,7 +186,6 @@ def finetune_window(
         c = fine_recipe(start.config.method, steps=500 if steps is None else steps, batch_size=batch_size, lr=lr, weight_decay=weight_decay, seed=seed, device=device, workers=workers,
                         validate_every=validate_every, validation_windows=validation_windows, checkpoint_every=checkpoint_every, tensorboard=tensorboard or None)
     question, training, dev = label_sources(plan['data'], plan['column'], plan['classes'], plan['fraction'], c.seed)
-    if resume: start = build(config_from_dict(json.loads((folder/'config.json').read_text())['model']))
     model = WindowModel(start, question, plan['freeze']).train()
     windows = LabelledWindows(training, c.steps*c.accumulate*c.batch_size, plan['weights'], c.seed)
     looked_at = LabelledWindows(dev, c.validation_windows, plan['weights'], c.seed)
@@ -204,13 +206,6 @@ def window_plan(from_run, preset, data, column, classes, weights, fraction, free
     named = [name.strip() for name in classes.split(',')] if classes else None
     if named and (len(set(named)) < 2 or '' in named): raise UserError(f"--classes is '{classes}'; give at least two different names with commas between.")
     return {**{k: v for k, v in plan.items() if k not in ('width', 'augment')}, 'column': column, 'classes': named}
-
-def saved_window_plan(folder)->tuple[dict, TrainConfig]:
-    "From config.json of a run"
-    try: saved = json.loads((folder/'config.json').read_text())
-    except (OSError, ValueError): raise UserError(f"'{folder}' holds no run to resume: config.json is missing or damaged.") from None
-    if 'finetune_window' not in saved: raise UserError(f"'{folder}' is no run of `seismodel finetune-window`; resume it with the command that began it.")
-    return saved['finetune_window'], TrainConfig(**{**saved['train'], 'betas': tuple(saved['train']['betas'])})
 
 # %% ../nbs/11l_window_tasks.ipynb #b241ac7c
 def evaluate_window(
