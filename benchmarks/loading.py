@@ -25,7 +25,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from seismodel.reading import Store, StoreSource
-from seismodel.loading import Batches, WindowDataset, device_batches
+from seismodel.loading import Batches, WindowDataset, device_batches, unbundle
 from seismodel.pack import pack
 from seismodel.store import StoreWriter, finish
 from seismodel.waveforms import WINDOW, Record
@@ -199,7 +199,7 @@ def main():
         top = 0.
         for label, make in (('store, one thread', lambda: ours(store)), ('store, one thread, no label curves', lambda: ours(store, False)),
                             ('store, 2 processes', lambda: in_processes(store)),
-                            ('store, raw int16 for a GPU, one thread', lambda: (b['x'] for b in raw(store))),
+                            ('store, raw int16 for a GPU, one thread', lambda: (unbundle(b['bytes'], b['layout'])['x'] for b in raw(store))),
                             ('store, prefetching thread', lambda: (b['x'] for b in device_batches(raw(store), BATCH)))):
             rate, cost = best(make, args.windows, args.rounds)
             print(f'  {label:45} {rate:9,.0f} {cost:9,.0f}   x {rate / peer:.1f}')

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from seismodel import augment
 from seismodel.reading import Store, StoreSource
 from seismodel.inspection import inspect, snr
-from seismodel.loading import (Batches, WindowDataset, amplitudes, dead, device_batches, normalize_narrow, standardize,
+from seismodel.loading import (Batches, WindowDataset, amplitudes, bundle, dead, device_batches, normalize_narrow, standardize, unbundle,
                                to_model, uniforms)
 from seismodel.pack import pack
 from seismodel.sources import SyntheticSource, open_source
@@ -185,6 +185,17 @@ def test_the_loader_of_a_trainer(mixed, method, workers):
         batches = list(loader)
         assert [len(b['x']) for b in batches] == [8, 8, 4]
         for k in want: same(torch.cat([b[k] for b in batches]), want[k])
+
+
+@given(st.lists(st.tuples(st.sampled_from([torch.int64, torch.float32, torch.int16, torch.float16, torch.int8, torch.bool]),
+                          st.lists(st.integers(0, 5), min_size=1, max_size=3)), min_size=1, max_size=6))
+def test_a_bundle_of_anything(kinds):
+    "Any types and shapes, empty ones too, in any order"
+    batch = {f'v{k}': torch.randint(0, 2, shape).to(dtype) for k, (dtype, shape) in enumerate(kinds)}
+    sent = bundle(batch)
+    found = unbundle(sent['bytes'], sent['layout'])
+    assert found.keys() == batch.keys()
+    for k in batch: same(found[k], batch[k])
 
 
 def test_device_batches(mixed):
