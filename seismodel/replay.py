@@ -62,6 +62,10 @@ class Replay:
         # thread_local: the loader's thread may pin memory meanwhile, which a global recording would not survive
         with torch.cuda.graph(self.graph, capture_error_mode='thread_local'): self.results = self.function(self.inputs)
 
+    def close(self):
+        "Let go of the recording"
+        self.graph = self.results = None
+
 # %% ../nbs/10g_replay.ipynb #4077587d
 def compile_blocks(
     model:nn.Module, # with such parts somewhere inside

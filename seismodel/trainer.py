@@ -13,7 +13,7 @@ __all__ = ['inputs_of', 'evaluate', 'training_batches', 'update', 'train_step', 
 import math
 import signal
 import threading
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from time import monotonic, perf_counter
@@ -308,12 +308,12 @@ def run_steps(model, optimizer, data, dev_batches, show, c, folder, about, at, l
     "From where the run stands to its end; `at` moves along"
     if worth_compiling(ranks.device, c.steps): compile_blocks(model)
     generator, told = torch.Generator(ranks.device), torch.zeros((), device=ranks.device)
-    recorded = ranks.device.type == 'cuda' and ranks.world == 1 and c.accumulate == 1 and getattr(model, 'steady', True)
+    recorded = ranks.device.type == 'cuda' and c.accumulate == 1 and getattr(model, 'steady', True)
     replay = Replay(lambda inputs: update(model, optimizer, [inputs], generator, c, ranks, told), generator) if recorded else None
     watch = FiniteWatch(folder, ranks.device, c.skip_nonfinite, at.withheld, ranks.gather, write=ranks.rank == 0)
     bar = tqdm(range(at.step + 1, c.steps + 1), initial=at.step, total=c.steps, unit='step', disable=ranks.rank > 0)
     since, done, saved = perf_counter(), at.step, at.step
-    with Signals() as signals, training_batches(data, c, ranks, at.step, augment) as batches:
+    with closing(replay) if replay else nullcontext(), Signals() as signals, training_batches(data, c, ranks, at.step, augment) as batches:
         for step in bar:
             if signals.caught: told.fill_(1)
             metrics, numbers, used = train_step(model, optimizer, batches, generator, step - 1, c, ranks, told, replay)
