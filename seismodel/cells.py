@@ -244,6 +244,7 @@ def refuse_others(
     differ = differences(*(settings if same else in_common(settings) for settings in (saved, wanted)), FREE)
     if differ: raise UserError(f"'{folder}' is of a study with other settings: {'; '.join(differ)}. Give the same settings, or another --out.")
 
+# %% ../nbs/11h_cells.ipynb #45bd04a6
 def run_cell(
     cell:Cell,
     h:Harness,
@@ -262,6 +263,3 @@ def run_cell(
     write_atomically(part/'records.csv', lambda path: table.to_csv(path, index=False))
     shutil.rmtree(part/'checkpoints', ignore_errors=True)
     os.replace(part, done)
-
-
-

@@ -80,11 +80,11 @@ def choose_grad_kernel(logits, weight, seed, temperature, dusage, d, first, N, G
 ROWS, CHUNK = 16, 8192    # frames of a program, and of a step
 
 def scores(frames, proj, bias, scale):
-    "Logits (n, G*V) of all codes for these frames (n, D)"
+    "Logits (n, G · V) of all codes for these frames (n, D)"
     return torch.addmm(bias, frames, proj.T, beta=scale, alpha=scale)
 
 class Quantize(torch.autograd.Function):
-    "Rows of `x` to code vectors (N, G*d), codes (N, G) and usage (G, V)"
+    "Rows of `x` to code vectors (N, G · d), codes (N, G) and usage (G, V)"
     @staticmethod
     def forward(ctx, x, rows, weight, proj, bias, book, temperature, seed, scale, G, noise):
         N, V = len(rows), len(proj)//G
@@ -281,7 +281,7 @@ def info_nce_grad_kernel(x, y, rows_x, rows_y, inv_x, inv_y, times, left, masked
 
 # %% ../nbs/08a_loss_kernels.ipynb #c6c961ea
 class InfoNCE(torch.autograd.Function):
-    "Summed loss (0-d) and the four sums (loss, hits, counted, collided) of predictions (*, D) and targets (*, D) at given rows"
+    "Summed loss (0-d) and the four sums (loss, hits, counted, collided) of predictions (rows, D) and targets (rows, D) at given rows"
     @staticmethod
     def forward(ctx, c, q, rows_c, rows_q, times, left, masked, n_negatives, temperature):
         (B, M), D = rows_c.shape, c.shape[1]
