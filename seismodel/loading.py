@@ -6,7 +6,8 @@ Docs: https://seismodel.github.io/seismodel/loading.html.md"""
 
 # %% auto #0
 __all__ = ['ON_HOST', 'mix', 'uniforms', 'normalize_narrow', 'inside', 'standardize', 'dead', 'cut', 'normalize_windows', 'put',
-           'empty', 'WindowDataset', 'bundle', 'unbundle', 'Batches', 'amplitudes', 'to_model', 'device_batches']
+           'empty', 'Filler', 'shares_of', 'choose_sources', 'by_name', 'WindowDataset', 'bundle', 'unbundle',
+           'Batches', 'amplitudes', 'to_model', 'make_ready', 'device_batches']
 
 # %% ../nbs/01f_loading.ipynb #a380f272
 from contextlib import nullcontext
@@ -161,7 +162,89 @@ def empty(
     return Windows(np.empty((count, window, 3), dtype), np.ones((count, 3), np.float32), np.zeros((count, 2), np.int32),
                    np.zeros((count, 4), np.float32), np.zeros((count, 2), np.int8), np.zeros(count, int))
 
-# %% ../nbs/01f_loading.ipynb #79c40ea7
+# %% ../nbs/01f_loading.ipynb #62cabeb8
+class Filler:
+    "Fills rows of batches from one source"
+    def __init__(self,
+        source,        # with `name`, `len()` and `record(i)`, see `open_source`; perhaps `windows`, `label` and `prefetch`
+        window:int,    # samples
+        rejected:dict, # gets "source/record" -> why it was drawn in vain; several fillers may share it
+    ): self.source, self.window, self.rejected, self.bad = source, window, rejected, {}     # bad: for the next draw
+
+    def fill(self,
+        b:Windows,       # a batch, filled in place
+        rows:np.ndarray, # (B,) which rows
+        u:np.ndarray,    # (B, 2) in [0, 1): of the record, of the offset
+        raw:bool,        # leave the samples as they are
+    ) -> np.ndarray: # rows that succeeded
+        if hasattr(self.source, "windows"):
+            done = [self.some(b, rows[k:k + 32], u[k:k + 32], raw) for k in range(0, len(rows), 32)]
+            return np.concatenate(done)
+        i = (u[:, 0] * len(self.source)).astype(int).tolist()
+        wanted = sorted(set(i) - self.bad.keys())
+        if wanted and hasattr(self.source, "prefetch"): self.source.prefetch(wanted)
+        return np.array([row for row, k, v in zip(rows, i, u[:, 1]) if self.one(b, row, k, v, raw)], int)
+
+    def some(self, b, rows, u, raw):
+        "Fill a few rows, as many as the cache holds, from a source that has `windows`"
+        w = self.source.windows(u, self.window)
+        still = dead(w.x, w.valid)
+        if still.any():
+            for i in w.record[still]: self.reject(self.source.label(i), "no signal in the window that was drawn")
+            rows, w = rows[~still], Windows(*(v[~still] for v in w))
+        put(b, rows, w, raw)
+        return rows
+
+    def one(self, b, row, i, u, raw):
+        "Fill a row from record i, if that record is any good"
+        try:
+            if i in self.bad: raise BadRecord(*self.bad[i])
+            try: record = self.source.record(i)
+            except BadRecord as e: self.bad[i] = e.args; raise
+            w = cut(record, self.window, u)
+        except BadRecord as e:
+            self.reject(*e.args)
+            return False
+        put(b, np.array([row]), w, raw)
+        return True
+
+    def reject(self, name, why):
+        "Count a bad record under its name, and say so once"
+        name = f"{self.source.name}/{name}"
+        if name not in self.rejected: log.warning("%s: %s; another record is drawn", name, why)
+        self.rejected[name] = why
+
+# %% ../nbs/01f_loading.ipynb #a5bba6b4
+def shares_of(
+    weights, # one for each source, any positive scale; None: all alike
+    n:int,   # sources
+) -> np.ndarray: # (n,) with the sum 1
+    "The share of each source; raises `UserError` where there are not as many as sources, or none is positive"
+    share = np.ones(n) if weights is None else np.asarray(weights, float)
+    valid = share.shape == (n,) and (np.isfinite(share) & (share >= 0)).all() and share.any()
+    if not valid: raise UserError(f"{n} sources need as many weights, positive or 0: {weights}")
+    return share / share.sum()
+
+def choose_sources(
+    u:np.ndarray,     # (B,) in [0, 1)
+    share:np.ndarray, # (n,) from `shares_of`
+) -> np.ndarray: # (B,) numbers of sources
+    "A source by its share"
+    return np.minimum(np.searchsorted(np.cumsum(share), u, side="right"), np.flatnonzero(share)[-1])
+
+# %% ../nbs/01f_loading.ipynb #01802312
+def by_name(
+    b:Windows, # a batch that is full
+    raw:bool,  # with what is needed to normalise it later
+    **more,    # further arrays (B,)
+) -> dict: # name -> tensor (B, …)
+    "A batch as PyTorch wants it"
+    labels = dict(zip(("p_onset", "s_onset", "p_weak", "s_weak"), b.onset.T.copy()))
+    labels |= dict(zip(("p_status", "s_status"), b.status.T.copy()))
+    if raw: labels |= dict(scale=b.scale, valid=b.valid)
+    return {k: torch.from_numpy(v) for k, v in dict(x=b.x, **labels, **more).items()}
+
+# %% ../nbs/01f_loading.ipynb #04d4e548
 class WindowDataset(Dataset):
     """Windows of one or several sources; item n depends on (seed, start + n) and the sources alone.
 
@@ -176,12 +259,9 @@ class WindowDataset(Dataset):
         start:int=0,        # number of the first window: a resumed run starts where it stopped
         window:int=WINDOW,  # samples of a window
     ):
-        share = np.ones(len(sources)) if weights is None else np.asarray(weights, float)
-        valid = share.shape == (len(sources),) and (np.isfinite(share) & (share >= 0)).all() and share.any()
-        if not valid: raise UserError(f"{len(sources)} sources need as many weights, positive or 0: {weights}")
-        self.sources, self.length, self.share = list(sources), length, share / share.sum()
-        self.seed, self.start, self.window = seed, start, window
-        self.rejected, self._bad = {}, {}                                      # for people; for the next draw
+        self.sources, self.length, self.share = list(sources), length, shares_of(weights, len(sources))
+        self.seed, self.start, self.window, self.rejected = seed, start, window, {}
+        self.fillers = [Filler(s, window, self.rejected) for s in self.sources]
 
     def __len__(self): return self.length
     def __getitem__(self, n:int) -> dict: return self.__getitems__([n])[0]
@@ -200,70 +280,25 @@ class WindowDataset(Dataset):
         for k in n[(n < 0) | (n >= self.length)]: raise IndexError(f"window {k} of {self.length}")
         n, kinds = n + self.start, {s.store.dtype if hasattr(s, "windows") else np.dtype("f4") for s in self.sources}
         b = empty(len(n), self.window, kinds.pop() if raw and len(kinds) == 1 else np.float32)
-        todo, redrawn, upto = np.arange(len(n)), np.zeros(len(n), int), np.cumsum(self.share)
-        source, last, attempt = np.zeros(len(n), int), np.flatnonzero(self.share)[-1], 0
+        todo, source, redrawn, attempt = np.arange(len(n)), np.zeros(len(n), int), np.zeros(len(n), int), 0
         while len(todo) and attempt < 1000:
             u = uniforms(self.seed, n[todo], attempt)
-            source[todo] = s = np.minimum(np.searchsorted(upto, u[:, 0], side="right"), last)
-            done = [self._draw(b, k, todo[s == k], u[s == k, 1:], raw) for k in np.unique(s)]
+            source[todo] = s = choose_sources(u[:, 0], self.share)
+            done = [self.fillers[k].fill(b, todo[s == k], u[s == k, 1:], raw) for k in np.unique(s)]
             todo, attempt = np.setdiff1d(todo, np.concatenate(done)), attempt + 1
             redrawn[todo] += 1
         for k in todo: source[k], redrawn[k] = self._walk(b, k, n[k], raw)
-        labels = dict(zip(("p_onset", "s_onset", "p_weak", "s_weak"), b.onset.T.copy()))
-        labels |= dict(zip(("p_status", "s_status"), b.status.T.copy()))
-        if raw: labels |= dict(scale=b.scale, valid=b.valid)
-        return {k: torch.from_numpy(v) for k, v in dict(x=b.x, **labels, source=source, n=n, redrawn=redrawn).items()}
-
-    def _draw(self, b, s, rows, u, raw):
-        "Fill rows of a batch from source s; returns those that succeeded"
-        source = self.sources[s]
-        if hasattr(source, "windows"):
-            done = [self._some(b, source, rows[k:k + 32], u[k:k + 32], raw) for k in range(0, len(rows), 32)]
-            return np.concatenate(done)
-        i, done = (u[:, 0] * len(source)).astype(int), []
-        wanted = sorted({int(k) for k in i if (s, k) not in self._bad})
-        if wanted and hasattr(source, "prefetch"): source.prefetch(wanted)
-        for row, k, v in zip(rows, i.tolist(), u[:, 1]):
-            if self._one(b, row, s, k, v, raw): done.append(row)
-        return np.array(done, int)
-
-    def _some(self, b, source, rows, u, raw):
-        "Fill a few rows, as many as the cache holds, from a source that has `windows`"
-        w = source.windows(u, self.window)
-        still = dead(w.x, w.valid)
-        if still.any():
-            for i in w.record[still]: self._reject(source.name, source.label(i), "no signal in the window that was drawn")
-            rows, w = rows[~still], Windows(*(v[~still] for v in w))
-        put(b, rows, w, raw)
-        return rows
-
-    def _one(self, b, row, s, i, u, raw):
-        "Fill a row from record i of source s, if that record is any good"
-        try:
-            if (s, i) in self._bad: raise BadRecord(*self._bad[s, i])
-            try: record = self.sources[s].record(i)
-            except BadRecord as e: self._bad[s, i] = e.args; raise
-            w = cut(record, self.window, u)
-        except BadRecord as e:
-            self._reject(self.sources[s].name, *e.args)
-            return False
-        put(b, np.array([row]), w, raw)
-        return True
+        return by_name(b, raw, source=source, n=n, redrawn=redrawn)
 
     def _walk(self, b, row, n, raw):
         "Every record in turn; returns the source that had one, and how many had to be asked"
         asked = 1000
         for s in np.flatnonzero(self.share):
             for i in range(len(self.sources[s])):
-                if self._one(b, row, s, i, uniforms(self.seed, np.array([n]), asked)[0, 2], raw): return s, asked
+                if self.fillers[s].one(b, row, i, uniforms(self.seed, np.array([n]), asked)[0, 2], raw): return s, asked
                 asked += 1
         raise UserError(f"no usable record in {', '.join(s.name for s in self.sources)}; the first: "
                         + ": ".join(next(iter(self.rejected.items()))))
-
-    def _reject(self, source, name, why):
-        "Count a bad record under its name, and say so once"
-        if f"{source}/{name}" not in self.rejected: log.warning("%s/%s: %s; another record is drawn", source, name, why)
-        self.rejected[f"{source}/{name}"] = why
 
 # %% ../nbs/01f_loading.ipynb #2b238806
 def bundle(
@@ -318,6 +353,26 @@ def to_model(
 # %% ../nbs/01f_loading.ipynb #b47d05be
 ON_HOST = ("n", "source", "redrawn")                                           # the host reads these
 
+def make_ready(
+    batch:dict,               # from a loader over `Batches`
+    device:torch.device,      # where it goes
+    augment:Callable|None,    # (batch, generator) -> batch, before normalising
+    draws:Callable,           # makes a context for the draws
+    generator:torch.Generator, # of the device
+    seed:int,                 # of the augmentation
+    batch_size:int,           # windows in a whole batch: says which batch it is
+) -> dict: # on the device, but what the host reads
+    "Send a batch, augment and normalise it"
+    send = lambda v: v.to(device, non_blocking=True)
+    if "bytes" in batch: here, there = (unbundle(whole, batch["layout"]) for whole in (batch["bytes"], send(batch["bytes"])))
+    else: here, there = batch, {k: send(v) for k, v in batch.items() if k != "rejected"}
+    there = {k: v for k, v in there.items() if k not in ON_HOST}
+    if augment is not None:
+        u = uniforms(seed, here["n"][:1].numpy() // batch_size)[0, 0]
+        with draws(): there = augment(amplitudes(there), generator.manual_seed(int(u * 2**53)))
+    return {**(to_model(there) if "scale" in there else there), **{k: here[k] for k in ON_HOST if k in here}, "rejected": batch["rejected"]}
+
+# %% ../nbs/01f_loading.ipynb #eca3784a
 def device_batches(
     batches,                  # batches in order, from a loader over `Batches`; raw ones, where they are to be augmented
     batch_size:int,           # windows in a whole batch, of all ranks together: says which batch it is
@@ -329,7 +384,7 @@ def device_batches(
 ) -> Iterator[dict]: # batches on the device, normalised; but what the host reads (n, source, redrawn, rejected)
     "Batches sent ahead, augmented and normalised by a thread; what goes wrong there is raised here"
     device, ready, stop = torch.device(device), Queue(ahead), Event()
-    prepare = lambda batch, generator: _prepare(batch, device, augment, draws, generator, seed, batch_size)
+    prepare = lambda batch, generator: make_ready(batch, device, augment, draws, generator, seed, batch_size)
     thread = Thread(target=_produce, args=(batches, prepare, device, ready, stop), daemon=True)
     thread.start()
     try:
@@ -348,17 +403,6 @@ def device_batches(
             try: ready.get(timeout=.05)
             except Empty: pass
         thread.join()
-
-def _prepare(batch, device, augment, draws, generator, seed, batch_size):
-    "One batch to the device, where it is made ready"
-    send = lambda v: v.to(device, non_blocking=True)
-    if "bytes" in batch: here, there = (unbundle(whole, batch["layout"]) for whole in (batch["bytes"], send(batch["bytes"])))
-    else: here, there = batch, {k: send(v) for k, v in batch.items() if k != "rejected"}
-    there = {k: v for k, v in there.items() if k not in ON_HOST}
-    if augment is not None:
-        u = uniforms(seed, here["n"][:1].numpy() // batch_size)[0, 0]
-        with draws(): there = augment(amplitudes(there), generator.manual_seed(int(u * 2**53)))
-    return {**(to_model(there) if "scale" in there else there), **{k: here[k] for k in ON_HOST if k in here}, "rejected": batch["rejected"]}
 
 def _produce(batches, prepare, device, ready, stop):
     "The thread: everything but the training"
