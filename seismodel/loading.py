@@ -177,6 +177,7 @@ class Filler:
         u:np.ndarray,    # (B, 2) in [0, 1): of the record, of the offset
         raw:bool,        # leave the samples as they are
     ) -> np.ndarray: # rows that succeeded
+        "Fill what can be filled"
         if hasattr(self.source, "windows"):
             done = [self.some(b, rows[k:k + 32], u[k:k + 32], raw) for k in range(0, len(rows), 32)]
             return np.concatenate(done)

@@ -148,13 +148,14 @@ def slowest_first(
 
 # %% ../nbs/11j_study.ipynb #a5e726cc
 def plan(
-    nets:dict[Method, nn.Module], # from `slowest_first`
+    methods:list[Method],
     shares:list[float],
     seeds:list[int],
     h:Harness,
     folder:Path, # of all cells
 )->list[Cell]:
     "The cells that are not done yet, slowest methods first; raises `UserError` where the folder holds something else"
+    nets = slowest_first(methods)
     cells = [Cell(m, share, seed) for m in nets for share in shares for seed in seeds]
     for cell in cells:
         wanted = cell_settings(cell, h, cell_recipe(nets[cell.method], cell, h))
@@ -213,9 +214,9 @@ def study(
     check_harness(h)
     shares = numbers(fractions, float, '--fractions', lambda f: 0 < f <= 1, 'shares above 0 and at most 1')
     chosen = numbers(seeds, int, '--seeds', lambda s: s >= 0, 'whole numbers from 0 up')
-    nets, out = slowest_first(methods_of(from_run, peer, lr)), Path(out)
-    todo, whole = plan(nets, shares, chosen, h, out/'cells'), len(nets)*len(shares)*len(chosen)
-    print(f"{len(nets)} methods × {len(shares)} shares × {len(chosen)} seeds: {whole} cells of {steps} steps, {whole - len(todo)} done before")
+    methods, out = methods_of(from_run, peer, lr), Path(out)
+    todo, whole = plan(methods, shares, chosen, h, out/'cells'), len(methods)*len(shares)*len(chosen)
+    print(f"{len(methods)} methods × {len(shares)} shares × {len(chosen)} seeds: {whole} cells of {steps} steps, {whole - len(todo)} done before")
     try: failed = run_cells(todo, h, out/'cells', jobs)
     finally:
         if any(out.glob('cells/*[0-9]/records.csv')): report(out)     # also when stopped: what is there so far
