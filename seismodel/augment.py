@@ -14,7 +14,7 @@ from typing import Callable
 
 import torch
 
-from .loading import inside
+from .normalizing import inside
 from .waveforms import STATUS
 
 # %% ../nbs/01g_augment.ipynb #2ebdb66c

@@ -20,6 +20,7 @@ import torch
 from tqdm.auto import tqdm
 
 from . import __version__
+from .distributed import pick_device
 from .pretraining import write_atomically
 from .waveforms import UserError
 
@@ -221,8 +222,7 @@ def pick(
         if not 0 < value < 1: raise UserError(f"--{name} is {value}; a probability lies between 0 and 1.")
     waveform_files(source)
     from seismodel.picking import open_picker
-    try: net = open_picker(model).to(device if device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu')
-    except (RuntimeError, AssertionError) as e: raise UserError(f"The device '{device}' cannot be used here ({str(e).splitlines()[0]}); use --device cpu.") from None
+    net = open_picker(model).to(pick_device(device))
     args = {'P_threshold': p_threshold, 'S_threshold': s_threshold, 'strict': strict}
     rows, left_out = pick_files(net, source, out, args, figures)
     for sentence in left_out.values(): print(f'left out: {sentence}', file=sys.stderr)

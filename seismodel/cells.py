@@ -36,7 +36,7 @@ from .loading import WindowDataset
 from .pretraining import build, config_from_dict, from_pretrained, read_model, write_atomically
 from .reading import Store, is_store
 from .recipe import FREE, TrainConfig, check_config
-from .sources import SyntheticSource, open_folder, open_published, open_source, published, split_column
+from .sources import SyntheticSource, open_dataset, open_source, split_column
 from .trainer import train
 from .waveforms import UserError
 
@@ -165,10 +165,9 @@ def open_records(
 ): # with `metadata` and `get_waveforms`
     "The records of a split; raises `UserError` where there are none"
     folder = Path(name).expanduser()
-    if name == 'synthetic': raise UserError("The synthetic source has no whole records to score; write some into a SeisBench folder.")
     if is_store(folder): data = StoreRecords(Store(folder), split)
     else:
-        data = (open_folder(folder) if folder.is_dir() else open_published(published(name))).copy()
+        data = open_dataset(name).copy()
         data.filter(split_column(data.metadata, name) == split)
     if not len(data.metadata): raise UserError(f"'{name}' has no trace in the split '{split}'.")
     return data

@@ -6,7 +6,7 @@ Docs: https://seismodel.github.io/seismodel/finetuning.html.md"""
 
 # %% auto #0
 __all__ = ['RECIPES', 'events_of', 'Share', 'share_of', 'start_model', 'start_picker', 'fine_recipe', 'label_windows',
-           'with_real_noise', 'fine_plan', 'saved_run', 'finetune', 'evaluate']
+           'with_real_noise', 'fine_plan', 'saved_run', 'fine_run', 'finetune', 'evaluate']
 
 # %% ../nbs/11f_finetuning.ipynb #92f5df8c
 import csv
@@ -29,7 +29,7 @@ from .recipe import TrainConfig, check_config, train_from_dict
 from .trainer import train
 from .loading import WindowDataset
 from .noise import EventsInNoise, noise_bank
-from .sources import SyntheticSource, open_folder, open_published, open_source, published_names, whole_path
+from .sources import SyntheticSource, open_dataset, open_source, parse_weights, whole_path
 from .waveforms import WINDOW, UserError, log
 
 # %% ../nbs/11f_finetuning.ipynb #d079db8a
@@ -133,18 +133,27 @@ def with_real_noise(
     return windows, fine_augment(noise.to(device), settings)
 
 # %% ../nbs/11f_finetuning.ipynb #c83ed753
-def fine_plan(from_run, preset, data, weights, fraction, freeze, width, augment)->dict:
+def fine_plan(
+    from_run:str|None, # folder of a pretrained model, or random
+    preset:str|None,   # with random: which model
+    data:list[str]|None, # datasets with picks
+    weights:str|None,  # their shares, such as '3,1'
+    fraction:float,    # of the labelled events
+    freeze:str,        # see `Picker`
+    width:int,         # of the head
+    augment:str,       # full or none
+)->dict:
     "What config.json says of a fine-tuning run; raises `UserError` for what makes no sense"
     if not 0 < fraction <= 1: raise UserError(f"--fraction is {fraction}; it is a share of the labelled events, above 0 and at most 1.")
     if freeze not in FREEZE: raise UserError(f"--freeze is '{freeze}'; choose one of {', '.join(FREEZE)}.")
     if width < 0: raise UserError(f"--width is {width}; it must not be negative.")
     if augment not in ('full', 'none'): raise UserError(f"--augment is '{augment}'; choose full or none.")
     if not data: raise UserError('Say which labels, with --data FOLDER.')
-    try: shares = [float(w) for w in weights.split(',')] if weights else None
-    except ValueError: raise UserError(f"--weights is '{weights}'; give positive numbers with commas between.") from None
-    return {'from': from_run if from_run in (None, 'random') else whole_path(from_run), 'preset': preset, 'data': [whole_path(d) for d in data], 'weights': shares,
+    return {'from': from_run if from_run in (None, 'random') else whole_path(from_run), 'preset': preset,
+            'data': [whole_path(d) for d in data], 'weights': parse_weights(weights, len(data)),
             'fraction': fraction, 'freeze': freeze, 'width': width, 'augment': asdict(Augmentation()) if augment == 'full' else None}
 
+# %% ../nbs/11f_finetuning.ipynb #554c9be9
 def saved_run(
     folder:Path, # of a run
     key:str,     # what its config.json must have
@@ -156,6 +165,26 @@ def saved_run(
     if key not in saved: raise UserError(other)
     return saved
 
+# %% ../nbs/11f_finetuning.ipynb #e43487cd
+def fine_run(
+    plan:dict,     # from `fine_plan`
+    picker:Picker, # in training mode
+    c:TrainConfig,
+    folder:Path,   # of the run
+    resume:bool=False, # or a new run
+):
+    "Open the data, say what is going to happen, train"
+    windows, dev, records = label_windows(plan['data'], plan['fraction'], plan['weights'], c)
+    with join_ranks(c.device) as ranks:
+        change = None
+        if plan.get('augment'): windows, change = with_real_noise(windows, ranks.device, Augmentation(**plan['augment']))
+        if ranks.rank == 0:
+            real = [len(s) for s in windows.sources if not isinstance(s, (SyntheticSource, EventsInNoise))]
+            print(f"{count_parameters(picker):,} parameters from {plan['from']}, {c.steps} steps of {c.batch_size} windows "
+                  f"from {sum(real)} records{' and synthetic ones' if len(real) < len(records) else ''}, on {ranks.device}")
+        train(picker, windows, dev, c, folder, {'finetune': plan, 'records': records}, resume, ranks, change)
+
+# %% ../nbs/11f_finetuning.ipynb #1ed32726
 def finetune(
     from_run:str=None, # the folder of a pretrained model, or random, which needs --preset; --from for short
     preset:str=None, # with --from random: method and size of the control, such as contrastive-small
@@ -182,25 +211,17 @@ def finetune(
     "Fine-tune a pretrained model to pick P and S, or go on with such a run"
     if resume:
         saved = saved_run(resume, 'finetune', f"'{resume}' is not a fine-tuning run; go on with it by `seismodel pretrain --resume`.")
-        plan, folder, c = saved['finetune'], Path(resume), train_from_dict(saved['train'])
+        plan, c = saved['finetune'], train_from_dict(saved['train'])
         picker = picker_from_dict(saved, plan['freeze']).train()
     else:
         plan = fine_plan(from_run, preset, data, weights, fraction, freeze, width, augment)
         if not out: raise UserError("Name the run's folder, with --out FOLDER.")
-        folder = Path(out)
         torch.manual_seed(seed or 0)
         picker = start_picker(plan['from'], preset, width, freeze)
         c = fine_recipe(picker.config.method, steps=steps, batch_size=batch_size, lr=lr, weight_decay=weight_decay, seed=seed, device=device, workers=workers,
                         validate_every=validate_every, validation_windows=validation_windows, checkpoint_every=checkpoint_every, tensorboard=tensorboard or None)
-    windows, dev, records = label_windows(plan['data'], plan['fraction'], plan['weights'], c)
-    with join_ranks(c.device) as ranks:
-        change = None
-        if plan.get('augment'): windows, change = with_real_noise(windows, ranks.device, Augmentation(**plan['augment']))
-        if ranks.rank == 0:
-            real = [len(s) for s in windows.sources if not isinstance(s, (SyntheticSource, EventsInNoise))]
-            print(f"{count_parameters(picker):,} parameters from {plan['from']}, {c.steps} steps of {c.batch_size} windows "
-                  f"from {sum(real)} records{' and synthetic ones' if len(real) < len(records) else ''}, on {ranks.device}")
-        train(picker, windows, dev, c, folder, {'finetune': plan, 'records': records}, bool(resume), ranks, change)
+    folder = Path(resume or out)
+    fine_run(plan, picker, c, folder, bool(resume))
     print(f"picker  {folder}, for `seismodel pick --model` and `SeisModelPicker.from_pretrained`")
     return folder
 
@@ -217,9 +238,7 @@ def evaluate(
 )->Path: # the folder
     "Score a picker: the pick-benchmark's three tasks, and whole records"
     if not data: raise UserError('Say which labels, with --data FOLDER.')
-    if Path(data).is_dir(): dataset = open_folder(Path(data))
-    elif data in published_names(): dataset = open_published(data)
-    else: raise UserError(f"'{data}' is neither a folder nor a dataset of SeisBench.")
+    dataset = open_dataset(data)
     from seismodel.evaluation import pick_benchmark, score_records, summarise
     from seismodel.picking import open_picker
     net = open_picker(model).to(pick_device(device))

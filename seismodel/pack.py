@@ -20,7 +20,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from .reading import is_store
-from .sources import SeisBenchSource, draw_split, open_folder, open_published, published, trace_names
+from .sources import SeisBenchSource, draw_split, open_folder, open_published, parse_weights, published, trace_names
 from .store import DTYPES, StoreWriter, finish, sha256
 from .waveforms import (SAMPLING_RATE, WINDOW, BadRecord, Record, UserError, Waveform, assemble, check_record,
                                  read_pieces)
@@ -221,7 +221,7 @@ def pack(
 )->dict: # the manifest
     "Pack data sets and archives into a store that a GPU need not wait for"
     if dtype not in DTYPES: raise UserError(f"--dtype is {dtype!r}: choose {', '.join(DTYPES)}")
-    shares = _weights(weights, len(sources))
+    shares = parse_weights(weights, len(sources)) or len(sources) * [None]
     streams = [open_items(str(where), window) for where in sources]
     shard = file_mib * 2**20 // (3 * np.dtype(DTYPES[dtype]).itemsize)
     if shard < 3 * window: raise UserError(f"--file-mib is {file_mib}, too small for one record: give 1 or more")
@@ -239,14 +239,6 @@ def pack(
             raise UserError(f"no space left for {out}: make room and give the same command again, it goes on") from None
     print(report(manifest))
     return manifest
-
-def _weights(text, n):
-    "One positive number a source, or None for each"
-    try: weights = [float(w) for w in text.split(",")] if text else n * [None]
-    except ValueError: weights = []
-    if len(weights) != n or not all(w is None or 0 < w < np.inf for w in weights):
-        raise UserError(f"--weights is {text!r}: give {n} positive numbers with commas between")
-    return weights
 
 def _copy(streams, writer):
     "Every item of every stream, from where the writer stands"

@@ -6,7 +6,7 @@ Docs: https://seismodel.github.io/seismodel/reading.html.md"""
 
 # %% auto #0
 __all__ = ['read_manifest', 'check_sizes', 'read_index', 'Store', 'is_store', 'Windows', 'gather', 'rows_of', 'upper_bounds',
-           'labels', 'StoreSource']
+           'choose', 'place', 'labels', 'gather_padded', 'StoreSource']
 
 # %% ../nbs/01c_reading.ipynb #89ae573c
 import json
@@ -159,6 +159,28 @@ def upper_bounds(
     if not share.any(): share = count
     return np.cumsum(share / share.sum())
 
+def choose(
+    u:np.ndarray,     # (B,) in [0, 1)
+    upto:np.ndarray,  # (sources,) from `upper_bounds`
+    count:np.ndarray, # (sources,) traces of each, one source after the other
+) -> np.ndarray: # (B,) numbers of traces
+    "A source by its share, and a trace of it, all of them alike"
+    k = np.minimum(np.searchsorted(upto, u, side="right"), np.flatnonzero(count)[-1])
+    before = np.concatenate([[0], upto])[k]
+    inside = np.minimum(((u - before) / (upto[k] - before) * count[k]).astype(int), count[k] - 1)
+    return np.cumsum(count)[k] - count[k] + inside
+
+# %% ../nbs/01c_reading.ipynb #0f4da025
+def place(
+    u:np.ndarray,       # (B,) in [0, 1)
+    samples:np.ndarray, # (B,) of the traces
+    window:int,         # samples
+) -> tuple[np.ndarray, np.ndarray]: # (B,) sample of the trace at which the window starts; (B, 2) int32 as `Windows.valid`
+    "Where windows start; negative: that many zeros come first"
+    extra = samples.astype(np.int64) - window
+    first = (u * (np.abs(extra) + 1)).astype(np.int64) * np.where(extra < 0, -1, 1)
+    return first, np.stack([np.maximum(-first, 0), np.minimum(samples - first, window)], 1).astype(np.int32)
+
 def labels(
     rows:np.ndarray,  # (B,) of the index
     first:np.ndarray, # (B,) sample of the trace at which a window starts
@@ -168,6 +190,24 @@ def labels(
     onset = np.stack([rows[k] for k in ("p_onset", "s_onset", "p_weak", "s_weak")], 1) - first[:, None]
     onset[~((onset >= 0) & (onset < window))] = np.nan
     return onset.astype(np.float32), np.stack([rows["p_status"], rows["s_status"]], 1)
+
+# %% ../nbs/01c_reading.ipynb #e6d50083
+def gather_padded(
+    store:Store,        # open
+    shard:np.ndarray,   # (B,) which file
+    begin:np.ndarray,   # (B,) sample of the file at which the trace begins
+    samples:np.ndarray, # (B,) of the trace
+    first:np.ndarray,   # (B,) from `place`
+    window:int,         # samples
+) -> np.ndarray: # (B, window, 3)
+    "Windows of traces, with zeros where there is no trace"
+    long = samples >= window
+    if long.all(): return gather(store, shard, begin + first, window)
+    x = np.zeros((len(shard), window, 3), store.dtype)
+    if long.any(): x[long] = gather(store, shard[long], begin[long] + first[long], window)
+    for b in np.flatnonzero(~long):
+        x[b, -first[b]:samples[b] - first[b]] = store.shard(shard[b])[0][begin[b]:begin[b] + samples[b]]
+    return x
 
 # %% ../nbs/01c_reading.ipynb #4b67f1f2
 class StoreSource:
@@ -211,31 +251,15 @@ class StoreSource:
         u:np.ndarray, # (B,) in [0, 1)
     ) -> np.ndarray: # (B,) numbers of records
         "A source by its weight, and a trace of it"
-        k = np.minimum(np.searchsorted(self.upto, u, side="right"), np.flatnonzero(self.count)[-1])
-        before = np.concatenate([[0], self.upto])[k]
-        inside = np.minimum(((u - before) / (self.upto[k] - before) * self.count[k]).astype(int), self.count[k] - 1)
-        return np.cumsum(self.count)[k] - self.count[k] + inside
+        return choose(u, self.upto, self.count)
 
     def windows(self,
         u:np.ndarray, # (B, 2) in [0, 1): of the trace, of the offset
         window:int,   # samples
     ) -> Windows:
-        "Windows at random places; a trace that is shorter lies between zeros, at a random place as well"
+        "Windows at random places; a trace that is shorter lies between zeros"
         i = self.choose(u[:, 0])
-        extra = self.samples[i].astype(np.int64) - window
-        first = (u[:, 1] * (np.abs(extra) + 1)).astype(np.int64) * np.where(extra < 0, -1, 1)
-        long = extra >= 0
-        valid = np.stack([np.maximum(-first, 0), np.minimum(self.samples[i] - first, window)], 1).astype(np.int32)
-        if long.all(): x = gather(self.store, self.shard[i], self.first[i] + first, window)
-        else: x = self._padded(i, first, long, valid, window)
-        rows = self.store.index[self.rows[i]]
+        samples, rows = self.samples[i], self.store.index[self.rows[i]]
+        first, valid = place(u[:, 1], samples, window)
+        x = gather_padded(self.store, self.shard[i], self.first[i], samples, first, window)
         return Windows(x, rows["scale"].astype(np.float32), valid, *labels(rows, first, window), i)
-
-    def _padded(self, i, first, long, valid, window):
-        "Windows some of which reach beyond their record"
-        x = np.zeros((len(i), window, 3), self.store.dtype)
-        if long.any(): x[long] = gather(self.store, self.shard[i[long]], self.first[i[long]] + first[long], window)
-        for b in np.flatnonzero(~long):
-            k = i[b]
-            x[b, valid[b, 0]:valid[b, 1]] = self.store.shard(self.shard[k])[0][self.first[k]:self.first[k] + self.samples[k]]
-        return x

@@ -7,7 +7,8 @@ Docs: https://seismodel.github.io/seismodel/sources.html.md"""
 # %% auto #0
 __all__ = ['PHASES', 'NEEDED', 'SyntheticSource', 'onsets', 'statuses', 'draw_split', 'split_column', 'unusable', 'trace_names',
            'component_codes', 'of_split', 'refusals', 'make_quick', 'SeisBenchSource', 'check_files', 'open_folder',
-           'open_published', 'whole_path', 'open_source', 'published', 'published_names']
+           'open_published', 'published', 'published_names', 'open_dataset', 'whole_path', 'parse_weights',
+           'open_source']
 
 # %% ../nbs/01d_sources.ipynb #2e3bc429
 import logging
@@ -298,27 +299,7 @@ def open_published(
         raise UserError(f"SeisBench cannot provide {name} ({type(e).__name__}: {reason(e)[:150]}); connect to the "
                         "network, or give the folder of a data set") from None
 
-# %% ../nbs/01d_sources.ipynb #b98b4733
-def whole_path(
-    name:str, # what a person typed: a folder or a name
-) -> str:
-    "The whole path of a folder; other names as they are"
-    return str(Path(name).expanduser().resolve()) if Path(name).expanduser().is_dir() else name
-
-# %% ../nbs/01d_sources.ipynb #d3afc4e2
-def open_source(
-    where:str,         # "synthetic", a store, the folder of a SeisBench data set, or the name of a published one ("ETHZ")
-    split:str="train", # "train", "dev" or "test"
-    window:int=WINDOW, # samples of a window
-): # a source: `name`, `len()`, `record(i)`
-    "Open a source of records. Everything that can be wrong with `where` raises `UserError`."
-    if str(where) == "synthetic": return SyntheticSource(split=split, config=SyntheticConfig(samples=window))
-    folder = Path(where).expanduser()
-    if is_store(folder): return StoreSource(Store(folder), split, window)
-    if folder.is_dir(): data, name = open_folder(folder), folder.resolve().name
-    else: data, name = open_published(published(where)), str(where)
-    return SeisBenchSource(data, split, name, window)
-
+# %% ../nbs/01d_sources.ipynb #a8767eb3
 def published(
     where:str, # what a person typed, and no folder
 ) -> str: # the name of a class in seisbench.data
@@ -332,9 +313,50 @@ def published(
     raise UserError(f"{where!r} is neither a folder, nor a data set of SeisBench, nor 'synthetic'"
                     + (f": did you mean {near[0]}?" if near else ""))
 
-def published_names() -> list[str]: # class names that `open_source` understands
+def published_names() -> list[str]: # class names that `open_dataset` understands
     "The waveform data sets that SeisBench knows by name"
     sbd = _seisbench().data
     base = sbd.WaveformBenchmarkDataset
     return [n for n, c in vars(sbd).items() if isinstance(c, type) and issubclass(c, base)
             and c is not base and not n.endswith("Dataset")]
+
+def open_dataset(
+    where:str, # the folder of a SeisBench data set, or the name of a published one ("ETHZ")
+): # seisbench.data.WaveformDataset
+    "A data set with all of its splits; raises `UserError` where there is none"
+    if str(where) == "synthetic":
+        raise UserError("the synthetic source has no whole records: write some into a SeisBench folder")
+    folder = Path(where).expanduser()
+    return open_folder(folder) if folder.is_dir() else open_published(published(where))
+
+# %% ../nbs/01d_sources.ipynb #b98b4733
+def whole_path(
+    name:str, # what a person typed: a folder or a name
+) -> str:
+    "The whole path of a folder; other names as they are"
+    return str(Path(name).expanduser().resolve()) if Path(name).expanduser().is_dir() else name
+
+# %% ../nbs/01d_sources.ipynb #08ae6abe
+def parse_weights(
+    text:str|None, # such as "3,1"; None: nothing was typed
+    n:int,         # how many data sets there are
+) -> list[float]|None: # one for each
+    "The shares of the data sets; raises `UserError` unless there is one positive number for each"
+    if text is None: return None
+    try: weights = [float(w) for w in text.split(",")]
+    except ValueError: weights = []
+    if len(weights) != n or not all(0 < w < np.inf for w in weights):
+        raise UserError(f"--weights is '{text}'; give one positive number for each dataset ({n}), with commas between.")
+    return weights
+
+# %% ../nbs/01d_sources.ipynb #d3afc4e2
+def open_source(
+    where:str,         # "synthetic", a store, the folder of a SeisBench data set, or the name of a published one ("ETHZ")
+    split:str="train", # "train", "dev" or "test"
+    window:int=WINDOW, # samples of a window
+): # a source: `name`, `len()`, `record(i)`
+    "Open a source of records. Everything that can be wrong with `where` raises `UserError`."
+    if str(where) == "synthetic": return SyntheticSource(split=split, config=SyntheticConfig(samples=window))
+    folder = Path(where).expanduser()
+    if is_store(folder): return StoreSource(Store(folder), split, window)
+    return SeisBenchSource(open_dataset(where), split, folder.resolve().name if folder.is_dir() else str(where), window)

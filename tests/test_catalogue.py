@@ -78,7 +78,8 @@ def test_the_same_picks_as_classify(model, tmp_path):
     (['pick', 'FILES'], 2, '--model'),
     (['pick', 'FILES', '--model', 'nowhere'], 2, "no picker 'nowhere'"),
     (['pick', 'FILES', '--model', 'RUN', '--p-threshold', '1.5'], 2, 'between 0 and 1'),
-    (['pick', 'FILES', '--model', 'RUN', '--device', 'cuda:9'], 2, "device 'cuda:9'"),
+    (['pick', 'FILES', '--model', 'RUN', '--device', 'cuda:9'], 2, "There is no device 'cuda:9' here"),
+    (['pick', 'FILES', '--model', 'RUN', '--device', 'abacus'], 2, "'abacus' is not a device"),
 ])
 def test_mistakes(run, tmp_path, capsys, args, code, words):
     files = write_files(tmp_path/'in', 1)

@@ -53,7 +53,7 @@ def test_datasets_are_mixed_by_folder(quakes_folder, tmp_path):
     (('pretrain', '--batch-size', '0'), 'batch_size'),
     (('pretrain', '--lr', 'nan'), 'lr'),
     (('pretrain', '--device', 'cuda'), 'cuda'),
-    (('pretrain', '--weights', '1,2'), '--weights'),
+    (('pretrain', '--weights', '1,2'), 'one positive number for each dataset (1)'),
     (('info', 'nothing/here'), 'nothing/here'),
     (('embed', 'nothing/here', 'x.mseed'), 'nothing/here'),
     (('prtrain',), 'prtrain'),

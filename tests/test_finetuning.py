@@ -183,7 +183,7 @@ def test_without_augmentation_windows_are_as_before(folder, tmp_path, monkeypatc
     (['--from', 'random', '--preset', 'contrastive-tiny', '--data', 'FOLDER', '--fraction', '0'], '--fraction is 0'),
     (['--from', 'random', '--preset', 'contrastive-tiny', '--data', 'FOLDER', '--freeze', 'decoder'], 'choose one of'),
     (['--from', 'random', '--preset', 'contrastive-tiny', '--data', 'FOLDER', '--steps', '0'], 'steps'),
-    (['--from', 'random', '--preset', 'contrastive-tiny', '--data', 'FOLDER', '--weights', 'a,b'], '--weights'),
+    (['--from', 'random', '--preset', 'contrastive-tiny', '--data', 'FOLDER', '--weights', 'a,b'], 'one positive number for each dataset (1)'),
     (['--from', 'random', '--preset', 'contrastive-tiny', '--data', 'FOLDER', '--augment', 'some'], "--augment is 'some'; choose full or none"),
 ])
 def test_mistakes(args, words, folder, tmp_path, capsys):
@@ -205,5 +205,6 @@ def test_evaluate_writes_tables(folder, tmp_path, capsys):
     tasks, summary = pd.read_csv(tmp_path/'e/tasks.csv'), pd.read_csv(tmp_path/'e/summary.csv')
     assert len(tasks) == 13 and {'found within 0.1 s', 'disturbed'} <= set(summary.figure)
     assert '1 detection' in capsys.readouterr().out
-    with pytest.raises(UserError, match='neither a folder'): evaluate(str(run), 'no-such-data', out=tmp_path/'f')
+    for name, words in (('no-such-data', 'neither a folder'), ('ETZH', 'did you mean ETHZ'), ('synthetic', 'no whole records')):
+        with pytest.raises(UserError, match=words): evaluate(str(run), name, out=tmp_path/'f')
     with pytest.raises(UserError, match="split 'holdout'"): evaluate(str(run), str(folder), 'holdout', out=tmp_path/'f')

@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 from seismodel import augment
 from seismodel.reading import Store, StoreSource
 from seismodel.inspection import inspect, snr
-from seismodel.loading import (Batches, WindowDataset, amplitudes, bundle, dead, device_batches, normalize_narrow, standardize, unbundle,
-                               to_model, uniforms)
+from seismodel.loading import Batches, WindowDataset, amplitudes, bundle, device_batches, to_model, unbundle, uniforms
+from seismodel.normalizing import dead, normalize_narrow, standardize
 from seismodel.pack import pack
 from seismodel.sources import SyntheticSource, open_source
 from seismodel.store import StoreWriter, finish

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.signal import butter, sosfiltfilt
-from seismodel.synthetic import (EVENT, STATION, SyntheticBatch, SyntheticConfig, arrivals, axes, complete, crust_of,
-                                 direct_waves, draw, minimum_phase, noise_amplitude, noise_models, rays, scale,
-                                 seismogram, source_spectra, stream, synthesize)
+from seismodel.synthetic import SyntheticBatch, SyntheticConfig, complete, draw, noise_amplitude, noise_models, synthesize
+from seismodel.waves import (EVENT, STATION, arrivals, axes, crust_of, direct_waves, minimum_phase, rays, scale, seismogram,
+                             source_spectra, stream)
 
 CLEAR = SyntheticConfig(noise_only=0, double=0, late=0, faults=0, bursts=0, vertical_only=0, snr_db=(60., 0., 60., 60.))
 
