@@ -25,10 +25,11 @@ from .waveforms import UserError
 def pick_device(
     name:str='auto', # auto takes a GPU where there is one
 )->torch.device:
-    "The device to train on; raises `UserError` where it does not exist"
+    "The device to run on; raises `UserError` where it does not exist"
     if name == 'auto': name = 'cuda' if torch.cuda.is_available() else 'cpu'
     try: device = torch.device(name)
-    except RuntimeError: raise UserError(f"'{name}' is not a device; use auto, cpu, cuda or cuda:N.") from None
+    except RuntimeError: device = None
+    if device is None or device.type not in ('cpu', 'cuda'): raise UserError(f"'{name}' is not a device that seismodel runs on; use auto, cpu, cuda or cuda:N.")
     if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"There is no device '{name}' here ({torch.cuda.device_count()} CUDA devices found); use --device cpu.")
     return device
