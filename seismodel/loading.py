@@ -108,7 +108,7 @@ def empty(
 class Filler:
     "Fills rows of batches from one source"
     def __init__(self,
-        source,        # with `name`, `len()` and `record(i)`, see `open_source`; perhaps `windows`, `label` and `prefetch`
+        source,        # with `name`, `len()` and `record(i)`, see `open_source`; perhaps `windows`, `expect` and `label`, or `prefetch`
         window:int,    # samples
         rejected:dict, # gets "source/record" -> why it was drawn in vain; several fillers may share it
     ): self.source, self.window, self.rejected, self.bad = source, window, rejected, {}     # bad: for the next draw
@@ -121,6 +121,7 @@ class Filler:
     ) -> np.ndarray: # rows that succeeded
         "Fill what can be filled"
         if hasattr(self.source, "windows"):
+            self.source.expect(u, self.window)                                 # all of them, while the first are copied
             done = [self.some(b, rows[k:k + 32], u[k:k + 32], raw) for k in range(0, len(rows), 32)]
             return np.concatenate(done)
         i = (u[:, 0] * len(self.source)).astype(int).tolist()
