@@ -130,7 +130,7 @@ def saved_plan(folder, preset, data, weights, window, given)->Plan:
 # %% ../nbs/12_cli.ipynb #cc3b22d4
 def pretrain(
     preset:str=None, # method and size: contrastive- or reconstruction-, then tiny, small or base; contrastive-tiny if not given
-    data:Annotated[str, {'action': 'append'}]=None, # a SeisBench dataset, by folder or by name, or synthetic (the default); may be given several times
+    data:Annotated[str, {'action': 'append'}]=None, # a packed store, a SeisBench dataset by folder or by name, or synthetic (the default); may be given several times
     weights:str=None, # shares of the datasets, such as 3,1; equal if not given
     window:int=None, # samples in a window; 4096 if not given
     steps:int=None, # optimiser steps; the preset's if not given

@@ -93,3 +93,8 @@ def test_a_source_is_packed_once(quakes_folder, tmp_path):
 @pytest.mark.parametrize('option', [('--steps', '500'), ('--seed', '0'), ('--data', 'synthetic'), ('--out', 'other')])
 def test_a_resumed_run_does_not_pretend_to_listen(command, option, tmp_path, capsys):
     assert 'leave the other options away' in said([command, '--resume', tmp_path, *option], capsys)
+
+
+def test_a_store_is_no_folder_to_evaluate_on(quakes_folder, tmp_path, capsys):
+    pack([quakes_folder], tmp_path/'store')
+    assert 'is a packed store' in said(['evaluate', tmp_path, '--data', tmp_path/'store'], capsys)
