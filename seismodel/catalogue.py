@@ -194,7 +194,7 @@ def pick_files(
         if not (done.exists() and done.stat().st_mtime >= file.stat().st_mtime):
             try: found = pick_file(model, file, name, args, out/'figures'/f'{name}.png' if figures else None)
             except UserError as e:
-                left_out[name] = str(e)
+                left_out[name] = str(e).rstrip('.')
                 continue
             done.parent.mkdir(parents=True, exist_ok=True)
             write_rows(found, done)

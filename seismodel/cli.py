@@ -31,7 +31,7 @@ from .loading import WindowDataset
 from .pack import pack
 from .plots import plot
 from .pretraining import (PRESETS, ContrastiveConfig, Preset, ReconstructionConfig, build, config_from_dict, from_pretrained,
-                                   preset as find_preset, write_atomically)
+                                   check_fields, preset as find_preset, write_atomically)
 from .recipe import FREE, TrainConfig, check_config, train_from_dict
 from .runlog import read_metrics
 from .sources import open_source, parse_weights, whole_path
@@ -104,8 +104,8 @@ def saved_plan(folder, preset, data, weights, window, given)->Plan:
     except (ValueError, OSError) as e: raise UserError(f"'{folder/'config.json'}' cannot be read ({e}); restore it.") from None
     missing = {'preset', 'data', 'window', 'model', 'train'} - config.keys()
     if missing: raise UserError(f"'{folder/'config.json'}' is not of a pretraining run that can be resumed: it has no field '{min(missing)}'.")
-    unknown = config['train'].keys() - {f.name for f in fields(TrainConfig)}
-    if unknown: raise UserError(f"config field 'train.{min(unknown)}' is not known to seismodel {__version__}; was the run begun by another version?")
+    check_fields(Plan, {f.name: config.get(f.name) for f in fields(Plan)})
+    check_fields(TrainConfig, config['train'], 'train.')
     told = {'preset': preset, 'data': data and [whole_path(name) for name in data], 'weights': parse_weights(weights, len(config['data'])), 'window': window}
     differ = [f"{name} was {({**config, **config['train']})[name]} and is {value}" for name, value in {**told, **given}.items()
               if value is not None and f'train.{name}' not in FREE and ({**config, **config['train']})[name] != value]
@@ -118,7 +118,7 @@ def saved_plan(folder, preset, data, weights, window, given)->Plan:
 # %% ../nbs/12_cli.ipynb #cc3b22d4
 def pretrain(
     preset:str=None, # method and size: contrastive- or reconstruction-, then tiny, small or base; contrastive-tiny if not given
-    data:Annotated[str, {'action': 'append'}]=None, # a SeisBench dataset, by folder or by name, or synthetic (the default); may be given several times
+    data:Annotated[str, {'action': 'append'}]=None, # a packed store, a SeisBench dataset by folder or by name, or synthetic (the default); may be given several times
     weights:str=None, # shares of the datasets, such as 3,1; equal if not given
     window:int=None, # samples in a window; 4096 if not given
     steps:int=None, # optimiser steps; the preset's if not given
@@ -299,4 +299,6 @@ def main(
     except (UserError, TrainingError, Interrupted) as e:
         print(f"seismodel{f', rank {rank}' if rank else ''}: {e}", file=sys.stderr)
         return 2 if isinstance(e, UserError) else 1 if isinstance(e, TrainingError) else 128 + e.number
+    except KeyboardInterrupt: return print('seismodel: stopped by Ctrl-C; what was written before is whole.', file=sys.stderr) or 130
+    except OSError as e: return print(f"seismodel: {e.filename or 'a file'} cannot be read or written ({e.strerror or e}); mend that, or name another path.", file=sys.stderr) or 2
     return 0

@@ -6,7 +6,7 @@ Docs: https://seismodel.github.io/seismodel/finetuning.html.md"""
 
 # %% auto #0
 __all__ = ['RECIPES', 'events_of', 'Share', 'share_of', 'start_model', 'start_picker', 'fine_recipe', 'label_windows',
-           'with_real_noise', 'fine_plan', 'saved_run', 'fine_run', 'finetune', 'evaluate']
+           'with_real_noise', 'fine_plan', 'saved_run', 'refuse_settings', 'fine_run', 'finetune', 'evaluate']
 
 # %% ../nbs/11f_finetuning.ipynb #92f5df8c
 import csv
@@ -165,6 +165,10 @@ def saved_run(
     if key not in saved: raise UserError(other)
     return saved
 
+def refuse_settings(*given):
+    "Raise `UserError` where a resumed run is told something: it would not listen"
+    if any(value is not None for value in given): raise UserError("--resume goes on with the run's own settings in its own folder; leave the other options away.")
+
 # %% ../nbs/11f_finetuning.ipynb #e43487cd
 def fine_run(
     plan:dict,     # from `fine_plan`
@@ -210,6 +214,7 @@ def finetune(
 )->Path: # the run's folder
     "Fine-tune a pretrained model to pick P and S, or go on with such a run"
     if resume:
+        refuse_settings(from_run, preset, data, weights, steps, batch_size, lr, weight_decay, seed, device, workers, validate_every, validation_windows, checkpoint_every, out)
         saved = saved_run(resume, 'finetune', f"'{resume}' is not a fine-tuning run; go on with it by `seismodel pretrain --resume`.")
         plan, c = saved['finetune'], train_from_dict(saved['train'])
         picker = picker_from_dict(saved, plan['freeze']).train()

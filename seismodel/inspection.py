@@ -151,6 +151,8 @@ def inspect(
 )->Overview: # what was found
     "Show what a store or a folder holds: counts, rates, durations, SNR, bad traces, and a page of waveforms"
     if records < 1: raise UserError(f"--records is {records}: give 1 or more")
+    if window < 1: raise UserError(f"--window is {window}: give 1 or more samples")
+    if Path(out).suffix not in (".png", ".pdf", ".svg"): raise UserError(f"--out is {out}: give a file that ends in .png, .pdf or .svg")
     store = Store(Path(where).expanduser()) if is_store(Path(where).expanduser()) else None
     o = of_store(store, records) if store else of_folder(str(where), records, window)
     print(describe(o))
@@ -160,6 +162,7 @@ def inspect(
             raise UserError(f"{where} is damaged, the checksum is another for {', '.join(damaged)}: copy or pack it again")
         print("every checksum is right")
     if o.records:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
         page(o.records).savefig(out, dpi=110)
         print(f"waveforms  {out}")
     return o

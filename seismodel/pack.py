@@ -221,6 +221,9 @@ def pack(
 )->dict: # the manifest
     "Pack data sets and archives into a store that a GPU need not wait for"
     if dtype not in DTYPES: raise UserError(f"--dtype is {dtype!r}: choose {', '.join(DTYPES)}")
+    if window < 1: raise UserError(f"--window is {window}: give 1 or more samples")
+    twice = [w for k, w in enumerate(sources) if Path(w).resolve() in [Path(v).resolve() for v in sources[:k]]]
+    if twice: raise UserError(f"{twice[0]} is named twice, and its traces would be packed twice: name it once, with a larger share in --weights")
     shares = parse_weights(weights, len(sources)) or len(sources) * [None]
     streams = [open_items(str(where), window) for where in sources]
     shard = file_mib * 2**20 // (3 * np.dtype(DTYPES[dtype]).itemsize)

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .distributed import Ranks
 from .loading import Batches
+from .pretraining import check_fields
 from .waveforms import UserError
 
 # %% ../nbs/10f_recipe.ipynb #eb9b964d
@@ -54,8 +55,9 @@ FREE = tuple(f'train.{name}' for name in ('device', 'workers', 'checkpoint_every
 def train_from_dict(
     saved:dict, # fields, as config.json has them
 )->TrainConfig: # JSON has no tuples
-    "The recipe that a run wrote down"
-    return TrainConfig(**{**saved, 'betas': tuple(saved['betas'])})
+    "The recipe that a run wrote down; raises `UserError` for a field that is unknown or of another type"
+    check_fields(TrainConfig, saved, 'train.')
+    return TrainConfig(**{**saved, 'betas': tuple(saved.get('betas', TrainConfig.betas))})
 
 # %% ../nbs/10f_recipe.ipynb #90019bb7
 def check_config(
@@ -65,10 +67,11 @@ def check_config(
     for name in ('steps', 'batch_size', 'accumulate', 'log_every', 'validate_every', 'validation_windows', 'checkpoint_every', 'keep'):
         if getattr(c, name) < 1: raise UserError(f"{name} is {getattr(c, name)}; it must be at least 1.")
     for name in ('lr', 'clip'):
-        if not getattr(c, name) > 0: raise UserError(f"{name} is {getattr(c, name)}; it must be above 0.")
+        if not 0 < getattr(c, name) < math.inf: raise UserError(f"{name} is {getattr(c, name)}; it must be above 0.")
     if not 0 <= c.warmup <= 1: raise UserError(f"warmup is {c.warmup}; it is a share of the steps, from 0 to 1.")
     for name in ('weight_decay', 'seed', 'skip_nonfinite'):
-        if not getattr(c, name) >= 0: raise UserError(f"{name} is {getattr(c, name)}; it must not be negative.")
+        if not 0 <= getattr(c, name) < 2**63: raise UserError(f"{name} is {getattr(c, name)}; it must not be negative, and below 2^63.")
+    if (c.workers or 0) < 0: raise UserError(f"workers is {c.workers}; it must not be negative.")
     if c.on_write_error not in ('continue', 'stop'): raise UserError(f"on_write_error is '{c.on_write_error}'; it must be continue or stop.")
 
 # %% ../nbs/10f_recipe.ipynb #c2c92ad5

@@ -273,6 +273,7 @@ def open_folder(
     folder:Path, # a SeisBench data set: metadata.csv and waveforms.hdf5, or chunks of them
 ): # seisbench.data.WaveformDataset
     "The data set in a folder, or `UserError`"
+    if is_store(folder): raise UserError(f"{folder} is a packed store, which has no SeisBench table: give the folder that it was packed from")
     WaveformDataset = _seisbench().data.WaveformDataset
     try: chunks = WaveformDataset.available_chunks(folder)                     # [""] for the usual pair of files
     except FileNotFoundError: raise UserError(f"{folder} holds no store and no SeisBench data set (metadata.csv and "
