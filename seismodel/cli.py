@@ -23,22 +23,24 @@ from fastcore.script import anno_parser
 from . import __version__
 from .catalogue import pick
 from .distributed import Ranks, join_ranks, pick_device
+from .encoders import check_fields
 from .finetuning import evaluate, finetune
 from .frontend import count_parameters, frames
 from .health import TrainingError
+from .heads import load_picker
 from .inspection import inspect
 from .loading import WindowDataset
 from .pack import pack
 from .plots import plot
 from .pretraining import (PRESETS, ContrastiveConfig, Preset, ReconstructionConfig, build, config_from_dict, from_pretrained,
-                                   check_fields, preset as find_preset, write_atomically)
+                                   preset as find_preset, read_model, write_atomically)
 from .recipe import FREE, TrainConfig, check_config, train_from_dict
 from .runlog import read_metrics
 from .sources import open_source, parse_weights, whole_path
 from .study import study
 from .trainer import Interrupted, train
 from .waveforms import WINDOW, BadRecord, UserError, normalize, read_waveform
-from .window_tasks import evaluate_window, finetune_window
+from .window_tasks import evaluate_window, finetune_window, load_window_model
 
 # %% ../nbs/12_cli.ipynb #2240a29d
 def open_data(
@@ -189,9 +191,12 @@ def info(
     if run is None:
         for name, p in PRESETS.items(): print(f'{name:22} {count_parameters(build(p.model))/1e6:6.2f} M parameters, {p.steps:>7,} steps of {p.batch_size}')
         return
-    model, config = from_pretrained(run), json.loads((Path(run)/'config.json').read_text())
-    print(f"{config.get('preset', model.config.method)}: {count_parameters(model):,} parameters")
-    if 'data' in config: print(f"data: {', '.join(config['data'])}")
+    config, _ = read_model(run)
+    plan = config.get('finetune') or config.get('finetune_window') or config
+    what = f"{'picker' if 'picker' in config else 'window model'} from {plan['from']}" if 'from' in plan else config.get('preset', config['model'].get('method'))
+    model = load_picker(run) if 'picker' in config else load_window_model(run) if 'question' in config else from_pretrained(run)
+    print(f"{what}: {count_parameters(model):,} parameters")
+    if 'data' in plan: print(f"data: {', '.join(plan['data'])}")
     rows = read_metrics(run) if (Path(run)/'metrics.jsonl').exists() else []
     if not rows: return
     print(f"step {rows[-1]['step']} of {config['train']['steps']}")

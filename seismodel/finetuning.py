@@ -6,7 +6,7 @@ Docs: https://seismodel.github.io/seismodel/finetuning.html.md"""
 
 # %% auto #0
 __all__ = ['RECIPES', 'events_of', 'Share', 'share_of', 'start_model', 'start_picker', 'fine_recipe', 'label_windows',
-           'with_real_noise', 'fine_plan', 'saved_run', 'refuse_settings', 'fine_run', 'finetune', 'evaluate']
+           'with_real_noise', 'fine_plan', 'saved_run', 'free_options', 'fine_run', 'finetune', 'evaluate']
 
 # %% ../nbs/11f_finetuning.ipynb #92f5df8c
 import csv
@@ -25,7 +25,7 @@ from .distributed import join_ranks, pick_device
 from .frontend import count_parameters
 from .heads import FREEZE, Picker, picker_from_dict
 from .pretraining import Pretrainer, build, from_pretrained, preset as find_preset, write_atomically
-from .recipe import TrainConfig, check_config, train_from_dict
+from .recipe import FREE, TrainConfig, check_config, train_from_dict
 from .trainer import train
 from .loading import WindowDataset
 from .noise import EventsInNoise, noise_bank
@@ -112,6 +112,8 @@ def label_windows(
 )->tuple[WindowDataset, WindowDataset, list[int]]: # to train on, to validate on; records of each dataset
     "Windows with labels; raises `UserError` where a dataset cannot be opened, or has no dev split"
     training = [open_source(name, 'train', window) for name in names]
+    for name, source in zip(names, training):
+        if hasattr(source, 'looked_for') and not source.looked_for(): raise UserError(f"'{name}' has no training record with a P or S pick, nor one that is known to be noise: it has nothing to teach a picker.")
     if fraction < 1: training = [share_of(source, fraction, c.seed) for source in training]
     dev = WindowDataset([open_source(name, 'dev', window) for name in names], c.validation_windows, weights, c.seed, window=window)
     return WindowDataset(training, c.steps*c.accumulate*c.batch_size, weights, c.seed, window=window), dev, [len(s) for s in training]
@@ -165,9 +167,14 @@ def saved_run(
     if key not in saved: raise UserError(other)
     return saved
 
-def refuse_settings(*given):
-    "Raise `UserError` where a resumed run is told something: it would not listen"
-    if any(value is not None for value in given): raise UserError("--resume goes on with the run's own settings in its own folder; leave the other options away.")
+def free_options(
+    told:dict, # name of an option -> its value, None where it was not given
+)->dict: # those given
+    "What a run that goes on is told; raises `UserError` for what cannot change"
+    given = {name: value for name, value in told.items() if value is not None}
+    fixed = [name for name in given if f'train.{name}' not in FREE]
+    if fixed: raise UserError(f"--{fixed[0].replace('_', '-')} cannot change with --resume: leave it away, or start a new run.")
+    return given
 
 # %% ../nbs/11f_finetuning.ipynb #e43487cd
 def fine_run(
@@ -214,9 +221,11 @@ def finetune(
 )->Path: # the run's folder
     "Fine-tune a pretrained model to pick P and S, or go on with such a run"
     if resume:
-        refuse_settings(from_run, preset, data, weights, steps, batch_size, lr, weight_decay, seed, device, workers, validate_every, validation_windows, checkpoint_every, out)
+        given = free_options({'from': from_run, 'preset': preset, 'data': data, 'weights': weights, 'steps': steps, 'batch_size': batch_size, 'lr': lr,
+                              'weight_decay': weight_decay, 'seed': seed, 'device': device, 'workers': workers, 'validate_every': validate_every,
+                              'validation_windows': validation_windows, 'checkpoint_every': checkpoint_every, 'out': out})
         saved = saved_run(resume, 'finetune', f"'{resume}' is not a fine-tuning run; go on with it by `seismodel pretrain --resume`.")
-        plan, c = saved['finetune'], train_from_dict(saved['train'])
+        plan, c = saved['finetune'], train_from_dict({**saved['train'], **given})
         picker = picker_from_dict(saved, plan['freeze']).train()
     else:
         plan = fine_plan(from_run, preset, data, weights, fraction, freeze, width, augment)

@@ -256,6 +256,10 @@ class StoreSource:
         "What a record is called"
         return self.store.index["name"][self.rows[i]].decode()
 
+    def looked_for(self) -> bool:
+        "Whether P or S was looked for on any record, found or not"
+        return bool((self.store.index["p_status"][self.rows] > 0).any() or (self.store.index["s_status"][self.rows] > 0).any())
+
     def choose(self,
         u:np.ndarray, # (B,) in [0, 1)
     ) -> np.ndarray: # (B,) numbers of records

@@ -21,8 +21,8 @@ import torch.nn as nn
 from torch.utils.data import DataLoader, Dataset
 
 from .distributed import Ranks
+from .encoders import check_fields
 from .loading import Batches
-from .pretraining import check_fields
 from .waveforms import UserError
 
 # %% ../nbs/10f_recipe.ipynb #eb9b964d

@@ -227,6 +227,10 @@ class SeisBenchSource:
 
     def __len__(self): return len(self.names)
 
+    def looked_for(self) -> bool:
+        "Whether P or S was looked for on any record, found or not"
+        return any(map(any, self.status))
+
     def record(self, i:int) -> Record:
         try: x = self.data.get_waveforms(int(i)).T                             # (3, L) -> (L, 3) at the original rate
         except Exception as e: raise BadRecord(self.names[i], f"cannot be read: {reason(e)}") from None

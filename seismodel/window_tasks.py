@@ -19,7 +19,7 @@ import torch
 from torch.nn import functional as F
 
 from .distributed import join_ranks, pick_device
-from .finetuning import fine_plan, fine_recipe, refuse_settings, saved_run, start_model
+from .finetuning import fine_plan, fine_recipe, free_options, saved_run, start_model
 from .frontend import count_parameters
 from .heads import FineTuned, WindowHead
 from .loading import cut, normalize_windows
@@ -175,9 +175,11 @@ def finetune_window(
 )->Path: # the run's folder
     "Fine-tune a pretrained model to answer one question about a window, or go on with such a run"
     if resume:
-        refuse_settings(from_run, preset, data, column, classes, weights, steps, batch_size, lr, weight_decay, seed, device, workers, validate_every, validation_windows, checkpoint_every, out)
+        given = free_options({'from': from_run, 'preset': preset, 'data': data, 'column': column, 'classes': classes, 'weights': weights, 'steps': steps,
+                              'batch_size': batch_size, 'lr': lr, 'weight_decay': weight_decay, 'seed': seed, 'device': device, 'workers': workers,
+                              'validate_every': validate_every, 'validation_windows': validation_windows, 'checkpoint_every': checkpoint_every, 'out': out})
         saved = saved_run(resume, 'finetune_window', f"'{resume}' is no run of `seismodel finetune-window`; resume it with the command that began it.")
-        plan, folder, c = saved['finetune_window'], Path(resume), train_from_dict(saved['train'])
+        plan, folder, c = saved['finetune_window'], Path(resume), train_from_dict({**saved['train'], **given})
         start = build(config_from_dict(saved['model']))
     else:
         plan = window_plan(from_run, preset, data, column, classes, weights, fraction, freeze)

@@ -92,10 +92,42 @@ def test_a_source_is_packed_once(quakes_folder, tmp_path):
 @pytest.mark.parametrize('command', ['finetune', 'finetune-window'])
 @pytest.mark.parametrize('option', [('--steps', '500'), ('--seed', '0'), ('--data', 'synthetic'), ('--out', 'other')])
 def test_a_resumed_run_does_not_pretend_to_listen(command, option, tmp_path, capsys):
-    assert 'leave the other options away' in said([command, '--resume', tmp_path, *option], capsys)
+    assert f'{option[0]} cannot change with --resume' in said([command, '--resume', tmp_path, *option], capsys)
 
 
 def test_a_store_is_no_folder_to_evaluate_on(quakes_folder, tmp_path, capsys):
     pack([quakes_folder], tmp_path/'store')
     capsys.readouterr()
     assert 'is a packed store' in said(['evaluate', tmp_path, '--data', tmp_path/'store'], capsys)
+
+
+def unlabelled(records):
+    "The same records without what anybody found on them"
+    for metadata, x in records:
+        yield {k: v for k, v in metadata.items() if 'arrival' not in k and k != 'trace_category'}, x
+
+
+@pytest.mark.parametrize('packed', [False, True])
+def test_records_that_nobody_has_picked_teach_no_picker(packed, tmp_path, write_dataset, quake_records, capsys):
+    data = write_dataset(tmp_path/'plain', unlabelled(quake_records(16)))
+    if packed: data = pack([str(data)], tmp_path/'store') and tmp_path/'store'
+    capsys.readouterr()
+    words = ['finetune', '--from', 'random', '--preset', 'contrastive-tiny', '--data', data, '--out', tmp_path/'run', '--steps', '2', '--device', 'cpu']
+    assert 'nothing to teach a picker' in said(words, capsys)
+    assert not (tmp_path/'run').exists()
+
+
+def test_a_fine_tuning_run_on_its_first_day(tmp_path, capsys):
+    "It leaves a folder of somebody else alone, is described by info, and goes on with another number of workers"
+    words = lambda out: ['finetune', '--from', 'random', '--preset', 'contrastive-tiny', '--data', 'synthetic', '--out', str(out), '--steps', '2',
+                         '--batch-size', '2', '--validation-windows', '2', '--checkpoint-every', '1', '--device', 'cpu']
+    (tmp_path/'thesis').mkdir()
+    (tmp_path/'thesis'/'chapter.tex').write_text('mine')
+    assert 'is not empty and holds no run' in said(words(tmp_path/'thesis'), capsys)
+    assert [f.name for f in (tmp_path/'thesis').iterdir()] == ['chapter.tex']
+    assert main(words(tmp_path/'run')) == 0 and main(['info', str(tmp_path/'run')]) == 0
+    out = capsys.readouterr().out
+    assert 'picker from random: ' in out and 'step 2 of 2' in out and 'data: synthetic' in out
+    (tmp_path/'run'/'checkpoints'/'step-00000002.safetensors').unlink()
+    assert main(['finetune', '--resume', str(tmp_path/'run'), '--workers', '0', '--device', 'cpu']) == 0
+    assert 'Going on from step 1' in capsys.readouterr().out
