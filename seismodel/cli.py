@@ -126,7 +126,7 @@ def pretrain(
     steps:int=None, # optimiser steps; the preset's if not given
     batch_size:int=None, # windows a step, of all devices together; the preset's if not given
     lr:float=None, # peak learning rate; the preset's if not given
-    weight_decay:float=None, # the preset's if not given
+    weight_decay:float=None, # pull of the weights towards 0, of AdamW; the preset's if not given
     accumulate:int=None, # batches that make one optimiser step; 1 if not given
     seed:int=None, # of weights, data, masks, codes and negatives; 0 if not given
     device:str=None, # auto (if not given), cpu, cuda or cuda:N

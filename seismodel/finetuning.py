@@ -140,12 +140,13 @@ def fine_plan(
     preset:str|None,   # with random: which model
     data:list[str]|None, # datasets with picks
     weights:str|None,  # their shares, such as '3,1'
-    fraction:float,    # of the labelled events
-    freeze:str,        # see `Picker`
-    width:int,         # of the head
-    augment:str,       # full or none
+    fraction:float|None, # of the labelled events; None: all
+    freeze:str|None,   # see `Picker`; None: none
+    width:int|None,    # of the head; None: 32
+    augment:str|None,  # full or none; None: full
 )->dict:
     "What config.json says of a fine-tuning run; raises `UserError` for what makes no sense"
+    fraction, freeze, width, augment = (usual if told is None else told for told, usual in ((fraction, 1.), (freeze, 'none'), (width, 32), (augment, 'full')))
     if not 0 < fraction <= 1: raise UserError(f"--fraction is {fraction}; it is a share of the labelled events, above 0 and at most 1.")
     if freeze not in FREEZE: raise UserError(f"--freeze is '{freeze}'; choose one of {', '.join(FREEZE)}.")
     if width < 0: raise UserError(f"--width is {width}; it must not be negative.")
@@ -201,14 +202,14 @@ def finetune(
     preset:str=None, # with --from random: method and size of the control, such as contrastive-small
     data:Annotated[str, {'action': 'append'}]=None, # a SeisBench dataset with picks, by folder or by name, or synthetic; may be given several times
     weights:str=None, # shares of the datasets, such as 3,1; equal if not given
-    fraction:float=1., # share of the labelled events of each dataset to train on
-    freeze:str='none', # what does not learn: none, encoder, all (but the head), or gradual
-    width:int=32, # channels of the head; 0 makes it linear: with --freeze all a linear probe
-    augment:str='full', # what happens to the training windows: full (real noise, rotation, polarity, lost components, gaps) or none
+    fraction:float=None, # share of the labelled events of each dataset to train on; all if not given
+    freeze:str=None, # what does not learn: none (if not given), encoder, all (but the head), or gradual
+    width:int=None, # channels of the head, 32 if not given; 0 makes it linear: with --freeze all a linear probe
+    augment:str=None, # what happens to the training windows: full (if not given: real noise, rotation, polarity, lost components, gaps) or none
     steps:int=None, # optimiser steps; 2000 if not given
     batch_size:int=None, # windows a step; 32 if not given
-    lr:float=None, # peak learning rate; that of the method if not given
-    weight_decay:float=None, # that of the method if not given
+    lr:float=None, # peak learning rate; if not given 1e-3 for contrastive models, 2e-4 for reconstruction
+    weight_decay:float=None, # pull of the weights towards 0, of AdamW; if not given .1 for contrastive models, .005 for reconstruction
     seed:int=None, # of head, windows, dropout and share; 0 if not given
     device:str=None, # auto (if not given), cpu, cuda or cuda:N
     workers:int=None, # processes that prepare windows; chosen by the device if not given
@@ -221,7 +222,8 @@ def finetune(
 )->Path: # the run's folder
     "Fine-tune a pretrained model to pick P and S, or go on with such a run"
     if resume:
-        given = free_options({'from': from_run, 'preset': preset, 'data': data, 'weights': weights, 'steps': steps, 'batch_size': batch_size, 'lr': lr,
+        given = free_options({'from': from_run, 'preset': preset, 'data': data, 'weights': weights, 'fraction': fraction, 'freeze': freeze, 'width': width,
+                              'augment': augment, 'steps': steps, 'batch_size': batch_size, 'lr': lr,
                               'weight_decay': weight_decay, 'seed': seed, 'device': device, 'workers': workers, 'validate_every': validate_every,
                               'validation_windows': validation_windows, 'checkpoint_every': checkpoint_every, 'out': out})
         saved = saved_run(resume, 'finetune', f"'{resume}' is not a fine-tuning run; go on with it by `seismodel pretrain --resume`.")
@@ -231,7 +233,7 @@ def finetune(
         plan = fine_plan(from_run, preset, data, weights, fraction, freeze, width, augment)
         if not out: raise UserError("Name the run's folder, with --out FOLDER.")
         torch.manual_seed(seed or 0)
-        picker = start_picker(plan['from'], preset, width, freeze)
+        picker = start_picker(plan['from'], preset, plan['width'], plan['freeze'])
         c = fine_recipe(picker.config.method, steps=steps, batch_size=batch_size, lr=lr, weight_decay=weight_decay, seed=seed, device=device, workers=workers,
                         validate_every=validate_every, validation_windows=validation_windows, checkpoint_every=checkpoint_every, tensorboard=tensorboard or None)
     folder = Path(resume or out)

@@ -157,12 +157,12 @@ def finetune_window(
     column:str=None, # of the metadata: text makes classes, numbers a regression; empty cells are left out
     classes:str=None, # those that count, such as up,down; all that the column has if not given
     weights:str=None, # shares of the datasets, such as 3,1; equal if not given
-    fraction:float=1., # share of the labelled events of each dataset to train on
-    freeze:str='none', # what does not learn: none, encoder, all (but the head), or gradual
+    fraction:float=None, # share of the labelled events of each dataset to train on; all if not given
+    freeze:str=None, # what does not learn: none (if not given), encoder, all (but the head), or gradual
     steps:int=None, # optimiser steps; 500 if not given
     batch_size:int=None, # windows a step; 32 if not given
-    lr:float=None, # peak learning rate; that of the method if not given
-    weight_decay:float=None, # that of the method if not given
+    lr:float=None, # peak learning rate; if not given 1e-3 for contrastive models, 2e-4 for reconstruction
+    weight_decay:float=None, # pull of the weights towards 0, of AdamW; if not given .1 for contrastive models, .005 for reconstruction
     seed:int=None, # of head, windows, dropout and share; 0 if not given
     device:str=None, # auto (if not given), cpu, cuda or cuda:N
     workers:int=None, # processes that prepare windows; chosen by the device if not given
@@ -175,7 +175,8 @@ def finetune_window(
 )->Path: # the run's folder
     "Fine-tune a pretrained model to answer one question about a window, or go on with such a run"
     if resume:
-        given = free_options({'from': from_run, 'preset': preset, 'data': data, 'column': column, 'classes': classes, 'weights': weights, 'steps': steps,
+        given = free_options({'from': from_run, 'preset': preset, 'data': data, 'column': column, 'classes': classes, 'weights': weights, 'fraction': fraction,
+                              'freeze': freeze, 'steps': steps,
                               'batch_size': batch_size, 'lr': lr, 'weight_decay': weight_decay, 'seed': seed, 'device': device, 'workers': workers,
                               'validate_every': validate_every, 'validation_windows': validation_windows, 'checkpoint_every': checkpoint_every, 'out': out})
         saved = saved_run(resume, 'finetune_window', f"'{resume}' is no run of `seismodel finetune-window`; resume it with the command that began it.")
