@@ -24,7 +24,7 @@ from . import __version__
 from .catalogue import pick
 from .distributed import Ranks, join_ranks, pick_device
 from .encoders import check_fields
-from .finetuning import evaluate, finetune
+from .finetuning import evaluate, filled, finetune
 from .frontend import count_parameters, frames
 from .health import TrainingError
 from .heads import load_picker
@@ -158,8 +158,7 @@ def pretrain(
 def new_folder(out:Path|None, name:str)->Path:
     "The folder of a new run; raises `UserError` where something lies in it"
     folder = Path(out) if out else free_folder(name)
-    left = folder.is_dir() and any(not f.name.endswith('.part') for f in folder.iterdir())    # .part: cut short by a kill
-    if left or folder.exists() and not folder.is_dir(): raise UserError(f"'{folder}' is there already and not empty; name another --out, or --resume it.")
+    if filled(folder) or folder.exists() and not folder.is_dir(): raise UserError(f"'{folder}' is there already and not empty; name another --out, or --resume it.")
     return folder
 
 def run_plan(

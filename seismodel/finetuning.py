@@ -6,7 +6,8 @@ Docs: https://seismodel.github.io/seismodel/finetuning.html.md"""
 
 # %% auto #0
 __all__ = ['RECIPES', 'events_of', 'Share', 'share_of', 'start_model', 'start_picker', 'fine_recipe', 'label_windows',
-           'with_real_noise', 'fine_plan', 'saved_run', 'free_options', 'fine_run', 'finetune', 'evaluate']
+           'with_real_noise', 'fine_plan', 'saved_run', 'filled', 'fine_folder', 'free_options', 'fine_run', 'finetune',
+           'evaluate']
 
 # %% ../nbs/11f_finetuning.ipynb #92f5df8c
 import csv
@@ -168,6 +169,20 @@ def saved_run(
     if key not in saved: raise UserError(other)
     return saved
 
+def filled(
+    folder:Path, # or what will be one
+)->bool:
+    "Whether anything lies there but what a kill cut short"
+    return folder.is_dir() and any(not f.name.endswith('.part') for f in folder.iterdir())
+
+def fine_folder(
+    out:Path|None, # as it was typed
+)->Path:
+    "The folder of a new run; raises `UserError` where none is named, or it is full of other things"
+    if not out: raise UserError("Name the run's folder, with --out FOLDER.")
+    if filled(Path(out)) and not (Path(out)/'config.json').is_file(): raise UserError(f"'{out}' is not empty and holds no run; name another --out.")
+    return Path(out)
+
 def free_options(
     told:dict, # name of an option -> its value, None where it was not given
 )->dict: # those given
@@ -227,16 +242,15 @@ def finetune(
                               'weight_decay': weight_decay, 'seed': seed, 'device': device, 'workers': workers, 'validate_every': validate_every,
                               'validation_windows': validation_windows, 'checkpoint_every': checkpoint_every, 'out': out})
         saved = saved_run(resume, 'finetune', f"'{resume}' is not a fine-tuning run; go on with it by `seismodel pretrain --resume`.")
-        plan, c = saved['finetune'], train_from_dict({**saved['train'], **given})
+        plan, folder, c = saved['finetune'], Path(resume), train_from_dict({**saved['train'], **given})
         picker = picker_from_dict(saved, plan['freeze']).train()
     else:
         plan = fine_plan(from_run, preset, data, weights, fraction, freeze, width, augment)
-        if not out: raise UserError("Name the run's folder, with --out FOLDER.")
+        folder = fine_folder(out)
         torch.manual_seed(seed or 0)
         picker = start_picker(plan['from'], preset, plan['width'], plan['freeze'])
         c = fine_recipe(picker.config.method, steps=steps, batch_size=batch_size, lr=lr, weight_decay=weight_decay, seed=seed, device=device, workers=workers,
                         validate_every=validate_every, validation_windows=validation_windows, checkpoint_every=checkpoint_every, tensorboard=tensorboard or None)
-    folder = Path(resume or out)
     fine_run(plan, picker, c, folder, bool(resume))
     print(f"picker  {folder}, for `seismodel pick --model` and `SeisModelPicker.from_pretrained`")
     return folder

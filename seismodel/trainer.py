@@ -295,9 +295,7 @@ def check_fit(c, data, folder, resume, ranks):
         raise UserError(f"{c.steps} steps of {c.accumulate*c.batch_size} windows need {c.steps*c.accumulate*c.batch_size} windows; there are {len(data)}.")
     if c.batch_size % ranks.world: raise UserError(f"The batch size is {c.batch_size}, which {ranks.world} ranks cannot share evenly; choose a multiple.")
     there = ranks.share((folder/'config.json').is_file())      # as rank 0 sees it, before it writes one
-    full = ranks.share(folder.is_dir() and any(not f.name.endswith('.part') for f in folder.iterdir()))    # .part: cut short by a kill
     if there and not resume: raise UserError(f"'{folder}' holds a run already; name another folder, or resume it.")
-    if full and not there and not resume: raise UserError(f"'{folder}' is not empty and holds no run; name another folder.")
     if resume and not there: raise UserError(f"'{folder}' holds no run to resume: config.json is missing.")
 
 def draw_run(model, show, folder):

@@ -19,7 +19,7 @@ import torch
 from torch.nn import functional as F
 
 from .distributed import join_ranks, pick_device
-from .finetuning import fine_plan, fine_recipe, free_options, saved_run, start_model
+from .finetuning import fine_folder, fine_plan, fine_recipe, free_options, saved_run, start_model
 from .frontend import count_parameters
 from .heads import FineTuned, WindowHead
 from .loading import cut, normalize_windows
@@ -184,9 +184,9 @@ def finetune_window(
         start = build(config_from_dict(saved['model']))
     else:
         plan = window_plan(from_run, preset, data, column, classes, weights, fraction, freeze)
-        if not out: raise UserError("Name the run's folder, with --out FOLDER.")
+        folder = fine_folder(out)
         torch.manual_seed(seed or 0)
-        start, folder = start_model(plan['from'], preset), Path(out)
+        start = start_model(plan['from'], preset)
         c = fine_recipe(start.config.method, steps=500 if steps is None else steps, batch_size=batch_size, lr=lr, weight_decay=weight_decay, seed=seed, device=device, workers=workers,
                         validate_every=validate_every, validation_windows=validation_windows, checkpoint_every=checkpoint_every, tensorboard=tensorboard or None)
     question, training, dev = label_sources(plan['data'], plan['column'], plan['classes'], plan['fraction'], c.seed)
