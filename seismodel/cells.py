@@ -33,7 +33,7 @@ from .finetuning import RECIPES, label_windows, with_real_noise
 from .health import TrainingError
 from .heads import Picker
 from .loading import WindowDataset
-from .pretraining import build, config_from_dict, from_pretrained, read_model, write_atomically
+from .pretraining import build, config_from_dict, from_pretrained, read_config, read_model, write_atomically
 from .reading import Store, is_store
 from .recipe import FREE, TrainConfig, check_config
 from .sources import SyntheticSource, open_dataset, open_source, split_column
@@ -111,7 +111,7 @@ def start_cell(
         from seismodel.peers import fresh_peer   # brings SeisBench, which takes seconds: only for those who need it
         return fresh_peer(cell.method.source).train()
     if cell.method.start == 'pretrained': return Picker(from_pretrained(cell.method.source)).train()
-    return Picker(build(config_from_dict(read_model(cell.method.source)[0]['model']))).train()
+    return Picker(build(config_from_dict(read_config(cell.method.source)['model']))).train()
 
 # %% ../nbs/11h_cells.ipynb #f9870292
 PEER_RECIPE = dict(lr=1e-3, weight_decay=0.)

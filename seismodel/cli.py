@@ -11,8 +11,9 @@ __all__ = ['COMMANDS', 'open_data', 'free_folder', 'recipe', 'Plan', 'new_plan',
 # %% ../nbs/12_cli.ipynb #220286ed
 import json
 import os
+import signal
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -33,7 +34,7 @@ from .loading import WindowDataset
 from .pack import pack
 from .plots import plot
 from .pretraining import (PRESETS, ContrastiveConfig, Preset, ReconstructionConfig, build, config_from_dict, from_pretrained,
-                                   preset as find_preset, read_model, write_atomically)
+                                   preset as find_preset, read_config, write_atomically)
 from .recipe import FREE, TrainConfig, check_config, train_from_dict
 from .runlog import read_metrics
 from .sources import open_source, parse_weights, whole_path
@@ -107,13 +108,13 @@ def saved_plan(folder, preset, data, weights, window, given)->Plan:
     missing = {'preset', 'data', 'window', 'model', 'train'} - config.keys()
     if missing: raise UserError(f"'{folder/'config.json'}' is not of a pretraining run that can be resumed: it has no field '{min(missing)}'.")
     check_fields(Plan, {f.name: config.get(f.name) for f in fields(Plan)})
-    check_fields(TrainConfig, config['train'], 'train.')
+    train = train_from_dict(config['train'])
+    was = {**config, **asdict(train)}
     told = {'preset': preset, 'data': data and [whole_path(name) for name in data], 'weights': parse_weights(weights, len(config['data'])), 'window': window}
-    differ = [f"{name} was {({**config, **config['train']})[name]} and is {value}" for name, value in {**told, **given}.items()
-              if value is not None and f'train.{name}' not in FREE and ({**config, **config['train']})[name] != value]
+    differ = [f"{name} was {was[name]} and is {value}" for name, value in {**told, **given}.items()
+              if value is not None and f'train.{name}' not in FREE and was[name] != value]
     if differ: raise UserError(f"The run in '{folder}' had other settings: {'; '.join(differ)}. Resume it with its own, or start a new run.")
-    free = {name: value for name, value in given.items() if value is not None}
-    train = train_from_dict({**config['train'], **free})
+    train = replace(train, **{name: value for name, value in given.items() if value is not None})
     check_config(train)
     return Plan(config['preset'], config['data'], config['weights'], config['window'], config_from_dict(config['model']), train)
 
@@ -190,7 +191,7 @@ def info(
     if run is None:
         for name, p in PRESETS.items(): print(f'{name:22} {count_parameters(build(p.model))/1e6:6.2f} M parameters, {p.steps:>7,} steps of {p.batch_size}')
         return
-    config, _ = read_model(run)
+    config = read_config(run)
     plan = config.get('finetune') or config.get('finetune_window') or config
     what = f"{'picker' if 'picker' in config else 'window model'} from {plan['from']}" if 'from' in plan else config.get('preset', config['model'].get('method'))
     model = load_picker(run) if 'picker' in config else load_window_model(run) if 'question' in config else from_pretrained(run)
@@ -303,6 +304,10 @@ def main(
     except (UserError, TrainingError, Interrupted) as e:
         print(f"seismodel{f', rank {rank}' if rank else ''}: {e}", file=sys.stderr)
         return 2 if isinstance(e, UserError) else 1 if isinstance(e, TrainingError) else 128 + e.number
-    except KeyboardInterrupt: return print('seismodel: stopped by Ctrl-C; what was written before is whole.', file=sys.stderr) or 130
-    except OSError as e: return print(f"seismodel: {e.filename or 'a file'} cannot be read or written ({e.strerror or e}); mend that, or name another path.", file=sys.stderr) or 2
+    except KeyboardInterrupt:
+        print('seismodel: stopped by Ctrl-C; what was written before is whole.', file=sys.stderr)
+        return 128 + signal.SIGINT
+    except OSError as e:
+        print(f"seismodel: {e.filename or 'a file'} cannot be read or written ({e.strerror or e}); mend that, or name another path.", file=sys.stderr)
+        return 2
     return 0

@@ -13,7 +13,7 @@ __all__ = ['RECIPES', 'events_of', 'Share', 'share_of', 'start_model', 'start_pi
 import csv
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Callable
 from zlib import crc32
@@ -236,21 +236,20 @@ def finetune(
     resume:Path=None, # the folder of a fine-tuning run to go on with; needs nothing else
 )->Path: # the run's folder
     "Fine-tune a pretrained model to pick P and S, or go on with such a run"
+    given = dict(steps=steps, batch_size=batch_size, lr=lr, weight_decay=weight_decay, seed=seed, device=device, workers=workers, validate_every=validate_every,
+                 validation_windows=validation_windows, checkpoint_every=checkpoint_every, tensorboard=tensorboard or None)
     if resume:
-        given = free_options({'from': from_run, 'preset': preset, 'data': data, 'weights': weights, 'fraction': fraction, 'freeze': freeze, 'width': width,
-                              'augment': augment, 'steps': steps, 'batch_size': batch_size, 'lr': lr,
-                              'weight_decay': weight_decay, 'seed': seed, 'device': device, 'workers': workers, 'validate_every': validate_every,
-                              'validation_windows': validation_windows, 'checkpoint_every': checkpoint_every, 'out': out})
+        free = free_options({'from': from_run, 'preset': preset, 'data': data, 'weights': weights, 'fraction': fraction, 'freeze': freeze, 'width': width,
+                             'augment': augment, **given, 'out': out})
         saved = saved_run(resume, 'finetune', f"'{resume}' is not a fine-tuning run; go on with it by `seismodel pretrain --resume`.")
-        plan, folder, c = saved['finetune'], Path(resume), train_from_dict({**saved['train'], **given})
+        plan, folder, c = saved['finetune'], Path(resume), replace(train_from_dict(saved['train']), **free)
         picker = picker_from_dict(saved, plan['freeze']).train()
     else:
         plan = fine_plan(from_run, preset, data, weights, fraction, freeze, width, augment)
         folder = fine_folder(out)
         torch.manual_seed(seed or 0)
         picker = start_picker(plan['from'], preset, plan['width'], plan['freeze'])
-        c = fine_recipe(picker.config.method, steps=steps, batch_size=batch_size, lr=lr, weight_decay=weight_decay, seed=seed, device=device, workers=workers,
-                        validate_every=validate_every, validation_windows=validation_windows, checkpoint_every=checkpoint_every, tensorboard=tensorboard or None)
+        c = fine_recipe(picker.config.method, **given)
     fine_run(plan, picker, c, folder, bool(resume))
     print(f"picker  {folder}, for `seismodel pick --model` and `SeisModelPicker.from_pretrained`")
     return folder

@@ -20,7 +20,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from .reading import is_store
-from .sources import SeisBenchSource, draw_split, open_folder, open_published, parse_weights, published, trace_names
+from .sources import SeisBenchSource, draw_split, open_dataset, parse_weights, trace_names
 from .store import DTYPES, StoreWriter, finish, sha256
 from .waveforms import (SAMPLING_RATE, WINDOW, BadRecord, Record, UserError, Waveform, assemble, check_record,
                                  read_pieces)
@@ -195,10 +195,9 @@ def open_items(
         raise UserError("the generator has no end and is not packed: give --data synthetic beside --data STORE")
     if path.is_dir() and is_store(path): raise UserError(f"{where} is a packed store already")
     if path.is_file(): return ArchiveItems(path, path.name, window)
-    if not path.is_dir(): return DatasetItems(open_published(published(where)), where, window)
-    if any(path.glob("metadata*.csv")) or any(path.glob("waveforms*.hdf5")):
-        return DatasetItems(open_folder(path), path.resolve().name, window)
-    return ArchiveItems(path, path.resolve().name, window)
+    name = path.resolve().name if path.is_dir() else where
+    if path.is_dir() and not any(path.glob("metadata*.csv")) and not any(path.glob("waveforms*.hdf5")): return ArchiveItems(path, name, window)
+    return DatasetItems(open_dataset(where), name, window)
 
 def listing(
     path:Path, # of a folder or file

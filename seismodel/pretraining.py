@@ -7,7 +7,7 @@ Docs: https://seismodel.github.io/seismodel/pretraining.html.md"""
 # %% auto #0
 __all__ = ['CONFIGS', 'ENCODERS', 'PRESETS', 'ContrastiveConfig', 'ReconstructionConfig', 'config_to_dict', 'config_from_dict',
            'Step', 'write_atomically', 'force_out', 'alone', 'average_all', 'Pretrainer', 'ContrastivePretraining',
-           'ReconstructionPretraining', 'Preset', 'contrastive_size', 'preset', 'build', 'read_model',
+           'ReconstructionPretraining', 'Preset', 'contrastive_size', 'preset', 'build', 'read_config', 'read_model',
            'from_pretrained', 'load_weights']
 
 # %% ../nbs/10_pretraining.ipynb #3dd052a1
@@ -301,18 +301,25 @@ def build(
     except (ValueError, RuntimeError) as e: raise UserError(f"The configuration makes no model: {e}") from None
 
 # %% ../nbs/10_pretraining.ipynb #846f356b
+def read_config(
+    folder:str|Path, # with config.json and model.safetensors
+)->dict: # the whole of config.json
+    "What a model says of itself; raises `UserError` with the file and what is wrong with it"
+    file = Path(folder)/'config.json'
+    for f in (file, Path(folder)/'model.safetensors'):
+        if not f.is_file(): raise UserError(f"No pretrained model in '{folder}': {f.name} is missing.")
+    try: config = json.loads(file.read_text())
+    except ValueError: raise UserError(f"'{file}' is not valid JSON; restore it or train again.") from None
+    if not isinstance(config, dict) or 'model' not in config: raise UserError(f"'{file}' does not describe a seismodel model: it has no field 'model'.")
+    return config
+
 def read_model(
     folder:str|Path, # with config.json and model.safetensors
 )->tuple[dict, dict]: # the whole of config.json; name -> weight
     "Read a model's two files; raises `UserError` with the file and what is wrong with it"
-    config_file, weights_file = Path(folder)/'config.json', Path(folder)/'model.safetensors'
-    for f in (config_file, weights_file):
-        if not f.is_file(): raise UserError(f"No pretrained model in '{folder}': {f.name} is missing.")
-    try: config = json.loads(config_file.read_text())
-    except ValueError: raise UserError(f"'{config_file}' is not valid JSON; restore it or train again.") from None
-    if not isinstance(config, dict) or 'model' not in config: raise UserError(f"'{config_file}' does not describe a seismodel model: it has no field 'model'.")
-    try: weights = load_file(weights_file)
-    except (SafetensorError, OSError) as e: raise UserError(f"'{weights_file}' cannot be read as safetensors ({e}); it is truncated or damaged.") from None
+    config, file = read_config(folder), Path(folder)/'model.safetensors'
+    try: weights = load_file(file)
+    except (SafetensorError, OSError) as e: raise UserError(f"'{file}' cannot be read as safetensors ({e}); it is truncated or damaged.") from None
     return config, weights
 
 def from_pretrained(

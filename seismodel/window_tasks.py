@@ -9,8 +9,7 @@ __all__ = ['WindowModel', 'load_window_model', 'answers', 'figures_of', 'score',
            'evaluate_window']
 
 # %% ../nbs/11l_window_tasks.ipynb #8a0e9c64
-import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +23,7 @@ from .frontend import count_parameters
 from .heads import FineTuned, WindowHead
 from .loading import cut, normalize_windows
 from .masked_mse import feature_variance
-from .pretraining import Pretrainer, Step, build, config_from_dict, load_weights, read_model, write_atomically
+from .pretraining import Pretrainer, Step, build, config_from_dict, load_weights, read_config, read_model, write_atomically
 from .recipe import train_from_dict
 from .sources import open_source
 from .trainer import train
@@ -174,21 +173,20 @@ def finetune_window(
     resume:Path=None, # the folder of such a run to go on with; needs nothing else
 )->Path: # the run's folder
     "Fine-tune a pretrained model to answer one question about a window, or go on with such a run"
+    given = dict(steps=steps, batch_size=batch_size, lr=lr, weight_decay=weight_decay, seed=seed, device=device, workers=workers, validate_every=validate_every,
+                 validation_windows=validation_windows, checkpoint_every=checkpoint_every, tensorboard=tensorboard or None)
     if resume:
-        given = free_options({'from': from_run, 'preset': preset, 'data': data, 'column': column, 'classes': classes, 'weights': weights, 'fraction': fraction,
-                              'freeze': freeze, 'steps': steps,
-                              'batch_size': batch_size, 'lr': lr, 'weight_decay': weight_decay, 'seed': seed, 'device': device, 'workers': workers,
-                              'validate_every': validate_every, 'validation_windows': validation_windows, 'checkpoint_every': checkpoint_every, 'out': out})
+        free = free_options({'from': from_run, 'preset': preset, 'data': data, 'column': column, 'classes': classes, 'weights': weights, 'fraction': fraction,
+                             'freeze': freeze, **given, 'out': out})
         saved = saved_run(resume, 'finetune_window', f"'{resume}' is no run of `seismodel finetune-window`; resume it with the command that began it.")
-        plan, folder, c = saved['finetune_window'], Path(resume), train_from_dict({**saved['train'], **given})
+        plan, folder, c = saved['finetune_window'], Path(resume), replace(train_from_dict(saved['train']), **free)
         start = build(config_from_dict(saved['model']))
     else:
         plan = window_plan(from_run, preset, data, column, classes, weights, fraction, freeze)
         folder = fine_folder(out)
         torch.manual_seed(seed or 0)
         start = start_model(plan['from'], preset)
-        c = fine_recipe(start.config.method, steps=500 if steps is None else steps, batch_size=batch_size, lr=lr, weight_decay=weight_decay, seed=seed, device=device, workers=workers,
-                        validate_every=validate_every, validation_windows=validation_windows, checkpoint_every=checkpoint_every, tensorboard=tensorboard or None)
+        c = fine_recipe(start.config.method, **{**given, 'steps': 500 if steps is None else steps})
     question, training, dev = label_sources(plan['data'], plan['column'], plan['classes'], plan['fraction'], c.seed)
     model = WindowModel(start, question, plan['freeze']).train()
     windows = LabelledWindows(training, c.steps*c.accumulate*c.batch_size, plan['weights'], c.seed)
@@ -221,7 +219,7 @@ def evaluate_window(
 )->Path: # the folder
     "Score a model of finetune-window on every labelled record of a split"
     net = load_window_model(model).to(pick_device(device))
-    names, out = [data] if data else json.loads((Path(model)/'config.json').read_text()).get('finetune_window', {}).get('data'), Path(out or Path(model)/split)
+    names, out = [data] if data else read_config(model).get('finetune_window', {}).get('data'), Path(out or Path(model)/split)
     if not names: raise UserError('Say which labels, with --data FOLDER.')
     import pandas as pd
     table = pd.concat([answers(net, Labelled(open_source(name, split), net.question, split)) for name in names], ignore_index=True)
