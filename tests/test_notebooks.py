@@ -8,10 +8,10 @@ from nbdev.config import get_config
 from nbdev.test import test_nb as run_nb   # renamed, or pytest collects it as a test
 
 root = Path(__file__).resolve().parents[1]
-nbs = sorted(p for p in (root/'nbs').glob('*.ipynb') if p.name[0] not in '._')
+nbs = sorted(p for p in (root/'nbs').rglob('*.ipynb') if p.name[0] not in '._' and p.parent.name[0] != '.')
 
 
-@pytest.mark.parametrize('nb', nbs, ids=lambda p: p.stem)
+@pytest.mark.parametrize('nb', nbs, ids=lambda p: p.relative_to(root/'nbs').with_suffix('').as_posix())
 def test_notebook(nb, monkeypatch):
     monkeypatch.setenv('MPLBACKEND', 'agg')
     loggers = [logging.getLogger(name) for name in ('seismodel', 'seisbench')]   # chapters hush them for their readers
