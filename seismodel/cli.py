@@ -22,10 +22,11 @@ import torch
 from fastcore.script import anno_parser
 
 from . import __version__
+from .picking.evaluation import evaluate
 from .picking.pick import pick
 from .training.distributed import Ranks, join_ranks, pick_device
 from .models.encoders import check_fields
-from .finetuning.finetune import evaluate, filled, finetune
+from .finetuning.finetune import filled, finetune
 from .models.frontend import count_parameters, frames
 from .training.monitoring import TrainingError
 from .finetuning.heads import load_picker

@@ -11,7 +11,8 @@ import obspy
 import pytest
 import torch
 
-from seismodel.picking.pick import COLUMNS, around, pick, pick_files, plot_picks, read_rows
+from seismodel.picking.output import PICK_COLUMNS, around, plot_picks, read_picks
+from seismodel.picking.pick import pick, pick_files
 from seismodel.cli import main
 from seismodel.finetuning.heads import Picker
 from seismodel.picking.seisbench_model import SeisModelPicker
@@ -57,8 +58,8 @@ def test_command(run, tmp_path):
     files = write_files(tmp_path/'in', 2)
     done = seismodel('pick', files, '--model', run, '--out', tmp_path/'out', '--figures', '--device', 'cpu')
     assert done.returncode == 0, done.stderr
-    rows = read_rows(tmp_path/'out/picks.csv')
-    assert tuple(rows[0]) == COLUMNS and {r['station'] for r in rows} == {'ST0', 'ST1'}
+    rows = read_picks(tmp_path/'out/picks.csv')
+    assert tuple(rows[0]) == PICK_COLUMNS and {r['station'] for r in rows} == {'ST0', 'ST1'}
     assert f"{sum(r['phase'] == 'P' for r in rows)} P and {sum(r['phase'] == 'S' for r in rows)} S picks" in done.stdout
     events = obspy.read_events(str(tmp_path/'out/picks.xml'))
     assert sorted((p.waveform_id.station_code, p.phase_hint, str(p.time)) for e in events for p in e.picks) == sorted((r['station'], r['phase'], r['time']) for r in rows)
@@ -164,5 +165,5 @@ def test_figures_of_odd_streams(model):
 
 
 def test_command_starts_without_seisbench():
-    code = 'import sys, seismodel.catalogue, seismodel.cli; sys.exit("seisbench" in sys.modules)'
+    code = 'import sys, seismodel.picking.pick, seismodel.cli; sys.exit("seisbench" in sys.modules)'
     assert subprocess.run([sys.executable, '-c', code]).returncode == 0

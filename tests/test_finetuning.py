@@ -10,7 +10,9 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from seismodel.cli import main
-from seismodel.finetuning.finetune import Share, events_of, evaluate, finetune, fine_recipe, label_windows, start_picker, with_real_noise
+from seismodel.finetuning.events import EventSubset, events_of
+from seismodel.picking.evaluation import evaluate
+from seismodel.finetuning.finetune import finetune, fine_recipe, label_windows, start_picker, with_real_noise
 from seismodel.finetuning.heads import load_picker
 from seismodel.signals.noise import EventsInNoise
 from seismodel.models.pretraining import build, preset
@@ -30,7 +32,7 @@ def test_events_of_a_data_set(folder):
     source = open_source(str(folder), 'train')
     events = events_of(source)
     assert len(events) == len(source) == 24 and len(set(events)) == 12 and all(e.startswith('event') for e in events)
-    share = Share(source, .25)
+    share = EventSubset(source, .25)
     assert len(share) == 6 and len(set(share.events)) == 3
     for i in range(6): assert np.array_equal(share.record(i).waveform, source.record(share.rows[i]).waveform)
     assert events_of(open_source('synthetic', 'train'))[:2] == ['0', '1']
@@ -40,7 +42,7 @@ def test_a_store_and_its_data_set_share_alike(folder, tmp_path):
     "The same events, the same share, the same waveforms' onsets, packed or not; and a machine without SeisBench can fine-tune from it"
     assert main(['pack', str(folder), '--out', str(tmp_path/'store')]) == 0
     plain, packed = open_source(str(folder), 'train'), open_source(str(tmp_path/'store'), 'train')
-    a, b = Share(plain, .3), Share(packed, .3)
+    a, b = EventSubset(plain, .3), EventSubset(packed, .3)
     named = lambda share: sorted((e, round(float(share.record(i).p_onset), 2)) for i, e in enumerate(share.events) if np.isfinite(share.record(i).p_onset))
     assert len(a) == len(b) and named(a) == named(b) and len(set(a.events)) < len(a)
     code = ('import sys; sys.modules["seisbench"] = sys.modules["obspy"] = None; from seismodel.finetuning.finetune import finetune; '
@@ -73,11 +75,11 @@ def test_shares_are_nested_whole_and_never_empty(events, a, b, seed):
         def __len__(self): return len(events)
     source = Source()
     source.events = events
-    small, large = Share(source, min(a, b), seed), Share(source, max(a, b), seed)
+    small, large = EventSubset(source, min(a, b), seed), EventSubset(source, max(a, b), seed)
     assert small.rows and set(small.rows) <= set(large.rows)
     assert sorted(small.rows) == [i for i, e in enumerate(events) if str(e) in small.events]      # whole events
     assert len(set(small.events)) == int(np.ceil(min(a, b)*len(set(events))))
-    assert Share(source, 1., seed).rows == list(range(len(events)))
+    assert EventSubset(source, 1., seed).rows == list(range(len(events)))
 
 
 @pytest.mark.parametrize('name', ['contrastive-tiny', 'reconstruction-tiny'])

@@ -245,7 +245,7 @@ def test_augmented_batches_are_reproducible(mixed):
 
 def test_reading_a_store_needs_numpy_and_torch_alone(mixed):
     "Also through `open_source`, the way of the command line"
-    code = ('import sys\nfrom seismodel.sources import open_source\nfrom seismodel.loading import Batches, WindowDataset, device_batches\nfrom torch.utils.data import DataLoader as Loader\n'
+    code = ('import sys\nfrom seismodel.data.sources import open_source\nfrom seismodel.data.windows import Batches, WindowDataset, device_batches\nfrom torch.utils.data import DataLoader as Loader\n'
             f'b = next(device_batches(Loader(Batches(WindowDataset([open_source({str(mixed.folder)!r})], 64), True), None, sampler=[range(8)]), 8))\n'
             'print(len(b["x"]), [m for m in ("seisbench", "obspy", "h5py", "pandas", "matplotlib", "scipy") if m in sys.modules])')
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=root)

@@ -516,7 +516,7 @@ def test_nothing_heavy_is_imported():
     "seisbench (seconds), obspy and matplotlib wait until they are needed"
     import subprocess
     import sys
-    code = ('import sys, seismodel.loading, seismodel.sources\n'
+    code = ('import sys, seismodel.data.windows, seismodel.data.sources\n'
             'print([m for m in ("seisbench", "obspy", "matplotlib.pyplot", "pandas") if m in sys.modules])')
     root = Path(__file__).parents[1]
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=root)

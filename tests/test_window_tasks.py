@@ -12,7 +12,7 @@ from hypothesis import given, settings, strategies as st
 from sklearn.metrics import f1_score
 
 from seismodel.cli import main
-from seismodel.finetuning.finetune import Share
+from seismodel.finetuning.events import EventSubset
 from seismodel.data.windows import cut
 from seismodel.models.pretraining import build, preset
 from seismodel.training.runlog import read_metrics

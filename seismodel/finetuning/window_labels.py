@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from .finetune import Share, events_of
+from .events import EventSubset, events_of
 from ..data.windows import cut, normalize_windows, uniforms
 from ..data.sources import open_source
 from ..signals.records import WINDOW, BadRecord, Record, UserError
@@ -177,6 +177,6 @@ def label_sources(
     training, dev = ([open_source(name, split, window) for name in names] for split in ('train', 'dev'))
     question = ask(column, [value for source in training for value in column_of(source, column)], classes)
     training = [Labelled(source, question, 'train') for source in training]
-    if fraction < 1: training = [source.part(Share(source, fraction, seed).rows) for source in training]
+    if fraction < 1: training = [source.part(EventSubset(source, fraction, seed).rows) for source in training]
     question.usual(np.concatenate([source.y for source in training]))
     return question, training, [Labelled(source, question, 'dev') for source in dev]

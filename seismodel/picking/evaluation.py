@@ -7,23 +7,20 @@ Docs: https://seismodel.github.io/seismodel/picking/evaluation.html.md"""
 # %% auto #0
 __all__ = ['ONSET_FIGURES', 'window_around', 'labelled', 'picks_of', 'task1_targets', 'task23_targets', 'targets', 'curves',
            'predict', 'auc', 'mcc', 'best_threshold', 'residuals', 'bootstrap', 'score_tasks', 'pick_benchmark',
-           'record_stream', 'score_records', 'found_within', 'summarise']
+           'record_stream', 'score_records', 'found_within', 'summarise', 'evaluate']
 
 # %% ../../nbs/picking/04_evaluation.ipynb #2f42ced0
 from pathlib import Path
 from typing import Callable
 
 import numpy as np
-import obspy
 import pandas as pd
-import seisbench.generate as sbg
 import torch
-from seisbench.models.base import WaveformModel
-from sklearn.metrics import matthews_corrcoef, roc_auc_score
 from tqdm.auto import tqdm
 
 from ..models.pretraining import write_atomically
-from ..data.sources import PHASES, onsets
+from ..training.distributed import pick_device
+from ..data.sources import PHASES, onsets, open_dataset
 from ..signals.records import COMPONENTS, SAMPLING_RATE, UserError
 
 # %% ../../nbs/picking/04_evaluation.ipynb #3b106743
@@ -121,7 +118,7 @@ def targets(
 # %% ../../nbs/picking/04_evaluation.ipynb #7fe59d8d
 @torch.no_grad()
 def curves(
-    model:WaveformModel, # with labels P and S, and N or Detection
+    model, # with labels P and S, and N or Detection
     x:torch.Tensor,      # (B, 3, L) windows as they are
 )->torch.Tensor: # (B, L, 3): something happens, P, S
     "Probabilities of a picker, without blinding"
@@ -134,13 +131,14 @@ def curves(
 
 # %% ../../nbs/picking/04_evaluation.ipynb #e38c0bf4
 def predict(
-    model:WaveformModel,   # any picker of SeisBench's kind
+    model,   # any picker of SeisBench's kind
     dataset,               # a SeisBench data set, three components
     table:pd.DataFrame,    # targets, whose traces are in the data set
     context:int|None=None, # samples that the model sees; None: its own in_samples, or the longest target
     batch_size:int=64,     # windows at a time
 )->pd.DataFrame: # the table with score_detection, score_p_or_s, p_sample_pred and s_sample_pred
     "What the model says about each target, in the columns of the pick-benchmark"
+    import seisbench.generate as sbg
     dataset = dataset.copy()
     dataset.component_order, dataset.dimension_order, dataset.sampling_rate = COMPONENTS, 'NCW', SAMPLING_RATE
     longest = int(np.ceil((table['end_sample'] - table['start_sample']).max()))
@@ -168,6 +166,7 @@ def auc(
     scores, # higher for True
 )->float: # NaN where there is only one class
     "Area under the ROC curve"
+    from sklearn.metrics import roc_auc_score
     return roc_auc_score(truth, scores) if len(set(truth)) == 2 else np.nan
 
 def mcc(
@@ -175,6 +174,7 @@ def mcc(
     called,# bool
 )->float: # NaN where there is only one class
     "Matthews' correlation"
+    from sklearn.metrics import matthews_corrcoef
     return matthews_corrcoef(truth, called) if len(set(truth)) == 2 else np.nan
 
 def best_threshold(
@@ -238,7 +238,7 @@ def score_tasks(
                         columns=['task', 'figure', 'value', 'low', 'high', 'n'])
 
 def pick_benchmark(
-    model:WaveformModel,   # any picker of SeisBench's kind
+    model,   # any picker of SeisBench's kind
     dataset,               # a SeisBench data set
     folder:str|Path,       # of the targets, see `targets`
     split:str='test',      # that is scored
@@ -260,13 +260,14 @@ def pick_benchmark(
 # %% ../../nbs/picking/04_evaluation.ipynb #76cfb93c
 def record_stream(
     waveform:np.ndarray, # (3, L) at 100 Hz, Z N E
-)->obspy.Stream:
+)->'obspy.Stream':
     "A record as a stream that starts at time 0"
+    import obspy
     return obspy.Stream([obspy.Trace(x, {'network': 'XX', 'station': 'REC', 'channel': f'HH{c}', 'sampling_rate': SAMPLING_RATE})
                          for x, c in zip(waveform, COMPONENTS)])
 
 def score_records(
-    model:WaveformModel,  # with `classify`
+    model,  # with `classify`
     dataset,              # a SeisBench data set, or one split of it
     threshold:float=.3,   # that a peak must reach
     progress:bool=False,  # show a bar
@@ -313,3 +314,28 @@ def summarise(
             part = table[table['kind'] == kind]
             if len(part): rows += [(source, kind, name, *bootstrap(f, part, draws=draws), len(part)) for name, f in figures[kind].items()]
     return pd.DataFrame(rows, columns=['trace_dataset', 'kind', 'figure', 'value', 'low', 'high', 'n'])
+
+# %% ../../nbs/picking/04_evaluation.ipynb #e52ddf35
+def evaluate(
+    model:str, # folder of a fine-tuning run, a name in SeisBench's cache, or CLASS:NAME for a picker of SeisBench such as PhaseNet:stead
+    data:str=None, # a SeisBench dataset with picks, by folder or by name
+    split:str='test', # train, dev or test; thresholds come from dev
+    targets:Path=None, # folder with task1.csv and task23.csv, published ones for example; made in OUT if not given
+    threshold:float=.3, # probability that counts as a pick in a record
+    context:int=None, # samples that the model sees around a target; its own window if not given
+    device:str='auto', # auto, cpu, cuda or cuda:N
+    out:Path=Path('evaluation'), # folder for the tables
+)->Path: # the folder
+    "Score a picker: the pick-benchmark's three tasks, and whole records"
+    if not data: raise UserError('Say which labels, with --data FOLDER.')
+    dataset = open_dataset(data)
+    from seismodel.picking.seisbench_model import open_picker
+    net = open_picker(model).to(pick_device(device))
+    if split not in set(dataset.metadata['split']): raise UserError(f"'{data}' has no trace in the split '{split}'.")
+    tables = {'tasks': pick_benchmark(net, dataset, targets or Path(out)/'targets', split, context)}
+    tables['records'] = score_records(net, dataset.get_split(split), threshold, progress=True)
+    tables['summary'] = summarise(tables['records'])
+    Path(out).mkdir(parents=True, exist_ok=True)
+    for name, table in tables.items(): write_atomically(Path(out)/f'{name}.csv', lambda part, table=table: table.to_csv(part, index=False))
+    for name in ('tasks', 'summary'): print(tables[name].round(3).to_string(index=False))
+    return Path(out)
