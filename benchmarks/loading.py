@@ -25,7 +25,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from seismodel.data.store_reader import Store, StoreSource
-from seismodel.data.windows import Batches, WindowDataset, device_batches, unbundle
+from seismodel.data.windows import WindowDataset
+from seismodel.data.prefetch import Batches, device_batches, unbundle
 from seismodel.data.pack import pack
 from seismodel.data.store import StoreWriter, finish
 from seismodel.signals.records import WINDOW, Record

@@ -41,7 +41,8 @@ from .training.runlog import read_metrics
 from .data.sources import open_source, parse_weights, whole_path
 from .study.run import study
 from .training.trainer import Interrupted, train
-from .signals.records import WINDOW, BadRecord, UserError, normalize, read_waveform
+from .signals.records import WINDOW, BadRecord, UserError, read_waveform
+from .signals.normalize import normalize
 from .finetuning.classification import evaluate_window, finetune_window, load_window_model
 
 # %% ../nbs/reference/01_cli.ipynb #2240a29d

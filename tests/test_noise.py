@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from seismodel.signals.augment import Augmentation, fine_augment
-from seismodel.data.windows import WindowDataset, amplitudes
+from seismodel.data.windows import WindowDataset
+from seismodel.data.prefetch import amplitudes
 from seismodel.signals.noise import EventsInNoise, mirrored, noise_bank, quiet
 from seismodel.data.sources import open_source
 from seismodel.signals.records import STATUS, BadRecord, Record

@@ -19,7 +19,8 @@ from seismodel.data.windows import WindowDataset
 from seismodel.data.pack import ArchiveItems, open_items, pack
 from seismodel.data.sources import open_source
 from seismodel.data.store import DTYPES, dequantize, quantize
-from seismodel.signals.records import STATUS, UserError, flat, read_waveform, resample
+from seismodel.signals.records import STATUS, UserError, read_waveform, resample
+from seismodel.signals.normalize import flat
 
 root = Path(__file__).parents[1]
 content = lambda folder: {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob('*')) if f.is_file()}

@@ -12,8 +12,9 @@ from hypothesis import given, settings, strategies as st
 
 import seismodel.study.run as study_module
 import seismodel.training.trainer as trainer
-from seismodel.study.trial import (Cell, Harness, Remembering, cell_recipe, cell_settings, cell_windows, dev_figure, methods_of, open_records, score_cell,
-                             start_cell)
+from seismodel.study.trial import (Cell, Harness, Remembering, cell_recipe, cell_settings,
+                                   cell_windows, dev_figure, methods_of, score_cell, start_cell)
+from seismodel.data.sources import open_records
 from seismodel.cli import main
 from seismodel.study.tables import COLUMNS, ROWS, figure, gains, gather, resample, results, table
 from seismodel.picking.evaluation import record_stream, score_records, summarise

@@ -8,18 +8,21 @@ Docs: https://seismodel.github.io/seismodel/data/sources.html.md"""
 __all__ = ['PHASES', 'NEEDED', 'SyntheticSource', 'onsets', 'statuses', 'draw_split', 'split_column', 'unusable', 'trace_names',
            'component_codes', 'of_split', 'refusals', 'make_quick', 'SeisBenchSource', 'check_files', 'open_folder',
            'open_published', 'published', 'published_names', 'open_dataset', 'whole_path', 'parse_weights',
-           'open_source']
+           'open_source', 'write_synthetic', 'open_records']
 
 # %% ../../nbs/data/02_sources.ipynb #2e3bc429
 import logging
+from contextlib import redirect_stderr
 from difflib import get_close_matches
+from functools import cache
+from io import StringIO
 from pathlib import Path
 from shutil import rmtree
 from zlib import crc32
 
 import numpy as np
 
-from .store_reader import Store, StoreSource, is_store
+from .store_reader import Store, StoreRecords, StoreSource, is_store
 from ..signals.synthetic import SyntheticConfig, synthesize
 from ..signals.records import (COMPONENTS, SAMPLING_RATE, STATUS, WINDOW, BadRecord, Record, UserError, check_record, log,
                                  reason, resample)
@@ -365,3 +368,38 @@ def open_source(
     folder = Path(where).expanduser()
     if is_store(folder): return StoreSource(Store(folder), split, window)
     return SeisBenchSource(open_dataset(where), split, folder.resolve().name if folder.is_dir() else str(where), window)
+
+# %% ../../nbs/data/02_sources.ipynb #1b1ee794
+def write_synthetic(
+    folder:Path,       # an empty one
+    splits:dict,       # name of a split -> records
+    samples:int=5000,  # of each record
+    seed:int=5,        # of the generator
+) -> None:
+    "Records of the generator as a SeisBench data set: with P and S, or of noise alone"
+    WaveformDataWriter = _seisbench().data.WaveformDataWriter
+    split = [name for name, count in splits.items() for _ in range(count)]
+    made = synthesize(range(len(split)), seed=seed, config=SyntheticConfig(samples=samples))
+    with redirect_stderr(StringIO()), WaveformDataWriter(folder/"metadata.csv", folder/"waveforms.hdf5") as writer:
+        writer.data_format = {"dimension_order": "CW"}
+        for k, (x, p, s) in enumerate(zip(made.waveforms, made.p_onset, made.s_onset)):
+            kind = "noise" if np.isnan(p) and np.isnan(s) else "earthquake"
+            writer.add_trace({"trace_name": f"r{k:03}", "source_id": f"e{k:03}", "split": split[k],
+                              "trace_sampling_rate_hz": SAMPLING_RATE, "trace_npts": len(x),
+                              "trace_component_order": COMPONENTS, "trace_category": kind,
+                              "trace_p_arrival_sample": p, "trace_s_arrival_sample": s}, x.T)
+
+# %% ../../nbs/data/02_sources.ipynb #190897a7
+@cache
+def open_records(
+    name:str,  # a store, the folder of a SeisBench data set, or the name of a published one
+    split:str, # train, dev or test
+): # with `metadata` and `get_waveforms`
+    "The records of a split; raises `UserError` where there are none"
+    folder = Path(name).expanduser()
+    if is_store(folder): data = StoreRecords(Store(folder), split)
+    else:
+        data = open_dataset(name).copy()
+        data.filter(split_column(data.metadata, name) == split)
+    if not len(data.metadata): raise UserError(f"'{name}' has no trace in the split '{split}'.")
+    return data

@@ -19,7 +19,8 @@ from shutil import rmtree
 import numpy as np
 import torch
 
-from ..signals.records import COMPONENTS, SAMPLING_RATE, STATUS, Record, UserError, flat
+from ..signals.records import COMPONENTS, SAMPLING_RATE, STATUS, Record, UserError
+from ..signals.normalize import flat
 
 # %% ../../nbs/data/03_store.ipynb #4a43d7d0
 DTYPES = {"int16": np.int16, "float16": np.float16, "float32": np.float32}

@@ -6,7 +6,7 @@ Docs: https://seismodel.github.io/seismodel/data/store_reader.html.md"""
 
 # %% auto #0
 __all__ = ['read_manifest', 'check_sizes', 'read_index', 'Store', 'is_store', 'Windows', 'announce', 'gather', 'rows_of',
-           'upper_bounds', 'choose', 'place', 'labels', 'gather_padded', 'StoreSource']
+           'upper_bounds', 'choose', 'place', 'labels', 'gather_padded', 'StoreSource', 'StoreRecords']
 
 # %% ../../nbs/data/04_store_reader.ipynb #89ae573c
 import json
@@ -285,3 +285,20 @@ class StoreSource:
         first, valid = place(u[:, 1], samples, window)
         x = gather_padded(self.store, self.shard[i], self.first[i], samples, first, window)
         return Windows(x, rows["scale"].astype(np.float32), valid, *labels(rows, first, window), i)
+
+# %% ../../nbs/data/04_store_reader.ipynb #592166cd
+class StoreRecords:
+    "The whole records of one split of a store, read as from a SeisBench data set"
+    def __init__(self,
+        store:Store, # open
+        split:str,   # train, dev or test
+    ):
+        import pandas as pd
+        splits, index = store.manifest["splits"], store.index
+        rows = np.flatnonzero(index["split"] == splits.index(split)) if split in splits else []
+        self.store, self.rows = store, np.asarray(rows, int)
+        table = pd.read_csv(store.folder/"traces.csv", dtype={"source_id": str}, low_memory=False)
+        self.metadata = table.iloc[self.rows].reset_index(drop=True)
+
+    def copy(self): return copy(self)
+    def get_waveforms(self, i): return self.store.record(self.rows[i]).waveform.T

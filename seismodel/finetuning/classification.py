@@ -21,7 +21,8 @@ from ..training.distributed import join_ranks, pick_device
 from .finetune import fine_folder, fine_plan, fine_recipe, free_options, saved_run, start_model
 from ..models.frontend import count_parameters
 from .heads import FineTuned, WindowHead
-from ..data.windows import cut, normalize_windows
+from ..data.windows import cut
+from ..signals.normalize import normalize_windows
 from ..models.masked_mse import feature_variance
 from ..models.pretraining import Pretrainer, Step, build, config_from_dict, load_weights, read_config, read_model, write_atomically
 from ..training.config import train_from_dict
@@ -93,7 +94,7 @@ def answers(
                 record = source.record(i)
                 w = cut(around_onset(record, window), window, .5)
             except BadRecord: continue
-            x.append(torch.from_numpy(normalize_windows(w)[0]))
+            x.append(torch.from_numpy(normalize_windows(w.x, w.valid)[0]))
             rows.append(dict(trace_name=record.name, event=source.events[i], truth=q.classes[int(source.y[i])] if q.classes else source.y[i]))
         if x: p.append(model.answer(torch.stack(x).to(device)).double().cpu().numpy())
     if not rows: raise UserError(f"{source.name} has no usable record with a label.")

@@ -19,7 +19,8 @@ import torch
 from torch.utils.data import Dataset
 
 from .events import EventSubset, events_of
-from ..data.windows import cut, normalize_windows, uniforms
+from ..data.windows import cut, uniforms
+from ..signals.normalize import normalize_windows
 from ..data.sources import open_source
 from ..signals.records import WINDOW, BadRecord, Record, UserError
 
@@ -161,7 +162,7 @@ class LabelledWindows(Dataset):
             i = int(u[1]*len(source))
             try: w = cut(around_onset(source.record(i), self.window), self.window, u[2])
             except BadRecord as e: self.rejected[f'{source.name}/{e.args[0]}'] = e.args[1]
-            else: return dict(x=torch.from_numpy(normalize_windows(w)[0]), y=torch.tensor(source.y[i], dtype=torch.float32), source=s, n=n, redrawn=attempt)
+            else: return dict(x=torch.from_numpy(normalize_windows(w.x, w.valid)[0]), y=torch.tensor(source.y[i], dtype=torch.float32), source=s, n=n, redrawn=attempt)
         raise UserError(f"no usable record with a label in {', '.join(s.name for s in self.sources)}; the first: {': '.join(next(iter(self.rejected.items())))}")
 
 # %% ../../nbs/finetuning/04_window_labels.ipynb #134e055c

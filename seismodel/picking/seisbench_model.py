@@ -20,7 +20,8 @@ from seisbench.util import ClassifyOutput, PickList
 
 from ..finetuning.heads import LABELS, Picker, load_picker, picker_from_dict
 from ..models.pretraining import config_to_dict, preset
-from ..signals.records import COMPONENTS, SAMPLING_RATE, WINDOW, UserError, normalize, resample
+from ..signals.records import COMPONENTS, SAMPLING_RATE, WINDOW, UserError, resample
+from ..signals.normalize import normalize
 
 # %% ../../nbs/picking/01_seisbench_model.ipynb #9a71a4b5
 SHORTEST = 512       # samples of a stretch that is annotated: 5.12 s

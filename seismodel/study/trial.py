@@ -6,22 +6,20 @@ Docs: https://seismodel.github.io/seismodel/study/trial.html.md"""
 
 # %% auto #0
 __all__ = ['PEER_RECIPE', 'THRESHOLDS', 'BLINDED', 'Method', 'named_values', 'methods_of', 'Harness', 'Cell', 'start_cell',
-           'cell_recipe', 'cell_windows', 'StoreRecords', 'open_records', 'Remembering', 'dev_figure', 'score_cell',
-           'count_records', 'cell_settings', 'in_common', 'refuse_others', 'run_cell']
+           'cell_recipe', 'cell_windows', 'Remembering', 'dev_figure', 'score_cell', 'count_records', 'cell_settings',
+           'in_common', 'refuse_others', 'run_cell']
 
 # %% ../../nbs/study/02_trial.ipynb #c63cbc1e
 import json
 import os
 import re
 import shutil
-from copy import copy
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 from zlib import crc32
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import nn
@@ -34,9 +32,8 @@ from ..training.monitoring import TrainingError
 from ..finetuning.heads import Picker
 from ..data.windows import WindowDataset
 from ..models.pretraining import build, config_from_dict, from_pretrained, read_config, read_model, write_atomically
-from ..data.store_reader import Store, is_store
 from ..training.config import FREE, TrainConfig, check_config
-from ..data.sources import SyntheticSource, open_dataset, open_source, split_column
+from ..data.sources import SyntheticSource, open_records, open_source
 from ..training.trainer import train
 from ..signals.records import UserError
 
@@ -142,35 +139,6 @@ def cell_windows(
     change = None
     if h.augment == 'full': windows, change = with_real_noise(windows, pick_device(h.device))
     return windows, dev, change, records
-
-# %% ../../nbs/study/02_trial.ipynb #854f0fda
-class StoreRecords:
-    "The whole records of one split of a store, as `score_records` reads them from a SeisBench data set"
-    def __init__(self,
-        store:Store, # open
-        split:str,   # train, dev or test
-    ):
-        splits = store.manifest['splits']
-        self.store, self.rows = store, np.flatnonzero(store.index['split'] == splits.index(split)) if split in splits else np.array([], int)
-        table = pd.read_csv(store.folder/'traces.csv', dtype={'source_id': str}, low_memory=False)
-        self.metadata = table.iloc[self.rows].reset_index(drop=True)
-
-    def copy(self): return copy(self)
-    def get_waveforms(self, i): return self.store.record(self.rows[i]).waveform.T
-
-@cache
-def open_records(
-    name:str,  # a store, the folder of a SeisBench data set, or the name of a published one
-    split:str, # train, dev or test
-): # with `metadata` and `get_waveforms`
-    "The records of a split; raises `UserError` where there are none"
-    folder = Path(name).expanduser()
-    if is_store(folder): data = StoreRecords(Store(folder), split)
-    else:
-        data = open_dataset(name).copy()
-        data.filter(split_column(data.metadata, name) == split)
-    if not len(data.metadata): raise UserError(f"'{name}' has no trace in the split '{split}'.")
-    return data
 
 # %% ../../nbs/study/02_trial.ipynb #016e2057
 THRESHOLDS = (.05, .1, .2, .3, .4, .5, .6, .7)

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .distributed import Ranks
 from ..models.encoders import check_fields
-from ..data.windows import Batches
+from ..data.prefetch import Batches
 from ..signals.records import UserError
 
 # %% ../../nbs/training/01_config.ipynb #eb9b964d

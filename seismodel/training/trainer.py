@@ -27,7 +27,8 @@ from tqdm.auto import tqdm
 from .checkpoints import differences, newest_checkpoint, read_checkpoint, restore, training_tensors, write_checkpoint
 from .distributed import Ranks, pick_device
 from .monitoring import FiniteWatch, TrainingError, alarms, healthy_at, withhold_unless
-from ..data.windows import WindowDataset, device_batches
+from ..data.windows import WindowDataset
+from ..data.prefetch import device_batches
 from .plots import log_pictures, model_figures, plot_metrics, save_figures
 from .config import (FREE, SIGNALS, Order, TrainConfig, check_config, in_order, loader, lr_at, mixed, parameter_groups,
                               precision, reading, seed_step)
