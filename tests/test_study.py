@@ -1,4 +1,4 @@
-"The study: resuming, refusing, failing, processes, peers, whole records, and the arithmetic of its table"
+"The study: resuming, refusing, failing, processes, baselines, whole records, and the arithmetic of its table"
 import json
 import os
 import signal
@@ -12,17 +12,17 @@ from hypothesis import given, settings, strategies as st
 
 import seismodel.study.run as study_module
 import seismodel.training.trainer as trainer
-from seismodel.study.trial import (Cell, Harness, Remembering, cell_recipe, cell_settings,
-                                   cell_windows, dev_figure, methods_of, score_cell, start_cell)
+from seismodel.study.trial import (Trial, StudyConfig, CachedAnnotator, trial_recipe, trial_settings,
+                                   trial_windows, dev_score, candidates_of, score_trial, start_trial)
 from seismodel.data.sources import open_records
 from seismodel.cli import main
-from seismodel.study.tables import COLUMNS, ROWS, figure, gains, gather, resample, results, table
+from seismodel.study.tables import RECORD_COLUMNS, TRIAL_COLUMNS, gains, gather_trials, plot_study, resample_events, results, table
 from seismodel.picking.evaluation import record_stream, score_records, summarise
 from seismodel.data.pack import pack
-from seismodel.study.baselines import EQTransformerPeer, PeerPicker, fresh_peer, open_trained
+from seismodel.study.baselines import EQTransformerBaseline, BaselinePicker, fresh_baseline, open_trained
 from seismodel.models.pretraining import build, preset
 from seismodel.training.runlog import read_metrics
-from seismodel.study.run import run_cells
+from seismodel.study.run import run_trials
 
 
 @pytest.fixture(scope='module')
@@ -38,7 +38,7 @@ def store(folder, tmp_path_factory):
 
 
 def command(store, out, *more):
-    return ['study', '--peer', 'PhaseNet', '--data', str(store), '--seeds', '0', '--steps', '3', '--batch-size', '4', '--validation-windows', '4',
+    return ['study', '--baseline', 'PhaseNet', '--data', str(store), '--seeds', '0', '--steps', '3', '--batch-size', '4', '--validation-windows', '4',
             '--synthetic', '0', '--device', 'cpu', '--out', str(out), *more]
 
 
@@ -51,31 +51,31 @@ def done(store, tmp_path_factory):
 
 
 def test_what_a_study_leaves(done):
-    assert sorted(f.name for f in (done/'cells').iterdir()) == ['PhaseNet--0.5--0', 'PhaseNet--1--0']
-    assert {f.name for f in done.iterdir()} == {'cells', 'table.csv', 'gains.csv', 'study_fixed.csv', 'study_dev.csv', 'figure.png'}
-    for cell in (done/'cells').iterdir():
-        assert read_metrics(cell)[-1]['step'] == 3 and not (cell/'checkpoints').exists()
-        assert len(pd.read_csv(cell/'records.csv')) == 2*(10*2 + 2)               # ten test records with P and S, two of noise; two thresholds
-    pd.testing.assert_frame_equal(results(done/'study_fixed.csv'), gather(done).round(3), check_dtype=False)
-    assert len(table(done)) == 2*7 and len(figure(done).axes) == 4
+    assert sorted(f.name for f in (done/'trials').iterdir()) == ['PhaseNet--0.5--0', 'PhaseNet--1--0']
+    assert {f.name for f in done.iterdir()} == {'trials', 'table.csv', 'gains.csv', 'study_fixed.csv', 'study_dev.csv', 'figure.png'}
+    for trial in (done/'trials').iterdir():
+        assert read_metrics(trial)[-1]['step'] == 3 and not (trial/'checkpoints').exists()
+        assert len(pd.read_csv(trial/'records.csv')) == 2*(10*2 + 2)               # ten test records with P and S, two of noise; two thresholds
+    pd.testing.assert_frame_equal(results(done/'study_fixed.csv'), gather_trials(done).round(3), check_dtype=False)
+    assert len(table(done)) == 2*7 and len(plot_study(done).axes) == 4
 
 
 def test_a_finished_cell_is_left_alone_and_a_new_one_is_added(done, store, tmp_path, monkeypatch, capsys):
     out = shutil.copytree(done, tmp_path/'s')
     ran = []
-    monkeypatch.setattr(study_module, 'run_cell', lambda cell, *rest: ran.append(cell.name))
+    monkeypatch.setattr(study_module, 'run_trial', lambda trial, *rest: ran.append(trial.name))
     assert main(command(store, out, '--fractions', '.5,1')) == 0 and ran == []
-    assert '2 cells of 3 steps, 2 done before' in capsys.readouterr().out
+    assert '2 trials of 3 steps, 2 done before' in capsys.readouterr().out
     assert main(command(store, out, '--fractions', '.2,.5,1')) == 0 and ran == ['PhaseNet--0.2--0']
 
 
 @pytest.mark.parametrize('where', ['PhaseNet--1--0', 'PhaseNet--1--0.part'])
-@pytest.mark.parametrize('more, words', [(['--steps', '4'], 'train.steps was 3 and is 4'), (['--threshold', '.5'], 'cell.threshold was 0.3 and is 0.5'),
-                                         (['--augment', 'none'], 'cell.augment'), (['--lr', 'PhaseNet=.5'], 'train.lr')])
+@pytest.mark.parametrize('more, words', [(['--steps', '4'], 'train.steps was 3 and is 4'), (['--threshold', '.5'], 'trial.threshold was 0.3 and is 0.5'),
+                                         (['--augment', 'none'], 'trial.augment'), (['--lr', 'PhaseNet=.5'], 'train.lr')])
 def test_other_settings_are_refused(done, store, tmp_path, capsys, where, more, words):
     "Finished or begun, in one sentence, before anything is touched"
-    (tmp_path/'s/cells').mkdir(parents=True)
-    shutil.copytree(done/'cells/PhaseNet--1--0', tmp_path/'s/cells'/where)
+    (tmp_path/'s/trials').mkdir(parents=True)
+    shutil.copytree(done/'trials/PhaseNet--1--0', tmp_path/'s/trials'/where)
     before = sorted((f, f.stat().st_mtime_ns) for f in (tmp_path/'s').rglob('*'))
     assert main(command(store, tmp_path/'s', '--fractions', '.5,1', *more)) == 2
     said = capsys.readouterr().err
@@ -84,11 +84,11 @@ def test_other_settings_are_refused(done, store, tmp_path, capsys, where, more, 
 
 
 def test_cells_of_another_budget_never_share_a_table(done, store, tmp_path, capsys):
-    "Another share alone is asked for, and the folder holds cells of three steps"
+    "Another fraction alone is asked for, and the folder holds trials of three steps"
     out = shutil.copytree(done, tmp_path/'s')
     assert main(command(store, out, '--fractions', '.2', '--steps', '4')) == 2
     said = capsys.readouterr().err
-    assert 'train.steps was 3 and is 4' in said and said.count('\n') == 1 and not (out/'cells/PhaseNet--0.2--0.part').exists()
+    assert 'train.steps was 3 and is 4' in said and said.count('\n') == 1 and not (out/'trials/PhaseNet--0.2--0.part').exists()
 
 
 def test_stopped_by_a_signal_it_goes_on_to_the_same_numbers(done, store, tmp_path, monkeypatch, capsys):
@@ -100,54 +100,54 @@ def test_stopped_by_a_signal_it_goes_on_to_the_same_numbers(done, store, tmp_pat
     monkeypatch.setattr(trainer, 'train_step', stop_at_second)
     assert main(command(store, tmp_path/'s', '--fractions', '.5,1')) == 128 + signal.SIGTERM
     assert 'the same command goes on' in capsys.readouterr().err
-    assert [f.name for f in (tmp_path/'s/cells').iterdir()] == ['PhaseNet--0.5--0.part'] and len(calls) <= 3
+    assert [f.name for f in (tmp_path/'s/trials').iterdir()] == ['PhaseNet--0.5--0.part'] and len(calls) <= 3
     monkeypatch.setattr(trainer, 'train_step', real)
     assert main(command(store, tmp_path/'s', '--fractions', '.5,1')) == 0
     for name in ('PhaseNet--0.5--0', 'PhaseNet--1--0'):
         for file in ('records.csv', 'model.safetensors', 'best/model.safetensors'):
-            assert (tmp_path/'s/cells'/name/file).read_bytes() == (done/'cells'/name/file).read_bytes(), (name, file)
+            assert (tmp_path/'s/trials'/name/file).read_bytes() == (done/'trials'/name/file).read_bytes(), (name, file)
 
 
 def test_killed_while_scoring_it_scores_again(done, store, tmp_path):
     "The training is done, its folder is not renamed, and the table of picks is missing"
-    part = tmp_path/'s/cells/PhaseNet--1--0.part'
-    shutil.copytree(done/'cells/PhaseNet--1--0', part)
+    part = tmp_path/'s/trials/PhaseNet--1--0.part'
+    shutil.copytree(done/'trials/PhaseNet--1--0', part)
     (part/'records.csv').unlink()
     before = (part/'best/model.safetensors').read_bytes()
     assert main(command(store, tmp_path/'s', '--fractions', '1')) == 0
-    cell = tmp_path/'s/cells/PhaseNet--1--0'
-    assert (cell/'records.csv').read_bytes() == (done/'cells/PhaseNet--1--0/records.csv').read_bytes() and (cell/'best/model.safetensors').read_bytes() == before
+    trial = tmp_path/'s/trials/PhaseNet--1--0'
+    assert (trial/'records.csv').read_bytes() == (done/'trials/PhaseNet--1--0/records.csv').read_bytes() and (trial/'best/model.safetensors').read_bytes() == before
 
 
 def test_a_failing_cell_does_not_stop_the_others(done, store, tmp_path, monkeypatch, capsys):
     real = study_module.run_cell
-    def fails_at_half(cell, *rest):
-        if cell.share == .5: raise RuntimeError('the device is\nout of memory')
-        real(cell, *rest)
-    monkeypatch.setattr(study_module, 'run_cell', fails_at_half)
+    def fails_at_half(trial, *rest):
+        if trial.fraction == .5: raise RuntimeError('the device is\nout of memory')
+        real(trial, *rest)
+    monkeypatch.setattr(study_module, 'run_trial', fails_at_half)
     assert main(command(store, tmp_path/'s', '--fractions', '.5,1')) == 1
     said = capsys.readouterr()
-    assert '1 of 2 cells failed: PhaseNet--0.5--0' in said.err and 'RuntimeError: out of memory' in said.out + said.err
-    assert 'Traceback' in (tmp_path/'s/cells/PhaseNet--0.5--0.part/output.txt').read_text()
-    assert (tmp_path/'s/table.csv').exists() and (tmp_path/'s/cells/PhaseNet--1--0').is_dir()
+    assert '1 of 2 trials failed: PhaseNet--0.5--0' in said.err and 'RuntimeError: out of memory' in said.out + said.err
+    assert 'Traceback' in (tmp_path/'s/trials/PhaseNet--0.5--0.part/output.txt').read_text()
+    assert (tmp_path/'s/table.csv').exists() and (tmp_path/'s/trials/PhaseNet--1--0').is_dir()
 
 
 def test_two_processes_of_which_one_is_lost(done, store, tmp_path, capsys):
-    "The cells of several processes are those of one; a process that dies costs its cell alone"
-    (tmp_path/'s/cells/PhaseNet--0.5--0.part/output.txt').mkdir(parents=True)      # cannot be opened, and nobody expects that
+    "The trials of several processes are those of one; a process that dies costs its trial alone"
+    (tmp_path/'s/trials/PhaseNet--0.5--0.part/output.txt').mkdir(parents=True)      # cannot be opened, and nobody expects that
     assert main(command(store, tmp_path/'s', '--fractions', '.5,1', '--jobs', '2')) == 1
     said = capsys.readouterr()
     assert 'PhaseNet--0.5--0 failed: its process ended (1)' in said.out + said.err
-    a, b = (pd.read_csv(s/'cells/PhaseNet--1--0/records.csv') for s in (done, tmp_path/'s'))
+    a, b = (pd.read_csv(s/'trials/PhaseNet--1--0/records.csv') for s in (done, tmp_path/'s'))
     pd.testing.assert_frame_equal(a, b)
 
 
 @pytest.mark.parametrize('args, words', [
-    ([], 'what to compare'), (['--peer', 'GPD'], 'choose PhaseNet or EQTransformer'), (['--from', 'a=no/such/run'], 'config.json is missing'),
-    (['--peer', 'PhaseNet', '--fractions', '0,1'], '--fractions'), (['--peer', 'PhaseNet', '--fractions', '.5,.5'], 'each once'),
-    (['--peer', 'PhaseNet', '--seeds', '0,-1'], '--seeds'), (['--peer', 'PhaseNet', '--jobs', '0'], '--jobs'), (['--peer', 'PhaseNet', '--steps', '0'], 'steps'),
-    (['--peer', 'PhaseNet', '--threshold', '1'], '--threshold'), (['--peer', 'PhaseNet', '--synthetic', '1'], '--synthetic'),
-    (['--peer', 'PhaseNet', '--augment', 'some'], '--augment'), (['--peer', 'PhaseNet', '--device', 'tpu'], "'tpu'")])
+    ([], 'what to compare'), (['--baseline', 'GPD'], 'choose PhaseNet or EQTransformer'), (['--from', 'a=no/such/run'], 'config.json is missing'),
+    (['--baseline', 'PhaseNet', '--fractions', '0,1'], '--fractions'), (['--baseline', 'PhaseNet', '--fractions', '.5,.5'], 'each once'),
+    (['--baseline', 'PhaseNet', '--seeds', '0,-1'], '--seeds'), (['--baseline', 'PhaseNet', '--jobs', '0'], '--jobs'), (['--baseline', 'PhaseNet', '--steps', '0'], 'steps'),
+    (['--baseline', 'PhaseNet', '--threshold', '1'], '--threshold'), (['--baseline', 'PhaseNet', '--synthetic', '1'], '--synthetic'),
+    (['--baseline', 'PhaseNet', '--augment', 'some'], '--augment'), (['--baseline', 'PhaseNet', '--device', 'tpu'], "'tpu'")])
 def test_mistakes(args, words, store, tmp_path, capsys):
     assert main(['study', '--data', str(store), '--out', str(tmp_path/'s'), *args]) == 2
     assert words in capsys.readouterr().err and not (tmp_path/'s').exists()
@@ -156,19 +156,19 @@ def test_mistakes(args, words, store, tmp_path, capsys):
 def test_mistakes_about_the_data(folder, tmp_path, capsys):
     for args, words in ((['--out', 'x'], '--data'), (['--data', str(folder)], '--out'), (['--data', 'synthetic', '--out', str(tmp_path/'s')], 'no whole records'),
                         (['--data', 'no/such', '--out', str(tmp_path/'s')], 'no/such')):
-        assert main(['study', '--peer', 'PhaseNet', *args]) == 2
+        assert main(['study', '--baseline', 'PhaseNet', *args]) == 2
         assert words in capsys.readouterr().err and not (tmp_path/'s').exists()
 
 
 def test_a_run_of_the_same_weights_elsewhere_is_the_same_start(store, tmp_path):
     "Settings know a pretrained run by its weights, so that a study can be moved; other weights are another study"
-    h = Harness((str(store),), steps=3)
+    h = StudyConfig((str(store),), steps=3)
     said = []
     for name, seed in (('a', 0), ('b', 0), ('c', 1)):
         torch.manual_seed(seed)
         build(preset('contrastive-tiny').model).save_pretrained(tmp_path/name)
-        cell = Cell(methods_of([f'm={tmp_path}/{name}'], None)[0], .5, 0)
-        said.append(cell_settings(cell, h, cell_recipe(start_cell(cell), cell, h)))
+        trial = Trial(candidates_of([f'm={tmp_path}/{name}'], None)[0], .5, 0)
+        said.append(trial_settings(trial, h, trial_recipe(start_trial(trial), trial, h)))
     assert said[0] == said[1] != said[2]
 
 
@@ -179,7 +179,7 @@ def test_a_store_and_its_data_set_are_scored_alike(folder, store):
         x, y = a.get_waveforms(i), b.get_waveforms(i)
         assert x.shape == y.shape and np.abs(x - y).max() <= 1e-4*np.abs(x).max()
     torch.manual_seed(0)
-    net = PeerPicker('PhaseNet').eval()
+    net = BaselinePicker('PhaseNet').eval()
     x, y = (score_records(net, data, .4) for data in (a, b))
     assert x['picks'].max() > 0
     pd.testing.assert_frame_equal(x.drop(columns=['residual', 'picks']), y.drop(columns=['residual', 'picks']))
@@ -189,28 +189,28 @@ def test_a_store_and_its_data_set_are_scored_alike(folder, store):
 def test_a_peer_says_the_same_in_training_and_in_classify(name, tmp_path):
     "Also across the windows of a long record, and from the file"
     torch.manual_seed(1)
-    peer = fresh_peer(name)
-    for _ in range(3): peer.train()(batch_of(8))                                   # moves the running means of the batch norms
-    peer.eval().save_pretrained(tmp_path)
+    baseline = fresh_baseline(name)
+    for _ in range(3): baseline.train()(batch_of(8))                                   # moves the running means of the batch norms
+    baseline.eval().save_pretrained(tmp_path)
     net = open_trained(tmp_path)
     x = np.random.default_rng(0).normal(size=(3, 9000))
     for first in range(700, 8400, 900): x[:, first:first + 150] *= 20              # something to pick
     said = {t.stats.channel[-1]: t.data for t in net.annotate(record_stream(x))}
     first = torch.tensor(x[:, :4096])
     z = ((first - first.mean(1, keepdim=True))/first.std(1, keepdim=True, correction=0)).T[None].float()
-    with torch.no_grad(): p = peer.probabilities(peer.outputs(z))[0].numpy()
+    with torch.no_grad(): p = baseline.probabilities(baseline.outputs(z))[0].numpy()
     for k, phase in enumerate('NPS'): np.testing.assert_allclose(said[phase][:2048], p[:2048, k], atol=1e-4)     # the rest is shared with the next window
 
 
 def test_a_record_is_annotated_once_and_picked_at_any_threshold():
     "As `classify` does, but within five seconds of the ends"
     torch.manual_seed(1)
-    net = PeerPicker('PhaseNet').eval()
+    net = BaselinePicker('PhaseNet').eval()
     with torch.no_grad(): net.peer.net.out.weight *= 30                            # sharper than fresh weights are: a pick ends at half its threshold
     x = np.random.default_rng(0).normal(size=(3, 9000))
     for first in range(700, 8400, 900): x[:, first:first + 150] *= 20              # something to pick
     inside = lambda picks: [(q.peak_time, q.phase, q.peak_value) for q in picks if 6 < q.start_time.timestamp and q.end_time.timestamp < 84]
-    remember, levels = Remembering(net), np.concatenate([t.data for t in net.annotate(record_stream(x)).select(channel='*_P')])
+    remember, levels = CachedAnnotator(net), np.concatenate([t.data for t in net.annotate(record_stream(x)).select(channel='*_P')])
     for threshold in np.quantile(levels, (.8, .9, .95)).tolist():
         a, b = (m.classify(record_stream(x), P_threshold=threshold, S_threshold=threshold).picks for m in (net, remember))
         assert inside(a) == inside(b) != [] and len(remember.known) == 1
@@ -227,30 +227,30 @@ def batch_of(n):
 @pytest.mark.parametrize('name', ['PhaseNet', 'EQTransformer'])
 def test_peers_learn_nothing_from_a_phase_that_was_not_labelled(name):
     torch.manual_seed(2)
-    peer, batch = fresh_peer(name).eval(), batch_of(6)
+    baseline, batch = fresh_baseline(name).eval(), batch_of(6)
     moved = {**batch, **{f'{k}_onset': torch.where(batch[f'{k}_status'] == 0, 3000., batch[f'{k}_onset']) for k in 'ps'}}
-    loss, same = peer(batch).loss, peer(moved).loss
-    assert loss == same and loss != peer({**batch, 's_onset': torch.full((6,), 2100.)}).loss
-    nothing = peer({**batch, 'p_status': torch.zeros(6), 's_status': torch.zeros(6)}).loss
+    loss, same = baseline(batch).loss, baseline(moved).loss
+    assert loss == same and loss != baseline({**batch, 's_onset': torch.full((6,), 2100.)}).loss
+    nothing = baseline({**batch, 'p_status': torch.zeros(6), 's_status': torch.zeros(6)}).loss
     assert nothing == 0 and nothing.isfinite()
 
 
 def test_the_loss_of_eqtransformer_by_hand():
-    peer, z = EQTransformerPeer(), torch.zeros(2, 4096, 3)
+    baseline, z = EQTransformerBaseline(), torch.zeros(2, 4096, 3)
     known = torch.tensor([[True, True], [True, False]])
     onset = torch.tensor([[1000., 2000.], [1000., float('nan')]])
-    assert torch.isclose(peer.loss(z, onset, known), torch.tensor(np.log(2.)).float())       # every logit 0: ln 2 each, and the weights sum to 1
+    assert torch.isclose(baseline.loss(z, onset, known), torch.tensor(np.log(2.)).float())       # every logit 0: ln 2 each, and the weights sum to 1
     sure = torch.tensor([-30., -30., -30.]).expand(2, 4096, 3)                                  # says: nothing at all
-    said = peer.loss(sure, onset, known)
+    said = baseline.loss(sure, onset, known)
     area = 20*np.sqrt(2*np.pi)/4096                                                             # of a bump, as a share of the window
     # each missed sample costs 30; the earthquake is on for 2401 samples of the first window, and of the second nobody can say
     assert abs(said.item() - 30*(.05*2401/4096 + .40*area + .55*area)) < 1e-3
 
 
 def test_windows_are_the_same_for_every_method(store):
-    h = Harness((str(store),), steps=2, batch_size=3, device='cpu', validation_windows=2, synthetic=0.)
-    cells = [Cell(m, .5, 4) for m in methods_of(None, ['PhaseNet', 'EQTransformer'])]
-    (a, _, f, _), (b, _, g, _) = (cell_windows(cell, cell_recipe(start_cell(cell), cell, h), h) for cell in cells)
+    h = StudyConfig((str(store),), steps=2, batch_size=3, device='cpu', validation_windows=2, synthetic=0.)
+    trials = [Trial(m, .5, 4) for m in candidates_of(None, ['PhaseNet', 'EQTransformer'])]
+    (a, _, f, _), (b, _, g, _) = (trial_windows(trial, trial_recipe(start_trial(trial), trial, h), h) for trial in trials)
     torch.testing.assert_close(a.batch(range(6)), b.batch(range(6)), rtol=0, atol=0, equal_nan=True)
     x, y = (change(dict(w.batch(range(6), raw=True)), torch.Generator().manual_seed(1)) for w, change in ((a, f), (b, g)))
     torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
@@ -261,21 +261,21 @@ def picks():
     "Residuals of two methods with controls, 3 seeds, two sources, some records with a single component"
     rng, n = np.random.default_rng(3), 60
     rows = [(kind, f'd{k % 2}', 'Z' if k % 7 == 0 else 'ZNE', f'e{k//3}' if kind != 'noise' else f't{k}', f't{k}') for kind, m in (('P', n), ('S', n), ('noise', 9)) for k in range(m)]
-    columns = pd.MultiIndex.from_tuples([(m, s, k) for m in ('a', 'a-random', 'b', 'b-random') for s in (.1, 1.) for k in range(3)], names=COLUMNS)
+    columns = pd.MultiIndex.from_tuples([(m, s, k) for m in ('a', 'a-random', 'b', 'b-random') for s in (.1, 1.) for k in range(3)], names=TRIAL_COLUMNS)
     x = np.where(rng.random((len(rows), len(columns))) < .3, np.nan, rng.normal(0, .4, (len(rows), len(columns))))
     x[-9:] = rng.integers(0, 2, (9, len(columns)))
-    return pd.DataFrame(x, pd.MultiIndex.from_tuples(rows, names=ROWS), columns)
+    return pd.DataFrame(x, pd.MultiIndex.from_tuples(rows, names=RECORD_COLUMNS), columns)
 
 
 def test_the_table_is_that_of_the_evaluation(picks):
     "One seed at a time, against `summarise`, which resamples record by record"
-    t = table(picks).set_index(['method', 'share', 'records', 'kind', 'figure'])
+    t = table(picks).set_index(['method', 'fraction', 'records', 'kind', 'metric'])
     one = []
     for seed in range(3):
         r = picks['a', 1., seed].rename('value').reset_index()
         r = r.assign(residual=r['value'].where(r['kind'] != 'noise'), picks=np.where(r['kind'] == 'noise', r['value'], 1))
         s = summarise(r, draws=2)
-        one.append(s.assign(trace_dataset=s['trace_dataset'].replace('all with three components', 'three components')).set_index(['trace_dataset', 'kind', 'figure']))
+        one.append(s.assign(trace_dataset=s['trace_dataset'].replace('all with three components', 'three components')).set_index(['trace_dataset', 'kind', 'metric']))
     rows = t.sort_index().loc['a', 1.]
     assert len(rows) == len(one[0]) == 4*7
     for (part, kind, name), row in rows.iterrows():
@@ -289,14 +289,14 @@ def test_gains_are_paired(picks):
     "A method that equals its control gains exactly nothing, however wide the intervals of both are"
     for s in (.1, 1.):
         for k in range(3): picks['a-random', s, k] = picks['a', s, k]
-    g = gains(picks).set_index(['method', 'figure'])
+    g = gains(picks).set_index(['method', 'metric'])
     assert (g.loc['a'][['gain', 'low', 'high']] == 0).all().all() and len(g) == 2*2*2*3
     assert (g.loc['b'].low < g.loc['b'].high).all() and len(gains(picks.drop(columns=['a-random', 'b-random'], level=0))) == 0
 
 
 def test_a_missing_cell_leaves_the_others(picks):
     "Two seeds of one method failed: the table says how many there are"
-    t = table(picks.drop(columns=[('a', .1, 0), ('a', .1, 1)])).set_index(['method', 'share'])
+    t = table(picks.drop(columns=[('a', .1, 0), ('a', .1, 1)])).set_index(['method', 'fraction'])
     assert set(t.loc['a', .1].seeds) == {1} and set(t.loc['b', .1].seeds) == {3}
 
 
@@ -305,7 +305,7 @@ def test_a_missing_cell_leaves_the_others(picks):
 def test_resampling(records, seed):
     "Between the worst and the best event; constant where every record is alike; the same draws for every column"
     events, hits = np.array([f'e{e}' for e, _ in records]), np.array([[h, not h, 1.] for _, h in records], float)
-    draws = resample(hits, events, 50, seed)
+    draws = resample_events(hits, events, 50, seed)
     by_event = pd.DataFrame(hits).groupby(events).mean()
     assert draws.shape == (50, 3) and (draws[:, 2] == 1).all() and np.allclose(draws[:, 0] + draws[:, 1], 1)
     assert (draws[:, 0] >= by_event[0].min() - 1e-12).all() and (draws[:, 0] <= by_event[0].max() + 1e-12).all()
@@ -313,7 +313,7 @@ def test_resampling(records, seed):
 
 def test_the_threshold_comes_from_dev(store):
     "Chosen where dev does best, and applied to test"
-    h, seen = Harness((str(store),)), []
+    h, seen = StudyConfig((str(store),)), []
     class Known:
         "Finds everything at a threshold of 0.4 or more, and below it picks in noise as well"
         default_args = {}
@@ -323,11 +323,11 @@ def test_the_threshold_comes_from_dev(store):
             from seisbench.util import ClassifyOutput, Pick, PickList
             seen.append(args['P_threshold'])
             return ClassifyOutput('k', picks=PickList([Pick('XX.REC.', UTCDateTime(2), peak_time=UTCDateTime(3), phase='P')] if args['P_threshold'] < .4 else []))
-    rows = score_cell(Known(), h)
+    rows = score_trial(Known(), h)
     assert rows.groupby('by')['threshold'].first().to_dict() == {'fixed': .3, 'dev': .4} and set(seen) == {.05, .1, .2, .3, .4, .5, .6, .7}
     assert (rows[(rows.by == 'dev') & (rows.kind == 'noise')].picks == 0).all() and (rows[(rows.by == 'fixed') & (rows.kind == 'noise')].picks == 1).all()
-    assert dev_figure(rows[rows.by == 'fixed']) < dev_figure(rows[rows.by == 'dev'])
+    assert dev_score(rows[rows.by == 'fixed']) < dev_score(rows[rows.by == 'dev'])
 
 
 def test_nothing_to_do():
-    assert run_cells([], Harness(('x',)), None) == {}
+    assert run_trials([], StudyConfig(('x',)), None) == {}
