@@ -21,7 +21,8 @@ from seismodel.signals.normalize import dead, normalize_narrow, standardize
 from seismodel.data.pack import pack
 from seismodel.data.sources import SyntheticSource, open_source
 from seismodel.data.store import StoreWriter, finish
-from seismodel.signals.records import STATUS, BadRecord, Record, UserError, flat, normalize
+from seismodel.signals.records import STATUS, Record, flat, normalize
+from seismodel.core import BadRecord, UserError
 
 root = Path(__file__).parents[1]
 same = lambda a, b: torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
@@ -245,7 +246,7 @@ def test_augmented_batches_are_reproducible(mixed):
 
 def test_reading_a_store_needs_numpy_and_torch_alone(mixed):
     "Also through `open_source`, the way of the command line"
-    code = ('import sys\nfrom seismodel.sources import open_source\nfrom seismodel.loading import Batches, WindowDataset, device_batches\nfrom torch.utils.data import DataLoader as Loader\n'
+    code = ('import sys\nfrom seismodel.data.sources import open_source\nfrom seismodel.data.windows import Batches, WindowDataset, device_batches\nfrom torch.utils.data import DataLoader as Loader\n'
             f'b = next(device_batches(Loader(Batches(WindowDataset([open_source({str(mixed.folder)!r})], 64), True), None, sampler=[range(8)]), 8))\n'
             'print(len(b["x"]), [m for m in ("seisbench", "obspy", "h5py", "pandas", "matplotlib", "scipy") if m in sys.modules])')
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=root)

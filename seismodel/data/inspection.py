@@ -19,7 +19,9 @@ import torch
 from .pack import DatasetItems, open_items
 from .store_reader import Store, is_store
 from ..signals.synthetic import band_power
-from ..signals.records import SAMPLING_RATE, STATUS, WINDOW, Record, UserError, flat, normalize, show_window
+from ..signals.records import (SAMPLING_RATE, STATUS, WINDOW, Record, flat, normalize,
+                                       show_window)
+from ..core import UserError
 
 # %% ../../nbs/data/08_inspection.ipynb #b809a7f9
 def snr(

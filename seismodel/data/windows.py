@@ -22,7 +22,8 @@ from torch.utils.data import Dataset, default_collate
 
 from ..signals.normalize import dead, inside, normalize_narrow, standardize
 from .store_reader import Windows
-from ..signals.records import WINDOW, BadRecord, Record, UserError, log, normalize
+from ..signals.records import WINDOW, Record, normalize
+from ..core import BadRecord, UserError, log
 
 # %% ../../nbs/data/06_windows.ipynb #8606d311
 def mix(

@@ -21,7 +21,8 @@ from torch.utils.data import Dataset
 from .finetune import Share, events_of
 from ..data.windows import cut, normalize_windows, uniforms
 from ..data.sources import open_source
-from ..signals.records import WINDOW, BadRecord, Record, UserError
+from ..signals.records import WINDOW, Record
+from ..core import BadRecord, UserError
 
 # %% ../../nbs/finetuning/04_window_labels.ipynb #8feb1bf0
 def column_of(

@@ -20,9 +20,8 @@ import torch
 from tqdm.auto import tqdm
 
 from .. import __version__
-from ..training.distributed import pick_device
-from ..models.pretraining import write_atomically
-from ..signals.records import UserError
+from ..core import UserError, pick_device
+from ..files import write_atomically
 
 # %% ../../nbs/picking/02_pick.ipynb #b3f52cfa
 COLUMNS = ('file', 'network', 'station', 'location', 'phase', 'time', 'probability', 'begin', 'end')

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from .synthetic import SyntheticConfig, band_power, synthesize
-from .records import SAMPLING_RATE, STATUS, WINDOW, BadRecord, Record, flat
+from .records import SAMPLING_RATE, STATUS, WINDOW, Record, flat
+from ..core import BadRecord
 
 # %% ../../nbs/signals/07_noise.ipynb #e88ca7f0
 def quiet(

@@ -26,12 +26,10 @@ from tqdm.auto import tqdm
 from .trial import (Cell, Harness, Method, cell_recipe, cell_settings, methods_of, refuse_others, run_cell,
                              start_cell)
 from .tables import brief, figure, gains, gather, pack_study, results, table
-from ..training.distributed import pick_device
-from ..training.monitoring import TrainingError
-from ..models.pretraining import write_atomically
+from ..core import Interrupted, TrainingError, UserError, pick_device
+from ..files import write_atomically
 from ..data.sources import whole_path
-from ..training.trainer import Interrupted, Signals
-from ..signals.records import UserError
+from ..training.trainer import Signals
 
 # %% ../../nbs/study/04_run.ipynb #b099fbe4
 def attempt(

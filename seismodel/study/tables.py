@@ -17,8 +17,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..models.pretraining import write_atomically
-from ..signals.records import COMPONENTS, UserError
+from ..files import write_atomically
+from ..signals.records import COMPONENTS
+from ..core import UserError
 
 # %% ../../nbs/study/03_tables.ipynb #54fc63f8
 ROWS, COLUMNS = ['kind', 'trace_dataset', 'components', 'event', 'trace_name'], ['method', 'share', 'seed']

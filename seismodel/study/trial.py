@@ -28,17 +28,17 @@ from torch import nn
 
 from ..signals.augment import Augmentation
 from ..training.checkpoints import differences
-from ..training.distributed import pick_device
+from ..core import TrainingError, UserError, pick_device
 from ..finetuning.finetune import RECIPES, label_windows, with_real_noise
-from ..training.monitoring import TrainingError
 from ..finetuning.heads import Picker
 from ..data.windows import WindowDataset
-from ..models.pretraining import build, config_from_dict, from_pretrained, read_config, read_model, write_atomically
+from ..models.pretraining import (build, config_from_dict, from_pretrained, read_config,
+                                          read_model)
+from ..files import write_atomically
 from ..data.store_reader import Store, is_store
 from ..training.config import FREE, TrainConfig, check_config
 from ..data.sources import SyntheticSource, open_dataset, open_source, split_column
 from ..training.trainer import train
-from ..signals.records import UserError
 
 # %% ../../nbs/study/02_trial.ipynb #82f74848
 class Method(NamedTuple):
