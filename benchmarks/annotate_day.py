@@ -15,7 +15,7 @@ import obspy
 import seisbench.models
 import torch
 
-from seismodel.models.frontend import count_parameters
+from seismodel.core import count_parameters
 from seismodel.finetuning.heads import Picker
 from seismodel.picking.seisbench_model import SeisModelPicker
 from seismodel.models.pretraining import PRESETS, build

@@ -24,24 +24,26 @@ from fastcore.script import anno_parser
 from . import __version__
 from .picking.evaluation import evaluate
 from .picking.pick import pick
-from .training.distributed import Ranks, join_ranks, pick_device
-from .models.encoders import check_fields
-from .finetuning.finetune import filled, finetune
-from .models.frontend import count_parameters, frames
-from .training.monitoring import TrainingError
+from .training.distributed import Ranks, join_ranks
+from .core import (BadRecord, Interrupted, TrainingError, UserError, check_fields,
+                            count_parameters, pick_device)
+from .finetuning.finetune import finetune
+from .files import is_filled, write_atomically
+from .models.frontend import frames
 from .finetuning.heads import load_picker
 from .data.inspection import inspect
 from .data.windows import WindowDataset
 from .data.pack import pack
 from .training.plots import plot
-from .models.pretraining import (PRESETS, ContrastiveConfig, Preset, ReconstructionConfig, build, config_from_dict, from_pretrained,
-                                   preset as find_preset, read_config, write_atomically)
+from .models.pretraining import (PRESETS, ContrastiveConfig, Preset, ReconstructionConfig,
+                                          build, config_from_dict, from_pretrained,
+                                          preset as find_preset, read_config)
 from .training.config import FREE, TrainConfig, check_config, train_from_dict
 from .training.runlog import read_metrics
 from .data.sources import open_source, parse_weights, whole_path
 from .study.run import study
-from .training.trainer import Interrupted, train
-from .signals.records import WINDOW, BadRecord, UserError, read_waveform
+from .training.trainer import train
+from .signals.records import WINDOW, read_waveform
 from .signals.normalize import normalize
 from .finetuning.classification import evaluate_window, finetune_window, load_window_model
 
@@ -161,7 +163,7 @@ def pretrain(
 def new_folder(out:Path|None, name:str)->Path:
     "The folder of a new run; raises `UserError` where something lies in it"
     folder = Path(out) if out else free_folder(name)
-    if filled(folder) or folder.exists() and not folder.is_dir(): raise UserError(f"'{folder}' is there already and not empty; name another --out, or --resume it.")
+    if is_filled(folder) or folder.exists() and not folder.is_dir(): raise UserError(f"'{folder}' is there already and not empty; name another --out, or --resume it.")
     return folder
 
 def run_plan(

@@ -17,7 +17,7 @@ from seismodel.cli import main
 from seismodel.finetuning.heads import Picker
 from seismodel.picking.seisbench_model import SeisModelPicker
 from seismodel.models.pretraining import build, preset
-from seismodel.signals.records import UserError
+from seismodel.core import UserError
 
 ARGS = {'P_threshold': .3, 'S_threshold': .3}
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from seismodel.training.checkpoints import checkpoint_files, read_checkpoint
-from seismodel.training.distributed import Ranks, join_ranks
+from seismodel.training.distributed import Ranks
 from seismodel.models.encoders import BidirAutoregConfig, ConvDownConfig
 from seismodel.models.pretraining import ContrastiveConfig, ReconstructionConfig, alone, build
 from seismodel.training.runlog import read_metrics
@@ -150,7 +150,7 @@ def test_ranks_agree_where_to_stop(tmp_path):
 
 POISONED = """
 import hashlib, os, sys
-import seismodel.cli as cli, seismodel.trainer as trainer
+import seismodel.cli as cli, seismodel.training.trainer as trainer
 
 class Poisoned(cli.WindowDataset):
     "Window 31 is not a number: the last of step 8, which rank 1 has"
@@ -200,6 +200,6 @@ def test_a_nan_on_one_rank_stops_both_or_is_skipped_by_both(tmp_path):
 def test_a_batch_that_ranks_cannot_share_is_refused(tmp_path):
     from seismodel.training.config import TrainConfig
     from seismodel.training.trainer import check_fit
-    from seismodel.signals.records import UserError
+    from seismodel.core import UserError
     with pytest.raises(UserError, match='batch size is 4, which 3 ranks cannot share'):
         check_fit(TrainConfig(steps=1, batch_size=4), range(4), tmp_path/'run', False, Ranks(torch.device('cpu'), 0, 3))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from seismodel.models.encoders import (BidirAutoregConfig, BidirAutoregEncoder, ConvDownConfig, ConvDownEncoderContrastive,
                                 ConvDownFeatures, MaskedTokens)
-from seismodel.models.frontend import count_parameters
+from seismodel.core import count_parameters
 from seismodel.models.masking import most_masked
 
 ENCODERS = [ConvDownEncoderContrastive, BidirAutoregEncoder]

@@ -9,12 +9,14 @@ from seisbench.models import EQTransformer, PhaseNet
 from seisbench.models.base import WaveformModel
 from seisbench.util import ClassifyOutput, Pick, PickList
 
-from seismodel.picking.evaluation import (auc, best_threshold, bootstrap, curves, found_within, labelled, mcc, pick_benchmark, predict, residuals,
-                                  score_records, score_tasks, summarise, targets, task1_targets, task23_targets, window_around)
+from seismodel.picking.evaluation import (curves, found_within, labelled, pick_benchmark, predict,
+                                          score_records, summarise, targets, task1_targets,
+                                          task23_targets, window_around)
+from seismodel.statistics import auc, best_threshold, bootstrap, mcc
 from seismodel.finetuning.heads import Picker
 from seismodel.picking.seisbench_model import SeisModelPicker
 from seismodel.models.pretraining import build, preset
-from seismodel.signals.records import UserError
+from seismodel.core import UserError
 
 
 def opened(folder): return WaveformDataset(folder, component_order='ZNE', dimension_order='NCW', sampling_rate=100)
@@ -153,9 +155,8 @@ def test_context_does_not_move_the_target(data):
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.floats(-5, 5).map(lambda v: round(v, 2))), min_size=2, max_size=12))
 def test_threshold_is_the_best_of_all(pairs):
-    table = pd.DataFrame({'phase_label': ['P' if p else 'S' for p, _ in pairs], 'score_p_or_s': [s for _, s in pairs]})
-    p, scores = table.phase_label == 'P', table.score_p_or_s
-    t = best_threshold(table)
+    p, scores = pd.Series([p for p, _ in pairs]), pd.Series([s for _, s in pairs])
+    t = best_threshold(p, scores)
     if p.nunique() < 2 or scores.nunique() < 2: assert t == 0
     else: assert mcc(p, scores > t) == pytest.approx(max(mcc(p, scores > s) for s in np.unique(scores)[:-1]))
 

@@ -18,7 +18,7 @@ from seismodel.signals.noise import EventsInNoise
 from seismodel.models.pretraining import build, preset
 from seismodel.training.runlog import read_metrics
 from seismodel.data.sources import open_source
-from seismodel.signals.records import UserError
+from seismodel.core import UserError
 
 SMALL = dict(steps=3, batch_size=4, validation_windows=4, device='cpu')
 

@@ -10,7 +10,7 @@ from seismodel.finetuning.heads import Picker
 from seismodel.data.pack import pack
 from seismodel.models.pretraining import build, config_from_dict, config_to_dict, from_pretrained, preset
 from seismodel.training.config import TrainConfig, check_config, train_from_dict
-from seismodel.signals.records import UserError
+from seismodel.core import UserError
 
 
 def said(words, capsys):

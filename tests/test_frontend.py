@@ -6,8 +6,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from seismodel.models.frontend import (Conv1dSubsampling, ConvDownFrontend, convolve, count_parameters, frames, multiply_adds,
-                                receptive_field, same_padding)
+from seismodel.models.frontend import (Conv1dSubsampling, ConvDownFrontend, convolve, frames,
+                                       multiply_adds, receptive_field, same_padding)
+from seismodel.core import count_parameters
 
 few = settings(max_examples=60, deadline=None)
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from seismodel.finetuning.heads import LABELS, SIGMA, PickHead, Picker, found, load_picker, pick_labels, pick_loss, to_samples
 from seismodel.models.pretraining import build, from_pretrained, preset
 from seismodel.training.trainer import parameter_groups
-from seismodel.signals.records import UserError
+from seismodel.core import UserError
 
 TINY = ('contrastive-tiny', 'reconstruction-tiny')
 nan = math.nan

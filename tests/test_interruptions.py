@@ -16,12 +16,11 @@ from torch.utils.data import Dataset
 
 from seismodel.training.checkpoints import checkpoint_files, read_checkpoint
 from seismodel.models.encoders import BidirAutoregConfig, ConvDownConfig
-from seismodel.training.monitoring import TrainingError
+from seismodel.core import Interrupted, TrainingError, UserError
 from seismodel.models.pretraining import ContrastiveConfig, ReconstructionConfig, build, from_pretrained
 from seismodel.training.config import TrainConfig
 from seismodel.training.runlog import CLOCK, read_metrics
-from seismodel.training.trainer import Interrupted, train
-from seismodel.signals.records import UserError
+from seismodel.training.trainer import train
 
 CONTRASTIVE = ContrastiveConfig(ConvDownConfig(conv_features=16, out_features=16, codevector_dim=16, target_features=16), blocks=1, pooling=(4,), dropout=.2)
 RECONSTRUCTION = ReconstructionConfig(BidirAutoregConfig(d_model=16, dropout=.1), blocks=1, ff=2., dropout=.2)

@@ -22,7 +22,8 @@ from seismodel.signals.normalize import dead, normalize_narrow, standardize, fla
 from seismodel.data.pack import pack
 from seismodel.data.sources import SyntheticSource, open_source
 from seismodel.data.store import StoreWriter, finish
-from seismodel.signals.records import STATUS, BadRecord, Record, UserError
+from seismodel.signals.records import STATUS, Record
+from seismodel.core import BadRecord, UserError
 
 root = Path(__file__).parents[1]
 same = lambda a, b: torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)

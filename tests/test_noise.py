@@ -11,7 +11,8 @@ from seismodel.data.windows import WindowDataset
 from seismodel.data.prefetch import amplitudes
 from seismodel.signals.noise import EventsInNoise, mirrored, noise_bank, quiet
 from seismodel.data.sources import open_source
-from seismodel.signals.records import STATUS, BadRecord, Record
+from seismodel.signals.records import STATUS, Record
+from seismodel.core import BadRecord
 
 ABSENT, PICKED = STATUS.index('absent'), STATUS.index('picked')
 OFF = Augmentation(rotate=0., flip=0., flip_one=0., shift=0., noise=0., drop=0., gap=0.)

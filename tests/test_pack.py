@@ -14,18 +14,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seismodel.data.store_reader import Store, StoreSource
+from seismodel.data.store_reader import Store
 from seismodel.data.windows import WindowDataset
 from seismodel.data.pack import ArchiveItems, open_items, pack
 from seismodel.data.sources import open_source
 from seismodel.data.store import DTYPES, dequantize, quantize
-from seismodel.signals.records import STATUS, UserError, read_waveform, resample
+from seismodel.signals.records import STATUS, read_waveform, resample
 from seismodel.signals.normalize import flat
+from seismodel.core import UserError
 
 root = Path(__file__).parents[1]
 content = lambda folder: {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob('*')) if f.is_file()}
 one_sentence = lambda error: '\n' not in str(error.value) and 10 < len(str(error.value)) < 500
-
 
 # sixteen bits
 
@@ -51,7 +51,6 @@ def test_counts_within_sixteen_bits_are_exact(offset, span, samples, seed):
     still = s == 0                                                  # one value: it is the offset
     np.testing.assert_array_equal(dequantize(q, o, s)[:, ~still], x[:, ~still])
     assert np.abs(dequantize(q, o, s) - x)[:, still].max(initial=0) <= 2.
-
 
 # the round trip
 
@@ -115,7 +114,6 @@ def test_real_streams_are_accounted_for(tmp_path, real_data):
             rows = [k for k in range(len(store)) if store.index['name'][k].decode() == f'{w.station} {w.start}']
             x = store.record(rows[0]).waveform
             np.testing.assert_allclose(x, w.waveform[:len(x)], atol=store.index['scale'][rows[0]].max())
-
 
 # what is left out, and what stops
 
@@ -212,7 +210,6 @@ def test_stores_that_cannot_be_opened(tmp_path, quakes_folder):
     assert 'has no splits' in spoilt('lacking', lambda f: (f/'manifest.json').write_text('{"format": "seismodel-store", "version": 1, "dtype": "int16"}'))
     assert 'does not belong' in spoilt('foreign', lambda f: np.save(f/'index.npy', np.zeros((48, 3))))
     assert 'not finished' in spoilt('unfinished', lambda f: (f/'manifest.json').rename(f/'plan.json'))
-
 
 # archives
 
@@ -312,7 +309,6 @@ def test_positions_are_places_to_go_on(tmp_path, quakes_folder):
         for k in range(0, len(items), 5):
             assert [i.name for i in stream.items(items[k].position)] == [i.name for i in items[k + 1:]]
 
-
 # killed
 
 def run(args, wait=None, after=None):
@@ -352,17 +348,18 @@ def test_killed_at_random_moments(tmp_path, quake_records, write_dataset):
 def test_killed_at_every_step_of_the_disk(tmp_path, quakes_folder, monkeypatch):
     "The process dies at the n-th time that it brings something to the disk or renames it; nothing after that happens"
     import seismodel.data.store as store
+    import seismodel.files as files
     class Died(BaseException): pass
     pack([quakes_folder], tmp_path/'whole', file_mib=1)
     for moment in range(99):
         out, calls = tmp_path/f'killed{moment}', []
         with monkeypatch.context() as m:
-            for name in ('to_disk', 'move'):
-                def step(*args, real=getattr(store, name)):
+            for module, name in ((store, 'to_disk'), (store, 'replace_durably'), (files, 'replace_durably'), (files, 'force_out')):
+                def step(*args, real=getattr(module, name)):
                     calls.append(name)
                     if len(calls) > moment: raise Died
                     return real(*args)
-                m.setattr(store, name, step)
+                m.setattr(module, name, step)
             try: pack([quakes_folder], out, file_mib=1)
             except Died: pass
             else: break                                            # there is no such step any more

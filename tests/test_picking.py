@@ -14,8 +14,8 @@ from obspy.signal.trigger import trigger_onset
 from seismodel.finetuning.heads import Picker
 from seismodel.picking.seisbench_model import READ, SHORTEST, SeisModelPicker
 from seismodel.models.pretraining import build, preset
-from seismodel.signals.records import COMPONENTS, UserError
 from seismodel.signals.normalize import normalize
+from seismodel.core import UserError
 
 TINY = ('contrastive-tiny', 'reconstruction-tiny')
 

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from seismodel.models.encoders import BidirAutoregConfig, ConvDownConfig
-from seismodel.models.pretraining import (ContrastiveConfig, ReconstructionConfig, build, config_from_dict, config_to_dict, from_pretrained,
-                                   write_atomically)
-from seismodel.signals.records import UserError
+from seismodel.models.pretraining import (ContrastiveConfig, ReconstructionConfig, build,
+                                          config_from_dict, config_to_dict, from_pretrained)
+from seismodel.files import write_atomically
+from seismodel.core import UserError
 
 CONTRASTIVE = ContrastiveConfig(ConvDownConfig(conv_features=16, out_features=16, codevector_dim=16, target_features=16), blocks=1, pooling=(4,), negatives=20)
 TOKENS = ReconstructionConfig(BidirAutoregConfig(d_model=16), blocks=1)

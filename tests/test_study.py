@@ -69,9 +69,20 @@ def test_a_finished_cell_is_left_alone_and_a_new_one_is_added(done, store, tmp_p
     assert main(command(store, out, '--fractions', '.2,.5,1')) == 0 and ran == ['PhaseNet--0.2--0']
 
 
+def test_a_study_of_version_01_goes_on_where_it_lies(done, store, tmp_path, monkeypatch, capsys):
+    "Its trials lie in `cells`: they are read, none is trained again, and new ones join them"
+    out = shutil.copytree(done, tmp_path/'s')
+    (out/'trials').rename(out/'cells')
+    ran = []
+    monkeypatch.setattr(study_module, 'run_trial', lambda trial, common, folder: ran.append((trial.name, folder.name)))
+    assert main(command(store, out, '--fractions', '.2,.5,1')) == 0 and ran == [('PhaseNet--0.2--0', 'cells')]
+    assert not (out/'trials').exists() and '3 trials of 3 steps, 2 done before' in capsys.readouterr().out
+    pd.testing.assert_frame_equal(table(out), table(done))
+
+
 @pytest.mark.parametrize('where', ['PhaseNet--1--0', 'PhaseNet--1--0.part'])
-@pytest.mark.parametrize('more, words', [(['--steps', '4'], 'train.steps was 3 and is 4'), (['--threshold', '.5'], 'trial.threshold was 0.3 and is 0.5'),
-                                         (['--augment', 'none'], 'trial.augment'), (['--lr', 'PhaseNet=.5'], 'train.lr')])
+@pytest.mark.parametrize('more, words', [(['--steps', '4'], 'train.steps was 3 and is 4'), (['--threshold', '.5'], 'cell.threshold was 0.3 and is 0.5'),
+                                         (['--augment', 'none'], 'cell.augment'), (['--lr', 'PhaseNet=.5'], 'train.lr')])
 def test_other_settings_are_refused(done, store, tmp_path, capsys, where, more, words):
     "Finished or begun, in one sentence, before anything is touched"
     (tmp_path/'s/trials').mkdir(parents=True)

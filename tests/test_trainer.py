@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from seismodel.training.checkpoints import checkpoint_files, read_checkpoint
-from seismodel.training.distributed import Ranks, pick_device
+from seismodel.training.distributed import Ranks
+from seismodel.core import TrainingError, UserError, pick_device
 from seismodel.models.encoders import BidirAutoregConfig, ConvDownConfig
-from seismodel.training.monitoring import TrainingError, alarms
+from seismodel.training.monitoring import alarms
 from seismodel.models.masked_mse import feature_variance, masked_mse
 from seismodel.models.pretraining import (ContrastiveConfig, ReconstructionConfig, ReconstructionPretraining, Step, build,
                                    from_pretrained)
@@ -17,7 +18,6 @@ from seismodel.training.runlog import CLOCK, read_metrics
 from seismodel.training.trainer import evaluate, train, train_step
 from seismodel.data.windows import WindowDataset
 from seismodel.data.sources import SyntheticSource, open_source
-from seismodel.signals.records import UserError
 
 CONTRASTIVE = ContrastiveConfig(ConvDownConfig(conv_features=16, out_features=16, codevector_dim=16, target_features=16, scale_logits=False),
                                 blocks=1, pooling=(4,), negatives=20)

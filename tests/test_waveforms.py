@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader
 
 from seismodel.data.windows import WindowDataset, cut
 from seismodel.data.sources import SyntheticSource, open_source
-from seismodel.signals.records import (BadRecord, Record, UserError, check_record, read_waveform,
-                                       resample)
+from seismodel.signals.records import Record, check_record, read_waveform, resample
 from seismodel.signals.normalize import flat, normalize
+from seismodel.core import BadRecord, UserError
 
 one_sentence = lambda error: '\n' not in str(error.value) and 10 < len(str(error.value)) < 500
 

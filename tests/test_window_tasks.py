@@ -17,8 +17,10 @@ from seismodel.data.windows import cut
 from seismodel.models.pretraining import build, preset
 from seismodel.training.runlog import read_metrics
 from seismodel.data.sources import open_source
-from seismodel.signals.records import Record, UserError
-from seismodel.finetuning.window_labels import Labelled, LabelledWindows, Question, around_onset, ask, column_of, label_sources
+from seismodel.signals.records import Record
+from seismodel.core import UserError
+from seismodel.finetuning.window_labels import (LabelledWindows, Question, around_onset, column_of,
+                                                label_sources)
 from seismodel.finetuning.classification import WindowModel, answers, evaluate_window, finetune_window, load_window_model, score
 
 SMALL = dict(steps=2, batch_size=2, validation_windows=2, device='cpu')

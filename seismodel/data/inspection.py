@@ -19,8 +19,9 @@ import torch
 from .pack import DatasetItems, open_items
 from .store_reader import Store, is_store
 from ..signals.synthetic import band_power
-from ..signals.records import SAMPLING_RATE, STATUS, WINDOW, Record, UserError, show_window
+from ..signals.records import SAMPLING_RATE, STATUS, WINDOW, Record, show_window
 from ..signals.normalize import flat, normalize
+from ..core import UserError
 
 # %% ../../nbs/data/08_inspection.ipynb #b809a7f9
 def snr(

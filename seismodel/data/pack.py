@@ -21,9 +21,11 @@ from tqdm.auto import tqdm
 
 from .store_reader import is_store
 from .sources import SeisBenchSource, draw_split, open_dataset, parse_weights, trace_names
-from .store import DTYPES, StoreWriter, finish, sha256
-from ..signals.records import (SAMPLING_RATE, WINDOW, BadRecord, Record, UserError, Waveform, assemble, check_record,
-                                 read_pieces)
+from .store import DTYPES, StoreWriter, finish
+from ..files import sha256
+from ..signals.records import (SAMPLING_RATE, WINDOW, Record, Waveform, assemble,
+                                       check_record, read_pieces)
+from ..core import BadRecord, UserError
 
 # %% ../../nbs/data/05_pack.ipynb #91005f70
 class Item(NamedTuple):

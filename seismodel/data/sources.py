@@ -24,8 +24,9 @@ import numpy as np
 
 from .store_reader import Store, StoreRecords, StoreSource, is_store
 from ..signals.synthetic import SyntheticConfig, synthesize
-from ..signals.records import (COMPONENTS, SAMPLING_RATE, STATUS, WINDOW, BadRecord, Record, UserError, check_record, log,
-                                 reason, resample)
+from ..signals.records import (COMPONENTS, SAMPLING_RATE, STATUS, WINDOW, Record,
+                                       check_record, reason, resample)
+from ..core import BadRecord, UserError, log
 
 # %% ../../nbs/data/02_sources.ipynb #01b4c195
 class SyntheticSource:

@@ -17,8 +17,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .store import DTYPES, LABELS, VERSION, dequantize, sha256
-from ..signals.records import WINDOW, Record, UserError, check_record
+from .store import DTYPES, LABELS, VERSION, dequantize
+from ..files import sha256
+from ..signals.records import WINDOW, Record, check_record
+from ..core import UserError
 
 # %% ../../nbs/data/04_store_reader.ipynb #dca25abf
 def read_manifest(

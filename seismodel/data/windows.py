@@ -14,7 +14,8 @@ from torch.utils.data import Dataset
 
 from ..signals.normalize import dead, normalize_windows
 from .store_reader import Windows
-from ..signals.records import WINDOW, BadRecord, Record, UserError, log
+from ..signals.records import WINDOW, Record
+from ..core import BadRecord, UserError, log
 
 # %% ../../nbs/data/06_windows.ipynb #8606d311
 def mix(

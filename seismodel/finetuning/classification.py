@@ -17,18 +17,20 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ..training.distributed import join_ranks, pick_device
+from ..training.distributed import join_ranks
+from ..core import BadRecord, UserError, count_parameters, pick_device
 from .finetune import fine_folder, fine_plan, fine_recipe, free_options, saved_run, start_model
-from ..models.frontend import count_parameters
 from .heads import FineTuned, WindowHead
 from ..data.windows import cut
 from ..signals.normalize import normalize_windows
 from ..models.masked_mse import feature_variance
-from ..models.pretraining import Pretrainer, Step, build, config_from_dict, load_weights, read_config, read_model, write_atomically
+from ..models.pretraining import (Pretrainer, Step, build, config_from_dict, load_weights,
+                                          read_config, read_model)
+from ..files import write_atomically
 from ..training.config import train_from_dict
 from ..data.sources import open_source
 from ..training.trainer import train
-from ..signals.records import WINDOW, BadRecord, UserError
+from ..signals.records import WINDOW
 from .window_labels import Labelled, LabelledWindows, Question, around_onset, label_sources
 
 # %% ../../nbs/finetuning/05_classification.ipynb #4a90c507
@@ -120,7 +122,7 @@ def score(
 ): # pandas.DataFrame: figure, value, low, high, baseline, n
     "Figures with 95 % intervals over events, beside the best answer without a look"
     import pandas as pd
-    from seismodel.picking.evaluation import bootstrap
+    from seismodel.statistics import bootstrap
     guesses = [question.guess()]*len(table)
     rows = [(name, *bootstrap(lambda t: f(t['truth'].tolist(), t['answer'].tolist()), table, draws=draws), f(table['truth'].tolist(), guesses), len(table))
             for name, f in figures_of(question).items()]

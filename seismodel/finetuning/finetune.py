@@ -6,7 +6,7 @@ Docs: https://seismodel.github.io/seismodel/finetuning/finetune.html.md"""
 
 # %% auto #0
 __all__ = ['RECIPES', 'start_model', 'start_picker', 'fine_recipe', 'label_windows', 'with_real_noise', 'fine_plan', 'saved_run',
-           'filled', 'fine_folder', 'free_options', 'fine_run', 'finetune']
+           'fine_folder', 'free_options', 'fine_run', 'finetune']
 
 # %% ../../nbs/finetuning/03_finetune.ipynb #92f5df8c
 import json
@@ -18,16 +18,17 @@ import torch
 
 from ..signals.augment import Augmentation, fine_augment
 from ..training.distributed import join_ranks
-from ..models.frontend import count_parameters
+from ..core import UserError, count_parameters, log
 from .events import subset_events
 from .heads import FREEZE, Picker, picker_from_dict
 from ..models.pretraining import Pretrainer, build, from_pretrained, preset as find_preset
+from ..files import is_filled
 from ..training.config import FREE, TrainConfig, check_config, train_from_dict
 from ..training.trainer import train
 from ..data.windows import WindowDataset
 from ..signals.noise import EventsInNoise, noise_bank
 from ..data.sources import SyntheticSource, open_source, parse_weights, whole_path
-from ..signals.records import WINDOW, UserError, log
+from ..signals.records import WINDOW
 
 # %% ../../nbs/finetuning/03_finetune.ipynb #dc1c2f24
 def start_model(
@@ -126,18 +127,12 @@ def saved_run(
     if key not in saved: raise UserError(other)
     return saved
 
-def filled(
-    folder:Path, # or what will be one
-)->bool:
-    "Whether anything lies there but what a kill cut short"
-    return folder.is_dir() and any(not f.name.endswith('.part') for f in folder.iterdir())
-
 def fine_folder(
     out:Path|None, # as it was typed
 )->Path:
     "The folder of a new run; raises `UserError` where none is named, or it is full of other things"
     if not out: raise UserError("Name the run's folder, with --out FOLDER.")
-    if filled(Path(out)) and not (Path(out)/'config.json').is_file(): raise UserError(f"'{out}' is not empty and holds no run; name another --out.")
+    if is_filled(Path(out)) and not (Path(out)/'config.json').is_file(): raise UserError(f"'{out}' is not empty and holds no run; name another --out.")
     return Path(out)
 
 def free_options(

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from ..models.frontend import TraceConv, convolve
 from ..models.masked_mse import feature_variance
 from ..models.pretraining import Pretrainer, Step, build, config_from_dict, load_weights, read_model
-from ..signals.records import UserError
+from ..core import UserError
 
 # %% ../../nbs/finetuning/01_heads.ipynb #f743fa64
 def to_samples(

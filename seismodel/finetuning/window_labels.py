@@ -22,7 +22,8 @@ from .events import EventSubset, events_of
 from ..data.windows import cut, uniforms
 from ..signals.normalize import normalize_windows
 from ..data.sources import open_source
-from ..signals.records import WINDOW, BadRecord, Record, UserError
+from ..signals.records import WINDOW, Record
+from ..core import BadRecord, UserError
 
 # %% ../../nbs/finetuning/04_window_labels.ipynb #8feb1bf0
 def column_of(

@@ -6,7 +6,7 @@ Docs: https://seismodel.github.io/seismodel/models/frontend.html.md"""
 
 # %% auto #0
 __all__ = ['same_padding', 'frames', 'receptive_field', 'TraceConv', 'convolve', 'ConvDownFrontend', 'Conv1dSubsampling',
-           'count_parameters', 'multiply_adds']
+           'multiply_adds']
 
 # %% ../../nbs/models/01_frontend.ipynb #35834651
 import torch
@@ -94,11 +94,6 @@ class Conv1dSubsampling(nn.Module):
         return x, x                                        # features, tokens
 
 # %% ../../nbs/models/01_frontend.ipynb #c7188182
-def count_parameters(module:nn.Module, # any module
-                     ) -> int: # numbers in its parameters
-    "Numbers in all parameters of the module, trainable or frozen; a shared one counts once"
-    return sum(p.numel() for p in module.parameters())
-
 def multiply_adds(module:nn.Module, # any module
                   *inputs:Tensor, # what its forward takes
                   ) -> int: # multiply–adds of its convolutions and matrix products

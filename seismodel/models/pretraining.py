@@ -6,13 +6,12 @@ Docs: https://seismodel.github.io/seismodel/models/pretraining.html.md"""
 
 # %% auto #0
 __all__ = ['CONFIGS', 'ENCODERS', 'PRESETS', 'ContrastiveConfig', 'ReconstructionConfig', 'config_to_dict', 'config_from_dict',
-           'Step', 'write_atomically', 'force_out', 'alone', 'average_all', 'Pretrainer', 'ContrastivePretraining',
-           'ReconstructionPretraining', 'Preset', 'contrastive_size', 'preset', 'build', 'read_config', 'read_model',
-           'from_pretrained', 'load_weights']
+           'Step', 'alone', 'average_all', 'Pretrainer', 'ContrastivePretraining', 'ReconstructionPretraining',
+           'Preset', 'contrastive_size', 'preset', 'build', 'read_config', 'read_model', 'from_pretrained',
+           'load_weights']
 
 # %% ../../nbs/models/10_pretraining.ipynb #3dd052a1
 import json
-import os
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,14 +23,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from .. import __version__
+from ..files import write_atomically
 from .backbones import MLSTMSequential, MLSTMUNet
-from .encoders import BidirAutoregConfig, BidirAutoregEncoder, ConvDownConfig, ConvDownEncoderContrastive, check_fields, check_traces
+from .encoders import (BidirAutoregConfig, BidirAutoregEncoder, ConvDownConfig,
+                                       ConvDownEncoderContrastive, check_traces)
+from ..core import UserError, check_fields
 from .infonce import ContrastiveSums, contrastive_mean, contrastive_sums, masked_frames
 from .masked_mse import (effective_rank, feature_variance, interpolation_baseline, masked_mse, patch_targets,
                                   token_targets, zero_baseline)
 from .masking import most_masked
 from .quantizer import code_usage, entropy_perplexity, temperature_at
-from ..signals.records import UserError
 
 # %% ../../nbs/models/10_pretraining.ipynb #d6dea999
 @dataclass
@@ -93,29 +94,6 @@ class Step(NamedTuple):
     "What one forward pass gives the trainer"
     loss: torch.Tensor  # 0-d, with gradient
     metrics: dict       # name -> 0-d tensor, detached, on the model's device
-
-# %% ../../nbs/models/10_pretraining.ipynb #4dcaf6ba
-def write_atomically(
-    path:str|Path, # the file to write
-    write,         # function that writes the file whose path it is given
-):
-    "Write beside `path`, force it to the disk, then rename: readers see the old file or the new one, never half of one"
-    path = Path(path)
-    beside = path.with_name(f'.{path.name}.part')
-    try:
-        write(beside)
-        force_out(beside)
-        os.replace(beside, path)
-        force_out(path.parent)
-    finally: beside.unlink(missing_ok=True)
-
-def force_out(
-    path:Path, # a file or a folder
-):
-    "Return when what was written is on the disk, not in a cache of the system"
-    handle = os.open(path, os.O_RDONLY)
-    try: os.fsync(handle)
-    finally: os.close(handle)
 
 # %% ../../nbs/models/10_pretraining.ipynb #c154ceb1
 def alone(

@@ -11,7 +11,7 @@ __all__ = ['PICK_COLUMNS', 'COLORS', 'pick_rows', 'write_picks', 'read_picks', '
 import csv
 from pathlib import Path
 
-from ..models.pretraining import write_atomically
+from ..files import write_atomically
 
 # %% ../../nbs/picking/03_output.ipynb #b3f52cfa
 PICK_COLUMNS = ('file', 'network', 'station', 'location', 'phase', 'time', 'probability', 'begin', 'end')

@@ -17,10 +17,9 @@ import torch
 from tqdm.auto import tqdm
 
 from .. import __version__
-from ..training.distributed import pick_device
-from ..models.pretraining import write_atomically
+from ..core import UserError, pick_device
+from ..files import write_atomically
 from .output import pick_rows, plot_picks, read_picks, to_catalog, write_picks
-from ..signals.records import UserError
 
 # %% ../../nbs/picking/02_pick.ipynb #2b68cccc
 def waveform_files(

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from .synthetic import SyntheticConfig, band_power, synthesize
-from .records import SAMPLING_RATE, STATUS, WINDOW, BadRecord, Record
+from .records import SAMPLING_RATE, STATUS, WINDOW, Record
 from .normalize import flat
+from ..core import BadRecord
 
 # %% ../../nbs/signals/07_noise.ipynb #e88ca7f0
 def quiet(

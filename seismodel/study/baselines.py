@@ -21,8 +21,10 @@ from torch.nn import functional as F
 from .. import __version__
 from ..finetuning.heads import LABELS, found, labels_of, load_picker, pick_labels, pick_loss
 from ..picking.seisbench_model import Instruments, SeisModelPicker, StreamPicker
-from ..models.pretraining import Step, load_weights, read_model, write_atomically
-from ..signals.records import COMPONENTS, SAMPLING_RATE, WINDOW, UserError
+from ..models.pretraining import Step, load_weights, read_model
+from ..files import write_atomically
+from ..signals.records import COMPONENTS, SAMPLING_RATE, WINDOW
+from ..core import UserError
 
 # %% ../../nbs/study/01_baselines.ipynb #ed5def29
 class Baseline(nn.Module):

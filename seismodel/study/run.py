@@ -23,16 +23,14 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .trial import (Candidate, StudyConfig, Trial, candidates_of, refuse_others, run_trial,
-                                   start_trial, trial_recipe, trial_settings)
-from .tables import (gains, gather_trials, pack_study, plot_study, results, summary_table,
-                                    table, trials_of)
-from ..training.distributed import pick_device
-from ..training.monitoring import TrainingError
-from ..models.pretraining import write_atomically
+from .trial import (Candidate, StudyConfig, Trial, candidates_of, refuse_others,
+                                   run_trial, start_trial, trial_recipe, trial_settings)
+from .tables import (gains, gather_trials, pack_study, plot_study, results,
+                                    summary_table, table, trials_of)
+from ..core import Interrupted, TrainingError, UserError, pick_device
+from ..files import write_atomically
 from ..data.sources import whole_path
-from ..training.trainer import Interrupted, Signals
-from ..signals.records import UserError
+from ..training.trainer import Signals
 
 # %% ../../nbs/study/04_run.ipynb #b099fbe4
 def attempt(

@@ -9,6 +9,7 @@ __all__ = ['RECORD_COLUMNS', 'TRIAL_COLUMNS', 'METRICS', 'trials_of', 'gather_tr
            'parts_of', 'hits_of', 'table', 'gains', 'summary_table', 'plot_study']
 
 # %% ../../nbs/study/03_tables.ipynb #8371a608
+import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -16,9 +17,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from ..files import write_atomically
+from ..signals.records import COMPONENTS
+from ..core import UserError
 from .trial import read_settings
-from ..models.pretraining import write_atomically
-from ..signals.records import COMPONENTS, UserError
 
 # %% ../../nbs/study/03_tables.ipynb #54fc63f8
 RECORD_COLUMNS = ['kind', 'trace_dataset', 'components', 'event', 'trace_name']
@@ -39,10 +41,10 @@ def gather_trials(
     columns = {}
     for file in sorted(trials_of(folder).glob('*/records.csv')):
         if file.parent.name.endswith('.part'): continue
-        config, table = read_settings(file.parent), pd.read_csv(file, dtype={'event': str})
+        config, table = json.loads((file.parent/'config.json').read_text()), pd.read_csv(file, dtype={'event': str})
         table = table[table['by'] == by].assign(event=table['event'].fillna(table['trace_name']))
         values = table['residual'].where(table['kind'] != 'noise', table['picks']).set_axis(pd.MultiIndex.from_frame(table[RECORD_COLUMNS]))
-        columns[config['trial']['method'], config['trial']['fraction'], config['train']['seed']] = values
+        columns[config['cell']['method'], config['cell']['share'], config['train']['seed']] = values
     if not columns: raise UserError(f"'{folder}' holds no finished trial of a study.")
     return pd.DataFrame(columns).rename_axis(columns=TRIAL_COLUMNS).sort_index(axis=1)
 

@@ -7,7 +7,7 @@ Docs: https://seismodel.github.io/seismodel/study/trial.html.md"""
 # %% auto #0
 __all__ = ['BASELINE_RECIPE', 'THRESHOLDS', 'BLINDED', 'Candidate', 'named_values', 'candidates_of', 'StudyConfig', 'Trial',
            'start_trial', 'trial_recipe', 'trial_windows', 'CachedAnnotator', 'dev_score', 'score_trial',
-           'count_records', 'trial_settings', 'in_common', 'read_settings', 'refuse_others', 'run_trial']
+           'count_records', 'trial_settings', 'in_common', 'refuse_others', 'run_trial']
 
 # %% ../../nbs/study/02_trial.ipynb #c63cbc1e
 import json
@@ -26,22 +26,22 @@ from torch import nn
 
 from ..signals.augment import Augmentation
 from ..training.checkpoints import differences
-from ..training.distributed import pick_device
+from ..core import TrainingError, UserError, pick_device
 from ..finetuning.finetune import RECIPES, label_windows, with_real_noise
-from ..training.monitoring import TrainingError
 from ..finetuning.heads import Picker
 from ..data.windows import WindowDataset
-from ..models.pretraining import build, config_from_dict, from_pretrained, read_config, read_model, write_atomically
+from ..models.pretraining import (build, config_from_dict, from_pretrained, read_config,
+                                          read_model)
+from ..files import write_atomically
 from ..training.config import FREE, TrainConfig, check_config
 from ..data.sources import SyntheticSource, open_records, open_source
 from ..training.trainer import train
-from ..signals.records import UserError
 
 # %% ../../nbs/study/02_trial.ipynb #82f74848
 class Candidate(NamedTuple):
     "Something that learns to pick"
     name: str
-    start: str           # pretrained, random or baseline
+    start: str           # pretrained, random or peer, which is a baseline
     source: str          # the folder of a pretrained run, whose shapes a random start has too; or which baseline
     lr: float|None = None # peak learning rate; None: that of its recipe
 
@@ -68,7 +68,7 @@ def candidates_of(
     for name, run in named_values(runs).items():
         if 'picker' in read_model(run)[0]: raise UserError(f"'{run}' is a picker already; give a pretrained run.")
         candidates += [Candidate(name, 'pretrained', str(Path(run).resolve())), Candidate(f'{name}-random', 'random', str(Path(run).resolve()))]
-    candidates += [Candidate(name, 'baseline', which) for name, which in named_values(baselines).items()]
+    candidates += [Candidate(name, 'peer', which) for name, which in named_values(baselines).items()]
     if not candidates: raise UserError('Say what to compare, with --from NAME=RUN or --baseline PhaseNet.')
     if len({m.name for m in candidates}) < len(candidates): raise UserError(f"Two candidates have one name among {', '.join(m.name for m in candidates)}; choose other names with --from NAME=RUN.")
     chosen = named_values(rates)
@@ -104,7 +104,7 @@ def start_trial(
 )->nn.Module: # in training mode; takes batches with labels
     "The network of a trial, before its first step: pretrained and random ones differ in nothing but their weights"
     torch.manual_seed(trial.seed)
-    if trial.candidate.start == 'baseline':
+    if trial.candidate.start == 'peer':
         from seismodel.study.baselines import fresh_baseline   # brings SeisBench, which takes seconds: only for those who need it
         return fresh_baseline(trial.candidate.source).train()
     if trial.candidate.start == 'pretrained': return Picker(from_pretrained(trial.candidate.source)).train()
@@ -187,26 +187,16 @@ def trial_settings(
     "What makes the result of a trial what it is"
     counts = [[Path(name).name, *count_records(name)] for name in common.data]
     weights = crc32((Path(trial.candidate.source)/'model.safetensors').read_bytes()) if trial.candidate.start == 'pretrained' else None
-    about = {'method': trial.candidate.name, 'start': trial.candidate.start, 'weights': weights, 'fraction': trial.fraction, 'data': counts, 'synthetic': common.synthetic,
+    about = {'method': trial.candidate.name, 'start': trial.candidate.start, 'weights': weights, 'share': trial.fraction, 'data': counts, 'synthetic': common.synthetic,
              'augment': asdict(Augmentation()) if common.augment == 'full' else None, 'threshold': common.threshold}
-    return json.loads(json.dumps({'trial': about, 'train': asdict(c)}))
+    return json.loads(json.dumps({'cell': about, 'train': asdict(c)}))
 
 def in_common(
     settings:dict, # from `trial_settings`
 )->dict:
     "What all trials of a study must agree on"
-    own = {'trial': ('method', 'start', 'weights', 'fraction'), 'train': ('lr', 'weight_decay', 'seed')}
+    own = {'cell': ('method', 'start', 'weights', 'share'), 'train': ('lr', 'weight_decay', 'seed')}
     return {part: {k: v for k, v in settings[part].items() if k not in own[part]} for part in own}
-
-def read_settings(
-    folder:Path, # of a trial
-)->dict: # config.json
-    "The settings of a trial; version 0.1 called it a cell, its fraction a share, and a baseline a peer"
-    saved = json.loads((folder/'config.json').read_text())
-    if 'cell' not in saved: return saved
-    about = saved.pop('cell')
-    about = {'fraction' if k == 'share' else k: 'baseline' if (k, v) == ('start', 'peer') else v for k, v in about.items()}
-    return {**saved, 'trial': about}
 
 def refuse_others(
     folder:Path, # of a trial, done or not
@@ -214,7 +204,7 @@ def refuse_others(
     same:bool=True, # it is the same trial; False: another one of the same study
 ):
     "Raise `UserError` where the folder holds a trial with other settings"
-    try: saved = read_settings(folder)
+    try: saved = json.loads((folder/'config.json').read_text())
     except FileNotFoundError: return
     except ValueError: raise UserError(f"'{folder/'config.json'}' is damaged; remove that folder, and the trial starts over.") from None
     saved = {name: saved.get(name, {}) for name in wanted}
@@ -232,7 +222,7 @@ def run_trial(
     net = start_trial(trial)
     c = trial_recipe(net, trial, common)
     windows, dev, change, records = trial_windows(trial, c, common)
-    extra = {'trial': trial_settings(trial, common, c)['trial'], 'records': records}
+    extra = {'cell': trial_settings(trial, common, c)['cell'], 'records': records}
     train(net, windows, dev, c, part, extra, resume=(part/'config.json').exists(), augment=change)
     if not (part/'best').is_dir(): raise TrainingError('the dev loss was never finite, so that there are no best weights')
     from seismodel.study.baselines import open_trained

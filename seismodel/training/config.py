@@ -21,9 +21,8 @@ import torch.nn as nn
 from torch.utils.data import DataLoader, Dataset
 
 from .distributed import Ranks
-from ..models.encoders import check_fields
+from ..core import UserError, check_fields
 from ..data.prefetch import Batches
-from ..signals.records import UserError
 
 # %% ../../nbs/training/01_config.ipynb #eb9b964d
 @dataclass

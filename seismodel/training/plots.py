@@ -19,10 +19,13 @@ import torch.nn as nn
 from matplotlib.figure import Figure
 
 from .monitoring import healthy_at
-from ..models.pretraining import ContrastivePretraining, Pretrainer, ReconstructionPretraining, write_atomically
+from ..models.pretraining import (ContrastivePretraining, Pretrainer,
+                                          ReconstructionPretraining)
+from ..files import write_atomically
 from ..models.quantizer import code_usage
 from .runlog import read_metrics
-from ..signals.records import COMPONENTS, SAMPLING_RATE, UserError
+from ..signals.records import COMPONENTS, SAMPLING_RATE
+from ..core import UserError
 
 # %% ../../nbs/training/08_plots.ipynb #11996634
 SHOWN = ('loss', 'contrastive', 'accuracy', 'perplexity', 'code_perplexity', 'mse', 'feature_variance', 'target_variance', 'grad_norm', 'lr')

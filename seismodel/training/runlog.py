@@ -13,8 +13,8 @@ import json
 import os
 from pathlib import Path
 
-from ..models.pretraining import write_atomically
-from ..signals.records import UserError
+from ..files import write_atomically
+from ..core import UserError
 
 # %% ../../nbs/training/07_runlog.ipynb #1b4fbcae
 CLOCK = ('windows_per_second', 'gpu_memory_gib')   # measures that depend on the hour, and not on the step
