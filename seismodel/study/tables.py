@@ -10,6 +10,7 @@ __all__ = ['RECORD_COLUMNS', 'TRIAL_COLUMNS', 'METRICS', 'trials_of', 'gather_tr
 
 # %% ../../nbs/study/03_tables.ipynb #8371a608
 import json
+import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -20,7 +21,6 @@ from matplotlib.figure import Figure
 from ..files import write_atomically
 from ..signals.records import COMPONENTS
 from ..core import UserError
-from .trial import read_settings
 
 # %% ../../nbs/study/03_tables.ipynb #54fc63f8
 RECORD_COLUMNS = ['kind', 'trace_dataset', 'components', 'event', 'trace_name']
