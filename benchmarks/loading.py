@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 
 from seismodel.data.store_reader import Store, StoreSource
 from seismodel.data.windows import WindowDataset
-from seismodel.data.prefetch import Batches, device_batches, unbundle
+from seismodel.data.prefetch import Batches, device_batches, unpack_batch
 from seismodel.data.pack import pack
 from seismodel.data.store import StoreWriter, finish
 from seismodel.signals.records import WINDOW, Record
@@ -200,7 +200,7 @@ def main():
         top = 0.
         for label, make in (('store, one thread', lambda: ours(store)), ('store, one thread, no label curves', lambda: ours(store, False)),
                             ('store, 2 processes', lambda: in_processes(store)),
-                            ('store, raw int16 for a GPU, one thread', lambda: (unbundle(b['bytes'], b['layout'])['x'] for b in raw(store))),
+                            ('store, raw int16 for a GPU, one thread', lambda: (unpack_batch(b['bytes'], b['layout'])['x'] for b in raw(store))),
                             ('store, prefetching thread', lambda: (b['x'] for b in device_batches(raw(store), BATCH)))):
             rate, cost = best(make, args.windows, args.rounds)
             print(f'  {label:45} {rate:9,.0f} {cost:9,.0f}   x {rate / peer:.1f}')

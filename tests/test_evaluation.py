@@ -123,17 +123,17 @@ def test_every_picker_through_the_same_door(make, data, tmp_path):
 def test_an_oracle_scores_full_marks(tmp_path, write_dataset, quake_records):
     "And one that is 0.2 s late is 0.2 s late, in every figure"
     data = opened(write_dataset(tmp_path/'d', marked(quake_records(48))))
-    table = pick_benchmark(Oracle(), data, tmp_path/'t', draws=20).set_index(['task', 'figure'])['value']
+    table = pick_benchmark(Oracle(), data, tmp_path/'t', draws=20).set_index(['task', 'metric'])['value']
     assert table['1 detection', 'AUC'] == table['2 identification', 'AUC'] == table['2 identification', 'MCC'] == 1
     assert table['3 onset P', 'RMSE (s)'] == table['3 onset S', 'MAE (s)'] == 0 and table['3 onset P', 'within 0.1 s'] == 1
-    late = pick_benchmark(Oracle(20), data, tmp_path/'t', draws=20).set_index(['task', 'figure'])['value']
+    late = pick_benchmark(Oracle(20), data, tmp_path/'t', draws=20).set_index(['task', 'metric'])['value']
     for phase in 'PS':
         assert late[f'3 onset {phase}', 'RMSE (s)'] == pytest.approx(.2) and late[f'3 onset {phase}', 'MAE (s)'] == pytest.approx(.2)
         assert late[f'3 onset {phase}', 'within 0.1 s'] == 0 and late[f'3 onset {phase}', 'within 0.3 s'] == 1
     records = score_records(Oracle(20), data)
     np.testing.assert_allclose(records[records.kind != 'noise'].residual, .2)
     assert (records[records.kind == 'noise'].picks == 0).all()
-    shares = summarise(records, draws=20).set_index(['trace_dataset', 'kind', 'figure'])['value']
+    shares = summarise(records, draws=20).set_index(['trace_dataset', 'kind', 'metric'])['value']
     assert shares['all', 'P', 'found within 0.3 s'] == 1 and shares['all', 'S', 'found within 0.1 s'] == 0 and shares['all', 'noise', 'disturbed'] == 0
 
 
@@ -177,7 +177,7 @@ def test_summary_has_a_line_for_whole_records():
     "Records of one component stay in `all`, and out of `all with three components`"
     records = pd.DataFrame({'trace_name': list('abcd'), 'event': '', 'trace_dataset': list('xxyy'), 'components': ['ZNE', 'Z', 'ZNE', 'ZNE'],
                             'kind': ['P', 'P', 'P', 'noise'], 'residual': [.05, np.nan, .2, np.nan], 'picks': [1, 0, 2, 1]})
-    table = summarise(records, draws=20).set_index(['trace_dataset', 'kind', 'figure'])
+    table = summarise(records, draws=20).set_index(['trace_dataset', 'kind', 'metric'])
     assert table.n['all', 'P', 'found within 0.1 s'] == 3 and table.n['all with three components', 'P', 'found within 0.1 s'] == 2
     assert table.value['all with three components', 'P', 'found within 0.3 s'] == 1 and table.value['all', 'noise', 'disturbed'] == 1
     assert table.value['x', 'P', 'found within 0.1 s'] == .5 and ('x', 'noise', 'disturbed') not in table.index

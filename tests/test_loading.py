@@ -17,8 +17,8 @@ from seismodel.signals import augment
 from seismodel.data.store_reader import Store, StoreSource
 from seismodel.data.inspection import inspect, snr
 from seismodel.data.windows import WindowDataset, uniforms
-from seismodel.data.prefetch import Batches, amplitudes, bundle, device_batches, to_model, unbundle
-from seismodel.signals.normalize import dead, normalize_narrow, standardize, flat, normalize
+from seismodel.data.prefetch import Batches, amplitudes, pack_batch, device_batches, to_model, unpack_batch
+from seismodel.signals.normalize import is_flat, normalize_narrow, standardize, flat, normalize
 from seismodel.data.pack import pack
 from seismodel.data.sources import SyntheticSource, open_source
 from seismodel.data.store import StoreWriter, finish
@@ -101,7 +101,7 @@ def test_only_valid_samples_count(window, data):
 def test_dead_windows_are_flat_windows(window, at, kind, moves):
     x = np.full((1, window, 3), 7, kind)
     if moves: x[0, at % window, 1] += 1
-    assert dead(x, np.array([[0, window]]))[0] == flat(torch.from_numpy(x[0])).all().item() == (not moves)
+    assert is_flat(x, np.array([[0, window]]))[0] == flat(torch.from_numpy(x[0])).all().item() == (not moves)
 
 
 # purity
@@ -194,8 +194,8 @@ def test_the_loader_of_a_trainer(mixed, method, workers):
 def test_a_bundle_of_anything(kinds):
     "Any types and shapes, empty ones too, in any order"
     batch = {f'v{k}': torch.randint(0, 2, shape).to(dtype) for k, (dtype, shape) in enumerate(kinds)}
-    sent = bundle(batch)
-    found = unbundle(sent['bytes'], sent['layout'])
+    sent = pack_batch(batch)
+    found = unpack_batch(sent['bytes'], sent['layout'])
     assert found.keys() == batch.keys()
     for k in batch: same(found[k], batch[k])
 

@@ -18,7 +18,7 @@ from seismodel.data.store_reader import Store
 from seismodel.data.windows import WindowDataset
 from seismodel.data.pack import ArchiveItems, open_items, pack
 from seismodel.data.sources import open_source
-from seismodel.data.store import DTYPES, dequantize, quantize
+from seismodel.data.store import DTYPES, dequantize_samples, quantize_samples
 from seismodel.signals.records import STATUS, read_waveform, resample
 from seismodel.signals.normalize import flat
 from seismodel.core import UserError
@@ -34,9 +34,9 @@ one_sentence = lambda error: '\n' not in str(error.value) and 10 < len(str(error
 def test_quantisation_keeps_its_bound(dtype, power, offset, samples, seed):
     "Any amplitude, any offset, a single sample too: finite, and within the stated error"
     x = ((np.random.default_rng(seed).standard_normal((samples, 3)) + offset) * 10. ** power).astype(np.float32)
-    q, o, s = quantize(x, dtype)
+    q, o, s = quantize_samples(x, dtype)
     assert q.shape == x.shape and q.dtype == DTYPES[dtype] and np.isfinite(q).all()
-    y = dequantize(q, o, s)
+    y = dequantize_samples(q, o, s)
     float32 = np.abs(x.astype(float)).max(0) * 2.**-22
     bound = {'int16': s / 2, 'float16': np.abs(x - o) * 2.**-11 + s * 2.**-24, 'float32': 0 * x}[dtype]
     assert (np.abs(y.astype(float) - x) <= bound + (float32 if dtype != 'float32' else 0)).all()
@@ -47,10 +47,10 @@ def test_quantisation_keeps_its_bound(dtype, power, offset, samples, seed):
 def test_counts_within_sixteen_bits_are_exact(offset, span, samples, seed):
     "Whole numbers come back as they were, whatever the offset of the sensor"
     x = (offset + np.random.default_rng(seed).integers(0, span + 1, (samples, 3))).astype(np.float32)
-    q, o, s = quantize(x, 'int16')
+    q, o, s = quantize_samples(x, 'int16')
     still = s == 0                                                  # one value: it is the offset
-    np.testing.assert_array_equal(dequantize(q, o, s)[:, ~still], x[:, ~still])
-    assert np.abs(dequantize(q, o, s) - x)[:, still].max(initial=0) <= 2.
+    np.testing.assert_array_equal(dequantize_samples(q, o, s)[:, ~still], x[:, ~still])
+    assert np.abs(dequantize_samples(q, o, s) - x)[:, still].max(initial=0) <= 2.
 
 # the round trip
 

@@ -12,7 +12,7 @@ import torch
 from obspy.signal.trigger import trigger_onset
 
 from seismodel.finetuning.heads import Picker
-from seismodel.picking.seisbench_model import READ, SHORTEST, SeisModelPicker
+from seismodel.picking.seisbench_model import READ_WINDOW, SHORTEST, SeisModelPicker
 from seismodel.models.pretraining import build, preset
 from seismodel.signals.normalize import normalize
 from seismodel.core import UserError
@@ -87,7 +87,7 @@ def test_thresholds(model, waveform):
 def test_overlap_blinding_and_any_length(model):
     "Every sample has a probability, whatever the length"
     rng = np.random.default_rng(0)
-    for n in (SHORTEST, 700, 1023, 1024, 1025, 4095, 4096, 4097, 9001, READ - 1, READ, READ + 1):
+    for n in (SHORTEST, 700, 1023, 1024, 1025, 4095, 4096, 4097, 9001, READ_WINDOW - 1, READ_WINDOW, READ_WINDOW + 1):
         annotations = model.annotate(stream_of(rng.standard_normal((n, 3))))
         assert [len(tr) for tr in annotations] == [n]*3, n
         assert all(np.isfinite(tr.data).all() for tr in annotations)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.signal import butter, sosfiltfilt
-from seismodel.signals.synthetic import SyntheticBatch, SyntheticConfig, complete, draw, noise_amplitude, noise_models, synthesize
+from seismodel.signals.synthetic import SyntheticBatch, SyntheticConfig, complete, draw_earthquakes, noise_amplitude, noise_models, synthesize
 from seismodel.signals.earthquake import (EVENT, STATION, arrivals, axes, crust_of, direct_waves, minimum_phase, rays, scale, seismogram,
                              source_spectra, stream)
 
@@ -28,7 +28,7 @@ def batch(): return synthesize(range(300), 11)
 def events():
     "48 noise-free events, P 3 s after the window's beginning: waveforms (E, L, 3) of all, of S alone, and arrivals"
     generators, config = [stream(5, k) for k in range(48)], SyntheticConfig(distance_km=(8., 80.))
-    station, event, _, _ = draw(generators, config)
+    station, event, _, _ = draw_earthquakes(generators, config)
     ax, arrival = axes(4096, 100.), arrivals(event, crust_of(station))
     spectra = np.maximum(source_spectra(event, np.full(48, 1e13), arrival.beta, ax.freq), 1e-9)
     shift = 3.217 - arrival.time[:, 0]

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from seismodel.data.windows import WindowDataset, cut
+from seismodel.data.windows import WindowDataset, cut_window
 from seismodel.data.sources import SyntheticSource, open_source
 from seismodel.signals.records import Record, check_record, read_waveform, resample
 from seismodel.signals.normalize import flat, normalize
@@ -365,9 +365,9 @@ def test_cut_of_any_length(samples, window, u):
     x = 5 + np.random.default_rng(samples).standard_normal((samples, 3)).astype(np.float32)
     record = Record(x, samples / 2, np.nan, 'x')
     if samples == 1:
-        with pytest.raises(BadRecord): cut(record, window, u)
+        with pytest.raises(BadRecord): cut_window(record, window, u)
         return
-    w = cut(record, window, u)
+    w = cut_window(record, window, u)
     (a, b), = w.valid
     assert w.x.shape == (1, window, 3) and b - a == min(samples, window)
     assert not w.x[0, :a].any() and not w.x[0, b:].any()

@@ -13,13 +13,13 @@ from sklearn.metrics import f1_score
 
 from seismodel.cli import main
 from seismodel.finetuning.events import EventSubset
-from seismodel.data.windows import cut
+from seismodel.data.windows import cut_window
 from seismodel.models.pretraining import build, preset
 from seismodel.training.runlog import read_metrics
 from seismodel.data.sources import open_source
 from seismodel.signals.records import Record
 from seismodel.core import UserError
-from seismodel.finetuning.window_labels import (LabelledWindows, Question, around_onset, column_of,
+from seismodel.finetuning.window_labels import (LabelledWindows, LabelSpec, around_onset, column_of,
                                                 label_sources)
 from seismodel.finetuning.classification import WindowModel, answers, evaluate_window, finetune_window, load_window_model, score
 
@@ -76,7 +76,7 @@ def test_the_onset_is_in_the_window(samples, at, u, s_only):
     window, onset = 1024, at*(samples - 1)
     x = np.random.default_rng(0).standard_normal((samples, 3)).astype(np.float32)
     record = Record(x, math.nan if s_only else onset, onset if s_only else math.nan, 'a')
-    w = cut(around_onset(record, window), window, u)
+    w = cut_window(around_onset(record, window), window, u)
     place = w.onset[0, 1 if s_only else 0]
     assert 0 <= place < window
     if window/2 <= onset <= samples - window: assert window/8 - 1 <= place <= window/2 + 1
@@ -108,10 +108,10 @@ def test_bad_records_are_named_and_another_is_drawn(tmp_path, write_dataset, qua
 def test_loss_of_both_kinds():
     torch.manual_seed(0)
     trunk, x, y = build(preset('contrastive-tiny').model), torch.randn(4, 512, 3), torch.tensor([0., 1., 1., 2.])
-    model = WindowModel(trunk, Question('c', ['a', 'b', 'c'], [.2, .5, .3])).eval()
+    model = WindowModel(trunk, LabelSpec('c', ['a', 'b', 'c'], [.2, .5, .3])).eval()
     p = model.answer(x)
     torch.testing.assert_close(model({'x': x, 'y': y}).loss, -p[range(4), y.long()].log().mean())
-    model = WindowModel(trunk, Question('m', None, mean=3., std=2.)).eval()
+    model = WindowModel(trunk, LabelSpec('m', None, mean=3., std=2.)).eval()
     r = (model.answer(x)[:, 0] - y)/2
     torch.testing.assert_close(model({'x': x, 'y': y}).loss, torch.where(r.abs() < 1, r**2/2, r.abs() - .5).mean())
     torch.testing.assert_close(model({'x': x, 'y': y}).metrics['absolute_error'], 2*r.abs().mean())
@@ -121,7 +121,7 @@ def test_loss_of_both_kinds():
 @given(st.lists(st.tuples(st.sampled_from('abc'), st.sampled_from('abc')), min_size=2, max_size=30))
 def test_scores_of_classes(pairs):
     table = pd.DataFrame(pairs, columns=['truth', 'answer']).assign(event=range(len(pairs)))
-    s = score(table, Question('c', ['a', 'b', 'c'], [.2, .5, .3]), draws=5).set_index('figure')
+    s = score(table, LabelSpec('c', ['a', 'b', 'c'], [.2, .5, .3]), draws=5).set_index('metric')
     assert s.loc['accuracy', 'value'] == pytest.approx(np.mean([t == a for t, a in pairs]))
     assert s.loc['accuracy', 'baseline'] == pytest.approx(np.mean([t == 'b' for t, _ in pairs]))
     there = sorted({t for t, _ in pairs})
@@ -200,7 +200,7 @@ def test_folders_of_other_runs_are_refused(folder, tmp_path, capsys):
     assert 'seismodel finetune-window --from' in capsys.readouterr().err
     assert main(['finetune-window', '--resume', str(tmp_path/'pre')]) == 2
     assert 'no run of' in capsys.readouterr().err
-    model = WindowModel(build(preset('contrastive-tiny').model), Question('trace_category', ['earthquake', 'noise'], [.5, .5]))
+    model = WindowModel(build(preset('contrastive-tiny').model), LabelSpec('trace_category', ['earthquake', 'noise'], [.5, .5]))
     model.save_pretrained(tmp_path/'alone')
     with pytest.raises(UserError, match='--data'): evaluate_window(tmp_path/'alone')
     with pytest.raises(UserError, match="split 'holdout'"): evaluate_window(tmp_path/'alone', str(folder), 'holdout')

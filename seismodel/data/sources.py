@@ -231,7 +231,7 @@ class SeisBenchSource:
 
     def __len__(self): return len(self.names)
 
-    def looked_for(self) -> bool:
+    def has_phase_labels(self) -> bool:
         "Whether P or S was looked for on any record, found or not"
         return any(map(any, self.status))
 

@@ -72,7 +72,7 @@ def label_windows(
     "Windows with labels; raises `UserError` where a dataset cannot be opened, or has no dev split"
     training = [open_source(name, 'train', window) for name in names]
     for name, source in zip(names, training):
-        if hasattr(source, 'looked_for') and not source.looked_for(): raise UserError(f"'{name}' has no training record with a P or S pick, nor one that is known to be noise: it has nothing to teach a picker.")
+        if hasattr(source, 'has_phase_labels') and not source.has_phase_labels(): raise UserError(f"'{name}' has no training record with a P or S pick, nor one that is known to be noise: it has nothing to teach a picker.")
     if fraction < 1: training = [subset_events(source, fraction, c.seed) for source in training]
     dev = WindowDataset([open_source(name, 'dev', window) for name in names], c.validation_windows, weights, c.seed, window=window)
     return WindowDataset(training, c.steps*c.accumulate*c.batch_size, weights, c.seed, window=window), dev, [len(s) for s in training]

@@ -177,8 +177,8 @@ def score_tasks(
     task1:pd.DataFrame, # predictions of task 1 on the split that is scored
     task23:pd.DataFrame,# predictions of tasks 2 and 3 on it; all with a column event
     draws:int=500,      # of the bootstrap
-)->pd.DataFrame: # task, figure, value, low, high, n
-    "The pick-benchmark's figures with 95 % intervals"
+)->pd.DataFrame: # task, metric, value, low, high, n
+    "The pick-benchmark's metrics with 95 % intervals"
     dev = dev[dev['clean']]
     threshold = best_threshold(dev['phase_label'].eq('P'), dev['score_p_or_s'])
     t1, t2 = task1[task1['clean']], task23[task23['clean']]
@@ -186,10 +186,10 @@ def score_tasks(
             ('2 identification', 'AUC', lambda t: auc(t['phase_label'] == 'P', t['score_p_or_s']), t2),
             ('2 identification', 'MCC', lambda t: mcc(t['phase_label'] == 'P', t['score_p_or_s'] > threshold), t2)]
     for phase in 'PS':
-        jobs += [(f'3 onset {phase}', name, lambda t, f=figure, phase=phase: f(residuals(t, phase)), task23[task23['phase_label'] == phase])
-                 for name, figure in ONSET_METRICS.items()]
-    return pd.DataFrame([(task, name, *bootstrap(figure, table, draws=draws), len(table)) for task, name, figure, table in jobs],
-                        columns=['task', 'figure', 'value', 'low', 'high', 'n'])
+        jobs += [(f'3 onset {phase}', name, lambda t, f=metric, phase=phase: f(residuals(t, phase)), task23[task23['phase_label'] == phase])
+                 for name, metric in ONSET_METRICS.items()]
+    return pd.DataFrame([(task, name, *bootstrap(metric, table, draws=draws), len(table)) for task, name, metric, table in jobs],
+                        columns=['task', 'metric', 'value', 'low', 'high', 'n'])
 
 def pick_benchmark(
     model,   # any picker of SeisBench's kind
@@ -255,19 +255,19 @@ def found_within(
 def summarise(
     records:pd.DataFrame, # from `score_records`
     draws:int=500,        # of the bootstrap
-)->pd.DataFrame: # trace_dataset, kind, figure, value, low, high, n
+)->pd.DataFrame: # trace_dataset, kind, metric, value, low, high, n
     "Shares found within 0.1, 0.3 and 0.5 s, and share of noise records with a pick, over all and by source"
     records = records.assign(event=records['event'].where(records['event'].ne(''), records['trace_name']))
-    figures = {'P': {f'found within {t} s': found_within(t) for t in (.1, .3, .5)}, 'noise': {'disturbed': lambda t: (t['picks'] > 0).mean()}}
-    figures['S'], rows = figures['P'], []
+    metrics = {'P': {f'found within {t} s': found_within(t) for t in (.1, .3, .5)}, 'noise': {'disturbed': lambda t: (t['picks'] > 0).mean()}}
+    metrics['S'], rows = metrics['P'], []
     whole, sources = records['components'].eq(COMPONENTS), records['trace_dataset'].unique().tolist()
     parts = {'all': records, **({'all with three components': records[whole]} if not whole.all() else {}),
              **({s: records[records['trace_dataset'] == s] for s in sorted(sources)} if len(sources) > 1 else {})}
     for source, table in parts.items():
         for kind in ('P', 'S', 'noise'):
             part = table[table['kind'] == kind]
-            if len(part): rows += [(source, kind, name, *bootstrap(f, part, draws=draws), len(part)) for name, f in figures[kind].items()]
-    return pd.DataFrame(rows, columns=['trace_dataset', 'kind', 'figure', 'value', 'low', 'high', 'n'])
+            if len(part): rows += [(source, kind, name, *bootstrap(f, part, draws=draws), len(part)) for name, f in metrics[kind].items()]
+    return pd.DataFrame(rows, columns=['trace_dataset', 'kind', 'metric', 'value', 'low', 'high', 'n'])
 
 # %% ../../nbs/picking/04_evaluation.ipynb #e52ddf35
 def evaluate(

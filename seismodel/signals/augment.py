@@ -14,7 +14,7 @@ from typing import Callable
 
 import torch
 
-from .normalize import inside
+from .normalize import valid_mask
 from .records import STATUS
 
 # %% ../../nbs/signals/06_augment.ipynb #2ebdb66c
@@ -104,7 +104,7 @@ def add_noise(batch:dict, generator:torch.Generator,
     spread = lambda v: (v - v.mean(1, keepdim=True)).square().mean((1, 2)).sqrt()
     n = noise[which] - noise[which].mean(1, keepdim=True)
     size = ratio * spread(x) / spread(n).clamp(min=torch.finfo(torch.float32).tiny)
-    there = (x != x[:, :1]).any(1, keepdim=True) & inside(batch["valid"], x.shape[1])               # not into missing components or padding
+    there = (x != x[:, :1]).any(1, keepdim=True) & valid_mask(batch["valid"], x.shape[1])               # not into missing components or padding
     return {**batch, "x": torch.where(there, x + size[:, None, None] * n, x)}
 
 def add_gaps(batch:dict, generator:torch.Generator,

@@ -7,7 +7,8 @@ Docs: https://seismodel.github.io/seismodel/signals/synthetic.html.md"""
 # %% auto #0
 __all__ = ['PETERSON', 'KNOTS', 'SyntheticConfig', 'instrument', 'site', 'noise_models', 'noise_amplitude', 'gaussian', 'ambient',
            'burst', 'add_fault', 'digitise', 'band_power', 'snr_of', 'complete', 'companion', 'begins', 'magnitude_for',
-           'waves', 'SyntheticBatch', 'pick', 'draw', 'background', 'chunk', 'record', 'in_window', 'synthesize']
+           'waves', 'SyntheticBatch', 'take_rows', 'draw_earthquakes', 'background', 'chunk', 'record', 'in_window',
+           'synthesize']
 
 # %% ../../nbs/signals/02_synthetic.ipynb #81ac9ee8
 from dataclasses import dataclass
@@ -206,11 +207,11 @@ class SyntheticBatch(NamedTuple):
     snr_db:np.ndarray           # (B,) as realised, 2-20 Hz
 
 # %% ../../nbs/signals/02_synthetic.ipynb #d2c7e700
-def pick(draws, rows):
+def take_rows(draws, rows):
     "Some rows of a namespace of arrays"
     return SimpleNamespace(**{name: value[rows] for name, value in vars(draws).items()})
 
-def draw(generators, config):
+def draw_earthquakes(generators, config):
     "All numbers that are not waveforms: station, first and second event (namespaces), and normal numbers (B, 18)"
     dials = STATION, EVENT, EVENT
     u = np.stack([rng.random(sum(map(len, dials))) for rng in generators])
@@ -233,7 +234,7 @@ def background(generators, station, normal, config, ax):
 def chunk(indices, seed, config, real=None):
     "A few records at once: waveforms (B, L, 3) and labels (B, 9); real (B, L, 3): noise to take instead of our own"
     ax, generators = axes(config.samples, config.sampling_rate), [stream(seed, k) for k in indices]
-    station, event, other, normal = draw(generators, config)
+    station, event, other, normal = draw_earthquakes(generators, config)
     gain, noise, ground = background(generators, station, normal, config, ax)
     if real is not None: ground = np.asarray(real, np.float32)
     labels, clean = np.full((len(indices), 9), np.nan), np.zeros(ground.shape, np.float32)
@@ -244,7 +245,7 @@ def chunk(indices, seed, config, real=None):
     for rows, source, columns in ((one, event, [0, 1]), (two, other, [2, 3])):
         if not len(rows): continue
         when = None if source is event else begin[rows] + 1.5 * (other.late[rows] - .5) * config.samples / ax.rate
-        wave, onset, size, begin[rows] = waves([generators[i] for i in rows], pick(source, rows), pick(station, rows),
+        wave, onset, size, begin[rows] = waves([generators[i] for i in rows], take_rows(source, rows), take_rows(station, rows),
                                                when, gain[rows], noise[rows], config, ax)
         clean[rows] += wave
         labels[rows[:, None], columns] = onset
