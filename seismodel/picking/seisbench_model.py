@@ -9,7 +9,6 @@ __all__ = ['SHORTEST', 'SLOWEST', 'READ_WINDOW', 'BLINDING', 'OVERLAP', 'Instrum
            'SeisModelPicker', 'open_picker']
 
 # %% ../../nbs/picking/01_seisbench_model.ipynb #a575fdcc
-import logging
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ import torch
 from seisbench.models.base import GroupingHelper, WaveformModel
 from seisbench.util import ClassifyOutput, PickList
 
-from ..finetuning.heads import LABELS, Picker, load_picker, picker_from_dict
+from ..finetuning.heads import LABELS, load_picker, picker_from_dict
 from ..models.pretraining import config_to_dict, preset
 from ..signals.records import COMPONENTS, SAMPLING_RATE, WINDOW, resample
 from ..signals.normalize import normalize

@@ -25,8 +25,7 @@ from tqdm.auto import tqdm
 
 from .trial import (Candidate, StudyConfig, Trial, candidates_of, refuse_others,
                                    run_trial, start_trial, trial_recipe, trial_settings)
-from .tables import (gains, gather_trials, pack_study, plot_study, results,
-                                    summary_table, table, trials_of)
+from .tables import gains, pack_study, plot_study, summary_table, table, trials_of
 from ..core import Interrupted, TrainingError, UserError, pick_device
 from ..files import write_atomically
 from ..data.sources import whole_path
