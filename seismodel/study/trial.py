@@ -36,7 +36,7 @@ from ..models.pretraining import (build, config_from_dict, from_pretrained, read
                                           read_model)
 from ..files import write_atomically
 from ..data.store_reader import Store, is_store
-from ..training.config import FREE, TrainConfig, check_config
+from ..training.config import RESUMABLE_FIELDS, TrainConfig, check_config
 from ..data.sources import SyntheticSource, open_dataset, open_source, split_column
 from ..training.trainer import train
 
@@ -240,7 +240,7 @@ def refuse_others(
     except FileNotFoundError: return
     except ValueError: raise UserError(f"'{folder/'config.json'}' is damaged; remove that folder, and the cell starts over.") from None
     saved = {name: saved.get(name, {}) for name in wanted}
-    differ = differences(*(settings if same else in_common(settings) for settings in (saved, wanted)), FREE)
+    differ = differences(*(settings if same else in_common(settings) for settings in (saved, wanted)), RESUMABLE_FIELDS)
     if differ: raise UserError(f"'{folder}' is of a study with other settings: {'; '.join(differ)}. Give the same settings, or another --out.")
 
 # %% ../../nbs/study/02_trial.ipynb #45bd04a6
