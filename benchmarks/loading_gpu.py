@@ -28,7 +28,8 @@ from seismodel.training.distributed import Ranks
 from seismodel.data.windows import WindowDataset
 from seismodel.models.pretraining import build, preset
 from seismodel.data.store_reader import Store, StoreSource
-from seismodel.training.config import TrainConfig, parameter_groups
+from seismodel.training.config import TrainConfig
+from seismodel.training.schedule import parameter_groups
 from seismodel.training.cuda_graph import Replay, compile_blocks, tensor_float32
 from seismodel.data.store import StoreWriter, finish
 from seismodel.training.trainer import train_step, training_batches, update

@@ -24,8 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 from seismodel.training.distributed import MeanOverRanks, Ranks, WholeBatchDraws, join_ranks
 from seismodel.training.monitoring import withhold_unless
 from seismodel.models.pretraining import average_all, build, preset
-from seismodel.training.config import parameter_groups, precision, seed_step
-from seismodel.training.cuda_graph import Replay, compile_blocks, tensor_float32
+from seismodel.training.schedule import parameter_groups, seed_step
+from seismodel.training.cuda_graph import Replay, compile_blocks, mixed_precision, tensor_float32
 from seismodel.training.runlog import read_metrics
 
 root = Path(__file__).resolve().parents[1]
@@ -68,7 +68,7 @@ class Step:
         for _ in range(4): self()                                        # three as they are, then recorded
 
     def update(self, x):
-        with precision(self.ranks.device):
+        with mixed_precision(self.ranks.device):
             if self.by_ddp:
                 with self.ranks.draws(): loss, _ = self.net(x, self.generator)
             else: loss, _ = self.net(x, self.generator)

@@ -10,7 +10,7 @@ import time
 import torch
 
 from seismodel.models.pretraining import build, preset
-from seismodel.training.config import parameter_groups
+from seismodel.training.schedule import parameter_groups
 from seismodel.training.cuda_graph import Replay, compile_blocks, tensor_float32
 
 

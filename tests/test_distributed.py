@@ -150,9 +150,9 @@ def test_ranks_agree_where_to_stop(tmp_path):
 
 POISONED = """
 import hashlib, os, sys
-import seismodel.cli as cli, seismodel.training.trainer as trainer
+import seismodel.cli as cli, seismodel.training.pretrain as pretraining, seismodel.training.trainer as trainer
 
-class Poisoned(cli.WindowDataset):
+class Poisoned(pretraining.WindowDataset):
     "Window 31 is not a number: the last of step 8, which rank 1 has"
     def batch(self, numbers):
         b = super().batch(numbers)
@@ -164,7 +164,7 @@ def train(model, *args):
     try: return trainer.train(model, *args)
     finally: print('digest', hashlib.sha256(b''.join(t.numpy().tobytes() for t in model.state_dict().values())).hexdigest())
 
-cli.WindowDataset, cli.train, trainer.draw_run = Poisoned, train, lambda *_: None
+pretraining.WindowDataset, pretraining.train, trainer.draw_run = Poisoned, train, lambda *_: None
 for name, more in (('stopped', []), ('skipped', ['--skip-nonfinite', '1'])):
     print('exit', cli.main(['pretrain', *sys.argv[1:], '--out', name, *more]), flush=True)
     os.environ['MASTER_PORT'] = str(int(os.environ['MASTER_PORT']) + 1)

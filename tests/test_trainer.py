@@ -13,7 +13,9 @@ from seismodel.training.monitoring import alarms
 from seismodel.models.masked_mse import feature_variance, masked_mse
 from seismodel.models.pretraining import (ContrastiveConfig, ReconstructionConfig, ReconstructionPretraining, Step, build,
                                    from_pretrained)
-from seismodel.training.config import TrainConfig, in_order, loader, lr_at, parameter_groups, seed_step
+from seismodel.training.config import TrainConfig
+from seismodel.training.batches import sequential_batches, make_dataloader
+from seismodel.training.schedule import lr_at, parameter_groups, seed_step
 from seismodel.training.runlog import CLOCK, read_metrics
 from seismodel.training.trainer import evaluate, train, train_step
 from seismodel.data.windows import WindowDataset
@@ -80,7 +82,7 @@ def test_accumulation_averages_the_gradients():
     c, device = TrainConfig(steps=10, batch_size=2, accumulate=2, clip=1e9), torch.device('cpu')
     torch.manual_seed(0)
     model = build(RECONSTRUCTION)
-    batches = list(loader(windows(4), in_order(range(4), 2), c, device))
+    batches = list(make_dataloader(windows(4), sequential_batches(range(4), 2), c, device))
     generator, gradients = torch.Generator(), []
     seed_step(generator, 0, 0)
     for b in batches:
@@ -136,8 +138,8 @@ def test_evaluation_leaves_the_model_as_it_was():
     torch.manual_seed(0)
     model, c = build(CONTRASTIVE), TrainConfig(batch_size=2)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    first = evaluate(model, loader(windows(4), in_order(range(4), 2), c, torch.device('cpu')), torch.device('cpu'))
-    assert first == evaluate(model, loader(windows(4), in_order(range(4), 2), c, torch.device('cpu')), torch.device('cpu'))
+    first = evaluate(model, make_dataloader(windows(4), sequential_batches(range(4), 2), c, torch.device('cpu')), torch.device('cpu'))
+    assert first == evaluate(model, make_dataloader(windows(4), sequential_batches(range(4), 2), c, torch.device('cpu')), torch.device('cpu'))
     assert model.training and all(torch.equal(model.state_dict()[k], v) for k, v in before.items())
 
 

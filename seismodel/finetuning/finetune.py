@@ -23,7 +23,7 @@ from .events import subset_events
 from .heads import FREEZE, Picker, picker_from_dict
 from ..models.pretraining import Pretrainer, build, from_pretrained, preset as find_preset
 from ..files import is_filled
-from ..training.config import FREE, TrainConfig, check_config, train_from_dict
+from ..training.config import RESUMABLE_FIELDS, TrainConfig, check_config, train_from_dict
 from ..training.trainer import train
 from ..data.windows import WindowDataset
 from ..signals.noise import EventsInNoise, noise_bank
@@ -140,7 +140,7 @@ def free_options(
 )->dict: # those given
     "What a run that goes on is told; raises `UserError` for what cannot change"
     given = {name: value for name, value in told.items() if value is not None}
-    fixed = [name for name in given if f'train.{name}' not in FREE]
+    fixed = [name for name in given if f'train.{name}' not in RESUMABLE_FIELDS]
     if fixed: raise UserError(f"--{fixed[0].replace('_', '-')} cannot change with --resume: leave it away, or start a new run.")
     return given
 

@@ -142,7 +142,7 @@ def gains(
 def summary_table(
     t:pd.DataFrame, # from `table`
     records:str='all', # which part
-)->pd.DataFrame: # rows: kind, metric, method; columns: shares; 'value [low, high]'
+)->pd.DataFrame: # rows: kind, metric, method; columns: fractions; 'value [low, high]'
     "The table as it is printed"
     t = t[t['records'] == records]
     cells = [f'{v:.2f} [{a:.2f}, {b:.2f}]' for v, a, b in zip(t['value'], t['low'], t['high'])]

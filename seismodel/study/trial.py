@@ -33,7 +33,7 @@ from ..data.windows import WindowDataset
 from ..models.pretraining import (build, config_from_dict, from_pretrained, read_config,
                                           read_model)
 from ..files import write_atomically
-from ..training.config import FREE, TrainConfig, check_config
+from ..training.config import RESUMABLE_FIELDS, TrainConfig, check_config
 from ..data.sources import SyntheticSource, open_records, open_source
 from ..training.trainer import train
 
@@ -208,7 +208,7 @@ def refuse_others(
     except FileNotFoundError: return
     except ValueError: raise UserError(f"'{folder/'config.json'}' is damaged; remove that folder, and the trial starts over.") from None
     saved = {name: saved.get(name, {}) for name in wanted}
-    differ = differences(*(settings if same else in_common(settings) for settings in (saved, wanted)), FREE)
+    differ = differences(*(settings if same else in_common(settings) for settings in (saved, wanted)), RESUMABLE_FIELDS)
     if differ: raise UserError(f"'{folder}' is of a study with other settings: {'; '.join(differ)}. Give the same settings, or another --out.")
 
 # %% ../../nbs/study/02_trial.ipynb #45bd04a6
