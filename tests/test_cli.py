@@ -39,9 +39,23 @@ def test_the_end_of_a_run_says_where_everything_lies(trained):
 
 
 def test_datasets_are_mixed_by_folder(quakes_folder, tmp_path):
-    assert main(['pretrain', '--preset', 'contrastive-tiny', '--data', str(quakes_folder), '--data', 'synthetic', '--weights', '3,1', '--steps', '1',
+    assert main(['pretrain', '--preset', 'contrastive-tiny', '--data', str(quakes_folder), '--data', 'synthetic', '--data-weights', '3,1', '--steps', '1',
                  '--batch-size', '2', '--validation-windows', '2', '--device', 'cpu', '--workers', '0', '--out', str(tmp_path/'run')]) == 0
     assert json.loads((tmp_path/'run/config.json').read_text())['weights'] == [3., 1.]
+
+
+def test_options_of_version_01_still_work_and_say_their_new_names(quakes_folder, tmp_path, capsys):
+    words = ['pretrain', '--preset', 'contrastive-tiny', '--data', str(quakes_folder), '--data', 'synthetic', '--steps', '1', '--batch-size', '2',
+             '--validation-windows', '2', '--device', 'cpu', '--workers', '0', '--out', str(tmp_path/'run'), '--weights', '3,1']
+    assert main(words) == 0
+    assert json.loads((tmp_path/'run/config.json').read_text())['weights'] == [3., 1.]
+    assert 'seismodel: --weights is called --data-weights now' in capsys.readouterr().err
+    assert main(['study', '--peer=GPD', '--data', 'x', '--out', str(tmp_path/'s')]) == 2
+    said = capsys.readouterr().err
+    assert '--peer is called --baseline now' in said and 'choose PhaseNet or EQTransformer' in said
+    assert main(['finetune', '--from-run', 'random', '--data', 'x', '--out', str(tmp_path/'f')]) == 2
+    said = capsys.readouterr().err
+    assert '--from-run is called --from now' in said and 'needs --preset' in said
 
 
 @pytest.mark.parametrize('words, says', [
@@ -53,7 +67,7 @@ def test_datasets_are_mixed_by_folder(quakes_folder, tmp_path):
     (('pretrain', '--batch-size', '0'), 'batch_size'),
     (('pretrain', '--lr', 'nan'), 'lr'),
     (('pretrain', '--device', 'cuda'), 'cuda'),
-    (('pretrain', '--weights', '1,2'), 'one positive number for each dataset (1)'),
+    (('pretrain', '--data-weights', '1,2'), 'one positive number for each dataset (1)'),
     (('info', 'nothing/here'), 'nothing/here'),
     (('embed', 'nothing/here', 'x.mseed'), 'nothing/here'),
     (('prtrain',), 'prtrain'),
@@ -108,11 +122,12 @@ def test_a_resumed_run_needs_nothing_else_and_names_what_differs(trained, capsys
     assert 'preset was reconstruction-tiny and is contrastive-tiny; lr was 0.003 and is 9.0' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize('command', ['pretrain', 'info', 'plot', 'embed'])
+@pytest.mark.parametrize('command', ['pretrain', 'info', 'plot', 'embed', 'finetune', 'study'])
 def test_help_comes_from_the_comments(command, capsys):
     with pytest.raises(SystemExit) as e: main([command, '--help'])
     said = capsys.readouterr().out
     assert e.value.code == 0 and f'usage: seismodel {command}' in said
+    assert '--from-run' not in said and ('--from ' in said) == (command in ('finetune', 'study'))
     if command == 'pretrain': assert 'peak learning rate' in said and '--batch-size' in said
 
 

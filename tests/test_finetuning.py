@@ -185,7 +185,7 @@ def test_without_augmentation_windows_are_as_before(folder, tmp_path, monkeypatc
     (['--from', 'random', '--preset', 'contrastive-tiny', '--data', 'FOLDER', '--fraction', '0'], '--fraction is 0'),
     (['--from', 'random', '--preset', 'contrastive-tiny', '--data', 'FOLDER', '--freeze', 'decoder'], 'choose one of'),
     (['--from', 'random', '--preset', 'contrastive-tiny', '--data', 'FOLDER', '--steps', '0'], 'steps'),
-    (['--from', 'random', '--preset', 'contrastive-tiny', '--data', 'FOLDER', '--weights', 'a,b'], 'one positive number for each dataset (1)'),
+    (['--from', 'random', '--preset', 'contrastive-tiny', '--data', 'FOLDER', '--data-weights', 'a,b'], 'one positive number for each dataset (1)'),
     (['--from', 'random', '--preset', 'contrastive-tiny', '--data', 'FOLDER', '--augment', 'some'], "--augment is 'some'; choose full or none"),
 ])
 def test_mistakes(args, words, folder, tmp_path, capsys):

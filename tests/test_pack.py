@@ -175,7 +175,7 @@ def test_folders_that_cannot_be_packed(tmp_path, quakes_folder, quake_records, w
         assert one_sentence(error) and not (tmp_path/'out').exists(), name
     for name, why in {'synthetic': 'no end', 'ETZH': 'did you mean ETHZ'}.items():
         with pytest.raises(UserError, match=why): pack([name], tmp_path/'out')
-    for kwargs, why in ((dict(dtype='int8'), '--dtype'), (dict(weights='1,2'), 'one positive number for each dataset'), (dict(weights='-1'), 'one positive number'),
+    for kwargs, why in ((dict(dtype='int8'), '--dtype'), (dict(data_weights='1,2'), 'one positive number for each dataset'), (dict(data_weights='-1'), 'one positive number'),
                         (dict(file_mib=0), '--file-mib')):
         with pytest.raises(UserError, match=why): pack([quakes_folder], tmp_path/'out', **kwargs)
     with pytest.raises(UserError, match='other dtype'): pack([quakes_folder], tmp_path/'done', 'float16')

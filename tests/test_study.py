@@ -131,7 +131,7 @@ def test_killed_while_scoring_it_scores_again(done, store, tmp_path):
 
 
 def test_a_failing_cell_does_not_stop_the_others(done, store, tmp_path, monkeypatch, capsys):
-    real = study_module.run_cell
+    real = study_module.run_trial
     def fails_at_half(trial, *rest):
         if trial.fraction == .5: raise RuntimeError('the device is\nout of memory')
         real(trial, *rest)

@@ -184,7 +184,7 @@ def test_resumed_run_is_the_undisturbed_one(folder, tmp_path, monkeypatch):
     (['--column', 'trace_category', '--fraction', '2'], '--fraction is 2'),
     (['--column', 'trace_category', '--data', 'synthetic'], 'has no metadata'),
     (['--column', 'trace_category', '--freeze', 'head'], 'choose one of'),
-    (['--column', 'trace_category', '--weights', '1,2'], 'one positive number for each dataset (1)'),
+    (['--column', 'trace_category', '--data-weights', '1,2'], 'one positive number for each dataset (1)'),
     (['--column', 'trace_category', '--steps', '0'], 'steps is 0'),
 ])
 def test_mistakes(args, words, folder, tmp_path, capsys):

@@ -216,7 +216,7 @@ def pack(
     sources:Annotated[str, {"opt": False, "nargs": "+"}], # SeisBench data sets by folder or name; miniSEED, SAC, … by folder or file
     out:Path=Path("store"), # the store's folder
     dtype:str="int16",      # int16, float16 or float32
-    weights:str=None,       # shares of the sources when windows are drawn, such as 3,1; every record alike if not given
+    data_weights:str=None,       # relative weights of the sources when windows are drawn, such as 3,1; every record alike if not given
     window:int=WINDOW,      # samples; traces below half of it are left out
     file_mib:int=256,       # largest file of samples; a killed pack loses at most one
 )->dict: # the manifest
@@ -224,8 +224,8 @@ def pack(
     if dtype not in DTYPES: raise UserError(f"--dtype is {dtype!r}: choose {', '.join(DTYPES)}")
     if window < 1: raise UserError(f"--window is {window}: give 1 or more samples")
     twice = [w for k, w in enumerate(sources) if Path(w).resolve() in [Path(v).resolve() for v in sources[:k]]]
-    if twice: raise UserError(f"{twice[0]} is named twice, and its traces would be packed twice: name it once, with a larger share in --weights")
-    shares = parse_weights(weights, len(sources)) or len(sources) * [None]
+    if twice: raise UserError(f"{twice[0]} is named twice, and its traces would be packed twice: name it once, with a larger share in --data-weights")
+    shares = parse_weights(data_weights, len(sources)) or len(sources) * [None]
     streams = [open_items(str(where), window) for where in sources]
     shard = file_mib * 2**20 // (3 * np.dtype(DTYPES[dtype]).itemsize)
     if shard < 3 * window: raise UserError(f"--file-mib is {file_mib}, too small for one record: give 1 or more")

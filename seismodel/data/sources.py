@@ -355,7 +355,7 @@ def parse_weights(
     try: weights = [float(w) for w in text.split(",")]
     except ValueError: weights = []
     if len(weights) != n or not all(0 < w < np.inf for w in weights):
-        raise UserError(f"--weights is '{text}'; give one positive number for each dataset ({n}), with commas between.")
+        raise UserError(f"--data-weights is '{text}'; give one positive number for each dataset ({n}), with commas between.")
     return weights
 
 # %% ../../nbs/data/02_sources.ipynb #d3afc4e2

@@ -153,12 +153,12 @@ def plot_answers(
 
 # %% ../../nbs/finetuning/05_classification.ipynb #d831a89a
 def finetune_window(
-    from_run:str=None, # the folder of a pretrained model, or random, which needs --preset; --from for short
+    from_run:str=None, # the folder of a pretrained model, or random, which needs --preset
     preset:str=None, # with --from random: method and size of the control, such as contrastive-small
     data:Annotated[str, {'action': 'append'}]=None, # a SeisBench dataset by folder or by name, or a store packed from one; may be given several times
     column:str=None, # of the metadata: text makes classes, numbers a regression; empty cells are left out
     classes:str=None, # those that count, such as up,down; all that the column has if not given
-    weights:str=None, # shares of the datasets, such as 3,1; equal if not given
+    data_weights:str=None, # relative weights of the datasets, such as 3,1; equal if not given
     fraction:float=None, # share of the labelled events of each dataset to train on; all if not given
     freeze:str=None, # what does not learn: none (if not given), encoder, all (but the head), or gradual
     steps:int=None, # optimiser steps; 500 if not given
@@ -179,13 +179,13 @@ def finetune_window(
     given = dict(steps=steps, batch_size=batch_size, lr=lr, weight_decay=weight_decay, seed=seed, device=device, workers=workers, validate_every=validate_every,
                  validation_windows=validation_windows, checkpoint_every=checkpoint_every, tensorboard=tensorboard or None)
     if resume:
-        free = free_options({'from': from_run, 'preset': preset, 'data': data, 'column': column, 'classes': classes, 'weights': weights, 'fraction': fraction,
+        free = free_options({'from': from_run, 'preset': preset, 'data': data, 'column': column, 'classes': classes, 'data_weights': data_weights, 'fraction': fraction,
                              'freeze': freeze, **given, 'out': out})
         saved = saved_run(resume, 'finetune_window', f"'{resume}' is no run of `seismodel finetune-window`; resume it with the command that began it.")
         plan, folder, c = saved['finetune_window'], Path(resume), replace(train_from_dict(saved['train']), **free)
         start = build(config_from_dict(saved['model']))
     else:
-        plan = window_plan(from_run, preset, data, column, classes, weights, fraction, freeze)
+        plan = window_plan(from_run, preset, data, column, classes, data_weights, fraction, freeze)
         folder = fine_folder(out)
         torch.manual_seed(seed or 0)
         start = start_model(plan['from'], preset)

@@ -165,10 +165,10 @@ def fine_run(
 
 # %% ../../nbs/finetuning/03_finetune.ipynb #1ed32726
 def finetune(
-    from_run:str=None, # the folder of a pretrained model, or random, which needs --preset; --from for short
+    from_run:str=None, # the folder of a pretrained model, or random, which needs --preset
     preset:str=None, # with --from random: method and size of the control, such as contrastive-small
     data:Annotated[str, {'action': 'append'}]=None, # a SeisBench dataset with picks, by folder or by name, or synthetic; may be given several times
-    weights:str=None, # shares of the datasets, such as 3,1; equal if not given
+    data_weights:str=None, # relative weights of the datasets, such as 3,1; equal if not given
     fraction:float=None, # share of the labelled events of each dataset to train on; all if not given
     freeze:str=None, # what does not learn: none (if not given), encoder, all (but the head), or gradual
     width:int=None, # channels of the head, 32 if not given; 0 makes it linear: with --freeze all a linear probe
@@ -191,13 +191,13 @@ def finetune(
     given = dict(steps=steps, batch_size=batch_size, lr=lr, weight_decay=weight_decay, seed=seed, device=device, workers=workers, validate_every=validate_every,
                  validation_windows=validation_windows, checkpoint_every=checkpoint_every, tensorboard=tensorboard or None)
     if resume:
-        free = free_options({'from': from_run, 'preset': preset, 'data': data, 'weights': weights, 'fraction': fraction, 'freeze': freeze, 'width': width,
+        free = free_options({'from': from_run, 'preset': preset, 'data': data, 'data_weights': data_weights, 'fraction': fraction, 'freeze': freeze, 'width': width,
                              'augment': augment, **given, 'out': out})
         saved = saved_run(resume, 'finetune', f"'{resume}' is not a fine-tuning run; go on with it by `seismodel pretrain --resume`.")
         plan, folder, c = saved['finetune'], Path(resume), replace(train_from_dict(saved['train']), **free)
         picker = picker_from_dict(saved, plan['freeze']).train()
     else:
-        plan = fine_plan(from_run, preset, data, weights, fraction, freeze, width, augment)
+        plan = fine_plan(from_run, preset, data, data_weights, fraction, freeze, width, augment)
         folder = fine_folder(out)
         torch.manual_seed(seed or 0)
         picker = start_picker(plan['from'], preset, plan['width'], plan['freeze'])

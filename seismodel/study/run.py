@@ -188,7 +188,7 @@ def report_study(
 
 # %% ../../nbs/study/04_run.ipynb #e79b72f7
 def study(
-    from_run:Annotated[str, {'action': 'append'}]=None, # NAME=RUN, a pretrained run to fine-tune, with its control from random weights; may be given several times; --from for short
+    from_run:Annotated[str, {'action': 'append'}]=None, # NAME=RUN, a pretrained run to fine-tune, with its control from random weights; may be given several times
     baseline:Annotated[str, {'action': 'append'}]=None, # PhaseNet or EQTransformer, from random weights, or NAME=PhaseNet; may be given several times
     data:Annotated[str, {'action': 'append'}]=None, # data with picks and splits train, dev, test: a packed store (fastest), a SeisBench folder or name; may be given several times
     fractions:str='.1,.2,.5,1', # of the labelled events

@@ -105,7 +105,7 @@ def saved_plan(folder, preset, data, weights, window, given)->PretrainPlan:
 def pretrain(
     preset:str=None, # method and size: contrastive- or reconstruction-, then tiny, small or base; contrastive-tiny if not given
     data:Annotated[str, {'action': 'append'}]=None, # a packed store, a SeisBench dataset by folder or by name, or synthetic (the default); may be given several times
-    weights:str=None, # shares of the datasets, such as 3,1; equal if not given
+    data_weights:str=None, # relative weights of the datasets, such as 3,1; equal if not given
     window:int=None, # samples in a window; 4096 if not given
     steps:int=None, # optimiser steps; the preset's if not given
     batch_size:int=None, # windows a step, of all devices together; the preset's if not given
@@ -131,7 +131,7 @@ def pretrain(
                  workers=workers, log_every=log_every, validate_every=validate_every, validation_windows=validation_windows,
                  checkpoint_every=checkpoint_every, keep=keep, skip_nonfinite=skip_nonfinite, on_write_error=on_write_error, tensorboard=tensorboard or None)
     if resume and out: raise UserError("--resume goes on in the run's own folder; leave --out away.")
-    plan = saved_plan(Path(resume), preset, data, weights, window, given) if resume else new_plan(preset, data, weights, window, given)
+    plan = saved_plan(Path(resume), preset, data, data_weights, window, given) if resume else new_plan(preset, data, data_weights, window, given)
     with join_ranks(plan.train.device) as ranks:
         folder = Path(ranks.share(str(resume or new_folder(out, plan.preset)) if ranks.rank == 0 else None))   # one name for all ranks
         run_plan(plan, folder, bool(resume), ranks)
