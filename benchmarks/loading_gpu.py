@@ -32,7 +32,7 @@ from seismodel.training.config import TrainConfig
 from seismodel.training.schedule import parameter_groups
 from seismodel.training.cuda_graph import Replay, compile_blocks, tensor_float32
 from seismodel.data.store import StoreWriter, finish
-from seismodel.training.trainer import train_step, training_batches, update
+from seismodel.training.trainer import train_step, training_batches, optimizer_step
 from seismodel.signals.records import WINDOW, Record
 
 
@@ -61,7 +61,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, .1), lr=torch.tensor(1e-4, device=device) if on_gpu else 1e-4,
                                            fused=True, capturable=on_gpu)
         self.generator, self.done, self.told = torch.Generator(device), 0, torch.zeros((), device=device)
-        one = lambda inputs: update(self.model, self.optimizer, [inputs], self.generator, self.c, self.ranks, self.told)
+        one = lambda inputs: optimizer_step(self.model, self.optimizer, [inputs], self.generator, self.c, self.ranks, self.told)
         self.replay = Replay(one, self.generator) if on_gpu else None
 
     def step(self, batches):

@@ -16,7 +16,7 @@ from torch import nn
 
 from seismodel.models import infonce, quantizer as quantizers
 from seismodel.models.infonce import contrastive_loss, contrastive_mean, contrastive_sums, masked_frames
-from seismodel.models.masking import most_masked, span_mask
+from seismodel.models.masking import max_masked, span_mask
 from seismodel.models.quantizer import GumbelVectorQuantizer, quantize_masked
 
 D, G, V, K, T = 256, 2, 320, 100, 1024
@@ -39,17 +39,17 @@ class Ours(nn.Module):
         self.quantizer, self.project = GumbelVectorQuantizer(D, G, V, D), nn.Linear(D, D)
 
     def forward(self, frames, predictions, mask):
-        places, valid = masked_frames(mask, most_masked(T, .65, 10))
-        q = quantize_masked(self.quantizer, frames, places, valid)
+        indices, valid = masked_frames(mask, max_masked(T, .65, 10))
+        q = quantize_masked(self.quantizer, frames, indices, valid)
         q = q._replace(vectors=self.project(q.vectors))
-        return contrastive_mean(contrastive_sums(predictions, q.vectors, q.codes, q.usage, places, valid, K)).loss
+        return contrastive_mean(contrastive_sums(predictions, q.vectors, q.codes, q.usage, indices, valid, K)).loss
 
 
 class Plain(Ours):
     "The same from the definitions: all frames quantized, one step of plain PyTorch after the other"
     def forward(self, frames, predictions, mask):
         q = self.quantizer(frames)
-        return contrastive_loss(predictions, self.project(q.vectors), mask, q.codes, q.logits, K, most=most_masked(T, .65, 10)).loss
+        return contrastive_loss(predictions, self.project(q.vectors), mask, q.codes, q.logits, K, most=max_masked(T, .65, 10)).loss
 
 
 class Transformers(nn.Module):

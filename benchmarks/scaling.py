@@ -22,8 +22,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from seismodel.training.distributed import MeanOverRanks, Ranks, WholeBatchDraws, join_ranks
-from seismodel.training.monitoring import withhold_unless
-from seismodel.models.pretraining import average_all, build, preset
+from seismodel.training.monitoring import skip_step_if_nonfinite
+from seismodel.models.pretraining import all_reduce_mean, build, preset
 from seismodel.training.schedule import parameter_groups, seed_step
 from seismodel.training.cuda_graph import Replay, compile_blocks, mixed_precision, tensor_float32
 from seismodel.training.runlog import read_metrics
@@ -47,7 +47,7 @@ class OneOfMany(Ranks):
     def draws(self): return WholeBatchDraws(0, 1)
     def average_gradients(self, model):
         grads = [p.grad for p in model.parameters()]
-        torch._foreach_copy_(grads, average_all(self.average, grads))
+        torch._foreach_copy_(grads, all_reduce_mean(self.average, grads))
 
 
 class Step:
@@ -76,7 +76,7 @@ class Step:
         if not self.by_ddp: self.ranks.average_gradients(self.model)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.)
         loss = self.ranks.average(loss.detach().float())
-        withhold_unless(loss.isfinite() & norm.isfinite(), self.optimizer)
+        skip_step_if_nonfinite(loss.isfinite() & norm.isfinite(), self.optimizer)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import save
 
-from seismodel.training.checkpoints import (BLANK, FORMAT, checkpoint_files, check_seal,
+from seismodel.training.checkpoints import (BLANK, FORMAT, checkpoint_files, verify_checksum,
                                             differences, newest_checkpoint, read_checkpoint,
-                                            restore, seal, training_tensors, write_checkpoint)
+                                            restore, write_checksum, training_tensors, write_checkpoint)
 from seismodel.core import DamagedCheckpoint, UserError
 from seismodel.models.encoders import BidirAutoregConfig
 from seismodel.models.pretraining import ReconstructionConfig, build
@@ -76,13 +76,13 @@ def test_every_single_bit_of_the_header_counts(run):
     blob = checkpoint_files(run)[0].read_bytes()
     end = 8 + int.from_bytes(blob[:8], 'little')
     for place in range(0, end + 8):
-        with pytest.raises(DamagedCheckpoint): check_seal(blob[:place] + bytes([blob[place] ^ 1 << place % 8]) + blob[place + 1:])
+        with pytest.raises(DamagedCheckpoint): verify_checksum(blob[:place] + bytes([blob[place] ^ 1 << place % 8]) + blob[place + 1:])
 
 
 def test_a_newer_one_is_refused_and_stays_where_it_is(run):
     newest = checkpoint_files(run)[0]
     blob = save(TENSORS, {'format': str(FORMAT + 1), 'version': '9.9', 'state': json.dumps({'step': 2}), 'sha256': 64*'0'})
-    newest.write_bytes(seal(blob))
+    newest.write_bytes(write_checksum(blob))
     with pytest.raises(UserError, match='written by seismodel 9.9, which is newer.*update seismodel'): newest_checkpoint(run)
     assert newest.exists()
 

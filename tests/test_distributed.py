@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from seismodel.training.checkpoints import checkpoint_files, read_checkpoint
 from seismodel.training.distributed import Ranks
 from seismodel.models.encoders import BidirAutoregConfig, ConvDownConfig
-from seismodel.models.pretraining import ContrastiveConfig, ReconstructionConfig, alone, build
+from seismodel.models.pretraining import ContrastiveConfig, ReconstructionConfig, no_reduce, build
 from seismodel.training.runlog import read_metrics
 
 root = Path(__file__).resolve().parents[1]
@@ -115,7 +115,7 @@ def test_without_the_average_the_gradients_would_differ():
         model.draws = Ranks(torch.device('cpu'), rank, 2).draws
         halves.append(model(x[3*rank:3*rank + 3], torch.Generator().manual_seed(2)).loss)
     assert abs(sum(halves)/2 - whole) > 1e-4
-    assert model.average is alone
+    assert model.average is no_reduce
 
 
 @needs_gloo

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seismodel.kernels import fused, mixer
-from seismodel.kernels.fused import FusedMLSTM, answers, disagreement, find_fault, mlstm, plan, trusted
-from seismodel.kernels.mixer import FusedMix, mix, mix_plain
+from seismodel.kernels.fused import FusedMLSTM, verdicts, disagreement, mlstm_fault, mlstm, plan_tiles, trusted
+from seismodel.kernels.mixer import FusedMix, mlstm_mix, mix_plain
 from seismodel.kernels.mlstm import MLSTMState, mlstm_chunkwise, mlstm_recurrent, soft_cap
 
 cuda = torch.cuda.is_available()
@@ -57,11 +57,11 @@ def check(x, limit, reverse):
 def test_against_float64(T, d, reverse, gates): check(inputs(1, 2, T, d, gates=gates), 2e-3 if gates == 'extreme' else 1e-4, reverse)
 
 
-@pytest.mark.parametrize('how', [dict(walk=True, segments=1, per=5), dict(walk=True, segments=3, per=2), dict(walk=False)])
+@pytest.mark.parametrize('how', [dict(scan=True, segments=1, per=5), dict(scan=True, segments=3, per=2), dict(scan=False)])
 def test_every_way_of_cutting(how, monkeypatch):
-    "Walk, walk in segments and tiles give the same"
-    whole = plan(1, 2, 70, 16, wide=True, stream=False)._replace(L=16, **how)
-    monkeypatch.setattr(fused, 'plan', lambda *a: whole)
+    "Scan, scan in segments and tiles give the same"
+    whole = plan_tiles(1, 2, 70, 16, wide=True, stream=False)._replace(L=16, **how)
+    monkeypatch.setattr(fused, 'plan_tiles', lambda *a: whole)
     check(inputs(1, 2, 70, 16, seed=3), 1e-4, reverse=1)
 
 
@@ -130,12 +130,12 @@ def test_the_compiler_is_told_true_shapes():
 @given(B=st.integers(1, 512), H=st.integers(1, 16), T=st.integers(1, 100_000), d=st.integers(1, 256), wide=st.booleans(), stream=st.booleans(),
        room=st.sampled_from([99, 163, 227]))
 def test_a_plan_covers_the_window(B, H, T, d, wide, stream, room):
-    p = plan(B, H, T, d, wide, stream, room=room)
+    p = plan_tiles(B, H, T, d, wide, stream, room=room)
     chunks = math.ceil(T/p.L)
     assert p.L in (16, 32, 64) and p.segments*p.per >= chunks > (p.segments - 1)*p.per and p.stages >= 1 and p.stages_back >= 1
-    if stream: assert p.walk and p.segments == 1
-    if not p.walk: assert p.segments == 1
-    assert all(fused.walks(frames, 16) == walk for frames, walk in ((100, False), (450, True)))     # what the self-check relies on
+    if stream: assert p.scan and p.segments == 1
+    if not p.scan: assert p.segments == 1
+    assert all(fused.uses_scan(frames, 16) == scan for frames, scan in ((100, False), (450, True)))     # what the self-check relies on
 
 
 def test_a_gpu_that_computes_wrongly_is_found_out(monkeypatch, caplog):
@@ -147,10 +147,10 @@ def test_a_gpu_that_computes_wrongly_is_found_out(monkeypatch, caplog):
         return out
     monkeypatch.setattr(fused, 'fused_backward', wrong)
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda *a: 'a GPU')
-    answers.clear()
+    verdicts.clear()
     with caplog.at_level(logging.WARNING, 'seismodel'):
         for _ in range(2): assert not trusted(torch.device(device), torch.float32, 16, 16, False)
-    answers.clear()
+    verdicts.clear()
     assert len(caplog.records) == 1 and 'off by' in caplog.text and 'plain PyTorch' in caplog.text
     assert disagreement(torch.float32, 16, 16, torch.device(device), frames=20) > 1e-2
 
@@ -159,18 +159,18 @@ def test_a_kernel_that_cannot_run_is_named(monkeypatch):
     def broken(*a): raise RuntimeError('no such instruction\nand more')
     monkeypatch.setattr(fused, 'disagreement', broken)
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda *a: 'a GPU')
-    fault = find_fault(torch.device(device), torch.float32, 16, 16, False)
+    fault = mlstm_fault(torch.device(device), torch.float32, 16, 16, False)
     assert 'RuntimeError: no such instruction' in fault and '\n' not in fault
 
 
 @pytest.mark.parametrize('mode', [torch.no_grad, torch.inference_mode, lambda: torch.autocast(device, torch.bfloat16)])
 def test_the_self_check_does_not_mind_where_it_is_asked(mode):
-    with mode(): assert [find_fault(torch.device(device), torch.float32, 16, 16, walk) for walk in (False, True)] == ['', '']
+    with mode(): assert [mlstm_fault(torch.device(device), torch.float32, 16, 16, scan) for scan in (False, True)] == ['', '']
 
 
 def test_without_triton(monkeypatch):
     monkeypatch.setattr(fused, 'find_spec', lambda name: None)
-    assert find_fault(torch.device(device), torch.float32, 16, 16, False) == 'Triton is not installed'
+    assert mlstm_fault(torch.device(device), torch.float32, 16, 16, False) == 'Triton is not installed'
 
 
 def test_plain_forms_on_a_cpu():
@@ -178,7 +178,7 @@ def test_plain_forms_on_a_cpu():
     *x, _ = (z.cpu() for z in inputs(1, 2, 30, 8))
     assert torch.equal(mlstm(*x, reverse=1), mlstm_chunkwise(*x, reverse=1))
     z = torch.randn(1, 30, 4, 2, 8), torch.randn(1, 30, 2, 2), torch.ones(16)
-    assert torch.equal(mix(*z, 1), mix_plain(*z, 1))
+    assert torch.equal(mlstm_mix(*z, 1), mix_plain(*z, 1))
 
 
 @pytest.mark.skipif(not cuda, reason='needs a GPU')

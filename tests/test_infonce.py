@@ -11,7 +11,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from conftest import Largest
 from seismodel.models import infonce as module
-from seismodel.models.infonce import collisions, contrastive_loss, diversity, gather_frames, info_nce, masked_frames, negatives
+from seismodel.models.infonce import duplicate_negatives, contrastive_loss, diversity, gather_frames, info_nce, masked_frames, negatives
 from seismodel.models.quantizer import soft_perplexity
 
 torch.set_num_threads(1)
@@ -48,10 +48,10 @@ def oracle(predictions, targets, mask, logits, frame_numbers):
 
 def drawn(mask, K, seed):
     "Our draw of negatives, and the same as frame numbers (B, T, K) for the oracle"
-    places, valid = masked_frames(mask)
+    indices, valid = masked_frames(mask)
     picks = negatives(valid, K, torch.Generator().manual_seed(seed))
-    frames = places.gather(1, picks.flatten(1)).view_as(picks)
-    return torch.zeros_like(frames).scatter_(1, places.unsqueeze(-1).expand_as(frames), frames)
+    frames = indices.gather(1, picks.flatten(1)).view_as(picks)
+    return torch.zeros_like(frames).scatter_(1, indices.unsqueeze(-1).expand_as(frames), frames)
 
 
 @pytest.mark.parametrize('V', [3, 320])     # with collisions and without
@@ -71,7 +71,7 @@ def test_loss_and_gradients_agree_with_transformers(V):
         loss.backward()
         grads.append((loss, *parts, *(t.grad for t in inputs)))
     assert (out.collided > .02) == (V == 3)
-    assert not collisions(codes, torch.arange(26).expand(3, 26, 26)).all(-1).any()     # no frame is left out here
+    assert not duplicate_negatives(codes, torch.arange(26).expand(3, 26, 26)).all(-1).any()     # no frame is left out here
     for mine, other in zip(*grads): torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
 
 
@@ -119,10 +119,10 @@ def loop(predictions, targets, picks, collided, valid, tau=.1):
 def test_agrees_with_a_loop(B, T, K, V, seed):
     "Small codebooks, so that some frames lose all of their negatives"
     predictions, targets, mask, codes, _ = example(B, T, 4, 2, V, .5, seed)
-    places, valid = masked_frames(mask)
-    c, q, z = (gather_frames(t, places) for t in (predictions, targets, codes))
+    indices, valid = masked_frames(mask)
+    c, q, z = (gather_frames(t, indices) for t in (predictions, targets, codes))
     picks = negatives(valid, K, torch.Generator().manual_seed(seed))
-    gone = collisions(z, picks)
+    gone = duplicate_negatives(z, picks)
     loss, accuracy = info_nce(c, q, picks, gone, valid)
     expected = loop(c, q, picks, gone, valid)
     assert loss.item() == pytest.approx(expected[0], rel=1e-5, abs=1e-5)
@@ -137,16 +137,16 @@ masks = st.integers(1, 4).flatmap(lambda B: st.integers(2, 12).flatmap(
 @given(masks, st.integers(0, 10_000))
 def test_negatives_are_other_masked_frames_of_the_row(rows, seed):
     mask = torch.tensor(rows)
-    places, valid = masked_frames(mask)
+    indices, valid = masked_frames(mask)
     assert torch.equal(valid.sum(1), mask.sum(1))
-    assert [p[v].tolist() for p, v in zip(places, valid)] == [row.nonzero().flatten().tolist() for row in mask]
+    assert [p[v].tolist() for p, v in zip(indices, valid)] == [row.nonzero().flatten().tolist() for row in mask]
     picks = negatives(valid, 9, torch.Generator().manual_seed(seed))
     assert picks.min() >= 0 and picks.max() < mask.shape[1]
     enough = valid & (valid.sum(1, keepdim=True) > 1)
-    frames = places.gather(1, picks.flatten(1)).view_as(picks)
+    frames = indices.gather(1, picks.flatten(1)).view_as(picks)
     hidden = mask.gather(1, frames.flatten(1)).view_as(frames)
     assert hidden[enough].all()
-    assert (frames != places.unsqueeze(-1))[enough].all()
+    assert (frames != indices.unsqueeze(-1))[enough].all()
 
 
 @quick
@@ -191,16 +191,16 @@ def test_static_bound_changes_nothing():
     "`most` as tight as it can be, and looser"
     predictions, targets, mask, codes, logits = example()
     M = int(mask.sum(1).max())
-    places, valid = masked_frames(mask, M)
-    assert places.shape == (3, M) and valid.sum() == mask.sum()
+    indices, valid = masked_frames(mask, M)
+    assert indices.shape == (3, M) and valid.sum() == mask.sum()
     picks = negatives(valid, 7, torch.Generator().manual_seed(1))
     wide, wide_valid = masked_frames(mask)
     wide_picks = torch.zeros(3, 26, 7, dtype=torch.long)
     wide_picks[:, :M] = picks
     results = []
-    for at, ok, p in ((places, valid, picks), (wide, wide_valid, wide_picks)):
+    for at, ok, p in ((indices, valid, picks), (wide, wide_valid, wide_picks)):
         c, q, z = (gather_frames(t, at) for t in (predictions, targets, codes))
-        results.append(info_nce(c, q, p, collisions(z, p), ok))
+        results.append(info_nce(c, q, p, duplicate_negatives(z, p), ok))
     torch.testing.assert_close(results[0], results[1])
 
 
@@ -208,7 +208,7 @@ def test_rule_is_by_codes_not_by_vectors():
     "Different codes with the same vector stay negatives; the same codes with different vectors do not"
     codes = torch.tensor([[[0, 0], [0, 1], [0, 0]]])
     picks = torch.tensor([[[1, 2], [0, 2], [0, 1]]])
-    assert collisions(codes, picks).tolist() == [[[False, True], [False, False], [True, False]]]
+    assert duplicate_negatives(codes, picks).tolist() == [[[False, True], [False, False], [True, False]]]
 
 
 def test_a_tie_is_no_hit():

@@ -49,7 +49,7 @@ def philox_gumbel(seed, rows, block):
 
 
 def quantizer_case(B, T, M, D, G, V, d, seed):
-    "A quantizer, frames, places (the second row is masked in part) and weights of a loss"
+    "A quantizer, frames, indices (the second row is masked in part) and weights of a loss"
     torch.manual_seed(seed)
     vq = GumbelVectorQuantizer(D, G, V, G*d, temperature=.8).to(device)
     mask = torch.zeros(B, T, dtype=torch.bool, device=device)
@@ -57,18 +57,18 @@ def quantizer_case(B, T, M, D, G, V, d, seed):
     return vq, torch.randn(B, T, D, device=device), *masked_frames(mask, M)
 
 
-def check_quantizer(vq, x, places, valid, limit, disagree=0.):
+def check_quantizer(vq, x, indices, valid, limit, disagree=0.):
     "Outputs and all gradients against autograd through the definition in float64, fed with the same noise"
-    (B, M), G, V = places.shape, vq.groups, vq.codes
+    (B, M), G, V = indices.shape, vq.groups, vq.codes
     BLOCK = max(4, triton.next_power_of_2(V))
     leaf = x.clone().requires_grad_()
-    vectors, codes, usage = kernels.quantize(vq, leaf, places, valid, generator(3))
+    vectors, codes, usage = kernels.quantize_frames(vq, leaf, indices, valid, generator(3))
     up, r = torch.randn_like(vectors), torch.randn_like(usage)
     ours = torch.autograd.grad((vectors*up).sum() + (usage*r).sum(), [leaf, *vq.parameters()])
 
     wide, exact_leaf = vq.__class__(x.shape[2], G, V, vq.codevectors.shape[2]*G).to(device).double(), x.double().requires_grad_()
     wide.load_state_dict(vq.state_dict())
-    logits = wide.weight_proj(gather_frames(exact_leaf, places))*vq.scale
+    logits = wide.weight_proj(gather_frames(exact_leaf, indices))*vq.scale
     logits = logits.unflatten(-1, (G, V))
     scores = logits
     if vq.training:
@@ -87,51 +87,51 @@ def check_quantizer(vq, x, places, valid, limit, disagree=0.):
 def test_quantizer_agrees_with_float64(shape, training, monkeypatch):
     "Sizes that fill no tile, and a backward pass in several steps"
     monkeypatch.setattr(kernels, 'CHUNK', 10)
-    vq, x, places, valid = quantizer_case(*shape, seed=0)
-    check_quantizer(vq.train(training), x, places, valid, 1e-4)
+    vq, x, indices, valid = quantizer_case(*shape, seed=0)
+    check_quantizer(vq.train(training), x, indices, valid, 1e-4)
 
 
 def test_quantizer_draws_from_the_generator():
-    vq, x, places, valid = quantizer_case(2, 20, 9, 12, 2, 40, 4, seed=1)
-    a, b, c = (kernels.quantize(vq, x, places, valid, generator(s))[1] for s in (5, 5, 6))
+    vq, x, indices, valid = quantizer_case(2, 20, 9, 12, 2, 40, 4, seed=1)
+    a, b, c = (kernels.quantize_frames(vq, x, indices, valid, generator(s))[1] for s in (5, 5, 6))
     assert torch.equal(a, b) and not torch.equal(a, c)
 
 
 def test_quantizer_without_a_valid_frame():
-    vq, x, places, valid = quantizer_case(2, 20, 9, 12, 2, 40, 4, seed=1)
-    usage = kernels.quantize(vq, x, places, valid & False, generator(0))[2]
+    vq, x, indices, valid = quantizer_case(2, 20, 9, 12, 2, 40, 4, seed=1)
+    usage = kernels.quantize_frames(vq, x, indices, valid & False, generator(0))[2]
     assert not usage.any()
 
 
 def loss_case(B, T, M, D, V, seed, dtype=torch.float32):
-    "Predictions, targets, codes and places; the first row is full, later rows have M//2, 1 and 0 masked frames"
+    "Predictions, targets, codes and indices; the first row is full, later rows have M//2, 1 and 0 masked frames"
     torch.manual_seed(seed)
     mask = torch.zeros(B, T, dtype=torch.bool, device=device)
     for b, n in zip(range(B), [M, M//2, 1, 0] + [M]*B): mask[b, torch.randperm(T)[:n]] = True
-    places, valid = masked_frames(mask, M)
+    indices, valid = masked_frames(mask, M)
     codes = torch.randint(V, (B, M, 2), device=device)
     book = torch.randn(V, V, D, device=device)
     targets = book[codes[..., 0], codes[..., 1]].to(dtype)
     predictions = (3*torch.randn(B, T, D, device=device)).to(dtype)
-    gathered = gather_frames(predictions, places)
-    predictions.scatter_(1, places.unsqueeze(-1).expand_as(gathered), (gathered + 6*D**-.5*targets).to(dtype))   # some right
-    return predictions, targets, codes, places, valid
+    gathered = gather_frames(predictions, indices)
+    predictions.scatter_(1, indices.unsqueeze(-1).expand_as(gathered), (gathered + 6*D**-.5*targets).to(dtype))   # some right
+    return predictions, targets, codes, indices, valid
 
 
-def check_info_nce(predictions, targets, codes, places, valid, V, K, tau, limit, grad_limit):
+def check_info_nce(predictions, targets, codes, indices, valid, V, K, tau, limit, grad_limit):
     "Sums and gradients against the formula in float64, with the counts that the kernel drew"
     leaves = [t.clone().requires_grad_() for t in (predictions, targets)]
-    loss, hits, counted, collided = kernels.info_nce_sums(leaves[0], leaves[1], codes, places, valid, V, K, tau, generator(3))
+    loss, hits, counted, collided = kernels.fused_info_nce_sums(leaves[0], leaves[1], codes, indices, valid, V, K, tau, generator(3))
     ours = torch.autograd.grad(2.5*loss, leaves)
     ids = codes[..., 0]*V + codes[..., 1]
-    times, left, masked = kernels.draw(ids, valid, K, generator(3))
-    M = places.shape[1]
+    times, left, masked = kernels.draw_negatives(ids, valid, K, generator(3))
+    M = indices.shape[1]
     rows = valid.unsqueeze(-1)
     w = torch.where(rows, times[:, :, :M].double(), 0.)
     assert torch.equal(w.sum(-1), left.double()) and not w.diagonal(dim1=1, dim2=2).any()
     assert not w[~valid.unsqueeze(1).expand_as(w)].any() and not w[ids.unsqueeze(1) == ids.unsqueeze(2)].any()
     c, q = (t.double().requires_grad_() for t in (predictions, targets))
-    s = infonce.similarity(gather_frames(c, places), q)/tau
+    s = infonce.similarity(gather_frames(c, indices), q)/tau
     positive, counts = s.diagonal(dim1=1, dim2=2), w.sum(-1) > 0
     total = (w + torch.eye(M, device=device)).log() + s                        # log 0 is -inf: a place that was not drawn
     each = torch.where(counts, total.logsumexp(-1) - positive, 0.)
@@ -169,7 +169,7 @@ def test_counts_are_uniform():
     valid = torch.ones(2, 12, dtype=torch.bool, device=device)
     valid[1, 5:] = False
     ids = torch.arange(24, device=device).view(2, 12)
-    times = sum(kernels.draw(ids, valid, 1000, generator(s))[0].double().cpu() for s in range(5))
+    times = sum(kernels.draw_negatives(ids, valid, 1000, generator(s))[0].double().cpu() for s in range(5))
     for row, m, limit in ((0, 12, 35.6), (1, 5, 21.2)):     # 10 and 3 degrees of freedom
         for i in range(m):
             seen = times[row, i, torch.arange(times.shape[2]) < m]
@@ -180,17 +180,17 @@ def test_counts_are_uniform():
 
 def test_everything_collides():
     "A dead codebook: nothing is counted, every negative has collided, and the gradient is zero"
-    predictions, targets, codes, places, valid = loss_case(2, 30, 13, 5, 2, 0)
+    predictions, targets, codes, indices, valid = loss_case(2, 30, 13, 5, 2, 0)
     leaf = predictions.requires_grad_()
-    loss, hits, counted, collided = kernels.info_nce_sums(leaf, targets, codes*0, places, valid, 2, 9, .1, generator(0))
+    loss, hits, counted, collided = kernels.fused_info_nce_sums(leaf, targets, codes*0, indices, valid, 2, 9, .1, generator(0))
     loss.backward()
     assert (loss, hits, counted, collided) == (0, 0, 0, 9*valid.sum()) and not leaf.grad.any()
 
 
 def test_zero_vectors_are_finite():
-    predictions, targets, codes, places, valid = loss_case(2, 30, 13, 5, 4, 0)
+    predictions, targets, codes, indices, valid = loss_case(2, 30, 13, 5, 4, 0)
     leaves = [(t*0).requires_grad_() for t in (predictions, targets)]
-    loss, hits, counted, _ = kernels.info_nce_sums(*leaves, codes, places, valid, 4, 9, .1, generator(0))
+    loss, hits, counted, _ = kernels.fused_info_nce_sums(*leaves, codes, indices, valid, 4, 9, .1, generator(0))
     loss.backward()
     assert hits == 0 and loss.isfinite() and all(t.grad.isfinite().all() for t in leaves)
 
@@ -231,19 +231,19 @@ def test_fp32_stays_with_the_definition():
 def test_full_size(seed):
     "8 windows of 1024 frames, 670 masked, D 256, 2 x 320 codes, 100 negatives"
     torch.set_float32_matmul_precision('highest')
-    vq, x, places, valid = quantizer_case(8, 1024, 670, 256, 2, 320, 128, seed)
-    check_quantizer(vq, x, places, valid, 1e-4, disagree=1e-3)
+    vq, x, indices, valid = quantizer_case(8, 1024, 670, 256, 2, 320, 128, seed)
+    check_quantizer(vq, x, indices, valid, 1e-4, disagree=1e-3)
     check_info_nce(*loss_case(8, 1024, 670, 256, 320, seed, torch.bfloat16), 320, 100, .1, 1e-4, 2e-2)
 
 
 @on_gpu
 def test_nobody_waits_for_the_gpu():
     "No step of forward or backward asks the device for a value"
-    vq, x, places, valid = quantizer_case(2, 100, 60, 16, 2, 40, 8, seed=0)
+    vq, x, indices, valid = quantizer_case(2, 100, 60, 16, 2, 40, 8, seed=0)
     predictions = torch.randn(2, 100, 16, device=device, dtype=torch.bfloat16, requires_grad=True)
     def run():
-        vectors, codes, usage = quantize_masked(vq, x, places, valid)
-        sums = infonce.contrastive_sums(predictions, vectors.bfloat16(), codes, usage, places, valid)
+        vectors, codes, usage = quantize_masked(vq, x, indices, valid)
+        sums = infonce.contrastive_sums(predictions, vectors.bfloat16(), codes, usage, indices, valid)
         infonce.contrastive_mean(sums).loss.backward()
     run()       # compiles
     torch.cuda.set_sync_debug_mode('error')

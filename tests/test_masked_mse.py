@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from seismodel.models.masked_mse import (effective_rank, feature_variance, interpolate_masked, interpolation_baseline,
-                                  masked_mse, patch_targets, token_targets, visible_neighbours, zero_baseline)
+from seismodel.models.masked_mse import (effective_rank, feature_variance, interpolate_masked, interpolation_predictor,
+                                  masked_mse, patch_targets, token_targets, visible_neighbours, zero_predictor)
 
 torch.set_num_threads(1)
 shapes = st.tuples(st.integers(1, 4), st.integers(1, 30), st.integers(1, 5))
@@ -35,7 +35,7 @@ def test_interpolation_is_numpys(shape, seed, ratio):
     expected = interpolation_loop(target.numpy(), mask.numpy())
     torch.testing.assert_close(interpolate_masked(target, mask), torch.from_numpy(expected))
     error = ((expected - target.numpy())**2)[mask.numpy()]
-    assert interpolation_baseline(target, mask).item() == pytest.approx(error.mean() if error.size else 0.)
+    assert interpolation_predictor(target, mask).item() == pytest.approx(error.mean() if error.size else 0.)
 
 
 @settings(max_examples=60, deadline=None)
@@ -46,7 +46,7 @@ def test_loss_is_the_mean_over_selected_frames(shape, seed, ratio):
     expected = selected.mean().item() if selected.numel() else 0.
     assert masked_mse(prediction, target, mask).item() == pytest.approx(expected, rel=1e-5)
     zeros = target.double()[mask].square()
-    assert zero_baseline(target, mask).item() == pytest.approx(zeros.mean().item() if zeros.numel() else 0., rel=1e-5)
+    assert zero_predictor(target, mask).item() == pytest.approx(zeros.mean().item() if zeros.numel() else 0., rel=1e-5)
 
 
 @settings(max_examples=40, deadline=None)
@@ -70,7 +70,7 @@ def test_visible_frames_change_nothing(odd):
         p.requires_grad_()
         loss = masked_mse(p, y, mask)
         loss.backward()
-        losses.append((loss.detach(), zero_baseline(y, mask)))
+        losses.append((loss.detach(), zero_predictor(y, mask)))
         gradients.append(p.grad)
     torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=0)
     torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=0)
@@ -95,7 +95,7 @@ def test_no_masked_frame_at_all_gives_zero_with_zero_gradient():
     loss = masked_mse(prediction, target, mask)
     loss.backward()
     assert loss.item() == 0 and torch.equal(prediction.grad, torch.zeros_like(prediction))
-    assert zero_baseline(target, mask) == 0 and interpolation_baseline(target, mask) == 0
+    assert zero_predictor(target, mask) == 0 and interpolation_predictor(target, mask) == 0
 
 
 @pytest.mark.parametrize('prediction, target, mask', [((2, 5, 3), (2, 5, 1), (2, 5)), ((2, 5, 3), (1, 5, 3), (2, 5)),
@@ -136,7 +136,7 @@ def test_neighbours_by_a_loop():
 def test_losses_and_baselines_never_ask_the_device():
     "On the meta device tensors have no values: reading one on the host fails"
     prediction, target, mask = (x.to('meta') for x in draw((3, 20, 4), 6))
-    results = [masked_mse(prediction, target, mask), zero_baseline(target, mask), interpolation_baseline(target, mask),
+    results = [masked_mse(prediction, target, mask), zero_predictor(target, mask), interpolation_predictor(target, mask),
                feature_variance(target)]
     assert all(x.shape == () and x.device.type == 'meta' for x in results)
     assert token_targets(prediction).shape == (3, 20, 4)

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch.testing import assert_close
 
-from seismodel.models.masking import (MODES, apply_mask, channel_mask, choose, cover, exact_starts, keep_two, most_masked, plan_spans,
-                               seed_starts, span_mask, wav2vec2_starts)
+from seismodel.models.masking import (MODES, apply_mask, channel_mask, sample_without_replacement, cover, exact_starts, ensure_two_visible, max_masked, plan_spans,
+                               spec_starts, span_mask, wav2vec2_starts)
 
 masks = settings(max_examples=150, deadline=None)
 rows_ = st.integers(0, 12)
@@ -32,8 +32,8 @@ def test_two_masked_two_visible_and_never_above_the_bound(rows, frames, ratio, s
     mask = span_mask(rows, frames, ratio, span, mode, generator=generator(seed))
     assert mask.shape == (rows, frames) and mask.dtype == torch.bool and mask.is_contiguous()
     assert (mask.sum(1) >= 2).all() and ((~mask).sum(1) >= 2).all()
-    assert (mask.sum(1) <= most_masked(frames, ratio, span, mode)).all()
-    assert isinstance(most_masked(frames, ratio, span, mode), int) and most_masked(frames, ratio, span, mode) <= frames - 2
+    assert (mask.sum(1) <= max_masked(frames, ratio, span, mode)).all()
+    assert isinstance(max_masked(frames, ratio, span, mode), int) and max_masked(frames, ratio, span, mode) <= frames - 2
 
 
 @masks
@@ -43,7 +43,7 @@ def test_exact_share_is_within_one_span_of_the_ratio(frames, ratio, span, seed):
     masked = span_mask(6, frames, ratio, span, generator=generator(seed)).sum(1)
     wanted = min(max(ratio*frames, 2), frames - 2)
     assert ((masked - wanted).abs() <= min(span, frames - 2) + 1e-9).all()
-    assert (masked == most_masked(frames, ratio, span)).all()   # the bound is the number itself
+    assert (masked == max_masked(frames, ratio, span)).all()   # the bound is the number itself
 
 
 @masks
@@ -139,7 +139,7 @@ def test_exact_draws_each_arrangement_equally_often():
 
 
 def test_choose_has_no_repeats():
-    drawn = choose(300, 7, 9, generator=generator(0))
+    drawn = sample_without_replacement(300, 7, 9, generator=generator(0))
     assert (drawn.sort(1).values.diff(dim=1) > 0).all() and drawn.min() == 0 and drawn.max() == 8
 
 
@@ -154,11 +154,11 @@ def test_cover_matches_a_loop():
 
 def test_the_literal_formula_before_and_after_the_promise():
     "760 spans drawn with replacement: 99.8 % hidden, one row in five wholly masked; then 2 visible frames at least"
-    plan = plan_spans(1024, .75, 10, "seed")
+    plan = plan_spans(1024, .75, 10, "spec")
     assert plan.many == int(.75*(1024 - 10)) == 760
-    raw = cover(seed_starts(3000, 1024, plan.many, plan.span, generator=generator(5)), 10, 1024)
+    raw = cover(spec_starts(3000, 1024, plan.many, plan.span, generator=generator(5)), 10, 1024)
     assert raw.float().mean() > .997 and .15 < raw.all(1).float().mean() < .25
-    kept = span_mask(3000, 1024, .75, 10, "seed", generator=generator(5))
+    kept = span_mask(3000, 1024, .75, 10, "spec", generator=generator(5))
     assert (~kept).sum(1).min() == 2 and kept.float().mean() > .99
 
 
@@ -166,20 +166,20 @@ def test_the_literal_formula_before_and_after_the_promise():
 @given(st.integers(4, 60), st.floats(0, 1), seeds)
 def test_keep_two_touches_only_rows_that_need_it(frames, share, seed):
     mask = torch.rand(20, frames, generator=generator(seed)) < share
-    kept = keep_two(mask, generator(seed + 1))
+    kept = ensure_two_visible(mask, generator(seed + 1))
     enough = (~mask).sum(1) >= 2
     assert torch.equal(kept[enough], mask[enough])
     assert ((~kept[~enough]).sum(1) == 2).all() and (kept <= mask).all()
 
 
 def test_keep_two_spreads_over_the_row():
-    kept = keep_two(torch.ones(6000, 6, dtype=torch.bool), generator(0))
+    kept = ensure_two_visible(torch.ones(6000, 6, dtype=torch.bool), generator(0))
     assert ((~kept).float().mean(0) - 1/3).abs().max() < .04
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_ratio_zero_hides_nothing_at_any_length(mode):
-    for frames in (0, 1, 3, 4, 50): assert not span_mask(2, frames, 0., 10, mode).any() and most_masked(frames, 0., 10, mode) == 0
+    for frames in (0, 1, 3, 4, 50): assert not span_mask(2, frames, 0., 10, mode).any() and max_masked(frames, 0., 10, mode) == 0
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -189,7 +189,7 @@ def test_ratio_zero_hides_nothing_at_any_length(mode):
 def test_bad_input_is_refused_with_one_sentence(mode, change, sentence):
     good = dict(frames=100, ratio=.5, span=10, mode=mode)
     with pytest.raises(ValueError, match=sentence): span_mask(2, **(good | change))
-    with pytest.raises(ValueError, match=sentence): most_masked(**(good | change))
+    with pytest.raises(ValueError, match=sentence): max_masked(**(good | change))
     if "frames" not in change:
         with pytest.raises(ValueError, match=sentence): span_mask(2, **(good | change | dict(frames=4096)))
 
@@ -229,6 +229,6 @@ def test_no_wait_for_the_gpu(mode):
         mask = span_mask(8, 1024, .65, 10, mode, generator=g)
         apply_mask(x, mask, value), apply_mask(x, mask)
     finally: torch.cuda.set_sync_debug_mode("default")
-    assert mask.is_cuda and (mask.sum(1) >= 2).all() and (mask.sum(1) <= most_masked(1024, .65, 10, mode)).all()
+    assert mask.is_cuda and (mask.sum(1) >= 2).all() and (mask.sum(1) <= max_masked(1024, .65, 10, mode)).all()
     a, b = (span_mask(8, 1024, .65, 10, mode, generator=torch.Generator("cuda").manual_seed(1)) for _ in range(2))
     assert torch.equal(a, b)

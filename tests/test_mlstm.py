@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seismodel.models.blocks import BidirectionalMLSTM, MLSTMBlock
-from seismodel.kernels.mlstm import MLSTMState, chunk_read, mlstm_chunkwise, mlstm_parallel, mlstm_recurrent, soft_cap
+from seismodel.kernels.mlstm import MLSTMState, chunk_inference, mlstm_chunkwise, mlstm_parallel, mlstm_recurrent, soft_cap
 
 NAMES = 'h', 'dq', 'dk', 'dv', 'di', 'df'
 
@@ -131,7 +131,7 @@ def test_reading_alone_is_the_recurrence(B, H, N, L, dk, dv, data):
     reverse = data.draw(st.integers(0, H))
     x = inputs(B, H, N * L, dk, dv, seed=data.draw(st.integers(0, 99)), gates=data.draw(st.sampled_from([.1, 1., 8.])), bias=data.draw(st.sampled_from([-4., 2., 6.])))
     want = mlstm_recurrent(*x, reverse=reverse)
-    got = chunk_read(*x, reverse, L)
+    got = chunk_inference(*x, reverse, L)
     if got is not None: assert (got - want).abs().max() <= 1e-9 * want.abs().max()
     with torch.no_grad(): assert (mlstm_chunkwise(*x, reverse=reverse) - want).abs().max() <= 1e-9 * want.abs().max()
 
@@ -143,7 +143,7 @@ def test_reading_alone_in_single_precision(shift, declines):
     want = mlstm_recurrent(*x, reverse=2)
     single = [z.float().transpose(1, 2).contiguous().transpose(1, 2) for z in x]
     padded = [z[:, :, :288] for z in single]
-    assert (chunk_read(*padded, 2, 32) is None) == declines
+    assert (chunk_inference(*padded, 2, 32) is None) == declines
     with torch.no_grad(): got = mlstm_chunkwise(*single, reverse=2)
     tile = mlstm_chunkwise(*[z.clone().requires_grad_() for z in single], reverse=2).detach()
     errors = [((h.double() - want).abs().max() / want.abs().max()).item() for h in (got, tile)]
@@ -169,7 +169,7 @@ def test_a_memory_far_above_or_below_its_chunk():
         gate = torch.full_like(i, -15.)
         gate[:, :, loud] = 15.
         want = mlstm_recurrent(q, k, v, gate, f, reverse=1)
-        torch.testing.assert_close(chunk_read(*(z.float() for z in (q, k, v, gate, f)), 1, 32).double(), want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
+        torch.testing.assert_close(chunk_inference(*(z.float() for z in (q, k, v, gate, f)), 1, 32).double(), want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
 
 
 @settings(max_examples=15, deadline=None)

@@ -287,14 +287,14 @@ def test_entropy_perplexity_reference():
 
 
 def test_masked_frames_alone_give_the_same():
-    "In evaluation, where nothing is drawn: vectors, codes and usage are those of the whole at the given places"
+    "In evaluation, where nothing is drawn: vectors, codes and usage are those of the whole at the given indices"
     torch.manual_seed(0)
     vq = GumbelVectorQuantizer(32, codes=40, codevector_dim=64).eval()
     x, mask = torch.randn(3, 30, 32), torch.rand(3, 30) < .5
-    places, valid = masked_frames(mask)
-    some, whole = quantize_masked(vq, x, places, valid), vq(x)
-    torch.testing.assert_close(some.vectors, gather_frames(whole.vectors, places))
-    assert torch.equal(some.codes, gather_frames(whole.codes, places))
+    indices, valid = masked_frames(mask)
+    some, whole = quantize_masked(vq, x, indices, valid), vq(x)
+    torch.testing.assert_close(some.vectors, gather_frames(whole.vectors, indices))
+    assert torch.equal(some.codes, gather_frames(whole.codes, indices))
     torch.testing.assert_close(some.usage, soft_usage(whole.logits, mask))
 
 

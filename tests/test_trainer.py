@@ -17,7 +17,7 @@ from seismodel.training.config import TrainConfig
 from seismodel.training.batches import sequential_batches, make_dataloader
 from seismodel.training.schedule import lr_at, parameter_groups, seed_step
 from seismodel.training.runlog import CLOCK, read_metrics
-from seismodel.training.trainer import evaluate, train, train_step
+from seismodel.training.trainer import validation_metrics, train, train_step
 from seismodel.data.windows import WindowDataset
 from seismodel.data.sources import SyntheticSource, open_source
 
@@ -138,8 +138,8 @@ def test_evaluation_leaves_the_model_as_it_was():
     torch.manual_seed(0)
     model, c = build(CONTRASTIVE), TrainConfig(batch_size=2)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    first = evaluate(model, make_dataloader(windows(4), sequential_batches(range(4), 2), c, torch.device('cpu')), torch.device('cpu'))
-    assert first == evaluate(model, make_dataloader(windows(4), sequential_batches(range(4), 2), c, torch.device('cpu')), torch.device('cpu'))
+    first = validation_metrics(model, make_dataloader(windows(4), sequential_batches(range(4), 2), c, torch.device('cpu')), torch.device('cpu'))
+    assert first == validation_metrics(model, make_dataloader(windows(4), sequential_batches(range(4), 2), c, torch.device('cpu')), torch.device('cpu'))
     assert model.training and all(torch.equal(model.state_dict()[k], v) for k, v in before.items())
 
 

@@ -11,7 +11,7 @@ __all__ = ['tile_forward', 'tile_dq', 'tile_dkv']
 import triton
 import triton.language as tl
 
-from .triton_mlstm import decay, norm_and_gate, place, read_rows, write_rows
+from .triton_mlstm import decay, norm_and_gate, positions, load_rows, store_rows
 
 # %% ../../nbs/kernels/03_tiles.ipynb #f296aa90
 @triton.jit
@@ -28,22 +28,22 @@ def tile_forward(q, k, v, b, x, o, weight, y, h, den, reverse, T, chunks, H, qb,
     h += tl.multiple_of(batch * hb + head * hh, ALIGN)
     b += bh * chunks * L; x += bh * chunks * L
     ck, cv, a = tl.arange(0, DK), tl.arange(0, DV), tl.arange(0, L)
-    t, exists = place(tile, T, backwards, L)
-    Q = read_rows(q, t, exists, qt, ck, dk, DK).to(DOT)
+    t, exists = positions(tile, T, backwards, L)
+    Q = load_rows(q, t, exists, qt, ck, dk, DK).to(DOT)
     bt = tl.load(b + tile * L + a)
     num, total, since = tl.zeros((L, DV), tl.float32), tl.zeros((L,), tl.float32), bt * 0.
     for done in range(0, tile + 1):
         c = tile - done
-        s, exists_s = place(c, T, backwards, L)
-        K = read_rows(k, s, exists_s, kt, ck, dk, DK).to(DOT)
-        V = read_rows(v, s, exists_s, vt, cv, dv, DV).to(DOT)
+        s, exists_s = positions(c, T, backwards, L)
+        K = load_rows(k, s, exists_s, kt, ck, dk, DK).to(DOT)
+        V = load_rows(v, s, exists_s, vt, cv, dv, DV).to(DOT)
         if done > 0: since += tl.load(b + c * L + L - 1)
         P = tl.dot(Q, tl.trans(K), input_precision=PRECISION)
         P = P * decay(bt, tl.load(x + c * L + a) + since, (a[:, None] >= a[None, :]) | (done > 0))
         total += tl.sum(P, 1)
         num = tl.dot(P.to(DOT), V, num, input_precision=PRECISION)
     out = (num / tl.maximum(tl.abs(total), 1.)[:, None]).to(h.dtype.element_ty)
-    write_rows(h, out, t, exists, ht, cv, dv, DV)
+    store_rows(h, out, t, exists, ht, cv, dv, DV)
     tl.store(den + bh * T + t, total, mask=exists)
     if NORM > 0:
         y += tl.multiple_of(batch * hb + head * hh, ALIGN)
@@ -64,21 +64,21 @@ def tile_dq(q, k, v, b, x, dh, e, rho, dq, qdq, reverse, T, chunks, H, qb, qh, q
     v += tl.multiple_of(batch * vb + head * vh, ALIGN)
     b += bh * chunks * L; x += bh * chunks * L; e += bh * chunks * L; rho += bh * chunks * L
     ck, cv, a = tl.arange(0, DK), tl.arange(0, DV), tl.arange(0, L)
-    t, exists = place(tile, T, backwards, L)
-    G = read_rows(dh + tl.multiple_of(batch * hb + head * hh, ALIGN), t, exists, ht, cv, dv, DV).to(DOT)
+    t, exists = positions(tile, T, backwards, L)
+    G = load_rows(dh + tl.multiple_of(batch * hb + head * hh, ALIGN), t, exists, ht, cv, dv, DV).to(DOT)
     row, et = tl.load(rho + tile * L + a), tl.load(e + tile * L + a)
     dQ, since = tl.zeros((L, DK), tl.float32), row * 0.
     for done in range(0, tile + 1):
         c = tile - done
-        s, exists_s = place(c, T, backwards, L)
-        K = read_rows(k, s, exists_s, kt, ck, dk, DK).to(DOT)
-        V = read_rows(v, s, exists_s, vt, cv, dv, DV).to(DOT)
+        s, exists_s = positions(c, T, backwards, L)
+        K = load_rows(k, s, exists_s, kt, ck, dk, DK).to(DOT)
+        V = load_rows(v, s, exists_s, vt, cv, dv, DV).to(DOT)
         if done > 0: since += tl.load(b + c * L + L - 1)
         dS = tl.dot(G, tl.trans(V), input_precision=PRECISION) + et[:, None]
         dS = dS * decay(row, tl.load(x + c * L + a) + since, (a[:, None] >= a[None, :]) | (done > 0))
         dQ = tl.dot(dS.to(DOT), K, dQ, input_precision=PRECISION)
-    write_rows(dq + tl.multiple_of(batch * qb + head * qh, ALIGN), dQ, t, exists, qt, ck, dk, DK)
-    Q = read_rows(q, t, exists, qt, ck, dk, DK).to(tl.float32)
+    store_rows(dq + tl.multiple_of(batch * qb + head * qh, ALIGN), dQ, t, exists, qt, ck, dk, DK)
+    Q = load_rows(q, t, exists, qt, ck, dk, DK).to(tl.float32)
     tl.store(qdq + bh * T + t, tl.sum(Q * dQ, 1), mask=exists)
 
 # %% ../../nbs/kernels/03_tiles.ipynb #05f447ac
@@ -97,20 +97,20 @@ def tile_dkv(q, k, v, b, x, dh, e, rho, dk_out, dv_out, kdk, reverse, T, chunks,
     dh += tl.multiple_of(batch * hb + head * hh, ALIGN)
     b += bh * chunks * L; x += bh * chunks * L; e += bh * chunks * L; rho += bh * chunks * L
     ck, cv, a = tl.arange(0, DK), tl.arange(0, DV), tl.arange(0, L)
-    s, exists_s = place(tile, T, backwards, L)
-    K = read_rows(k, s, exists_s, kt, ck, dk, DK).to(DOT)
-    V = read_rows(v, s, exists_s, vt, cv, dv, DV).to(DOT)
+    s, exists_s = positions(tile, T, backwards, L)
+    K = load_rows(k, s, exists_s, kt, ck, dk, DK).to(DOT)
+    V = load_rows(v, s, exists_s, vt, cv, dv, DV).to(DOT)
     dK, dV, xs = tl.zeros((L, DK), tl.float32), tl.zeros((L, DV), tl.float32), tl.load(x + tile * L + a)
     for c in range(tile, chunks):
-        t, exists = place(c, T, backwards, L)
-        Q = read_rows(q, t, exists, qt, ck, dk, DK).to(DOT)
-        G = read_rows(dh, t, exists, ht, cv, dv, DV).to(DOT)
+        t, exists = positions(c, T, backwards, L)
+        Q = load_rows(q, t, exists, qt, ck, dk, DK).to(DOT)
+        G = load_rows(dh, t, exists, ht, cv, dv, DV).to(DOT)
         D = decay(xs, tl.load(rho + c * L + a), (a[:, None] <= a[None, :]) | (c > tile))      # transposed: (s, t)
         P = tl.dot(K, tl.trans(Q), input_precision=PRECISION) * D
         dV = tl.dot(P.to(DOT), G, dV, input_precision=PRECISION)
         dS = (tl.dot(V, tl.trans(G), input_precision=PRECISION) + tl.load(e + c * L + a)[None, :]) * D
         dK = tl.dot(dS.to(DOT), Q, dK, input_precision=PRECISION)
         xs += tl.load(b + c * L + L - 1)
-    write_rows(dv_out + tl.multiple_of(batch * vb + head * vh, ALIGN), dV, s, exists_s, vt, cv, dv, DV)
-    write_rows(dk_out + tl.multiple_of(batch * kb + head * kh, ALIGN), dK, s, exists_s, kt, ck, dk, DK)
+    store_rows(dv_out + tl.multiple_of(batch * vb + head * vh, ALIGN), dV, s, exists_s, vt, cv, dv, DV)
+    store_rows(dk_out + tl.multiple_of(batch * kb + head * kh, ALIGN), dK, s, exists_s, kt, ck, dk, DK)
     tl.store(kdk + bh * T + s, tl.sum(K.to(tl.float32) * dK, 1), mask=exists_s)

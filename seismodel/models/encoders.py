@@ -18,7 +18,7 @@ from torch import nn
 
 from ..core import check_choice, check_count, check_share
 from .frontend import Conv1dSubsampling, ConvDownFrontend
-from .masking import MODES, apply_mask, channel_mask, span_mask
+from .masking import MODES, apply_mask, channel_mask, mode_name, span_mask
 from .quantizer import GumbelVectorQuantizer, MaskedCodes, quantize_masked
 
 # %% ../../nbs/models/04_encoders.ipynb #def98000
@@ -43,7 +43,7 @@ class ConvDownConfig:
     mask_length: int = 10                  # frames in a span: 0.4 s
     mask_channel_prob: float = 0.          # share of the feature channels that is set to zero
     mask_channel_length: int = 10          # neighbouring channels in a span
-    mask_mode: str = 'exact'               # sampler of the spans: exact, wav2vec2 or seed
+    mask_mode: str = 'exact'               # sampler of the spans: exact, wav2vec2 or spec
     num_codevector_groups: int = 2         # codebooks side by side, G
     num_codevectors_per_group: int = 320   # codes in each of them, V
     codevector_dim: int = 256              # width of the G chosen vectors, concatenated
@@ -61,7 +61,7 @@ class ConvDownConfig:
                      'codevector_dim', 'target_features'):
             check_count(name, getattr(self, name))
         for name in ('mask_prob', 'mask_channel_prob'): check_share(name, getattr(self, name))
-        check_choice('mask_mode', self.mask_mode, MODES)
+        check_choice('mask_mode', mode_name(self.mask_mode), MODES)
         check_choice('temperature_schedule', self.temperature_schedule, ('cosine', 'exponential'))
         check_choice('target_gradients', self.target_gradients, ('quantizer', 'encoder'))
         if self.codevector_dim % self.num_codevector_groups:
@@ -102,7 +102,7 @@ class ConvDownEncoderContrastive(nn.Module):
         check_traces(x, self.config.in_features)
         return self.projection(self.frontend(x))
 
-    def hide(self, features: torch.Tensor,                     # (B, T, out_features)
+    def mask_features(self, features: torch.Tensor,                     # (B, T, out_features)
              generator: torch.Generator | None = None          # randomness of the masks
              ) -> tuple[torch.Tensor, torch.Tensor]:           # masked features; mask (B, T), True = hidden
         "Step A2: spans of frames become `mask_emb`; then, if asked for, spans of channels become zero"
@@ -115,18 +115,18 @@ class ConvDownEncoderContrastive(nn.Module):
             features = features.masked_fill(dead[:, None], 0.)   # (B, 1, D) against (B, T, D)
         return features, mask
 
-    def heard(self, clean: torch.Tensor   # (B, T, conv_features)
+    def quantizer_input(self, clean: torch.Tensor   # (B, T, conv_features)
               ) -> torch.Tensor:
         "The clean frames as the quantizer sees them: detached, unless the encoder is to learn from its targets"
         return clean.detach() if self.config.target_gradients == 'quantizer' else clean
 
     def masked_targets(self, clean: torch.Tensor,            # (B, T, conv_features) frames before both paths
-                       places: torch.Tensor,                 # (B, M) int64, which frames of each row
+                       indices: torch.Tensor,                 # (B, M) int64, which frames of each row
                        valid: torch.Tensor,                  # (B, M) bool, those of them that are hidden
                        generator: torch.Generator | None = None   # randomness of the codes
                        ) -> MaskedCodes:                     # `vectors` are the targets (B, M, target_features)
         "Steps B1 and B2 at the hidden frames alone: all that pretraining asks for, at two thirds of the price"
-        quantized = quantize_masked(self.quantizer, self.heard(clean), places, valid, generator)
+        quantized = quantize_masked(self.quantizer, self.quantizer_input(clean), indices, valid, generator)
         return quantized._replace(vectors=self.target_projection(quantized.vectors))
 
     def forward(self, x: torch.Tensor,                       # (B, L, C) normalised trace
@@ -136,8 +136,8 @@ class ConvDownEncoderContrastive(nn.Module):
         if not self.pretraining: return self.encode(x)
         check_traces(x, self.config.in_features)
         clean = self.frontend(x)                                            # steps 2-7  (B, T, conv)
-        features, mask = self.hide(self.projection(clean), generator)       # A1, A2     (B, T, out)
-        quantized = self.quantizer(self.heard(clean), generator)            # B1         (B, T, codevector_dim)
+        features, mask = self.mask_features(self.projection(clean), generator)       # A1, A2     (B, T, out)
+        quantized = self.quantizer(self.quantizer_input(clean), generator)            # B1         (B, T, codevector_dim)
         targets = self.target_projection(quantized.vectors)                 # B2         (B, T, target)
         return ConvDownFeatures(features, targets, mask, quantized.codes, quantized.logits, clean)
 
@@ -151,7 +151,7 @@ class BidirAutoregConfig:
     dropout: float = 0.            # after the projection: 0 in pretraining, about 0.1 in fine-tuning
     mask: float = .75              # share of the frames that is hidden
     num_zero_elements: int = 10    # frames in a span: 0.4 s
-    mask_mode: str = 'exact'       # sampler of the spans: exact, wav2vec2 or seed
+    mask_mode: str = 'exact'       # sampler of the spans: exact, wav2vec2 or spec
     mask_value: str = 'zero'       # what hidden frames become: zero, or one learned vector
     pretraining: bool = True       # masked features and tokens; False: features alone
 
@@ -159,7 +159,7 @@ class BidirAutoregConfig:
         for name in ('in_features', 'd_model', 'kernel_size', 'num_zero_elements'):
             check_count(name, getattr(self, name))
         for name in ('dropout', 'mask'): check_share(name, getattr(self, name))
-        check_choice('mask_mode', self.mask_mode, MODES)
+        check_choice('mask_mode', mode_name(self.mask_mode), MODES)
         check_choice('mask_value', self.mask_value, ('zero', 'learned'))
 
 # %% ../../nbs/models/04_encoders.ipynb #97dd72d8

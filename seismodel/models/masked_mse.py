@@ -6,7 +6,7 @@ Docs: https://seismodel.github.io/seismodel/models/masked_mse.html.md"""
 
 # %% auto #0
 __all__ = ['at_least_float32', 'masked_mse', 'token_targets', 'patch_targets', 'visible_neighbours', 'interpolate_masked',
-           'zero_baseline', 'interpolation_baseline', 'feature_variance', 'effective_rank']
+           'zero_predictor', 'interpolation_predictor', 'feature_variance', 'effective_rank']
 
 # %% ../../nbs/models/08_masked_mse.ipynb #578dc26f
 import torch
@@ -87,7 +87,7 @@ def interpolate_masked(
     return torch.lerp(left, right, weight).masked_fill(mask.all(1)[:, None, None], 0.)
 
 # %% ../../nbs/models/08_masked_mse.ipynb #4335df7b
-def zero_baseline(
+def zero_predictor(
     target: Tensor,  # (B, T, D)
     mask: Tensor     # (B, T) bool, True where hidden
 ) -> Tensor:  # 0-d: the error of always saying zero
@@ -95,7 +95,7 @@ def zero_baseline(
     return masked_mse(torch.zeros_like(target), target, mask)
 
 
-def interpolation_baseline(
+def interpolation_predictor(
     target: Tensor,  # (B, T, D)
     mask: Tensor     # (B, T) bool, True where hidden
 ) -> Tensor:  # 0-d: the error of drawing straight lines

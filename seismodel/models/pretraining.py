@@ -6,7 +6,7 @@ Docs: https://seismodel.github.io/seismodel/models/pretraining.html.md"""
 
 # %% auto #0
 __all__ = ['CONFIGS', 'ENCODERS', 'PRESETS', 'ContrastiveConfig', 'ReconstructionConfig', 'config_to_dict', 'config_from_dict',
-           'Step', 'alone', 'average_all', 'Pretrainer', 'ContrastivePretraining', 'ReconstructionPretraining',
+           'Step', 'no_reduce', 'all_reduce_mean', 'Pretrainer', 'ContrastivePretraining', 'ReconstructionPretraining',
            'Preset', 'contrastive_size', 'preset', 'build', 'read_config', 'read_model', 'from_pretrained',
            'load_weights']
 
@@ -29,9 +29,9 @@ from .encoders import (BidirAutoregConfig, BidirAutoregEncoder, ConvDownConfig,
                                        ConvDownEncoderContrastive, check_traces)
 from ..core import UserError, check_fields
 from .infonce import ContrastiveSums, contrastive_mean, contrastive_sums, masked_frames
-from .masked_mse import (effective_rank, feature_variance, interpolation_baseline, masked_mse, patch_targets,
-                                  token_targets, zero_baseline)
-from .masking import most_masked
+from .masked_mse import (effective_rank, feature_variance, interpolation_predictor, masked_mse, patch_targets,
+                                  token_targets, zero_predictor)
+from .masking import max_masked
 from .quantizer import code_usage, entropy_perplexity, temperature_at
 
 # %% ../../nbs/models/10_pretraining.ipynb #d6dea999
@@ -96,14 +96,14 @@ class Step(NamedTuple):
     metrics: dict       # name -> 0-d tensor, detached, on the model's device
 
 # %% ../../nbs/models/10_pretraining.ipynb #c154ceb1
-def alone(
+def no_reduce(
     x:torch.Tensor, # a sum, or a count, of this device
 )->torch.Tensor: # the same
     "The mean over devices where there is one"
     return x
 
-def average_all(
-    average,  # from `alone`, or the mean over devices
+def all_reduce_mean(
+    average,  # from `no_reduce`, or the mean over devices
     tensors,  # several, of any shapes
 )->list[torch.Tensor]: # their averages, shapes and types kept
     "Average several tensors as one"
@@ -117,7 +117,7 @@ class Pretrainer(nn.Module):
     def __init__(self, config, encoder, backbone, head):
         super().__init__()
         self.config, self.encoder, self.backbone, self.head = config, encoder, backbone, head
-        self.average, self.draws = alone, nullcontext     # with several ranks the trainer puts the mean over them, and their draws, here
+        self.average, self.draws = no_reduce, nullcontext     # with several ranks the trainer puts the mean over them, and their draws, here
 
     def features(self,
         x:torch.Tensor, # (B, L, 3) normalised windows of any length, 100 Hz, Z N E
@@ -174,15 +174,15 @@ class ContrastivePretraining(Pretrainer):
         "InfoNCE over the masked frames plus the diversity of the codes"
         c, k, encoder = self.config, self.config.encoder, self.encoder
         check_traces(x, k.in_features)
-        average, draws = (self.average, self.draws) if self.training else (alone, nullcontext)
+        average, draws = (self.average, self.draws) if self.training else (no_reduce, nullcontext)
         clean = encoder.frontend(x)
-        with draws(): features, mask = encoder.hide(encoder.projection(clean), generator)   # at least 2 hidden frames a row
+        with draws(): features, mask = encoder.mask_features(encoder.projection(clean), generator)   # at least 2 hidden frames a row
         predictions = self.head(self.backbone(features))
-        places, valid = masked_frames(mask, most_masked(mask.shape[1], k.mask_prob, k.mask_length, k.mask_mode))
+        indices, valid = masked_frames(mask, max_masked(mask.shape[1], k.mask_prob, k.mask_length, k.mask_mode))
         with draws():
-            targets, codes, usage = encoder.masked_targets(clean, places, valid, generator)     # nothing at visible frames
-            sums = contrastive_sums(predictions, targets, codes, usage, places, valid, c.negatives, c.temperature, generator)
-        *sums, taken = average_all(average, [*sums, code_usage(codes, k.num_codevectors_per_group, valid).float()])
+            targets, codes, usage = encoder.masked_targets(clean, indices, valid, generator)     # nothing at visible frames
+            sums = contrastive_sums(predictions, targets, codes, usage, indices, valid, c.negatives, c.temperature, generator)
+        *sums, taken = all_reduce_mean(average, [*sums, code_usage(codes, k.num_codevectors_per_group, valid).float()])
         out = contrastive_mean(ContrastiveSums(*sums), c.negatives, c.diversity_weight)     # taken is (G, V)
         codes_used = entropy_perplexity(taken/taken.sum(-1, keepdim=True).clamp_min(1))
         metrics = dict(contrastive=out.contrastive, diversity=out.diversity, accuracy=out.accuracy, perplexity=out.perplexity,
@@ -219,12 +219,12 @@ class ReconstructionPretraining(Pretrainer):
         "Mean squared error over the masked frames"
         e, target, reconstruction = self.predict(x, generator)
         hidden = e.mask.sum().float().clamp_min(1)
-        average = self.average if self.training else alone
+        average = self.average if self.training else no_reduce
         loss = masked_mse(reconstruction, target, e.mask) * (hidden/average(hidden))     # 1 on one device, exactly
         metrics = dict(mse=loss, masked=e.mask.float().mean(), feature_variance=feature_variance(e.tokens),
                        target_variance=feature_variance(target))
         if not self.training:   # too dear for every step
-            metrics.update(zero_mse=zero_baseline(target, e.mask), line_mse=interpolation_baseline(target, e.mask),
+            metrics.update(zero_mse=zero_predictor(target, e.mask), line_mse=interpolation_predictor(target, e.mask),
                            effective_rank=effective_rank(e.tokens))
         return Step(loss, {name: m.detach() for name, m in metrics.items()})
 

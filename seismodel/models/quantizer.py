@@ -158,10 +158,10 @@ class MaskedCodes(NamedTuple):
 
 def gather_frames(
     x: Tensor,  # (B, T, D) any frames
-    places: Tensor,  # (B, M) int64 frame numbers
+    indices: Tensor,  # (B, M) int64 frame numbers
 ) -> Tensor:  # (B, M, D)
-    "The frames at these places."
-    return x.gather(1, places.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+    "The frames at these indices."
+    return x.gather(1, indices.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 # %% ../../nbs/models/03_quantizer.ipynb #4ca34ca0
 @cache
@@ -171,7 +171,7 @@ def triton_kernels(
     "The kernels of quantizer and loss; None, and one line in the log, where they cannot be imported or give wrong results."
     try:
         from seismodel.kernels import check as loss_check, triton_infonce as loss_kernels
-        fault = loss_check.find_fault(device)
+        fault = loss_check.infonce_fault(device)
     except ImportError as error: fault = f'Triton is missing ({error})'
     if not fault: return loss_kernels
     logging.getLogger('seismodel').warning('quantizer and loss run in their slower form on %s: %s', device, fault)
@@ -187,16 +187,16 @@ def kernels_for(
 def quantize_masked(
     quantizer: GumbelVectorQuantizer,
     x: Tensor,  # (B, T, in_features) frames
-    places: Tensor,  # (B, M) int64, which frames of each row
+    indices: Tensor,  # (B, M) int64, which frames of each row
     valid: Tensor,  # (B, M) bool, those that count in the usage
     generator: torch.Generator | None = None,  # of the Gumbel noise; not used in evaluation
 ) -> MaskedCodes:
-    "Quantize the frames at these places; as `quantizer` does, always in fp32."
+    "Quantize the frames at these indices; as `quantizer` does, always in fp32."
     kernels = kernels_for(x)
     if kernels and quantizer.weight_proj.weight.dtype == torch.float32:
         with torch.autocast(x.device.type, enabled=False):
-            return MaskedCodes(*kernels.quantize(quantizer, x, places, valid, generator))
-    vectors, codes, logits = quantizer(gather_frames(x, places), generator)
+            return MaskedCodes(*kernels.quantize_frames(quantizer, x, indices, valid, generator))
+    vectors, codes, logits = quantizer(gather_frames(x, indices), generator)
     return MaskedCodes(vectors, codes, soft_usage(logits, valid))
 
 # %% ../../nbs/models/03_quantizer.ipynb #bff012a8

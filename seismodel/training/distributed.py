@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..models.pretraining import alone, average_all
+from ..models.pretraining import no_reduce, all_reduce_mean
 from ..core import pick_device
 
 # %% ../../nbs/training/04_distributed.ipynb #79c04b57
@@ -63,7 +63,7 @@ class Ranks:
 
     def average(self, x:Tensor)->Tensor:
         "Mean over the ranks, differentiable"
-        return alone(x) if self.world == 1 else MeanOverRanks.apply(x)
+        return no_reduce(x) if self.world == 1 else MeanOverRanks.apply(x)
 
     def gather(self, value)->list:
         "The plain values of all ranks, in order, on every rank"
@@ -86,7 +86,7 @@ class Ranks:
     def average_gradients(self, model:nn.Module):
         "Put the mean over the ranks into the gradients, in one message"
         grads = [p.grad for p in model.parameters() if p.grad is not None]     # the same ones on every rank
-        if self.world > 1: torch._foreach_copy_(grads, average_all(self.average, grads))
+        if self.world > 1: torch._foreach_copy_(grads, all_reduce_mean(self.average, grads))
 
     def same_weights(self, model:nn.Module):
         "Give every rank the weights and buffers of rank 0"
