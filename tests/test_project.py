@@ -118,6 +118,29 @@ def test_imports_are_seen_wherever_they_stand(monkeypatch, tmp_path):
     assert set(imports_of('models.fake')) == {'signals.records', 'models.masking', 'training.trainer', 'study.run'}
 
 
+def defined_in(path):
+    "Public functions, classes and constants that a module defines at its top"
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)): names = [node.name]
+        elif isinstance(node, ast.Assign): names = [n.id for t in node.targets for n in ast.walk(t) if isinstance(n, ast.Name)]
+        else: continue
+        yield from (name for name in names if name[0] != '_')
+
+
+def test_no_public_name_is_defined_twice():
+    "A link on a page leads to the one thing of that name"
+    where = {}
+    for module, path in modules.items():
+        for name in set(defined_in(path)): where.setdefault(name, []).append(module)
+    assert {name: found for name, found in where.items() if len(found) > 1} == {}
+
+
+def test_defined_names_are_seen(tmp_path):
+    "The check above sees functions, classes and constants, and no private name"
+    (tmp_path/'fake.py').write_text('A, B = 1, 2\n_C = 3\n__all__ = []\ndef f(): g = 1\nclass D: x = 1\n')
+    assert list(defined_in(tmp_path/'fake.py')) == ['A', 'B', 'f', 'D']
+
+
 def yaml_head(source):
     "The leading `#|` lines of a cell, as YAML: `key: value` lines; nbdev's own directives stand without a colon"
     lines = []
