@@ -159,13 +159,13 @@ def finetune_window(
     column:str=None, # of the metadata: text makes classes, numbers a regression; empty cells are left out
     classes:str=None, # those that count, such as up,down; all that the column has if not given
     data_weights:str=None, # relative weights of the datasets, such as 3,1; equal if not given
-    fraction:float=None, # share of the labelled events of each dataset to train on; all if not given
+    fraction:float=None, # of the labelled events of each dataset to train on, such as .1; all if not given
     freeze:str=None, # what does not learn: none (if not given), encoder, all (but the head), or gradual
     steps:int=None, # optimiser steps; 500 if not given
     batch_size:int=None, # windows a step; 32 if not given
     lr:float=None, # peak learning rate; if not given 1e-3 for contrastive models, 2e-4 for reconstruction
     weight_decay:float=None, # pull of the weights towards 0, of AdamW; if not given .1 for contrastive models, .005 for reconstruction
-    seed:int=None, # of head, windows, dropout and share; 0 if not given
+    seed:int=None, # of head, windows, dropout and fraction; 0 if not given
     device:str=None, # auto (if not given), cpu, cuda or cuda:N
     workers:int=None, # processes that prepare windows; chosen by the device if not given
     validate_every:int=None, # steps between two looks at the dev windows; 100 if not given

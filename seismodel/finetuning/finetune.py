@@ -1,4 +1,4 @@
-"""`seismodel finetune`: from a pretrained run and a share of the labels to a picker, with the trainer that pretraining uses; and the control that starts from random weights
+"""`seismodel finetune`: from a pretrained run and a fraction of the labels to a picker, with the trainer that pretraining uses; and the control that starts from random weights
 
 Docs: https://seismodel.github.io/seismodel/finetuning/finetune.html.md"""
 
@@ -65,7 +65,7 @@ def fine_recipe(
 def label_windows(
     names:list[str],       # datasets with picks
     fraction:float,        # of the events of each, for training
-    weights:list[float]|None, # shares of the datasets
+    weights:list[float]|None, # relative weights of the datasets
     c:TrainConfig,         # names steps, batch and seed
     window:int=WINDOW,     # samples
 )->tuple[WindowDataset, WindowDataset, list[int]]: # to train on, to validate on; records of each dataset
@@ -106,7 +106,7 @@ def fine_plan(
 )->dict:
     "What config.json says of a fine-tuning run; raises `UserError` for what makes no sense"
     fraction, freeze, width, augment = (usual if told is None else told for told, usual in ((fraction, 1.), (freeze, 'none'), (width, 32), (augment, 'full')))
-    if not 0 < fraction <= 1: raise UserError(f"--fraction is {fraction}; it is a share of the labelled events, above 0 and at most 1.")
+    if not 0 < fraction <= 1: raise UserError(f"--fraction is {fraction}; it is a fraction of the labelled events, above 0 and at most 1.")
     if freeze not in FREEZE: raise UserError(f"--freeze is '{freeze}'; choose one of {', '.join(FREEZE)}.")
     if width < 0: raise UserError(f"--width is {width}; it must not be negative.")
     if augment not in ('full', 'none'): raise UserError(f"--augment is '{augment}'; choose full or none.")
@@ -169,7 +169,7 @@ def finetune(
     preset:str=None, # with --from random: method and size of the control, such as contrastive-small
     data:Annotated[str, {'action': 'append'}]=None, # a SeisBench dataset with picks, by folder or by name, or synthetic; may be given several times
     data_weights:str=None, # relative weights of the datasets, such as 3,1; equal if not given
-    fraction:float=None, # share of the labelled events of each dataset to train on; all if not given
+    fraction:float=None, # of the labelled events of each dataset to train on, such as .1; all if not given
     freeze:str=None, # what does not learn: none (if not given), encoder, all (but the head), or gradual
     width:int=None, # channels of the head, 32 if not given; 0 makes it linear: with --freeze all a linear probe
     augment:str=None, # what happens to the training windows: full (if not given: real noise, rotation, polarity, lost components, gaps) or none
@@ -177,7 +177,7 @@ def finetune(
     batch_size:int=None, # windows a step; 32 if not given
     lr:float=None, # peak learning rate; if not given 1e-3 for contrastive models, 2e-4 for reconstruction
     weight_decay:float=None, # pull of the weights towards 0, of AdamW; if not given .1 for contrastive models, .005 for reconstruction
-    seed:int=None, # of head, windows, dropout and share; 0 if not given
+    seed:int=None, # of head, windows, dropout and fraction; 0 if not given
     device:str=None, # auto (if not given), cpu, cuda or cuda:N
     workers:int=None, # processes that prepare windows; chosen by the device if not given
     validate_every:int=None, # steps between two looks at the dev windows; 100 if not given

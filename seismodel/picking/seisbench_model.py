@@ -69,7 +69,7 @@ class StreamPicker(WaveformModel):
         '*_threshold': ('Probability that a pick of this phase must reach', .3),
         'blinding': ('Samples at the start and at the end of a window that are left to its neighbours', (BLINDING, BLINDING)),
         'overlap': ('Share (below 1) or samples that neighbouring windows have in common', OVERLAP),
-        'batch_size': ('Windows at a time; 2 suit the caches of a processor, a GPU wants more', 2)}
+        'batch_size': ('Windows at a time; 2 suit the caches of a CPU, a GPU wants more', 2)}
 
     def annotate_stream_pre(self, stream, argdict):
         "Clean every trace, in place"

@@ -67,7 +67,7 @@ class PretrainPlan:
     "What a pretraining run is told"
     preset: str
     data: list[str]             # folders with their whole path, SeisBench names, or 'synthetic'
-    weights: list[float]|None   # shares of the datasets
+    weights: list[float]|None   # relative weights of the datasets
     window: int                 # samples
     model: ContrastiveConfig|ReconstructionConfig
     train: TrainConfig
