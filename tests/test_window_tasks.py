@@ -144,7 +144,7 @@ def test_from_a_pretrained_model_to_scores(column, where, folder, store, tmp_pat
     assert {'loss', 'dev_loss'} <= set(read_metrics(run)[-1])
     table, scores = pd.read_csv(run/'test/answers.csv'), pd.read_csv(run/'test/scores.csv')
     assert len(table) == len(label_rows(data, column)) and (run/'test/answers.png').stat().st_size > 1000
-    assert list(scores.figure) == (['accuracy', 'macro F1'] if column == 'trace_category' else ['RMSE', 'MAE', 'R²'])
+    assert list(scores.metric) == (['accuracy', 'macro F1'] if column == 'trace_category' else ['RMSE', 'MAE', 'R²'])
 
 
 def label_rows(data, column): return [c for c in column_of(open_source(data, 'test'), column) if c]
