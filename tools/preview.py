@@ -33,15 +33,18 @@ def main():
     dst.mkdir()
     config = (src/'_quarto.yml').read_text()
     site = re.search(r'site-url: *["\']?([^"\'\s]+)', (src/'nbdev.yml').read_text())[1].rstrip('/') + '/'
-    names = {f.name: page_name(f.name) for f in src.glob('*.ipynb')}
+    pages = [f.relative_to(src) for f in src.rglob('*.ipynb')]
+    names = {page.as_posix(): page.with_name(page_name(page.name)).as_posix() for page in pages}
     for old, new in names.items():
-        nb = json.loads((src/old).read_text().replace(site, ''))
+        up = '../'*new.count('/')
+        nb = json.loads((src/old).read_text().replace(site, up))
         for cell in nb['cells']:
             if cell['cell_type'] != 'markdown': continue
             text = maths(''.join(cell['source']))
-            for o, n in names.items(): text = text.replace(f']({o}', f']({n}')   # smalldocs makes these .html, as Quarto does
+            text = re.sub(r'(\]\((?:[\w.-]+/)*)([\w]+\.ipynb)', lambda m: m[1] + page_name(m[2]), text)   # smalldocs makes these .html, as Quarto does
             cell['source'] = text
         config = config.replace(old, new)
+        (dst/new).parent.mkdir(exist_ok=True)
         (dst/new).write_text(json.dumps(nb))
     (dst/'_quarto.yml').write_text(config)
 
