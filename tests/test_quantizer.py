@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers import Wav2Vec2Config
 from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2GumbelVectorQuantizer
 
-import seismodel
+import seismodel.kernels
 from conftest import Largest
 from seismodel.models import quantizer as module
 from seismodel.models.infonce import masked_frames
@@ -319,7 +319,7 @@ def test_kernels_that_compute_wrongly_are_not_used(monkeypatch, caplog):
 
 def test_a_missing_triton_is_said_once(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, 'seismodel.kernels.triton_infonce', None)      # importing it now fails
-    monkeypatch.delattr(seismodel, 'loss_kernels', raising=False)
+    monkeypatch.delattr(seismodel.kernels, 'triton_infonce', raising=False)
     triton_kernels.cache_clear()
     try: assert [triton_kernels(torch.device('cpu')) for _ in range(3)] == [None]*3
     finally: triton_kernels.cache_clear()

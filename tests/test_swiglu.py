@@ -55,5 +55,5 @@ def test_a_layer_with_heads_filled_up_is_the_same_layer(direction, monkeypatch):
     qkvo, out = fill_heads(layer.qkvo.weight, layer.out.weight, layer.heads)
     assert qkvo.shape == (4*layer.heads*16, 44) and out.shape == (44, layer.heads*16)
     gates = layer.gates(x).unflatten(-1, (2, -1))
-    y = blocks.mix(F.linear(x, qkvo).unflatten(-1, (4, layer.heads, -1)), gates, layer.norm.weight, layer.cells//2, layer.norm.eps)
+    y = blocks.mlstm_mix(F.linear(x, qkvo).unflatten(-1, (4, layer.heads, -1)), gates, layer.norm.weight, layer.cells//2, layer.norm.eps)
     for a, b in zip(grads(F.linear(y, out)), wanted, strict=True): torch.testing.assert_close(a, b)

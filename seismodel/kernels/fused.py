@@ -53,7 +53,7 @@ def plan_tiles(
     d: int,        # numbers a head, the larger of keys and values
     wide: bool,    # float32 arithmetic: tiles take twice the room
     stream: bool,  # a state comes in or goes out
-    processors: int = 132, # of the GPU
+    multiprocessors: int = 132, # of the GPU
     room: int = 227,       # kB of shared memory a program may use
 ) -> TilePlan:
     "How to cut a problem"
@@ -63,7 +63,7 @@ def plan_tiles(
     chunks = -(-T // L)
     scan = uses_scan(T, d, stream)
     segments = 1
-    if scan and not stream and B * H < processors: segments = max(1, min(chunks // 4, -(-2 * processors // (B * H))))
+    if scan and not stream and B * H < multiprocessors: segments = max(1, min(chunks // 4, -(-2 * multiprocessors // (B * H))))
     per = -(-chunks // segments)
     warps = 4 if d <= 64 or (d <= 128 and not scan) else 8
     even = d % 16 == 0                                     # rows that can be loaded ahead in pieces of 16 bytes
@@ -84,8 +84,8 @@ def operands(*tensors: Tensor) -> dict:
 def plan_for(q: Tensor, v: Tensor, stream: bool) -> TilePlan:
     "The plan for these tensors on their GPU"
     B, H, T, dk = q.shape
-    processors, room = gpu(q.device) if q.is_cuda else (132, 227)
-    return plan_tiles(B, H, T, max(dk, v.shape[-1]), q.dtype != torch.bfloat16, stream, processors, room)
+    multiprocessors, room = gpu(q.device) if q.is_cuda else (132, 227)
+    return plan_tiles(B, H, T, max(dk, v.shape[-1]), q.dtype != torch.bfloat16, stream, multiprocessors, room)
 
 def gpu(device: torch.device) -> tuple[int, int]:
     "Processors of a GPU, and kB of shared memory for one program"

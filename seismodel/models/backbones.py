@@ -1,4 +1,4 @@
-"""Blocks of mLSTM in a row, or in a U of three time scales: features of single frames come to know the whole window.
+"""Blocks of mLSTM in sequence, or in a U of three time scales: features of single frames come to know the whole window.
 
 Docs: https://seismodel.github.io/seismodel/models/backbones.html.md"""
 
@@ -61,11 +61,11 @@ def check_features(
 
 
 class MLSTMSequential(nn.Module):
-    "A learned vector added to each frame, bidirectional mLSTM blocks in a row, RMSNorm. ValueError for another width."
+    "A learned vector added to each frame, bidirectional mLSTM blocks in sequence, RMSNorm. ValueError for another width."
     def __init__(
         self,
         dim: int = 176,                # D
-        blocks: int = 24,              # blocks in a row
+        blocks: int = 24,              # blocks in sequence
         heads: int = 4,                # memories per block
         ff: float = 3.5,               # hidden width of the feed-forward part, over D
         direction: str = 'per_head',   # how a block reads both ways: 'per_head', 'shared' or 'two_pass'

@@ -20,7 +20,7 @@ from .quantizer import entropy_perplexity, gather_frames, kernels_for, soft_perp
 # %% ../../nbs/models/07_infonce.ipynb #91f39a38
 def masked_frames(
     mask: Tensor,  # (B, T) bool, True where a frame is masked
-    most: int | None = None,  # M, static bound of the masked frames in a row (`max_masked`); None: T
+    most: int | None = None,  # M, static bound of the masked frames per row (`max_masked`); None: T
 ) -> tuple[Tensor, Tensor]:  # (B, M) int64 frame numbers, masked ones first, in order; (B, M) bool, which are masked
     "Where the masked frames are, in a shape that does not depend on their number; those beyond `most` are left out."
     M = mask.shape[1] if most is None else min(most, mask.shape[1])
@@ -173,7 +173,7 @@ def contrastive_loss(
     n_negatives: int = 100,  # K
     temperature: float = 0.1,  # tau of InfoNCE
     diversity_weight: float = 0.1,  # weight of the diversity term
-    most: int | None = None,  # static bound of masked frames in a row (`max_masked`); None: T
+    most: int | None = None,  # static bound of masked frames per row (`max_masked`); None: T
     generator: torch.Generator | None = None,  # of the negatives
 ) -> ContrastiveLoss:
     "The loss of wav2vec 2.0 in fp32; rows with fewer than 2 masked frames count nothing. ValueError if shapes differ."

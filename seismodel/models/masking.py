@@ -32,7 +32,7 @@ def sample_without_replacement(rows:int, # independent draws
 # %% ../../nbs/models/02_masking.ipynb #c5d3765d
 def cover(starts:Tensor, # (rows, n) int64, first frame of each span; `frames` = unused
           span:int, # frames in a span
-          frames:int, # frames in a row
+          frames:int, # frames per row
           ) -> Tensor: # (rows, frames) bool, True = masked
     "The frames that lie in at least one span"
     inside = starts[..., None] + torch.arange(span, device=starts.device)   # (rows, n, span)
@@ -44,11 +44,11 @@ def cover(starts:Tensor, # (rows, n) int64, first frame of each span; `frames` =
 class SpanPlan(NamedTuple):
     "What each row draws: `few` spans, or `many` with probability `chance`"
     span: int       # frames in a span, shortened where the row is short
-    few: int        # spans in a row
+    few: int        # spans per row
     many: int       # few, or few + 1
     chance: float   # probability of `many`
 
-def check_masking(frames:int, # frames in a row
+def check_masking(frames:int, # frames per row
                   ratio:float, # share of frames to hide
                   span:int, # frames in a span
                   mode:str, # sampler
@@ -66,7 +66,7 @@ def mode_name(mode:str, # from a configuration
     return "spec" if mode == "seed" else mode
 
 # %% ../../nbs/models/02_masking.ipynb #39da414e
-def plan_spans(frames:int, # frames in a row
+def plan_spans(frames:int, # frames per row
                ratio:float, # share of frames to hide, 0 … 1
                span:int, # frames in a span
                mode:str="exact", # one of MODES
@@ -153,12 +153,12 @@ def span_mask(rows:int, # windows in the batch
     return mask
 
 # %% ../../nbs/models/02_masking.ipynb #5ce48c3e
-def max_masked(frames:int, # frames in a row
+def max_masked(frames:int, # frames per row
                 ratio:float, # as in `span_mask`
                 span:int, # as in `span_mask`
                 mode:str="exact", # as in `span_mask`
                 ) -> int: # no row of `span_mask` has more masked frames than this
-    "Upper bound of the masked frames in a row, known before the draw; raises ValueError as `span_mask` does"
+    "Upper bound of the masked frames per row, known before the draw; raises ValueError as `span_mask` does"
     plan = plan_spans(frames, ratio, span, mode)
     if ratio == 0: return 0
     return min(frames - 2, max(2, plan.many*plan.span))

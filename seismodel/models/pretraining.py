@@ -188,7 +188,7 @@ class ContrastivePretraining(Pretrainer):
         metrics = dict(contrastive=out.contrastive, diversity=out.diversity, accuracy=out.accuracy, perplexity=out.perplexity,
             code_perplexity=codes_used, collided=out.collided, masked=mask.float().mean(),
             gumbel_temperature=self.encoder.quantizer.temperature, feature_variance=feature_variance(clean))
-        if not self.training: metrics['effective_rank'] = effective_rank(clean)   # too dear for every step
+        if not self.training: metrics['effective_rank'] = effective_rank(clean)   # too expensive for every step
         return Step(out.loss, {name: m.detach() for name, m in metrics.items()})
 
 # %% ../../nbs/models/10_pretraining.ipynb #92ec4cff
@@ -223,7 +223,7 @@ class ReconstructionPretraining(Pretrainer):
         loss = masked_mse(reconstruction, target, e.mask) * (hidden/average(hidden))     # 1 on one device, exactly
         metrics = dict(mse=loss, masked=e.mask.float().mean(), feature_variance=feature_variance(e.tokens),
                        target_variance=feature_variance(target))
-        if not self.training:   # too dear for every step
+        if not self.training:   # too expensive for every step
             metrics.update(zero_mse=zero_predictor(target, e.mask), line_mse=interpolation_predictor(target, e.mask),
                            effective_rank=effective_rank(e.tokens))
         return Step(loss, {name: m.detach() for name, m in metrics.items()})

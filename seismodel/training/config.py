@@ -34,7 +34,7 @@ class TrainConfig:
     validation_windows: int = 64
     checkpoint_every: int = 100  # steps between two checkpoints
     keep: int = 3                # checkpoints that stay
-    skip_nonfinite: int = 0      # steps in a row that may be passed over because loss or gradient is not finite
+    skip_nonfinite: int = 0      # consecutive steps that may be passed over because loss or gradient is not finite
     on_write_error: str = 'continue'   # where the disk is full: continue, or stop
     tensorboard: bool = False    # write events for TensorBoard as well
 

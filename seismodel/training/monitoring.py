@@ -33,7 +33,7 @@ class FiniteWatch:
     def __init__(self,
         folder:Path, # of the run
         device:torch.device, # where the steps happen
-        allowed:int=0, # withheld updates in a row that are passed over
+        allowed:int=0, # consecutive withheld updates that are passed over
         in_a_row:int=0, # withheld just now: a resumed run knows
         gather=lambda value: [value], # value -> the values of all ranks
         write:bool=True, # False on all ranks but one
@@ -55,7 +55,7 @@ class FiniteWatch:
         self.pending = step, batches
 
     def settle(self):
-        "Look at the last step that was added; raises `TrainingError` when too many updates in a row were withheld"
+        "Look at the last step that was added; raises `TrainingError` when too many consecutive updates were withheld"
         if self.pending is None: return
         if self.copied: self.copied.synchronize()
         (step, batches), self.pending = self.pending, None

@@ -120,7 +120,7 @@ def pretrain(
     validation_windows:int=None, # dev windows looked at each time; 64 if not given
     checkpoint_every:int=None, # steps between two checkpoints; 100 if not given
     keep:int=None, # checkpoints that stay; 3 if not given
-    skip_nonfinite:int=None, # steps in a row that may be passed over because the loss is not finite; 0 if not given
+    skip_nonfinite:int=None, # consecutive steps that may be passed over because the loss is not finite; 0 if not given
     on_write_error:str=None, # where the disk is full: continue (if not given), or stop
     tensorboard:bool=False, # write TensorBoard events into the run's folder
     out:Path=None, # the run's folder; runs/PRESET-1 or the next free number if not given

@@ -177,7 +177,7 @@ class Progress:
     step: int = 0                # optimiser steps done; the place in the data follows from it
     best: float|None = None      # lowest dev loss so far
     first: dict|None = None      # measures of the first logged step, for the alarms
-    withheld: int = 0            # updates withheld in a row, just now
+    withheld: int = 0            # consecutive updates withheld, just now
     bad_traces: dict = field(default_factory=dict)   # name -> reason
     redrawn: int = 0             # draws in vain
 
