@@ -9,7 +9,6 @@ from seismodel.models.backbones import MLSTMSequential, MLSTMUNet, fold, pad_fra
 from seismodel.models.blocks import MLSTMBlock
 from seismodel.kernels.mlstm import mlstm_recurrent, soft_cap
 
-torch.set_num_threads(1)
 DIRECTIONS = ['per_head', 'shared', 'two_pass']
 
 

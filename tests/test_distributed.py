@@ -43,6 +43,9 @@ def largest_difference(a, b, name='loss'):
     return max(abs(x - y) for x, y in zip(left, right))
 
 
+def first_difference(a, b): return abs(read_metrics(a)[0]['loss'] - read_metrics(b)[0]['loss'])
+
+
 MODELS = {'contrastive': ContrastiveConfig(ConvDownConfig(conv_features=16, out_features=16, codevector_dim=16, target_features=16, mask_mode='wav2vec2'), blocks=1, pooling=(4,)),
           'reconstruction': ReconstructionConfig(BidirAutoregConfig(d_model=16, mask_mode='wav2vec2'), blocks=1, ff=2.)}
 
@@ -121,19 +124,25 @@ def test_without_the_average_the_gradients_would_differ():
 @needs_gloo
 @pytest.mark.parametrize('method', ['contrastive', 'reconstruction'])
 def test_a_run_on_one_rank_and_on_two_has_the_same_curve(method, tmp_path):
-    "And begun on one it goes on on two, or the other way round"
+    """And begun on one it goes on on two, or the other way round
+
+    Twelve steps drift by rounding alone. Where a code is a draw between two, they drift further: one frame of 340 has another target.
+    Gradients that are not averaged make 0.08 of it, and 0.4 in their norm.
+    """
+    drift = {'contrastive': .02, 'reconstruction': 1e-4}[method]
     words = ['--preset', f'{method}-tiny', *RUN, 12]
     pretrain(1, *words, '--out', 'one', cwd=tmp_path)
     pretrain(2, *words, '--out', 'two', cwd=tmp_path)
-    assert largest_difference(tmp_path/'one', tmp_path/'two') < 1e-5
-    assert largest_difference(tmp_path/'one', tmp_path/'two', 'grad_norm') < 1e-4
+    assert first_difference(tmp_path/'one', tmp_path/'two') < 1e-5
+    assert largest_difference(tmp_path/'one', tmp_path/'two') < drift
+    assert largest_difference(tmp_path/'one', tmp_path/'two', 'grad_norm') < 10*drift
     run, ranks = ('one', 2) if method == 'contrastive' else ('two', 1)
     kept = read_metrics(tmp_path/run)
     checkpoint_files(tmp_path/run)[0].unlink()                       # as if it had been killed before step 12
     assert 'Going on from step 6' in pretrain(ranks, '--resume', run, cwd=tmp_path)
     again = read_metrics(tmp_path/run)
     assert [r['step'] for r in again] == [r['step'] for r in kept]
-    assert max(abs(a['loss'] - b['loss']) for a, b in zip(kept, again)) < 1e-5
+    assert max(abs(a['loss'] - b['loss']) for a, b in zip(kept, again)) < drift
 
 
 @needs_gloo

@@ -14,7 +14,6 @@ from seismodel.models import infonce as module
 from seismodel.models.infonce import duplicate_negatives, contrastive_loss, diversity, gather_frames, info_nce, masked_frames, negatives
 from seismodel.models.quantizer import soft_perplexity
 
-torch.set_num_threads(1)
 quick = settings(max_examples=40, deadline=None)
 
 

@@ -18,7 +18,6 @@ from seismodel.models.infonce import gather_frames, masked_frames
 from seismodel.models.pretraining import ContrastiveConfig, ContrastivePretraining
 from seismodel.models.quantizer import GumbelVectorQuantizer, look_up, quantize_masked, soft_usage, straight_through
 
-torch.set_num_threads(1)
 device = 'cuda' if cuda else 'cpu'
 on_gpu = pytest.mark.skipif(not cuda, reason='no GPU: full size only there')
 pytestmark = pytest.mark.filterwarnings('ignore:(overflow|invalid|divide):RuntimeWarning')     # of the interpreter, at -inf

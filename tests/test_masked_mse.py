@@ -7,7 +7,6 @@ from hypothesis import given, settings, strategies as st
 from seismodel.models.masked_mse import (effective_rank, feature_variance, interpolate_masked, interpolation_predictor,
                                   masked_mse, patch_targets, token_targets, visible_neighbours, zero_predictor)
 
-torch.set_num_threads(1)
 shapes = st.tuples(st.integers(1, 4), st.integers(1, 30), st.integers(1, 5))
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
+import torch
 from nbdev.config import get_config
 from nbdev.test import test_nb as run_nb   # renamed, or pytest collects it as a test
 
@@ -15,8 +16,9 @@ nbs = sorted(p for p in (root/'nbs').rglob('*.ipynb') if p.name[0] not in '._' a
 def test_notebook(nb, monkeypatch):
     monkeypatch.setenv('MPLBACKEND', 'agg')
     loggers = [logging.getLogger(name) for name in ('seismodel', 'seisbench')]   # chapters hush them for their readers
-    levels = [log.level for log in loggers]
+    levels, threads = [log.level for log in loggers], torch.get_num_threads()                # and some count with one thread
     ok, _ = run_nb(nb, skip_flags=get_config(root).tst_flags.split(), basepath=root)
     for log, level in zip(loggers, levels): log.setLevel(level)
+    torch.set_num_threads(threads)
     plt.close('all')
     assert ok, f'{nb.name} failed: the traceback is above'

@@ -68,11 +68,20 @@ def test_picks_are_those_of_the_training_code(model, waveform):
     window = waveform[:4096]
     x = normalize(torch.tensor(window - window.mean(0)).float())      # float32 would eat this amplitude beside its offset
     with torch.no_grad(): p = model.picker.logits(x[None])[0].softmax(-1).numpy()
-    want = sorted((phase, s0 + int(p[s0:s1 + 1, k].argmax())) for k, phase in ((1, 'P'), (2, 'S')) for s0, s1 in trigger_onset(p[:, k], .3, .15))
-    picks = model.classify(stream_of(window)).picks
+    far, options = {}, {}
+    for k, phase in ((1, 'P'), (2, 'S')):                             # a threshold that no rounding moves a peak or a trough across
+        turns = p[1:-1, k][np.diff(np.sign(np.diff(p[:, k]))) != 0]
+        distance = lambda t: min(np.abs(turns - t).min(), np.abs(turns - t/2).min())
+        options[phase] = max(np.arange(.25, .35, .001), key=distance)
+        far[phase] = distance(options[phase])
+    want = sorted((phase, s0, s1) for k, phase in ((1, 'P'), (2, 'S')) for s0, s1 in trigger_onset(p[:, k], options[phase], options[phase]/2))
+    picks = model.classify(stream_of(window), **{f'{phase}_threshold': t for phase, t in options.items()}).picks
     start = obspy.UTCDateTime('2020-01-01')
-    got = sorted((pick.phase, round((pick.peak_time - start)*100)) for pick in picks)
-    assert len(got) > 5 and got == want
+    got = sorted((pick.phase, round((pick.peak_time - start)*100), pick.peak_value) for pick in picks)
+    assert min(far.values()) > 1e-4 and len(got) > 5 and [g[0] for g in got] == [w[0] for w in want]
+    for (phase, peak, value), (_, s0, s1) in zip(got, want):          # at the highest sample, or at one as high
+        here = p[:, 'NPS'.index(phase)]
+        assert s0 <= peak <= s1 and here[peak] > here[s0:s1 + 1].max() - 1e-4 and abs(value - here[peak]) < 1e-4
     times = [pick.peak_time for pick in picks]
     assert times == sorted(times)
 
@@ -225,10 +234,12 @@ def test_files_open_in_another_process(name, tmp_path):
     args = json.loads((tmp_path/'model.json').read_text())['model_args']
     assert set(args) == {'model', 'width', 'dropout', 'raw', 'window'}
     code = ('import sys, torch; from seismodel.picking.seisbench_model import SeisModelPicker; m = SeisModelPicker.load(sys.argv[1]); '
-            'x = torch.sin(torch.arange(3*600.)).view(1, 3, 600); print(m(x).double().sum((0, 2)).tolist())')
-    out = subprocess.run([sys.executable, '-c', code, tmp_path/'model'], capture_output=True, text=True, check=True).stdout
-    with torch.no_grad(): want = model(torch.sin(torch.arange(3*600.)).view(1, 3, 600)).double().sum((0, 2))
-    np.testing.assert_allclose(json.loads(out), want, rtol=1e-6)
+            'x = torch.sin(torch.arange(3*600.)).view(1, 3, 600); torch.save([m.state_dict(), m(x).detach()], sys.argv[2])')
+    subprocess.run([sys.executable, '-c', code, tmp_path/'model', tmp_path/'there.pt'], check=True)
+    weights, p = torch.load(tmp_path/'there.pt')
+    assert weights.keys() == model.state_dict().keys() and all(torch.equal(w, weights[k]) for k, w in model.state_dict().items())
+    with torch.no_grad(): want = model(torch.sin(torch.arange(3*600.)).view(1, 3, 600))
+    torch.testing.assert_close(p, want, rtol=0, atol=1e-4)
 
 
 def test_folders_that_hold_no_picker(tmp_path, model):

@@ -17,7 +17,6 @@ from seismodel.models.quantizer import (GumbelVectorQuantizer, code_usage, dead_
                                  hard_perplexity, look_up, quantize_masked, soft_perplexity, soft_usage, straight_through,
                                  temperature_at, triton_kernels)
 
-torch.set_num_threads(1)
 quick = settings(max_examples=40, deadline=None)
 
 

@@ -50,9 +50,9 @@ def test_attached_tokens_raise_the_alarm_within_200_steps(tmp_path):
     assert rows[-1]['loss'] < .1*rows[0]['loss']   # and the loss looks splendid
 
 
-def test_a_learning_rate_of_a_hundred_times_raises_the_alarm_within_200_steps(tmp_path):
+def test_a_learning_rate_of_a_hundred_times_raises_the_alarm_within_100_steps(tmp_path):
     torch.manual_seed(0)
-    try: run(build(CONTRASTIVE), tmp_path/'run', steps=200, lr=.3, log_every=10)
+    try: run(build(CONTRASTIVE), tmp_path/'run', steps=100, lr=.3, log_every=10)
     except TrainingError: return   # the loss itself blew up: as loud an alarm as any
     assert any(r['alarms'] for r in read_metrics(tmp_path/'run'))
 
