@@ -205,7 +205,7 @@ def test_evaluate_writes_tables(folder, tmp_path, capsys):
     assert main(['evaluate', str(run), '--data', str(folder), '--out', str(tmp_path/'e'), '--device', 'cpu']) == 0
     assert sorted(f.name for f in (tmp_path/'e').iterdir()) == ['records.csv', 'summary.csv', 'targets', 'tasks.csv']
     tasks, summary = pd.read_csv(tmp_path/'e/tasks.csv'), pd.read_csv(tmp_path/'e/summary.csv')
-    assert len(tasks) == 13 and {'found within 0.1 s', 'disturbed'} <= set(summary.figure)
+    assert len(tasks) == 13 and {'found within 0.1 s', 'disturbed'} <= set(summary.metric)
     assert '1 detection' in capsys.readouterr().out
     for name, words in (('no-such-data', 'neither a folder'), ('ETZH', 'did you mean ETHZ'), ('synthetic', 'no whole records')):
         with pytest.raises(UserError, match=words): evaluate(str(run), name, out=tmp_path/'f')
