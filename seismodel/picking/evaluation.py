@@ -21,6 +21,7 @@ from seisbench.models.base import WaveformModel
 from tqdm.auto import tqdm
 
 from ..files import write_atomically
+from ..data.channels import translate_components
 from ..data.sources import PHASES, onsets
 from ..statistics import ONSET_FIGURES, auc, best_threshold, bootstrap, mcc
 from ..signals.records import COMPONENTS, SAMPLING_RATE
@@ -142,6 +143,7 @@ def predict(
 )->pd.DataFrame: # the table with score_detection, score_p_or_s, p_sample_pred and s_sample_pred
     "What the model says about each target, in the columns of the pick-benchmark"
     dataset = dataset.copy()
+    translate_components(dataset.metadata)
     dataset.component_order, dataset.dimension_order, dataset.sampling_rate = COMPONENTS, 'NCW', SAMPLING_RATE
     longest = int(np.ceil((table['end_sample'] - table['start_sample']).max()))
     generator = sbg.SteeredGenerator(dataset, table[['trace_name', 'start_sample', 'end_sample']])
@@ -227,6 +229,7 @@ def score_records(
 )->pd.DataFrame: # trace_name, event, trace_dataset, components, kind (P, S or noise), residual (s), picks
     "Picks of whole records against their labels"
     dataset = dataset.copy()
+    translate_components(dataset.metadata)
     dataset.component_order, dataset.dimension_order, dataset.sampling_rate = COMPONENTS, 'NCW', SAMPLING_RATE
     table, rows = dataset.metadata, []
     column = lambda name, default: table[name].fillna(default) if name in table else pd.Series(default, table.index)
