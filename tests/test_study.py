@@ -141,6 +141,16 @@ def test_two_processes_of_which_one_is_lost(done, store, tmp_path, capsys):
     pd.testing.assert_frame_equal(a, b)
 
 
+def test_all_devices_take_cells(done, store, tmp_path, monkeypatch):
+    "A process on each of two devices: both train, and the cells are those of one"
+    monkeypatch.setattr(study_module, 'pick_devices', lambda name: [torch.device('cpu'), torch.device('cpu:0')])
+    assert main(command(store, tmp_path/'s', '--fractions', '.5,1')) == 0
+    cells = [tmp_path/f's/cells/PhaseNet--{share}--0' for share in ('0.5', '1')]
+    assert sorted(json.loads((cell/'config.json').read_text())['train']['device'] for cell in cells) == ['cpu', 'cpu:0']
+    a, b = (pd.read_csv(s/'cells/PhaseNet--1--0/records.csv') for s in (done, tmp_path/'s'))
+    pd.testing.assert_frame_equal(a, b)
+
+
 @pytest.mark.parametrize('args, words', [
     ([], 'what to compare'), (['--peer', 'GPD'], 'choose PhaseNet or EQTransformer'), (['--from', 'a=no/such/run'], 'config.json is missing'),
     (['--peer', 'PhaseNet', '--fractions', '0,1'], '--fractions'), (['--peer', 'PhaseNet', '--fractions', '.5,.5'], 'each once'),

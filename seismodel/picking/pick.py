@@ -6,13 +6,16 @@ Docs: https://seismodel.github.io/seismodel/picking/pick.html.md"""
 
 # %% auto #0
 __all__ = ['COLUMNS', 'COLORS', 'rows_of', 'write_rows', 'read_rows', 'to_catalog', 'around', 'plot_picks', 'waveform_files',
-           'weights_checksum', 'check_settings', 'pick_file', 'pick_files', 'pick']
+           'weights_checksum', 'check_settings', 'pick_file', 'begin_picks', 'pick_each', 'pick_files', 'pick_share',
+           'pick_side_by_side', 'pick']
 
 # %% ../../nbs/picking/02_pick.ipynb #3f411f92
 import csv
 import json
+import signal
 import sys
 import zlib
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +23,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .. import __version__
-from ..training.distributed import pick_device
+from ..training.distributed import pick_devices
 from ..models.pretraining import write_atomically
 from ..signals.records import UserError
 
@@ -176,19 +179,30 @@ def pick_file(
         plt.close(fig)
     return rows_of(picks, name)
 
-def pick_files(
-    model,              # any picker of SeisBench's kind
-    source:Path,        # a file or a folder
-    out:Path,           # gets files/, picks.csv, picks.xml and settings.json
-    args:dict,          # of `annotate` and `classify`, plain values
-    figures:bool=False, # a PNG for each file, in out/figures
-)->tuple[list[dict], dict]: # rows of all files; name -> why it was left out
-    "Pick every file that has not been picked yet; raises `UserError` where none can be used"
-    source, out, left_out, rows = Path(source), Path(out), {}, []
-    files = waveform_files(source)
+def begin_picks(
+    model,       # any picker of SeisBench's kind
+    source:Path, # a file or a folder
+    out:Path,    # folder of the results
+    args:dict,   # of `annotate` and `classify`, plain values
+)->list[Path]: # the files to pick
+    "Open the folder of results, new or to go on in; raises `UserError` where it does not fit"
+    source, out, files = Path(source), Path(out), waveform_files(source)
     if source.is_dir() and source.resolve() in [out.resolve(), *out.resolve().parents]: raise UserError(f"--out '{out}' lies inside '{source}', whose files are picked; name a folder elsewhere.")
     check_settings({'seismodel': __version__, 'model': model.name, 'weights': weights_checksum(model), **args}, out)
-    for file in tqdm(files, unit='file', disable=len(files) == 1):
+    return files
+
+def pick_each(
+    model,            # any picker of SeisBench's kind
+    files:list[Path], # of `source`
+    source:Path,      # a file or a folder
+    out:Path,         # folder of the results
+    args:dict,        # of `annotate` and `classify`
+    figures:bool,     # draw each file
+    where:str='',     # what the bar is called
+)->tuple[list[dict], dict]: # rows of these files; name -> why it was left out
+    "Pick those of the files that have not been picked yet"
+    left_out, rows = {}, []
+    for file in tqdm(files, where, unit='file', disable=len(files) == 1):
         name = file.relative_to(source).as_posix() if source.is_dir() else file.name
         done = out/'files'/f'{name}.csv'
         if not (done.exists() and done.stat().st_mtime >= file.stat().st_mtime):
@@ -199,11 +213,49 @@ def pick_files(
             done.parent.mkdir(parents=True, exist_ok=True)
             write_rows(found, done)
         rows += read_rows(done)
+    return rows, left_out
+
+def pick_files(
+    model,              # any picker of SeisBench's kind
+    source:Path,        # a file or a folder
+    out:Path,           # gets files/, picks.csv, picks.xml and settings.json
+    args:dict,          # of `annotate` and `classify`, plain values
+    figures:bool=False, # a PNG for each file, in out/figures
+)->tuple[list[dict], dict]: # rows of all files; name -> why it was left out
+    "Pick every file that has not been picked yet; raises `UserError` where none can be used"
+    source, out = Path(source), Path(out)
+    files = begin_picks(model, source, out, args)
+    rows, left_out = pick_each(model, files, source, out, args, figures)
     if len(left_out) == len(files): raise UserError(f"No file of '{source}' can be used; the first: {next(iter(left_out.values()))}.")
     write_rows(rows, out/'picks.csv')
     catalog = to_catalog(rows, f'seismodel/{__version__}/{model.name}/{weights_checksum(model)}')
     write_atomically(out/'picks.xml', lambda part: catalog.write(str(part), format='QUAKEML'))
     return rows, left_out
+
+# %% ../../nbs/picking/02_pick.ipynb #a11de71d
+def pick_share(model, device, files, source, out, args, figures):
+    "What a process of `pick_side_by_side` does"
+    from seismodel.picking.seisbench_model import open_picker
+    signal.signal(signal.SIGINT, signal.SIG_DFL)             # Ctrl-C reaches every process, and one has a word for it
+    pick_each(open_picker(model).to(device), files, source, out, args, figures, device)
+
+def pick_side_by_side(
+    model:str,        # as `pick` takes it
+    devices:list,     # each gets a process
+    files:list[Path], # shared out one by one
+    source:Path, out:Path, args:dict, figures:bool, # as for `pick_each`
+):
+    "Pick in several processes; one that is lost is named, and its files stay unpicked"
+    processes = [get_context('spawn').Process(target=pick_share, args=(model, str(d), files[k::len(devices)], source, out, args, figures))
+                 for k, d in enumerate(devices) if files[k::len(devices)]]
+    try:
+        for process in processes: process.start()
+        for process, device in zip(processes, devices):
+            process.join()
+            if process.exitcode: print(f'The process on {device} was lost ({process.exitcode}); its files are picked now.', file=sys.stderr)
+    finally:
+        for process in processes:
+            if process.pid: process.terminate()
 
 # %% ../../nbs/picking/02_pick.ipynb #50643dc5
 def pick(
@@ -214,7 +266,7 @@ def pick(
     s_threshold:float=.3, # probability that an S pick must reach
     strict:bool=False, # pick only where all three components were recorded
     figures:bool=False, # draw waveform, probabilities and picks of each file
-    device:str='auto', # auto, cpu, cuda or cuda:N
+    device:str='auto', # auto, cpu, cuda, cuda:N, or all: every GPU of this machine, each with a share of the files
 )->Path: # the table of all picks
     "Pick P and S in waveform files"
     if not model: raise UserError("Say which picker, with --model FOLDER.")
@@ -222,8 +274,10 @@ def pick(
         if not 0 < value < 1: raise UserError(f"--{name} is {value}; a probability lies between 0 and 1.")
     waveform_files(source)
     from seismodel.picking.seisbench_model import open_picker
-    net = open_picker(model).to(pick_device(device))
+    devices = pick_devices(device)
+    net = open_picker(model).to(devices[0])
     args = {'P_threshold': p_threshold, 'S_threshold': s_threshold, 'strict': strict}
+    if len(devices) > 1: pick_side_by_side(model, devices, begin_picks(net, source, out, args), Path(source), Path(out), args, figures)
     rows, left_out = pick_files(net, source, out, args, figures)
     for sentence in left_out.values(): print(f'left out: {sentence}', file=sys.stderr)
     count = {phase: sum(row['phase'] == phase for row in rows) for phase in 'PS'}

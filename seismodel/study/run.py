@@ -1,4 +1,4 @@
-"""`seismodel study`: every method, every share of the labels, every seed, in several processes on one device; a table with intervals and a figure come out
+"""`seismodel study`: every method, every share of the labels, every seed, in several processes on one device or on all; a table with intervals and a figure come out
 
 Docs: https://seismodel.github.io/seismodel/study/run.html.md"""
 
@@ -12,6 +12,7 @@ __all__ = ['attempt', 'serve', 'start_server', 'share_out', 'run_cells', 'number
 import os
 import signal
 import traceback
+from dataclasses import replace
 from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing import get_context
 from multiprocessing.connection import wait
@@ -26,7 +27,7 @@ from tqdm.auto import tqdm
 from .trial import (Cell, Harness, Method, cell_recipe, cell_settings, methods_of, refuse_others, run_cell,
                              start_cell)
 from .tables import brief, figure, gains, gather, pack_study, results, table
-from ..training.distributed import pick_device
+from ..training.distributed import pick_devices
 from ..training.monitoring import TrainingError
 from ..models.pretraining import write_atomically
 from ..data.sources import whole_path
@@ -66,7 +67,7 @@ def serve(
 def start_server(
     h:Harness,
     folder:Path, # of all cells
-    jobs:int,    # processes that share the processor
+    jobs:int,    # processes in all, which share the processor
 ): # this end of its pipe, and the process
     "Begin a process that runs `serve`"
     context = get_context('spawn')                   # a forked process could not use a GPU
@@ -77,26 +78,29 @@ def start_server(
     return here, process
 
 # %% ../../nbs/study/04_run.ipynb #dffbc108
-def share_out(cells, h, folder, jobs, note, signals):
-    "Give the cells to `jobs` processes, each the next one when it is done, and `note` what becomes of them"
-    todo, busy, free = list(cells), {}, []                                         # busy: pipe -> process, cell
+def share_out(cells, places, folder, note, signals):
+    "Give the cells to processes, one for each harness of `places`, each the next one when it is done, and `note` what becomes of them"
+    todo, busy, free, jobs, places = list(cells), {}, [], len(places), list(places)    # busy: pipe -> process, its harness, cell
     try:
         while (todo or busy) and not signals.caught:
-            while todo and len(busy) < jobs:
-                pipe, process = free.pop() if free else start_server(h, folder, jobs)
+            while todo and (free or places):
+                if not free: free.append((*start_server(places[0], folder, jobs), places.pop(0)))
+                pipe, process, h = free.pop()
                 pipe.send(todo[0])
-                busy[pipe] = process, todo.pop(0)
+                busy[pipe] = process, h, todo.pop(0)
             for pipe in wait(list(busy), timeout=.5):
-                process, cell = busy.pop(pipe)
+                process, h, cell = busy.pop(pipe)
                 try: why = pipe.recv()
                 except EOFError:
                     process.join()
                     why = f'its process ended ({process.exitcode})'
                 note(cell, why)
-                if why: pipe.close()                                               # which ends the process
-                else: free.append((pipe, process))
+                if why:
+                    pipe.close()                                                   # which ends the process
+                    places.append(h)                                               # another one takes its place
+                else: free.append((pipe, process, h))
     finally:
-        for pipe, process in [*free, *((pipe, process) for pipe, (process, _) in busy.items())]:
+        for pipe, process in [*(one[:2] for one in free), *((pipe, one[0]) for pipe, one in busy.items())]:
             if pipe in busy: process.terminate()                                   # it finishes its step, and writes a checkpoint
             pipe.close()
             process.join()
@@ -106,17 +110,19 @@ def run_cells(
     cells:list[Cell], # longest first
     h:Harness,
     folder:Path,      # of all cells
-    jobs:int=1,       # processes; 1: this one
+    jobs:int=1,       # processes on each device; one on one device: this one
+    devices=None,     # names; None: that of `h`
 )->dict[str, str]: # name of a cell -> what went wrong
     "Every cell once; raises `Interrupted` when told to stop"
+    places = [replace(h, device=str(d)) for _ in range(jobs) for d in devices or [h.device]]
     failed, bar = {}, tqdm(total=len(cells), unit='cell')
     def note(cell, why):
         if why: failed[cell.name] = why; tqdm.write(f'{cell.name} failed: {why}')
         bar.update()
     with Signals() as signals, bar:
-        if jobs > 1: share_out(cells, h, folder, jobs, note, signals)
-        for cell in cells if jobs == 1 else []:
-            try: note(cell, attempt(cell, h, folder))
+        if len(places) > 1: share_out(cells, places, folder, note, signals)
+        for cell in cells if len(places) == 1 else []:
+            try: note(cell, attempt(cell, places[0], folder))
             except Interrupted as e: signals.caught = e.number
             if signals.caught: break
         if signals.caught:
@@ -172,7 +178,7 @@ def check_harness(
     if not 0 < h.threshold < 1: raise UserError(f'--threshold is {h.threshold}; it is a probability, between 0 and 1.')
     if not 0 <= h.synthetic < 1: raise UserError(f'--synthetic is {h.synthetic}; it is a share, from 0 to below 1.')
     if h.augment not in ('full', 'none'): raise UserError(f"--augment is '{h.augment}'; choose full or none.")
-    pick_device(h.device)
+    pick_devices(h.device)
 
 # %% ../../nbs/study/04_run.ipynb #7636ea59
 def report(
@@ -202,9 +208,9 @@ def study(
     synthetic:float=.25, # share of the training windows that are synthetic events in real noise
     augment:str='full', # what happens to the training windows, as in finetune: full or none
     validation_windows:int=128, # dev windows looked at ten times along the run
-    jobs:int=1, # processes that share the device, each with a cell at a time
+    jobs:int=1, # processes that share a device, each with a cell at a time
     workers:int=0, # processes that prepare windows, for each cell that runs; 0 is best for a packed store
-    device:str='auto', # auto, cpu, cuda or cuda:N
+    device:str='auto', # auto, cpu, cuda, cuda:N, or all: every GPU of this machine, each with its own processes
     out:Path=None, # the study's folder; one that is there is gone on with
 )->Path: # the study's folder
     "Compare pretrained starts, random starts and peers at small shares of the labels"
@@ -217,7 +223,7 @@ def study(
     methods, out = methods_of(from_run, peer, lr), Path(out)
     todo, whole = plan(methods, shares, chosen, h, out/'cells'), len(methods)*len(shares)*len(chosen)
     print(f"{len(methods)} methods × {len(shares)} shares × {len(chosen)} seeds: {whole} cells of {steps} steps, {whole - len(todo)} done before")
-    try: failed = run_cells(todo, h, out/'cells', jobs)
+    try: failed = run_cells(todo, h, out/'cells', jobs, pick_devices(device))
     finally:
         if any(out.glob('cells/*[0-9]/records.csv')): report(out)     # also when stopped: what is there so far
     if failed:

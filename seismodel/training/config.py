@@ -120,6 +120,7 @@ def deaf(
     worker:int, # its number
 ):
     "Leave signals to the parent process, and give it a minute to finish its step"
+    signal.set_wakeup_fd(-1)                         # what the parent hears is not for us to write
     for s in (signal.SIGINT, signal.SIGUSR1): signal.signal(s, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
 
