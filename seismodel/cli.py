@@ -33,7 +33,7 @@ from .data.inspection import inspect
 from .data.windows import WindowDataset
 from .data.pack import pack
 from .training.plots import plot
-from .models.pretraining import (PRESETS, ContrastiveConfig, Preset, ReconstructionConfig, build, config_from_dict, from_pretrained,
+from .models.pretraining import (PRESETS, ModelConfig, Preset, build, config_from_dict, from_pretrained,
                                    preset as find_preset, read_config, write_atomically)
 from .training.config import FREE, TrainConfig, check_config, train_from_dict
 from .training.runlog import read_metrics
@@ -86,7 +86,7 @@ class Plan:
     data: list[str]             # folders with their whole path, SeisBench names, or 'synthetic'
     weights: list[float]|None   # shares of the datasets
     window: int                 # samples
-    model: ContrastiveConfig|ReconstructionConfig
+    model: ModelConfig
     train: TrainConfig
 
     def extra(self)->dict:

@@ -27,6 +27,7 @@ from .trial import (Cell, Harness, Method, cell_recipe, cell_settings, methods_o
                              start_cell)
 from .tables import brief, figure, gains, gather, pack_study, results, table
 from ..training.distributed import pick_device
+from ..finetuning.heads import FREEZE
 from ..training.monitoring import TrainingError
 from ..models.pretraining import write_atomically
 from ..data.sources import whole_path
@@ -172,6 +173,7 @@ def check_harness(
     if not 0 < h.threshold < 1: raise UserError(f'--threshold is {h.threshold}; it is a probability, between 0 and 1.')
     if not 0 <= h.synthetic < 1: raise UserError(f'--synthetic is {h.synthetic}; it is a share, from 0 to below 1.')
     if h.augment not in ('full', 'none'): raise UserError(f"--augment is '{h.augment}'; choose full or none.")
+    if h.freeze not in FREEZE: raise UserError(f"--freeze is '{h.freeze}'; choose one of {', '.join(FREEZE)}.")
     pick_device(h.device)
 
 # %% ../../nbs/study/04_run.ipynb #7636ea59
@@ -201,6 +203,9 @@ def study(
     threshold:float=.3, # probability that counts as a pick
     synthetic:float=.25, # share of the training windows that are synthetic events in real noise
     augment:str='full', # what happens to the training windows, as in finetune: full or none
+    freeze:str='none', # what of our models does not learn, as in finetune: none, encoder, all or gradual
+    layer_decay:float=1., # of our models' learning rate, from each stage of the network to the one before it
+    average:float=0., # decay of a moving average of our models' weights, such as .99; 0: none
     validation_windows:int=128, # dev windows looked at ten times along the run
     jobs:int=1, # processes that share the device, each with a cell at a time
     workers:int=0, # processes that prepare windows, for each cell that runs; 0 is best for a packed store
@@ -210,7 +215,7 @@ def study(
     "Compare pretrained starts, random starts and peers at small shares of the labels"
     if not out: raise UserError("Name the study's folder, with --out FOLDER.")
     if jobs < 1: raise UserError(f'--jobs is {jobs}; it must be at least 1.')
-    h = Harness(tuple(map(whole_path, data or ())), steps, batch_size, threshold, synthetic, augment, validation_windows, device, workers)
+    h = Harness(tuple(map(whole_path, data or ())), steps, batch_size, threshold, synthetic, augment, validation_windows, device, workers, freeze, layer_decay, average)
     check_harness(h)
     shares = numbers(fractions, float, '--fractions', lambda f: 0 < f <= 1, 'shares above 0 and at most 1')
     chosen = numbers(seeds, int, '--seeds', lambda s: s >= 0, 'whole numbers from 0 up')

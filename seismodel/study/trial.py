@@ -35,7 +35,7 @@ from ..finetuning.heads import Picker
 from ..data.windows import WindowDataset
 from ..models.pretraining import build, config_from_dict, from_pretrained, read_config, read_model, write_atomically
 from ..data.store_reader import Store, is_store
-from ..training.config import FREE, TrainConfig, check_config
+from ..training.config import FREE, TrainConfig, check_config, completed
 from ..data.sources import SyntheticSource, open_dataset, open_source, split_column
 from ..training.trainer import train
 from ..signals.records import UserError
@@ -92,6 +92,9 @@ class Harness:
     validation_windows: int = 128
     device: str = 'auto'
     workers: int = 0       # processes that prepare windows, for each cell that runs
+    freeze: str = 'none'   # of our models, see `Picker`
+    layer_decay: float = 1. # of our models, see `TrainConfig`
+    average: float = 0.    # likewise
 
 class Cell(NamedTuple):
     "One training run of a study"
@@ -104,14 +107,15 @@ class Cell(NamedTuple):
 
 def start_cell(
     cell:Cell,
+    freeze:str='none', # of our models, see `Picker`
 )->nn.Module: # in training mode; takes batches with labels
     "The network of a cell, before its first step: pretrained and random ones differ in nothing but their weights"
     torch.manual_seed(cell.seed)
     if cell.method.start == 'peer':
         from seismodel.study.baselines import fresh_peer   # brings SeisBench, which takes seconds: only for those who need it
         return fresh_peer(cell.method.source).train()
-    if cell.method.start == 'pretrained': return Picker(from_pretrained(cell.method.source)).train()
-    return Picker(build(config_from_dict(read_config(cell.method.source)['model']))).train()
+    if cell.method.start == 'pretrained': return Picker(from_pretrained(cell.method.source), freeze=freeze).train()
+    return Picker(build(config_from_dict(read_config(cell.method.source)['model'])), freeze=freeze).train()
 
 # %% ../../nbs/study/02_trial.ipynb #f9870292
 PEER_RECIPE = dict(lr=1e-3, weight_decay=0.)
@@ -123,7 +127,8 @@ def cell_recipe(
 )->TrainConfig: # checked
     "How a cell is trained"
     own = RECIPES[net.config.method] if isinstance(net, Picker) else PEER_RECIPE
-    c = TrainConfig(steps=h.steps, batch_size=h.batch_size, **{**own, 'lr': cell.method.lr or own['lr']}, seed=cell.seed, device=h.device, workers=h.workers,
+    ways = dict(layer_decay=h.layer_decay, average=h.average) if isinstance(net, Picker) else {}
+    c = TrainConfig(**ways, steps=h.steps, batch_size=h.batch_size, **{**own, 'lr': cell.method.lr or own['lr']}, seed=cell.seed, device=h.device, workers=h.workers,
                     validate_every=max(1, h.steps//10), validation_windows=h.validation_windows, checkpoint_every=250, keep=1)
     check_config(c)
     return c
@@ -221,13 +226,14 @@ def cell_settings(
     weights = crc32((Path(cell.method.source)/'model.safetensors').read_bytes()) if cell.method.start == 'pretrained' else None
     about = {'method': cell.method.name, 'start': cell.method.start, 'weights': weights, 'share': cell.share, 'data': counts, 'synthetic': h.synthetic,
              'augment': asdict(Augmentation()) if h.augment == 'full' else None, 'threshold': h.threshold}
+    if h.freeze != 'none' and cell.method.start != 'peer': about['freeze'] = h.freeze
     return json.loads(json.dumps({'cell': about, 'train': asdict(c)}))
 
 def in_common(
     settings:dict, # from `cell_settings`
 )->dict:
     "What all cells of a study must agree on"
-    own = {'cell': ('method', 'start', 'weights', 'share'), 'train': ('lr', 'weight_decay', 'seed')}
+    own = {'cell': ('method', 'start', 'weights', 'share', 'freeze'), 'train': ('lr', 'weight_decay', 'seed', 'layer_decay', 'average')}
     return {part: {k: v for k, v in settings[part].items() if k not in own[part]} for part in own}
 
 def refuse_others(
@@ -240,6 +246,7 @@ def refuse_others(
     except FileNotFoundError: return
     except ValueError: raise UserError(f"'{folder/'config.json'}' is damaged; remove that folder, and the cell starts over.") from None
     saved = {name: saved.get(name, {}) for name in wanted}
+    if 'train' in saved: saved['train'] = completed(saved['train'], TrainConfig())
     differ = differences(*(settings if same else in_common(settings) for settings in (saved, wanted)), FREE)
     if differ: raise UserError(f"'{folder}' is of a study with other settings: {'; '.join(differ)}. Give the same settings, or another --out.")
 
@@ -251,7 +258,7 @@ def run_cell(
 ):
     "Train and score one cell, or go on with it"
     done, part = folder/cell.name, folder/f'{cell.name}.part'
-    net = start_cell(cell)
+    net = start_cell(cell, h.freeze)
     c = cell_recipe(net, cell, h)
     windows, dev, change, records = cell_windows(cell, c, h)
     extra = {'cell': cell_settings(cell, h, c)['cell'], 'records': records}
