@@ -152,7 +152,7 @@ def big_store(folder, mib):
 
 def status(field):
     "A line of /proc/self/status, MiB"
-    return int(next(line for line in open('/proc/self/status') if line.startswith(field)).split()[1]) / 1024
+    return int(next(line for line in open('/proc/self/status', encoding='utf-8') if line.startswith(field)).split()[1]) / 1024
 
 
 def bounded(folder, limit_mib, windows):

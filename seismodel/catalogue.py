@@ -45,7 +45,7 @@ def write_rows(
 ):
     "Write a table of picks; one without rows has its header"
     def write(part):
-        with open(part, 'w', newline='') as f:
+        with open(part, 'w', newline='', encoding='utf-8') as f:
             writer = csv.DictWriter(f, COLUMNS)
             writer.writeheader()
             writer.writerows(rows)
@@ -53,7 +53,7 @@ def write_rows(
 
 def read_rows(path:Path)->list[dict]:
     "What `write_rows` wrote, all values as text"
-    with open(path, newline='') as f: return list(csv.DictReader(f))
+    with open(path, newline='', encoding='utf-8') as f: return list(csv.DictReader(f))
 
 # %% ../nbs/11e_catalogue.ipynb #ad04e486
 def to_catalog(
@@ -147,8 +147,8 @@ def check_settings(
     if not file.exists():
         if out.is_dir() and any(out.iterdir()): raise UserError(f"'{out}' is not empty and holds no picks; name another --out.")
         out.mkdir(parents=True, exist_ok=True)
-        return write_atomically(file, lambda part: part.write_text(json.dumps(settings, indent=2)))
-    before = json.loads(file.read_text())
+        return write_atomically(file, lambda part: part.write_text(json.dumps(settings, indent=2), encoding='utf-8'))
+    before = json.loads(file.read_text(encoding='utf-8'))
     for name in settings:
         if before.get(name) != settings[name]:
             raise UserError(f"'{out}' holds picks made with {name} {before.get(name)!r}, not {settings[name]!r}; name another --out.")

@@ -7,7 +7,7 @@ Docs: https://seismodel.github.io/seismodel/cells.html.md"""
 # %% auto #0
 __all__ = ['PEER_RECIPE', 'THRESHOLDS', 'BLINDED', 'Method', 'named_values', 'methods_of', 'Harness', 'Cell', 'start_cell',
            'cell_recipe', 'cell_windows', 'StoreRecords', 'open_records', 'Remembering', 'dev_figure', 'score_cell',
-           'count_records', 'cell_settings', 'in_common', 'refuse_others', 'run_cell']
+           'count_records', 'cell_settings', 'in_common', 'refuse_others', 'run_cell', 'name_cell']
 
 # %% ../nbs/11h_cells.ipynb #c63cbc1e
 import json
@@ -236,7 +236,7 @@ def refuse_others(
     same:bool=True, # it is the same cell; False: another one of the same study
 ):
     "Raise `UserError` where the folder holds a cell with other settings"
-    try: saved = json.loads((folder/'config.json').read_text())
+    try: saved = json.loads((folder/'config.json').read_text(encoding='utf-8'))
     except FileNotFoundError: return
     except ValueError: raise UserError(f"'{folder/'config.json'}' is damaged; remove that folder, and the cell starts over.") from None
     saved = {name: saved.get(name, {}) for name in wanted}
@@ -249,8 +249,8 @@ def run_cell(
     h:Harness,
     folder:Path, # of all cells
 ):
-    "Train and score one cell, or go on with it"
-    done, part = folder/cell.name, folder/f'{cell.name}.part'
+    "Train and score one cell, or go on with it, in a folder that ends in .part"
+    part = folder/f'{cell.name}.part'
     net = start_cell(cell)
     c = cell_recipe(net, cell, h)
     windows, dev, change, records = cell_windows(cell, c, h)
@@ -261,4 +261,10 @@ def run_cell(
     table = score_cell(open_trained(part/'best').to(pick_device(h.device)), h)
     write_atomically(part/'records.csv', lambda path: table.to_csv(path, index=False))
     shutil.rmtree(part/'checkpoints', ignore_errors=True)
-    os.replace(part, done)
+
+def name_cell(
+    cell:Cell,
+    folder:Path, # of all cells
+):
+    "A cell that is done gets its name; nothing in its folder may be open, since Windows would not rename it"
+    os.replace(folder/f'{cell.name}.part', folder/cell.name)

@@ -40,7 +40,7 @@ def events_of(
     "The event of each record of a source; its own name where none is known"
     if hasattr(source, 'events'): return [str(e) for e in source.events]
     if hasattr(source, 'store'):                                          # its table has the rows of its index, in that order
-        with open(source.store.folder/'traces.csv', newline='') as f: events = [row.get('source_id') or row['trace_name'] for row in csv.DictReader(f)]
+        with open(source.store.folder/'traces.csv', newline='', encoding='utf-8') as f: events = [row.get('source_id') or row['trace_name'] for row in csv.DictReader(f)]
         return [events[i] for i in source.rows]
     if not hasattr(source, 'names'): return [str(i) for i in range(len(source))]      # synthetic: every record is an event
     import pandas as pd
@@ -164,7 +164,7 @@ def saved_run(
     other:str,   # what to say of a run that has not
 )->dict: # config.json
     "The settings of a run to go on with; raises `UserError` where it is none, or of another kind"
-    try: saved = json.loads((Path(folder)/'config.json').read_text())
+    try: saved = json.loads((Path(folder)/'config.json').read_text(encoding='utf-8'))
     except (OSError, ValueError): raise UserError(f"'{folder}' holds no run to resume: config.json is missing or damaged.") from None
     if key not in saved: raise UserError(other)
     return saved

@@ -6,7 +6,7 @@ Docs: https://seismodel.github.io/seismodel/pretraining.html.md"""
 
 # %% auto #0
 __all__ = ['CONFIGS', 'ENCODERS', 'PRESETS', 'ContrastiveConfig', 'ReconstructionConfig', 'config_to_dict', 'config_from_dict',
-           'Step', 'write_atomically', 'force_out', 'alone', 'average_all', 'Pretrainer', 'ContrastivePretraining',
+           'Step', 'write_atomically', 'alone', 'average_all', 'Pretrainer', 'ContrastivePretraining',
            'ReconstructionPretraining', 'Preset', 'contrastive_size', 'preset', 'build', 'read_config', 'read_model',
            'from_pretrained', 'load_weights']
 
@@ -31,6 +31,7 @@ from .masked_mse import (effective_rank, feature_variance, interpolation_baselin
                                   token_targets, zero_baseline)
 from .masking import most_masked
 from .quantizer import code_usage, entropy_perplexity, temperature_at
+from .store import force_out
 from .waveforms import UserError
 
 # %% ../nbs/10_pretraining.ipynb #d6dea999
@@ -109,14 +110,6 @@ def write_atomically(
         force_out(path.parent)
     finally: beside.unlink(missing_ok=True)
 
-def force_out(
-    path:Path, # a file or a folder
-):
-    "Return when what was written is on the disk, not in a cache of the system"
-    handle = os.open(path, os.O_RDONLY)
-    try: os.fsync(handle)
-    finally: os.close(handle)
-
 # %% ../nbs/10_pretraining.ipynb #c154ceb1
 def alone(
     x:torch.Tensor, # a sum, or a count, of this device
@@ -162,7 +155,7 @@ class Pretrainer(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         weights = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
         config = {'seismodel': __version__, 'model': config_to_dict(self.config), **(extra or {})}
-        write_atomically(folder/'config.json', lambda p: p.write_text(json.dumps(config, indent=2)))
+        write_atomically(folder/'config.json', lambda p: p.write_text(json.dumps(config, indent=2), encoding='utf-8'))
         write_atomically(folder/'model.safetensors', lambda p: p.write_bytes(save(weights)))
 
 # %% ../nbs/10_pretraining.ipynb #d4e6c04f
@@ -308,7 +301,7 @@ def read_config(
     file = Path(folder)/'config.json'
     for f in (file, Path(folder)/'model.safetensors'):
         if not f.is_file(): raise UserError(f"No pretrained model in '{folder}': {f.name} is missing.")
-    try: config = json.loads(file.read_text())
+    try: config = json.loads(file.read_text(encoding='utf-8'))
     except ValueError: raise UserError(f"'{file}' is not valid JSON; restore it or train again.") from None
     if not isinstance(config, dict) or 'model' not in config: raise UserError(f"'{file}' does not describe a seismodel model: it has no field 'model'.")
     return config

@@ -23,12 +23,13 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .cells import (Cell, Harness, Method, cell_recipe, cell_settings, methods_of, refuse_others, run_cell,
+from .cells import (Cell, Harness, Method, cell_recipe, cell_settings, methods_of, name_cell, refuse_others, run_cell,
                              start_cell)
 from .comparison import brief, figure, gains, gather, pack_study, results, table
 from .distributed import pick_device
 from .health import TrainingError
 from .pretraining import write_atomically
+from .recipe import listen, sheltered
 from .sources import whole_path
 from .trainer import Interrupted, Signals
 from .waveforms import UserError
@@ -42,12 +43,13 @@ def attempt(
     "Run a cell; what it prints goes into its folder"
     part = folder/f'{cell.name}.part'
     part.mkdir(parents=True, exist_ok=True)
-    with open(part/'output.txt', 'a') as output, redirect_stdout(output), redirect_stderr(output):
+    with open(part/'output.txt', 'a', encoding='utf-8') as output, redirect_stdout(output), redirect_stderr(output):
         try: run_cell(cell, h, folder)
         except Exception as e:
             if isinstance(e, Interrupted): raise
             traceback.print_exc()
             return f"{type(e).__name__}: {(str(e).strip().splitlines() or ['no message'])[-1]}"
+    name_cell(cell, folder)
 
 # %% ../nbs/11j_study.ipynb #69633fb4
 def serve(
@@ -58,6 +60,7 @@ def serve(
 ):
     "A process of a study: cell after cell, until there are no more"
     signal.signal(signal.SIGINT, signal.SIG_IGN)     # Ctrl-C reaches every process; the first one says when to stop
+    listen()
     torch.set_num_threads(threads)
     try:
         while True: pipe.send(attempt(pipe.recv(), h, folder))
@@ -72,7 +75,7 @@ def start_server(
     context = get_context('spawn')                   # a forked process could not use a GPU
     here, there = context.Pipe()
     process = context.Process(target=serve, args=(there, h, folder, max(1, (os.cpu_count() or 1)//jobs)))
-    process.start()
+    with sheltered(): process.start()
     there.close()                                    # so that its end is noticed here
     return here, process
 
@@ -97,7 +100,7 @@ def share_out(cells, h, folder, jobs, note, signals):
                 else: free.append((pipe, process))
     finally:
         for pipe, process in [*free, *((pipe, process) for pipe, (process, _) in busy.items())]:
-            if pipe in busy: process.terminate()                                   # it finishes its step, and writes a checkpoint
+            if pipe in busy: process.terminate()                                   # it finishes its step, and writes a checkpoint (on Windows it just ends)
             pipe.close()
             process.join()
 

@@ -14,7 +14,7 @@ import math
 import signal
 import threading
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from time import monotonic, perf_counter
 from typing import Callable
@@ -155,7 +155,7 @@ class Interrupted(RuntimeError):
         self.number = number
 
 class Signals:
-    "Inside `with`, SIGINT, SIGTERM and SIGUSR1 are noted in `caught` and do nothing else (in the main thread; others get none)"
+    "Inside `with`, the `SIGNALS` that the system has are noted in `caught` and do nothing else (in the main thread; others get none)"
     caught, at, before = 0, 0., {}
 
     def __enter__(self):
@@ -269,7 +269,7 @@ def train(
     on_gpu = ranks.device.type == 'cuda'
     optimizer = torch.optim.AdamW(parameter_groups(model, c.weight_decay), lr=torch.tensor(c.lr, device=ranks.device) if on_gpu else c.lr,
                                   betas=c.betas, fused=True, capturable=on_gpu)
-    dev_batches = loader(dev, in_order(dev, c.batch_size), c, ranks.device)
+    dev_batches = loader(dev, in_order(dev, c.batch_size), replace(c, workers=0), ranks.device)   # read sooner than workers begin
     show = next(iter(dev_batches))['x'].to(ranks.device)       # read before anything is written: bad data shows here
     at = begin(folder, model, optimizer, about, resume, ranks)
     ranks.same_weights(model)

@@ -161,7 +161,7 @@ def test_a_nan_never_reaches_the_weights(config, tmp_path):
     "The step is left out by policy, as if it had not been; the batch is written down"
     folder = go(tmp_path/'run', config=config, data=poisoned(4*4 + 1), skip_nonfinite=1)
     assert all(w.isfinite().all() for w in from_pretrained(folder).state_dict().values())
-    assert [json.loads(line) for line in (folder/'nonfinite.jsonl').read_text().splitlines()] == [
+    assert [json.loads(line) for line in (folder/'nonfinite.jsonl').read_text(encoding='utf-8').splitlines()] == [
         {'step': 5, 'loss': 'nan', 'grad_norm': 'nan', 'windows': [16, 17, 18, 19], 'sources': [0, 0, 0, 0]}]
     rows = read_metrics(folder)
     assert rows[4]['loss'] is None and rows[5]['loss'] is not None
@@ -172,7 +172,7 @@ def test_a_nan_never_reaches_the_weights(config, tmp_path):
 def test_the_default_is_to_stop_and_too_many_in_a_row_stop_as_well(tmp_path):
     with pytest.raises(TrainingError, match='at step 5, with windows 16 to 19'): go(tmp_path/'a', data=poisoned(4*4 + 1))
     with pytest.raises(TrainingError, match='at step 6'): go(tmp_path/'b', data=poisoned(4*4 + 1, 4*5 + 1), skip_nonfinite=1, log_every=4)
-    assert len((tmp_path/'b/nonfinite.jsonl').read_text().splitlines()) == 2
+    assert len((tmp_path/'b/nonfinite.jsonl').read_text(encoding='utf-8').splitlines()) == 2
     assert [read_checkpoint(p).state['step'] for p in checkpoint_files(tmp_path/'b')] == [4]
 
 
@@ -180,7 +180,7 @@ def test_a_run_resumed_between_withheld_updates_counts_on(tmp_path):
     data = poisoned(*range(4*3, 4*6))      # steps 4, 5 and 6; a checkpoint after 4
     with pytest.raises(TrainingError, match='at step 6'): go(tmp_path/'a', data=data, skip_nonfinite=2, log_every=12)
     with pytest.raises(TrainingError, match='at step 6'): go(tmp_path/'a', data=data, skip_nonfinite=2, log_every=12, resume=True)
-    assert [json.loads(line)['step'] for line in (tmp_path/'a/nonfinite.jsonl').read_text().splitlines()] == [4, 5, 6]
+    assert [json.loads(line)['step'] for line in (tmp_path/'a/nonfinite.jsonl').read_text(encoding='utf-8').splitlines()] == [4, 5, 6]
 
 
 def test_other_settings_are_named_one_by_one(whole, tmp_path):

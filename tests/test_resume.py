@@ -44,7 +44,7 @@ def lines(run):
 
 
 def children(pid):
-    return [int(p) for p in Path(f'/proc/{pid}/task/{pid}/children').read_text().split()]
+    return [int(p) for p in Path(f'/proc/{pid}/task/{pid}/children').read_text(encoding='utf-8').split()]
 
 
 def kill(process, run, how, rng):

@@ -31,19 +31,19 @@ def maths(text):
 def main():
     shutil.rmtree(dst, ignore_errors=True)
     dst.mkdir()
-    config = (src/'_quarto.yml').read_text()
-    site = re.search(r'site-url: *["\']?([^"\'\s]+)', (src/'nbdev.yml').read_text())[1].rstrip('/') + '/'
+    config = (src/'_quarto.yml').read_text(encoding='utf-8')
+    site = re.search(r'site-url: *["\']?([^"\'\s]+)', (src/'nbdev.yml').read_text(encoding='utf-8'))[1].rstrip('/') + '/'
     names = {f.name: page_name(f.name) for f in src.glob('*.ipynb')}
     for old, new in names.items():
-        nb = json.loads((src/old).read_text().replace(site, ''))
+        nb = json.loads((src/old).read_text(encoding='utf-8').replace(site, ''))
         for cell in nb['cells']:
             if cell['cell_type'] != 'markdown': continue
             text = maths(''.join(cell['source']))
             for o, n in names.items(): text = text.replace(f']({o}', f']({n}')   # smalldocs makes these .html, as Quarto does
             cell['source'] = text
         config = config.replace(old, new)
-        (dst/new).write_text(json.dumps(nb))
-    (dst/'_quarto.yml').write_text(config)
+        (dst/new).write_text(json.dumps(nb), encoding='utf-8')
+    (dst/'_quarto.yml').write_text(config, encoding='utf-8')
 
 
 if __name__ == '__main__': main()
