@@ -28,8 +28,8 @@ from .cells import (Cell, Harness, Method, cell_recipe, cell_settings, methods_o
 from .comparison import brief, figure, gains, gather, pack_study, results, table
 from .distributed import pick_device
 from .health import TrainingError
+from .loading import listen, sheltered
 from .pretraining import write_atomically
-from .recipe import listen, sheltered
 from .sources import whole_path
 from .trainer import Interrupted, Signals
 from .waveforms import UserError

@@ -27,9 +27,9 @@ from tqdm.auto import tqdm
 from .checkpoints import differences, newest_checkpoint, read_checkpoint, restore, training_tensors, write_checkpoint
 from .distributed import Ranks, pick_device
 from .health import FiniteWatch, TrainingError, alarms, healthy_at, withhold_unless
-from .loading import WindowDataset, device_batches
+from .loading import SIGNALS, WindowDataset, device_batches
 from .plots import log_pictures, model_figures, plot_metrics, save_figures
-from .recipe import (FREE, SIGNALS, Order, TrainConfig, check_config, in_order, loader, lr_at, mixed, parameter_groups,
+from .recipe import (FREE, Order, TrainConfig, check_config, in_order, loader, lr_at, mixed, parameter_groups,
                               precision, reading, seed_step)
 from .replay import Replay, as_written, compile_blocks, tensor_float32, worth_compiling
 from .runlog import CLOCK, RunLog, read_metrics, write_bad_traces
