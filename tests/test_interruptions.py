@@ -47,6 +47,8 @@ def go(folder, at={}, resume=False, config=CONTRASTIVE, data=None, **settings):
 
 
 def crash(): raise ZeroDivisionError('the machine is gone')
+def draw(): torch.rand(5)
+def nothing_usable(): raise UserError('no usable record in few')
 
 
 def same(a, b):
@@ -70,7 +72,7 @@ def test_a_crash_costs_nothing_but_time(config, settings, tmp_path):
     with pytest.raises(ZeroDivisionError): go(tmp_path/'b', {4*6 + 1: crash}, config=config, **settings)
     torch.rand(99), np.random.rand(99), random.random()
     with pytest.raises(ZeroDivisionError): go(tmp_path/'b', {4*10 + 3: crash}, resume=True, config=config, **settings)
-    go(tmp_path/'b', {4*9: lambda: torch.rand(5)}, resume=True, config=config, **settings)
+    go(tmp_path/'b', {4*9: draw}, resume=True, config=config, **settings)
     assert same(tmp_path/'a', tmp_path/'b')
 
 
@@ -223,14 +225,13 @@ def test_one_process_at_a_time(tmp_path):
     "A second process that resumes the same run is turned away while the first is at work"
     said = []
     def second():
-        code = f"import fcntl, sys; f = open({str(tmp_path/'run/.lock')!r}, 'w'); fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)"
-        said.append(subprocess.run([sys.executable, '-c', code], capture_output=True).returncode)
+        code = 'import sys; from pathlib import Path; from seismodel.runlog import RunLog; RunLog(Path(sys.argv[1]), 99)'
+        said.append(subprocess.run([sys.executable, '-c', code, tmp_path/'run'], capture_output=True, text=True).stderr)
     go(tmp_path/'run', {4*6: second})
     second()
-    assert said == [1, 0]
+    assert 'Another process is training in' in said[0].splitlines()[-1] and said[1] == ''
 
 
 def test_a_worker_that_meets_bad_data_ends_the_run_with_its_sentence(tmp_path):
-    def mend(): raise UserError('no usable record in few')
-    with pytest.raises(UserError, match='no usable record in few') as e: go(tmp_path/'run', {9: mend}, workers=1)
+    with pytest.raises(UserError, match='no usable record in few') as e: go(tmp_path/'run', {9: nothing_usable}, workers=1)
     assert len(str(e.value).splitlines()) == 1
