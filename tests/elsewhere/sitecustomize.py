@@ -13,11 +13,13 @@ mode_of = lambda handle: fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE
 plain = {name: getattr(os, name) for name in ('open', 'fsync', 'replace', 'rename', 'unlink', 'remove', 'rmdir')}
 
 
-class Nowhere:
-    "Finds none of the modules that are gone"
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        if name.partition('.')[0] in GONE: raise ModuleNotFoundError(f"No module named '{name}'", name=name)
+class Without:
+    "A finder of modules that finds none of those that are gone"
+    def __init__(self, finder): self.finder = finder
+    def __getattr__(self, name): return getattr(self.finder, name)
+
+    def find_spec(self, name, path=None, target=None):
+        return None if name.partition('.')[0] in GONE else self.finder.find_spec(name, path, target)
 
 
 def in_use(path):
@@ -54,12 +56,13 @@ def fsync(handle):
 
 os.open, os.fsync = open_file, fsync
 for name in ('replace', 'rename', 'unlink', 'remove', 'rmdir'): setattr(os, name, refusing(name))
-for name in ('fork', 'forkpty', 'register_at_fork', 'killpg', 'getuid', 'geteuid', 'getgid', 'uname', 'sysconf', 'sync',
+for name in ('fork', 'forkpty', 'killpg', 'getuid', 'geteuid', 'getgid', 'sysconf', 'sync',
              'statvfs', 'posix_fadvise', 'sched_getaffinity', 'O_DIRECTORY', 'O_NOFOLLOW'):
     if hasattr(os, name): delattr(os, name)
-KEPT = {'SIGINT', 'SIGTERM', 'SIGABRT', 'SIGFPE', 'SIGILL', 'SIGSEGV', 'SIG_DFL', 'SIG_IGN'}
+KEPT = {'SIGINT', 'SIGTERM', 'SIGABRT', 'SIGFPE', 'SIGILL', 'SIGSEGV', 'SIG_DFL', 'SIG_IGN',
+        'SIGCHLD'}                                                             # PyTorch on Linux needs it
 for name in [n for n in dir(signal) if n.startswith('SIG') and n not in KEPT]: delattr(signal, name)
 for name in ('alarm', 'pause', 'setitimer', 'getitimer', 'pthread_sigmask', 'pthread_kill', 'sigwait', 'siginterrupt'):
     if hasattr(signal, name): delattr(signal, name)
 for name in GONE: sys.modules.pop(name, None)
-sys.meta_path.insert(0, Nowhere)
+sys.meta_path[:] = map(Without, sys.meta_path)
