@@ -16,7 +16,7 @@ from seismodel.store import force_out
 
 root = Path(__file__).resolve().parents[1]
 elsewhere = root/'tests/elsewhere'
-TRITON = {f'seismodel.{name}' for name in ('kernels', 'loss_kernels', 'swiglu', 'tiles')}     # chapters on kernels
+TRITON = {f'seismodel.{name}' for name in ('kernels', 'loss_check', 'loss_kernels', 'swiglu', 'tiles')}     # chapters on kernels
 
 
 def text_calls(tree):
@@ -98,10 +98,9 @@ def test_names_of_files_are_good_everywhere(day):
 
 
 def test_a_folder_is_forced_out_where_the_system_opens_folders(tmp_path, monkeypatch):
-    opened = []
-    real = os.open
-    monkeypatch.setattr(os, 'open', lambda path, *rest: opened.append(Path(path)) or real(path, *rest))
+    opened, real = [], os.open
     (tmp_path/'a').touch()
+    monkeypatch.setattr(os, 'open', lambda path, *rest: opened.append(Path(path)) or real(path, *rest))
     for path in (tmp_path, tmp_path/'a'): force_out(path)
     assert opened == [tmp_path, tmp_path/'a']
 
