@@ -30,7 +30,7 @@ from .recipe import FREE, TrainConfig, check_config, train_from_dict
 from .trainer import train
 from .loading import WindowDataset
 from .noise import EventsInNoise, noise_bank
-from .sources import SyntheticSource, open_dataset, open_source, parse_weights, whole_path
+from .sources import SyntheticSource, metadata_of, open_dataset, open_source, parse_weights, split_column, whole_path
 from .waveforms import WINDOW, UserError, log
 
 # %% ../nbs/11f_finetuning.ipynb #d079db8a
@@ -43,12 +43,10 @@ def events_of(
         with open(source.store.folder/'traces.csv', newline='') as f: events = [row.get('source_id') or row['trace_name'] for row in csv.DictReader(f)]
         return [events[i] for i in source.rows]
     if not hasattr(source, 'names'): return [str(i) for i in range(len(source))]      # synthetic: every record is an event
-    import pandas as pd
-    tables = [pd.read_csv(f, dtype=str) for f in sorted(Path(source.data.path).glob('metadata*.csv'))] if hasattr(source, 'data') else []
-    known = {}
-    for t in tables:
-        if 'source_id' in t: known.update(zip(t['trace_name'], t['source_id'].fillna(t['trace_name'])))
-    return [known.get(name, name) for name in source.names]
+    if not hasattr(source, 'data'): return list(source.names)
+    table = metadata_of(source)
+    if 'source_id' not in table: return list(source.names)
+    return table['source_id'].where(~table['source_id'].isin(['', 'nan', 'NaN']), table['trace_name']).tolist()
 
 class Share:
     "A part of a source: whole events, the same ones for every larger share"
@@ -271,6 +269,7 @@ def evaluate(
     from seismodel.evaluation import pick_benchmark, score_records, summarise
     from seismodel.picking import open_picker
     net = open_picker(model).to(pick_device(device))
+    dataset.metadata['split'] = split_column(dataset.metadata, data)               # by event, as in training, where the table has none
     if split not in set(dataset.metadata['split']): raise UserError(f"'{data}' has no trace in the split '{split}'.")
     tables = {'tasks': pick_benchmark(net, dataset, targets or Path(out)/'targets', split, context)}
     tables['records'] = score_records(net, dataset.get_split(split), threshold, progress=True)
