@@ -218,10 +218,11 @@ def test_what_decays_and_what_does_not(name, tmp_path):
 
 @every
 def test_every_parameter_is_in_one_group(name):
-    model = MODELS[name]()
-    groups = parameter_groups(model, .1)
-    both = [id(p) for g in groups for p in g['params']]
-    assert len(both) == len(set(both)) and set(both) == {id(p) for p in model.parameters() if p.requires_grad}
+    "And a frozen one in none"
+    for model in (MODELS[name](), MODELS[name]().requires_grad_(False)):
+        next(model.parameters()).requires_grad_()
+        both = [id(p) for g in parameter_groups(model, .1) for p in g['params']]
+        assert len(both) == len(set(both)) and set(both) == {id(p) for p in model.parameters() if p.requires_grad}
 
 
 @pytest.mark.parametrize('freeze', ['none', 'encoder', 'all', 'gradual'])
