@@ -235,7 +235,8 @@ def test_frozen_parts_stay_through_a_run(freeze, tmp_path):
     with Watch(note).open(): go(picker, tmp_path/'run', steps=8, lr=1e-2, weight_decay=.5)
     note(None)
     whole, upper, head = {'encoder', 'backbone', 'head'}, {'backbone', 'head'}, {'head'}
-    assert moved[0] == set()
+    learns = {n.split('.')[0] for n, p in picker.named_parameters() if p.requires_grad}
+    assert learns == {'encoder': upper, 'all': head}.get(freeze, whole) and moved[0] == set()
     assert moved[1:] == {'none': [whole]*8, 'encoder': [upper]*8, 'all': [head]*8, 'gradual': [head]*2 + [upper]*2 + [whole]*4}[freeze]
 
 
@@ -307,6 +308,8 @@ def test_every_look_at_dev_hides_the_same_frames(name, tmp_path, monkeypatch):
     assert len(ear.looking) == 5*2 and all(set(heard) <= {'mask', 'negatives', 'dropout'} for heard in ear.looking)
     for heard in ear.looking: assert len(set(heard.pop('dropout'))) <= 2           # nothing but the shapes of two kinds of layers
     assert ear.looking == 5*ear.looking[:2] and ear.looking[0] != ear.looking[1]
+    other, _ = run(tmp_path/'other', seed=1)
+    assert not {tuple(h['mask']) for h in other.looking} & {tuple(h['mask']) for h in ear.looking}
     _, seldom = run(tmp_path/'seldom', validate_every=100)
     for a, b in zip(model.parameters(), seldom.parameters()): assert torch.equal(a, b)
 
