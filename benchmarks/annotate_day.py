@@ -15,10 +15,10 @@ import obspy
 import seisbench.models
 import torch
 
-from seismodel.frontend import count_parameters
-from seismodel.heads import Picker
-from seismodel.picking import SeisModelPicker
-from seismodel.pretraining import PRESETS, build
+from seismodel.models.frontend import count_parameters
+from seismodel.finetuning.heads import Picker
+from seismodel.picking.seisbench_model import SeisModelPicker
+from seismodel.models.pretraining import PRESETS, build
 
 
 def station_day(hours, seed=0):

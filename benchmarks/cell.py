@@ -10,8 +10,8 @@ import statistics
 import torch
 import torch.nn.functional as F
 
-from seismodel.fused import FusedMLSTM, mlstm
-from seismodel.mlstm import mlstm_chunkwise
+from seismodel.kernels.fused import FusedMLSTM, mlstm
+from seismodel.kernels.mlstm import mlstm_chunkwise
 
 SHAPES = [(64, 4, 1024, 64), (64, 8, 1024, 64), (64, 4, 256, 128), (64, 4, 64, 256), (8, 4, 16384, 64), (256, 4, 1024, 32), (64, 4, 1024, 44)]
 

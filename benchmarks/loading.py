@@ -24,11 +24,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from seismodel.reading import Store, StoreSource
-from seismodel.loading import Batches, WindowDataset, device_batches, unbundle
-from seismodel.pack import pack
-from seismodel.store import StoreWriter, finish
-from seismodel.waveforms import WINDOW, Record
+from seismodel.data.store_reader import Store, StoreSource
+from seismodel.data.windows import Batches, WindowDataset, device_batches, unbundle
+from seismodel.data.pack import pack
+from seismodel.data.store import StoreWriter, finish
+from seismodel.signals.records import WINDOW, Record
 
 BATCH = 256
 

@@ -23,16 +23,16 @@ from statistics import median
 import numpy as np
 import torch
 
-from seismodel.augment import fine_augment
-from seismodel.distributed import Ranks
-from seismodel.loading import WindowDataset
-from seismodel.pretraining import build, preset
-from seismodel.reading import Store, StoreSource
-from seismodel.recipe import TrainConfig, parameter_groups
-from seismodel.replay import Replay, compile_blocks, tensor_float32
-from seismodel.store import StoreWriter, finish
-from seismodel.trainer import train_step, training_batches, update
-from seismodel.waveforms import WINDOW, Record
+from seismodel.signals.augment import fine_augment
+from seismodel.training.distributed import Ranks
+from seismodel.data.windows import WindowDataset
+from seismodel.models.pretraining import build, preset
+from seismodel.data.store_reader import Store, StoreSource
+from seismodel.training.config import TrainConfig, parameter_groups
+from seismodel.training.cuda_graph import Replay, compile_blocks, tensor_float32
+from seismodel.data.store import StoreWriter, finish
+from seismodel.training.trainer import train_step, training_batches, update
+from seismodel.signals.records import WINDOW, Record
 
 
 def make_store(folder, mib):

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from seismodel import infonce, quantizer as quantizers
-from seismodel.infonce import contrastive_loss, contrastive_mean, contrastive_sums, masked_frames
-from seismodel.masking import most_masked, span_mask
-from seismodel.quantizer import GumbelVectorQuantizer, quantize_masked
+from seismodel.models import infonce, quantizer as quantizers
+from seismodel.models.infonce import contrastive_loss, contrastive_mean, contrastive_sums, masked_frames
+from seismodel.models.masking import most_masked, span_mask
+from seismodel.models.quantizer import GumbelVectorQuantizer, quantize_masked
 
 D, G, V, K, T = 256, 2, 320, 100, 1024
 ROUNDS = 15          # timings of one input set

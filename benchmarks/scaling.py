@@ -21,12 +21,12 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from seismodel.distributed import MeanOverRanks, Ranks, WholeBatchDraws, join_ranks
-from seismodel.health import withhold_unless
-from seismodel.pretraining import average_all, build, preset
-from seismodel.recipe import parameter_groups, precision, seed_step
-from seismodel.replay import Replay, compile_blocks, tensor_float32
-from seismodel.runlog import read_metrics
+from seismodel.training.distributed import MeanOverRanks, Ranks, WholeBatchDraws, join_ranks
+from seismodel.training.monitoring import withhold_unless
+from seismodel.models.pretraining import average_all, build, preset
+from seismodel.training.config import parameter_groups, precision, seed_step
+from seismodel.training.cuda_graph import Replay, compile_blocks, tensor_float32
+from seismodel.training.runlog import read_metrics
 
 root = Path(__file__).resolve().parents[1]
 FULL = dict(models=('contrastive-base', 'reconstruction-base'), weak=256, strong=512, window=4096, rounds=10, curves=('contrastive-small', 'reconstruction-small'),
@@ -178,7 +178,8 @@ def measure_profile(out, p, ranks):
 
 def train_without_loss_kernels(words):
     "`seismodel pretrain` with noise and negatives drawn by PyTorch, the same on any number of ranks"
-    from seismodel import cli, infonce, quantizer
+    from seismodel import cli
+    from seismodel.models import infonce, quantizer
     for module in (quantizer, infonce): module.kernels_for = lambda x: None
     return cli.main(['pretrain', *words])
 

@@ -9,9 +9,9 @@ import time
 
 import torch
 
-from seismodel.pretraining import build, preset
-from seismodel.recipe import parameter_groups
-from seismodel.replay import Replay, compile_blocks, tensor_float32
+from seismodel.models.pretraining import build, preset
+from seismodel.training.config import parameter_groups
+from seismodel.training.cuda_graph import Replay, compile_blocks, tensor_float32
 
 
 class Step:

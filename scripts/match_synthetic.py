@@ -9,7 +9,7 @@ import argparse
 
 import numpy as np
 
-from seismodel.synthetic import SyntheticConfig, synthesize
+from seismodel.signals.synthetic import SyntheticConfig, synthesize
 
 RATE, WINDOW = 100., 4096
 BANDS = [(.5, 1), (1, 2), (2, 5), (5, 10), (10, 20), (20, 30), (30, 45)]      # Hz

@@ -31,7 +31,7 @@ TESTS = {'trainer': ['recipe', 'interruptions'], 'study': [], 'cells': ['leakage
 
 
 def module_file(name):
-    "seismodel/masking.py, or seismodel/pretraining/masking.py"
+    "seismodel/models/masking.py, or seismodel/pretraining/masking.py"
     found = list((root/'seismodel').rglob(f'{name}.py'))
     if len(found) != 1: sys.exit(f"There are {len(found)} modules '{name}' in seismodel.")
     return found[0].relative_to(root)

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from seismodel.checkpoints import checkpoint_files, read_checkpoint
-from seismodel.runlog import CLOCK, read_metrics
+from seismodel.training.checkpoints import checkpoint_files, read_checkpoint
+from seismodel.training.runlog import CLOCK, read_metrics
 
 root = Path(__file__).resolve().parents[1]
 MAIN = """import sys, torch

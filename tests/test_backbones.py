@@ -5,9 +5,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from seismodel.backbones import MLSTMSequential, MLSTMUNet, fold, pad_frames, stage_shapes, unfold
-from seismodel.blocks import MLSTMBlock
-from seismodel.mlstm import mlstm_recurrent, soft_cap
+from seismodel.models.backbones import MLSTMSequential, MLSTMUNet, fold, pad_frames, stage_shapes, unfold
+from seismodel.models.blocks import MLSTMBlock
+from seismodel.kernels.mlstm import mlstm_recurrent, soft_cap
 
 torch.set_num_threads(1)
 DIRECTIONS = ['per_head', 'shared', 'two_pass']

@@ -11,12 +11,12 @@ import obspy
 import pytest
 import torch
 
-from seismodel.catalogue import COLUMNS, around, pick, pick_files, plot_picks, read_rows
+from seismodel.picking.pick import COLUMNS, around, pick, pick_files, plot_picks, read_rows
 from seismodel.cli import main
-from seismodel.heads import Picker
-from seismodel.picking import SeisModelPicker
-from seismodel.pretraining import build, preset
-from seismodel.waveforms import UserError
+from seismodel.finetuning.heads import Picker
+from seismodel.picking.seisbench_model import SeisModelPicker
+from seismodel.models.pretraining import build, preset
+from seismodel.signals.records import UserError
 
 ARGS = {'P_threshold': .3, 'S_threshold': .3}
 

@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import save
 
-from seismodel.checkpoints import (BLANK, FORMAT, DamagedCheckpoint, checkpoint_files, check_seal, differences, newest_checkpoint,
+from seismodel.training.checkpoints import (BLANK, FORMAT, DamagedCheckpoint, checkpoint_files, check_seal, differences, newest_checkpoint,
                                    read_checkpoint, restore, seal, training_tensors, write_checkpoint)
-from seismodel.encoders import BidirAutoregConfig
-from seismodel.pretraining import ReconstructionConfig, build
-from seismodel.waveforms import UserError
+from seismodel.models.encoders import BidirAutoregConfig
+from seismodel.models.pretraining import ReconstructionConfig, build
+from seismodel.signals.records import UserError
 
 TENSORS = {'model.w': torch.randn(40, 5), 'optimizer.w.step': torch.tensor(3.), 'model.k': torch.arange(4)}
 

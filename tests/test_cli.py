@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from seismodel.cli import main
-from seismodel.pretraining import PRESETS, from_pretrained, preset
+from seismodel.models.pretraining import PRESETS, from_pretrained, preset
 
 
 def seismodel(*words, cwd):
@@ -117,6 +117,6 @@ def test_help_comes_from_the_comments(command, capsys):
 
 
 def test_every_preset_starts_and_its_features_have_their_width():
-    from seismodel.pretraining import build
+    from seismodel.models.pretraining import build
     for name in (n for n in PRESETS if n.endswith('tiny')):
         with torch.no_grad(): assert build(PRESETS[name].model).eval().features(torch.randn(1, 100, 3)).shape[:2] == (1, 25)

@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from seismodel.checkpoints import checkpoint_files, read_checkpoint
-from seismodel.distributed import Ranks, join_ranks
-from seismodel.encoders import BidirAutoregConfig, ConvDownConfig
-from seismodel.pretraining import ContrastiveConfig, ReconstructionConfig, alone, build
-from seismodel.runlog import read_metrics
+from seismodel.training.checkpoints import checkpoint_files, read_checkpoint
+from seismodel.training.distributed import Ranks, join_ranks
+from seismodel.models.encoders import BidirAutoregConfig, ConvDownConfig
+from seismodel.models.pretraining import ContrastiveConfig, ReconstructionConfig, alone, build
+from seismodel.training.runlog import read_metrics
 
 root = Path(__file__).resolve().parents[1]
 RUN = ('--window 512 --batch-size 4 --log-every 1 --validate-every 6 --validation-windows 4 --checkpoint-every 6 --device cpu --workers 0 --steps').split()
@@ -198,8 +198,8 @@ def test_a_nan_on_one_rank_stops_both_or_is_skipped_by_both(tmp_path):
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused(tmp_path):
-    from seismodel.recipe import TrainConfig
-    from seismodel.trainer import check_fit
-    from seismodel.waveforms import UserError
+    from seismodel.training.config import TrainConfig
+    from seismodel.training.trainer import check_fit
+    from seismodel.signals.records import UserError
     with pytest.raises(UserError, match='batch size is 4, which 3 ranks cannot share'):
         check_fit(TrainConfig(steps=1, batch_size=4), range(4), tmp_path/'run', False, Ranks(torch.device('cpu'), 0, 3))

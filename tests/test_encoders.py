@@ -6,10 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seismodel.encoders import (BidirAutoregConfig, BidirAutoregEncoder, ConvDownConfig, ConvDownEncoderContrastive,
+from seismodel.models.encoders import (BidirAutoregConfig, BidirAutoregEncoder, ConvDownConfig, ConvDownEncoderContrastive,
                                 ConvDownFeatures, MaskedTokens)
-from seismodel.frontend import count_parameters
-from seismodel.masking import most_masked
+from seismodel.models.frontend import count_parameters
+from seismodel.models.masking import most_masked
 
 ENCODERS = [ConvDownEncoderContrastive, BidirAutoregEncoder]
 SMALL = {ConvDownEncoderContrastive: ConvDownConfig(conv_features=16, out_features=12, codevector_dim=8,

@@ -9,12 +9,12 @@ from seisbench.models import EQTransformer, PhaseNet
 from seisbench.models.base import WaveformModel
 from seisbench.util import ClassifyOutput, Pick, PickList
 
-from seismodel.evaluation import (auc, best_threshold, bootstrap, curves, found_within, labelled, mcc, pick_benchmark, predict, residuals,
+from seismodel.picking.evaluation import (auc, best_threshold, bootstrap, curves, found_within, labelled, mcc, pick_benchmark, predict, residuals,
                                   score_records, score_tasks, summarise, targets, task1_targets, task23_targets, window_around)
-from seismodel.heads import Picker
-from seismodel.picking import SeisModelPicker
-from seismodel.pretraining import build, preset
-from seismodel.waveforms import UserError
+from seismodel.finetuning.heads import Picker
+from seismodel.picking.seisbench_model import SeisModelPicker
+from seismodel.models.pretraining import build, preset
+from seismodel.signals.records import UserError
 
 
 def opened(folder): return WaveformDataset(folder, component_order='ZNE', dimension_order='NCW', sampling_rate=100)

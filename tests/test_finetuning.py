@@ -10,13 +10,13 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from seismodel.cli import main
-from seismodel.finetuning import Share, events_of, evaluate, finetune, fine_recipe, label_windows, start_picker, with_real_noise
-from seismodel.heads import load_picker
-from seismodel.noise import EventsInNoise
-from seismodel.pretraining import build, preset
-from seismodel.runlog import read_metrics
-from seismodel.sources import open_source
-from seismodel.waveforms import UserError
+from seismodel.finetuning.finetune import Share, events_of, evaluate, finetune, fine_recipe, label_windows, start_picker, with_real_noise
+from seismodel.finetuning.heads import load_picker
+from seismodel.signals.noise import EventsInNoise
+from seismodel.models.pretraining import build, preset
+from seismodel.training.runlog import read_metrics
+from seismodel.data.sources import open_source
+from seismodel.signals.records import UserError
 
 SMALL = dict(steps=3, batch_size=4, validation_windows=4, device='cpu')
 
@@ -43,7 +43,7 @@ def test_a_store_and_its_data_set_share_alike(folder, tmp_path):
     a, b = Share(plain, .3), Share(packed, .3)
     named = lambda share: sorted((e, round(float(share.record(i).p_onset), 2)) for i, e in enumerate(share.events) if np.isfinite(share.record(i).p_onset))
     assert len(a) == len(b) and named(a) == named(b) and len(set(a.events)) < len(a)
-    code = ('import sys; sys.modules["seisbench"] = sys.modules["obspy"] = None; from seismodel.finetuning import finetune; '
+    code = ('import sys; sys.modules["seisbench"] = sys.modules["obspy"] = None; from seismodel.finetuning.finetune import finetune; '
             'finetune("random", "contrastive-tiny", [sys.argv[1]], fraction=.5, steps=2, batch_size=4, validation_windows=4, device="cpu", out=sys.argv[2])')
     done = subprocess.run([sys.executable, '-c', code, tmp_path/'store', tmp_path/'run'], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -95,7 +95,7 @@ def test_a_run_from_a_pretrained_model(name, folder, tmp_path):
     rows = read_metrics(run)
     assert rows[-1]['step'] == 3 and {'p_found', 'dev_loss', 'dev_s_found', 'grad_norm'} <= set(rows[-1])
     if name == 'contrastive-tiny':
-        from seismodel.picking import SeisModelPicker
+        from seismodel.picking.seisbench_model import SeisModelPicker
         import obspy
         assert len(SeisModelPicker.from_pretrained(run).annotate(obspy.read())) == 3
 
@@ -117,7 +117,7 @@ def test_the_control_differs_in_the_start_alone(folder, tmp_path):
 def test_resumed_run_is_the_undisturbed_one(folder, tmp_path, monkeypatch):
     "Stopped after two of four steps, gone on: the same weights to the last bit"
     import shutil
-    import seismodel.trainer as trainer
+    import seismodel.training.trainer as trainer
     args = dict(from_run='random', preset='contrastive-tiny', data=[str(folder)], steps=4, batch_size=4, validation_windows=4, checkpoint_every=2, device='cpu')
     whole = finetune(**args, out=tmp_path/'whole')
     real, calls = trainer.train_step, []
@@ -161,8 +161,8 @@ def test_where_nothing_is_known_to_be_noise_it_is_said(tmp_path, write_dataset, 
 
 def test_without_augmentation_windows_are_as_before(folder, tmp_path, monkeypatch):
     "The flag is kept in the run's settings, and a run from before there was one goes on without"
-    import seismodel.finetuning as finetuning
-    monkeypatch.setattr('seismodel.trainer.draw_run', lambda *a: None)
+    import seismodel.finetuning.finetune as finetuning
+    monkeypatch.setattr('seismodel.training.trainer.draw_run', lambda *a: None)
     args = dict(from_run='random', preset='contrastive-tiny', data=[str(folder)], **SMALL)
     full, none = finetune(**args, out=tmp_path/'full'), finetune(**args, augment='none', out=tmp_path/'none')
     plan = lambda run: json.loads((run/'config.json').read_text())['finetune']

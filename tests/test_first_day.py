@@ -6,11 +6,11 @@ import torch
 
 from seismodel import cli
 from seismodel.cli import main
-from seismodel.heads import Picker
-from seismodel.pack import pack
-from seismodel.pretraining import build, config_from_dict, config_to_dict, from_pretrained, preset
-from seismodel.recipe import TrainConfig, check_config, train_from_dict
-from seismodel.waveforms import UserError
+from seismodel.finetuning.heads import Picker
+from seismodel.data.pack import pack
+from seismodel.models.pretraining import build, config_from_dict, config_to_dict, from_pretrained, preset
+from seismodel.training.config import TrainConfig, check_config, train_from_dict
+from seismodel.signals.records import UserError
 
 
 def said(words, capsys):

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from seismodel.frontend import (Conv1dSubsampling, ConvDownFrontend, convolve, count_parameters, frames, multiply_adds,
+from seismodel.models.frontend import (Conv1dSubsampling, ConvDownFrontend, convolve, count_parameters, frames, multiply_adds,
                                 receptive_field, same_padding)
 
 few = settings(max_examples=60, deadline=None)

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seismodel import fused, mixer
-from seismodel.fused import FusedMLSTM, answers, disagreement, find_fault, mlstm, plan, trusted
-from seismodel.mixer import FusedMix, mix, mix_plain
-from seismodel.mlstm import MLSTMState, mlstm_chunkwise, mlstm_recurrent, soft_cap
+from seismodel.kernels import fused, mixer
+from seismodel.kernels.fused import FusedMLSTM, answers, disagreement, find_fault, mlstm, plan, trusted
+from seismodel.kernels.mixer import FusedMix, mix, mix_plain
+from seismodel.kernels.mlstm import MLSTMState, mlstm_chunkwise, mlstm_recurrent, soft_cap
 
 cuda = torch.cuda.is_available()
 device = 'cuda' if cuda else 'cpu'

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
 
-from seismodel.heads import LABELS, SIGMA, PickHead, Picker, found, load_picker, pick_labels, pick_loss, to_samples
-from seismodel.pretraining import build, from_pretrained, preset
-from seismodel.trainer import parameter_groups
-from seismodel.waveforms import UserError
+from seismodel.finetuning.heads import LABELS, SIGMA, PickHead, Picker, found, load_picker, pick_labels, pick_loss, to_samples
+from seismodel.models.pretraining import build, from_pretrained, preset
+from seismodel.training.trainer import parameter_groups
+from seismodel.signals.records import UserError
 
 TINY = ('contrastive-tiny', 'reconstruction-tiny')
 nan = math.nan

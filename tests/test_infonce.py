@@ -10,9 +10,9 @@ from transformers import Wav2Vec2Config, Wav2Vec2ForPreTraining
 from transformers.modeling_outputs import ModelOutput
 
 from conftest import Largest
-from seismodel import infonce as module
-from seismodel.infonce import collisions, contrastive_loss, diversity, gather_frames, info_nce, masked_frames, negatives
-from seismodel.quantizer import soft_perplexity
+from seismodel.models import infonce as module
+from seismodel.models.infonce import collisions, contrastive_loss, diversity, gather_frames, info_nce, masked_frames, negatives
+from seismodel.models.quantizer import soft_perplexity
 
 torch.set_num_threads(1)
 quick = settings(max_examples=40, deadline=None)

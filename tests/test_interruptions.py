@@ -14,14 +14,14 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from seismodel.checkpoints import checkpoint_files, read_checkpoint
-from seismodel.encoders import BidirAutoregConfig, ConvDownConfig
-from seismodel.health import TrainingError
-from seismodel.pretraining import ContrastiveConfig, ReconstructionConfig, build, from_pretrained
-from seismodel.recipe import TrainConfig
-from seismodel.runlog import CLOCK, read_metrics
-from seismodel.trainer import Interrupted, train
-from seismodel.waveforms import UserError
+from seismodel.training.checkpoints import checkpoint_files, read_checkpoint
+from seismodel.models.encoders import BidirAutoregConfig, ConvDownConfig
+from seismodel.training.monitoring import TrainingError
+from seismodel.models.pretraining import ContrastiveConfig, ReconstructionConfig, build, from_pretrained
+from seismodel.training.config import TrainConfig
+from seismodel.training.runlog import CLOCK, read_metrics
+from seismodel.training.trainer import Interrupted, train
+from seismodel.signals.records import UserError
 
 CONTRASTIVE = ContrastiveConfig(ConvDownConfig(conv_features=16, out_features=16, codevector_dim=16, target_features=16), blocks=1, pooling=(4,), dropout=.2)
 RECONSTRUCTION = ReconstructionConfig(BidirAutoregConfig(d_model=16, dropout=.1), blocks=1, ff=2., dropout=.2)
@@ -42,7 +42,7 @@ def go(folder, at={}, resume=False, config=CONTRASTIVE, data=None, **settings):
     "A run of twelve steps of four windows"
     torch.manual_seed(1)
     c = TrainConfig(**{**dict(steps=STEPS, batch_size=4, lr=3e-3, device='cpu', workers=0, log_every=1, validate_every=6, validation_windows=4, checkpoint_every=4), **settings})
-    with patch('seismodel.trainer.draw_run'):    # seconds, for pictures that nobody looks at
+    with patch('seismodel.training.trainer.draw_run'):    # seconds, for pictures that nobody looks at
         return train(build(config), data or Noise(at=at), Noise(4), c, folder, resume=resume)
 
 

@@ -15,20 +15,20 @@ from seisbench.data import WaveformDataset
 from seisbench.models.base import WaveformModel
 from seisbench.util import ClassifyOutput, Pick, PickList
 
-import seismodel.cells as cells
+import seismodel.study.trial as cells
 import seismodel.cli as cli
-import seismodel.finetuning as finetuning
-import seismodel.window_tasks as window_tasks
-from seismodel.cells import Cell, Harness, Method, cell_recipe, cell_windows, dev_figure, open_records, score_cell, start_cell
-from seismodel.evaluation import pick_benchmark
-from seismodel.finetuning import events_of, finetune
-from seismodel.heads import Picker
-from seismodel.noise import EventsInNoise
-from seismodel.pack import pack
-from seismodel.pretraining import build, preset
-from seismodel.sources import SyntheticSource, draw_split, open_source
-from seismodel.window_labels import Question, column_of, label_sources
-from seismodel.window_tasks import WindowModel, evaluate_window, finetune_window
+import seismodel.finetuning.finetune as finetuning
+import seismodel.finetuning.classification as window_tasks
+from seismodel.study.trial import Cell, Harness, Method, cell_recipe, cell_windows, dev_figure, open_records, score_cell, start_cell
+from seismodel.picking.evaluation import pick_benchmark
+from seismodel.finetuning.finetune import events_of, finetune
+from seismodel.finetuning.heads import Picker
+from seismodel.signals.noise import EventsInNoise
+from seismodel.data.pack import pack
+from seismodel.models.pretraining import build, preset
+from seismodel.data.sources import SyntheticSource, draw_split, open_source
+from seismodel.finetuning.window_labels import Question, column_of, label_sources
+from seismodel.finetuning.classification import WindowModel, evaluate_window, finetune_window
 
 EVENTS = 20
 SPLITS = ('train', 'train', 'dev', 'test')
@@ -128,7 +128,7 @@ def caught(monkeypatch):
 @pytest.fixture
 def brisk(monkeypatch):
     "No intervals, and few synthetic events: they take seconds, and nobody looks at them here"
-    monkeypatch.setattr('seismodel.evaluation.bootstrap', lambda figure, table, draws=0: (figure(table), 0., 0.))
+    monkeypatch.setattr('seismodel.picking.evaluation.bootstrap', lambda figure, table, draws=0: (figure(table), 0., 0.))
     real = finetuning.with_real_noise
     for module in (finetuning, cells): monkeypatch.setattr(module, 'with_real_noise', lambda windows, device, *a: real(windows, device, *a, events=32))
 
@@ -258,7 +258,7 @@ def test_a_study_reads_dev_to_choose_and_test_to_score(form, data):
 def test_the_benchmark_reads_dev_and_the_split_alone(form, split, data, brisk, tmp_path, monkeypatch):
     "Windows and whole records, by the table's splits or those that training draws where there are none"
     picker = Listener()
-    monkeypatch.setattr('seismodel.picking.open_picker', lambda name: picker)
+    monkeypatch.setattr('seismodel.picking.seisbench_model.open_picker', lambda name: picker)
     finetuning.evaluate('x', data[form][0], split, out=tmp_path/'e')
     assert set(picker.windows) <= events_in(form, split) | events_in(form, 'dev') and set(picker.windows) >= {e for e in events_in(form, split) if e % 5 != 4}
     assert sorted(picker.records) == sorted(2*list(events_in(form, split)))

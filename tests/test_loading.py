@@ -13,15 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from seismodel import augment
-from seismodel.reading import Store, StoreSource
-from seismodel.inspection import inspect, snr
-from seismodel.loading import Batches, WindowDataset, amplitudes, bundle, device_batches, to_model, unbundle, uniforms
-from seismodel.normalizing import dead, normalize_narrow, standardize
-from seismodel.pack import pack
-from seismodel.sources import SyntheticSource, open_source
-from seismodel.store import StoreWriter, finish
-from seismodel.waveforms import STATUS, BadRecord, Record, UserError, flat, normalize
+from seismodel.signals import augment
+from seismodel.data.store_reader import Store, StoreSource
+from seismodel.data.inspection import inspect, snr
+from seismodel.data.windows import Batches, WindowDataset, amplitudes, bundle, device_batches, to_model, unbundle, uniforms
+from seismodel.signals.normalize import dead, normalize_narrow, standardize
+from seismodel.data.pack import pack
+from seismodel.data.sources import SyntheticSource, open_source
+from seismodel.data.store import StoreWriter, finish
+from seismodel.signals.records import STATUS, BadRecord, Record, UserError, flat, normalize
 
 root = Path(__file__).parents[1]
 same = lambda a, b: torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)

@@ -11,11 +11,12 @@ import torch
 triton = pytest.importorskip('triton')
 cuda = torch.cuda.is_available()
 
-from seismodel import infonce, loss_kernels as kernels, quantizer as quantizers
-from seismodel.encoders import ConvDownConfig
-from seismodel.infonce import gather_frames, masked_frames
-from seismodel.pretraining import ContrastiveConfig, ContrastivePretraining
-from seismodel.quantizer import GumbelVectorQuantizer, look_up, quantize_masked, soft_usage, straight_through
+from seismodel.models import infonce, quantizer as quantizers
+from seismodel.kernels import triton_infonce as kernels
+from seismodel.models.encoders import ConvDownConfig
+from seismodel.models.infonce import gather_frames, masked_frames
+from seismodel.models.pretraining import ContrastiveConfig, ContrastivePretraining
+from seismodel.models.quantizer import GumbelVectorQuantizer, look_up, quantize_masked, soft_usage, straight_through
 
 torch.set_num_threads(1)
 device = 'cuda' if cuda else 'cpu'

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from seismodel.masked_mse import (effective_rank, feature_variance, interpolate_masked, interpolation_baseline,
+from seismodel.models.masked_mse import (effective_rank, feature_variance, interpolate_masked, interpolation_baseline,
                                   masked_mse, patch_targets, token_targets, visible_neighbours, zero_baseline)
 
 torch.set_num_threads(1)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch.testing import assert_close
 
-from seismodel.masking import (MODES, apply_mask, channel_mask, choose, cover, exact_starts, keep_two, most_masked, plan_spans,
+from seismodel.models.masking import (MODES, apply_mask, channel_mask, choose, cover, exact_starts, keep_two, most_masked, plan_spans,
                                seed_starts, span_mask, wav2vec2_starts)
 
 masks = settings(max_examples=150, deadline=None)

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seismodel.blocks import BidirectionalMLSTM, MLSTMBlock
-from seismodel.mlstm import MLSTMState, chunk_read, mlstm_chunkwise, mlstm_parallel, mlstm_recurrent, soft_cap
+from seismodel.models.blocks import BidirectionalMLSTM, MLSTMBlock
+from seismodel.kernels.mlstm import MLSTMState, chunk_read, mlstm_chunkwise, mlstm_parallel, mlstm_recurrent, soft_cap
 
 NAMES = 'h', 'dq', 'dk', 'dv', 'di', 'df'
 
@@ -156,7 +156,7 @@ def test_any_length_is_read_without_the_tile(T, monkeypatch):
     x = [z.float() for z in inputs(1, 2, T, 4, bias=4.)]
     with torch.no_grad(): want = mlstm_recurrent(*x, reverse=1)
     def refuse(*_): raise AssertionError('the tile')
-    monkeypatch.setattr('seismodel.mlstm.chunk_forward', refuse)
+    monkeypatch.setattr('seismodel.kernels.mlstm.chunk_forward', refuse)
     torch.testing.assert_close(mlstm_chunkwise(*x, reverse=1), want, rtol=1e-4, atol=1e-4)
     with pytest.raises(AssertionError, match='the tile'): mlstm_chunkwise(*[z.requires_grad_() for z in x], reverse=1)
     with torch.no_grad(), pytest.raises(AssertionError, match='the tile'): mlstm_chunkwise(*x, return_state=True)

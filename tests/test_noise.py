@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from seismodel.augment import Augmentation, fine_augment
-from seismodel.loading import WindowDataset, amplitudes
-from seismodel.noise import EventsInNoise, mirrored, noise_bank, quiet
-from seismodel.sources import open_source
-from seismodel.waveforms import STATUS, BadRecord, Record
+from seismodel.signals.augment import Augmentation, fine_augment
+from seismodel.data.windows import WindowDataset, amplitudes
+from seismodel.signals.noise import EventsInNoise, mirrored, noise_bank, quiet
+from seismodel.data.sources import open_source
+from seismodel.signals.records import STATUS, BadRecord, Record
 
 ABSENT, PICKED = STATUS.index('absent'), STATUS.index('picked')
 OFF = Augmentation(rotate=0., flip=0., flip_one=0., shift=0., noise=0., drop=0., gap=0.)

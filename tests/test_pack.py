@@ -14,12 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seismodel.reading import Store, StoreSource
-from seismodel.loading import WindowDataset
-from seismodel.pack import ArchiveItems, open_items, pack
-from seismodel.sources import open_source
-from seismodel.store import DTYPES, dequantize, quantize
-from seismodel.waveforms import STATUS, UserError, flat, read_waveform, resample
+from seismodel.data.store_reader import Store, StoreSource
+from seismodel.data.windows import WindowDataset
+from seismodel.data.pack import ArchiveItems, open_items, pack
+from seismodel.data.sources import open_source
+from seismodel.data.store import DTYPES, dequantize, quantize
+from seismodel.signals.records import STATUS, UserError, flat, read_waveform, resample
 
 root = Path(__file__).parents[1]
 content = lambda folder: {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob('*')) if f.is_file()}
@@ -350,7 +350,7 @@ def test_killed_at_random_moments(tmp_path, quake_records, write_dataset):
 
 def test_killed_at_every_step_of_the_disk(tmp_path, quakes_folder, monkeypatch):
     "The process dies at the n-th time that it brings something to the disk or renames it; nothing after that happens"
-    import seismodel.store as store
+    import seismodel.data.store as store
     class Died(BaseException): pass
     pack([quakes_folder], tmp_path/'whole', file_mib=1)
     for moment in range(99):
@@ -373,7 +373,7 @@ def test_killed_at_every_step_of_the_disk(tmp_path, quakes_folder, monkeypatch):
 def test_disk_full(tmp_path, quakes_folder, monkeypatch):
     "One sentence; with room again, the same command finishes"
     import errno
-    import seismodel.store as store
+    import seismodel.data.store as store
     pack([quakes_folder], tmp_path/'whole', file_mib=1)
     real, calls = store.to_disk, []
 
@@ -391,7 +391,7 @@ def test_disk_full(tmp_path, quakes_folder, monkeypatch):
 
 
 def test_two_packers_do_not_meet(tmp_path, quakes_folder):
-    from seismodel.store import StoreWriter
+    from seismodel.data.store import StoreWriter
     plan = dict(dtype='int16', window=4096, shard_samples=10**6, sources=[])
     with StoreWriter(tmp_path/'store', plan):
         with pytest.raises(UserError, match='another process'): StoreWriter(tmp_path/'store', plan)

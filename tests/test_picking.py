@@ -11,10 +11,10 @@ import seisbench
 import torch
 from obspy.signal.trigger import trigger_onset
 
-from seismodel.heads import Picker
-from seismodel.picking import READ, SHORTEST, SeisModelPicker
-from seismodel.pretraining import build, preset
-from seismodel.waveforms import COMPONENTS, UserError, normalize
+from seismodel.finetuning.heads import Picker
+from seismodel.picking.seisbench_model import READ, SHORTEST, SeisModelPicker
+from seismodel.models.pretraining import build, preset
+from seismodel.signals.records import COMPONENTS, UserError, normalize
 
 TINY = ('contrastive-tiny', 'reconstruction-tiny')
 
@@ -223,7 +223,7 @@ def test_files_open_in_another_process(name, tmp_path):
     model.save(tmp_path/'model')
     args = json.loads((tmp_path/'model.json').read_text())['model_args']
     assert set(args) == {'model', 'width', 'dropout', 'raw', 'window'}
-    code = ('import sys, torch; from seismodel.picking import SeisModelPicker; m = SeisModelPicker.load(sys.argv[1]); '
+    code = ('import sys, torch; from seismodel.picking.seisbench_model import SeisModelPicker; m = SeisModelPicker.load(sys.argv[1]); '
             'x = torch.sin(torch.arange(3*600.)).view(1, 3, 600); print(m(x).double().sum((0, 2)).tolist())')
     out = subprocess.run([sys.executable, '-c', code, tmp_path/'model'], capture_output=True, text=True, check=True).stdout
     with torch.no_grad(): want = model(torch.sin(torch.arange(3*600.)).view(1, 3, 600)).double().sum((0, 2))

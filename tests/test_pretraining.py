@@ -4,10 +4,10 @@ import json
 import pytest
 import torch
 
-from seismodel.encoders import BidirAutoregConfig, ConvDownConfig
-from seismodel.pretraining import (ContrastiveConfig, ReconstructionConfig, build, config_from_dict, config_to_dict, from_pretrained,
+from seismodel.models.encoders import BidirAutoregConfig, ConvDownConfig
+from seismodel.models.pretraining import (ContrastiveConfig, ReconstructionConfig, build, config_from_dict, config_to_dict, from_pretrained,
                                    write_atomically)
-from seismodel.waveforms import UserError
+from seismodel.signals.records import UserError
 
 CONTRASTIVE = ContrastiveConfig(ConvDownConfig(conv_features=16, out_features=16, codevector_dim=16, target_features=16), blocks=1, pooling=(4,), negatives=20)
 TOKENS = ReconstructionConfig(BidirAutoregConfig(d_model=16), blocks=1)

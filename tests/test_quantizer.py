@@ -11,9 +11,9 @@ from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2GumbelVectorQ
 
 import seismodel
 from conftest import Largest
-from seismodel import quantizer as module
-from seismodel.infonce import masked_frames
-from seismodel.quantizer import (GumbelVectorQuantizer, code_usage, dead_codes, entropy_perplexity, gather_frames, gumbel_noise,
+from seismodel.models import quantizer as module
+from seismodel.models.infonce import masked_frames
+from seismodel.models.quantizer import (GumbelVectorQuantizer, code_usage, dead_codes, entropy_perplexity, gather_frames, gumbel_noise,
                                  hard_perplexity, look_up, quantize_masked, soft_perplexity, soft_usage, straight_through,
                                  temperature_at, triton_kernels)
 
@@ -300,7 +300,7 @@ def test_masked_frames_alone_give_the_same():
 
 def test_kernels_that_compute_wrongly_are_not_used(monkeypatch, caplog):
     "A gradient of the codebook with a wrong sign is found at first use, said once, and the plain form runs"
-    from seismodel import loss_kernels
+    from seismodel.kernels import triton_infonce as loss_kernels
     right, device = loss_kernels.Quantize.backward, torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     def wrong(ctx, *upstream):
         grads = list(right(ctx, *upstream))
@@ -318,7 +318,7 @@ def test_kernels_that_compute_wrongly_are_not_used(monkeypatch, caplog):
 
 
 def test_a_missing_triton_is_said_once(monkeypatch, caplog):
-    monkeypatch.setitem(sys.modules, 'seismodel.loss_kernels', None)      # importing it now fails
+    monkeypatch.setitem(sys.modules, 'seismodel.kernels.triton_infonce', None)      # importing it now fails
     monkeypatch.delattr(seismodel, 'loss_kernels', raising=False)
     triton_kernels.cache_clear()
     try: assert [triton_kernels(torch.device('cpu')) for _ in range(3)] == [None]*3

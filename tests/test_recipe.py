@@ -15,31 +15,31 @@ from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import Dataset, default_collate
 
-import seismodel.cells as cells
+import seismodel.study.trial as cells
 import seismodel.cli as cli
-import seismodel.encoders as encoders
-import seismodel.finetuning as finetuning
-import seismodel.infonce as infonce
-import seismodel.quantizer as quantizer
-import seismodel.trainer as trainer
-import seismodel.window_tasks as window_tasks
-from seismodel.augment import Augmentation, fine_augment
-from seismodel.blocks import HeadNorm
-from seismodel.cells import Cell, Harness, Method, cell_recipe
-from seismodel.checkpoints import checkpoint_files, read_checkpoint
-from seismodel.distributed import Ranks
-from seismodel.encoders import BidirAutoregConfig, ConvDownConfig
-from seismodel.health import TrainingError
-from seismodel.heads import Picker
-from seismodel.loading import WindowDataset
-from seismodel.peers import fresh_peer
-from seismodel.pretraining import ContrastiveConfig, PRESETS, ReconstructionConfig, ReconstructionPretraining, Step, build, from_pretrained
-from seismodel.recipe import TrainConfig, mixed, parameter_groups
-from seismodel.runlog import read_metrics
-from seismodel.trainer import evaluate, train
-from seismodel.waveforms import Record
-from seismodel.window_labels import Question
-from seismodel.window_tasks import WindowModel
+import seismodel.models.encoders as encoders
+import seismodel.finetuning.finetune as finetuning
+import seismodel.models.infonce as infonce
+import seismodel.models.quantizer as quantizer
+import seismodel.training.trainer as trainer
+import seismodel.finetuning.classification as window_tasks
+from seismodel.signals.augment import Augmentation, fine_augment
+from seismodel.models.blocks import HeadNorm
+from seismodel.study.trial import Cell, Harness, Method, cell_recipe
+from seismodel.training.checkpoints import checkpoint_files, read_checkpoint
+from seismodel.training.distributed import Ranks
+from seismodel.models.encoders import BidirAutoregConfig, ConvDownConfig
+from seismodel.training.monitoring import TrainingError
+from seismodel.finetuning.heads import Picker
+from seismodel.data.windows import WindowDataset
+from seismodel.study.baselines import fresh_peer
+from seismodel.models.pretraining import ContrastiveConfig, PRESETS, ReconstructionConfig, ReconstructionPretraining, Step, build, from_pretrained
+from seismodel.training.config import TrainConfig, mixed, parameter_groups
+from seismodel.training.runlog import read_metrics
+from seismodel.training.trainer import evaluate, train
+from seismodel.signals.records import Record
+from seismodel.finetuning.window_labels import Question
+from seismodel.finetuning.classification import WindowModel
 
 CONTRASTIVE = ContrastiveConfig(ConvDownConfig(conv_features=16, out_features=16, codevector_dim=16, target_features=16), blocks=1, pooling=(4,), negatives=20, dropout=.2)
 RECONSTRUCTION = ReconstructionConfig(BidirAutoregConfig(d_model=16, dropout=.1, mask_value='learned'), blocks=1, ff=2., dropout=.2)

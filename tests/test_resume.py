@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from seismodel.checkpoints import checkpoint_files, read_checkpoint
-from seismodel.runlog import CLOCK, read_metrics
+from seismodel.training.checkpoints import checkpoint_files, read_checkpoint
+from seismodel.training.runlog import CLOCK, read_metrics
 
 root = Path(__file__).resolve().parents[1]
 KILLS = int(os.environ.get('SEISMODEL_KILLS', 2))

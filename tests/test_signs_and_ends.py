@@ -5,15 +5,15 @@ import pytest
 import torch
 
 from seismodel.cli import cut as windows_of_record
-from seismodel.comparison import COLUMNS, ROWS, gains
-from seismodel.evaluation import residuals, task1_targets, task23_targets
-from seismodel.finetuning import events_of, fine_recipe, label_windows
-from seismodel.heads import labels_of
-from seismodel.loading import WindowDataset, cut
-from seismodel.noise import EventsInNoise, quiet
-from seismodel.pack import pack
-from seismodel.sources import open_source
-from seismodel.waveforms import STATUS, WINDOW, Record, normalize
+from seismodel.study.tables import COLUMNS, ROWS, gains
+from seismodel.picking.evaluation import residuals, task1_targets, task23_targets
+from seismodel.finetuning.finetune import events_of, fine_recipe, label_windows
+from seismodel.finetuning.heads import labels_of
+from seismodel.data.windows import WindowDataset, cut
+from seismodel.signals.noise import EventsInNoise, quiet
+from seismodel.data.pack import pack
+from seismodel.data.sources import open_source
+from seismodel.signals.records import STATUS, WINDOW, Record, normalize
 
 
 class Ramp:

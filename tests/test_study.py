@@ -10,18 +10,18 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-import seismodel.study as study_module
-import seismodel.trainer as trainer
-from seismodel.cells import (Cell, Harness, Remembering, cell_recipe, cell_settings, cell_windows, dev_figure, methods_of, open_records, score_cell,
+import seismodel.study.run as study_module
+import seismodel.training.trainer as trainer
+from seismodel.study.trial import (Cell, Harness, Remembering, cell_recipe, cell_settings, cell_windows, dev_figure, methods_of, open_records, score_cell,
                              start_cell)
 from seismodel.cli import main
-from seismodel.comparison import COLUMNS, ROWS, figure, gains, gather, resample, results, table
-from seismodel.evaluation import record_stream, score_records, summarise
-from seismodel.pack import pack
-from seismodel.peers import EQTransformerPeer, PeerPicker, fresh_peer, open_trained
-from seismodel.pretraining import build, preset
-from seismodel.runlog import read_metrics
-from seismodel.study import run_cells
+from seismodel.study.tables import COLUMNS, ROWS, figure, gains, gather, resample, results, table
+from seismodel.picking.evaluation import record_stream, score_records, summarise
+from seismodel.data.pack import pack
+from seismodel.study.baselines import EQTransformerPeer, PeerPicker, fresh_peer, open_trained
+from seismodel.models.pretraining import build, preset
+from seismodel.training.runlog import read_metrics
+from seismodel.study.run import run_cells
 
 
 @pytest.fixture(scope='module')

@@ -3,8 +3,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from seismodel import blocks
-from seismodel.blocks import BidirectionalMLSTM, SwiGLU, fill_heads, swiglu
+from seismodel.models import blocks
+from seismodel.models.blocks import BidirectionalMLSTM, SwiGLU, fill_heads, swiglu
 
 device = 'cuda' if torch.cuda.is_available() else 'cpu'
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.signal import butter, sosfiltfilt
-from seismodel.synthetic import SyntheticBatch, SyntheticConfig, complete, draw, noise_amplitude, noise_models, synthesize
-from seismodel.waves import (EVENT, STATION, arrivals, axes, crust_of, direct_waves, minimum_phase, rays, scale, seismogram,
+from seismodel.signals.synthetic import SyntheticBatch, SyntheticConfig, complete, draw, noise_amplitude, noise_models, synthesize
+from seismodel.signals.earthquake import (EVENT, STATION, arrivals, axes, crust_of, direct_waves, minimum_phase, rays, scale, seismogram,
                              source_spectra, stream)
 
 CLEAR = SyntheticConfig(noise_only=0, double=0, late=0, faults=0, bursts=0, vertical_only=0, snr_db=(60., 0., 60., 60.))

@@ -5,19 +5,19 @@ import math
 import pytest
 import torch
 
-from seismodel.checkpoints import checkpoint_files, read_checkpoint
-from seismodel.distributed import Ranks, pick_device
-from seismodel.encoders import BidirAutoregConfig, ConvDownConfig
-from seismodel.health import TrainingError, alarms
-from seismodel.masked_mse import feature_variance, masked_mse
-from seismodel.pretraining import (ContrastiveConfig, ReconstructionConfig, ReconstructionPretraining, Step, build,
+from seismodel.training.checkpoints import checkpoint_files, read_checkpoint
+from seismodel.training.distributed import Ranks, pick_device
+from seismodel.models.encoders import BidirAutoregConfig, ConvDownConfig
+from seismodel.training.monitoring import TrainingError, alarms
+from seismodel.models.masked_mse import feature_variance, masked_mse
+from seismodel.models.pretraining import (ContrastiveConfig, ReconstructionConfig, ReconstructionPretraining, Step, build,
                                    from_pretrained)
-from seismodel.recipe import TrainConfig, in_order, loader, lr_at, parameter_groups, seed_step
-from seismodel.runlog import CLOCK, read_metrics
-from seismodel.trainer import evaluate, train, train_step
-from seismodel.loading import WindowDataset
-from seismodel.sources import SyntheticSource, open_source
-from seismodel.waveforms import UserError
+from seismodel.training.config import TrainConfig, in_order, loader, lr_at, parameter_groups, seed_step
+from seismodel.training.runlog import CLOCK, read_metrics
+from seismodel.training.trainer import evaluate, train, train_step
+from seismodel.data.windows import WindowDataset
+from seismodel.data.sources import SyntheticSource, open_source
+from seismodel.signals.records import UserError
 
 CONTRASTIVE = ContrastiveConfig(ConvDownConfig(conv_features=16, out_features=16, codevector_dim=16, target_features=16, scale_logits=False),
                                 blocks=1, pooling=(4,), negatives=20)
@@ -173,7 +173,7 @@ def fading(batch, generator):
 @pytest.mark.parametrize('workers', [0, 2])
 def test_an_augmented_run_resumes_to_the_bit(workers, tmp_path, monkeypatch):
     "Batches are made ahead, and what was ahead when the run died is made again; processes or not"
-    import seismodel.trainer as trainer
+    import seismodel.training.trainer as trainer
     c = TrainConfig(steps=6, batch_size=4, accumulate=2, lr=3e-3, device='cpu', workers=workers, log_every=1, validation_windows=4, checkpoint_every=2)
     monkeypatch.setattr(trainer, 'draw_run', lambda *a: None)
     def go(folder, resume=False):

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from seismodel.loading import WindowDataset, cut
-from seismodel.sources import SyntheticSource, open_source
-from seismodel.waveforms import (BadRecord, Record, UserError, check_record, flat, normalize, read_waveform, resample)
+from seismodel.data.windows import WindowDataset, cut
+from seismodel.data.sources import SyntheticSource, open_source
+from seismodel.signals.records import (BadRecord, Record, UserError, check_record, flat, normalize, read_waveform, resample)
 
 one_sentence = lambda error: '\n' not in str(error.value) and 10 < len(str(error.value)) < 500
 

@@ -12,14 +12,14 @@ from hypothesis import given, settings, strategies as st
 from sklearn.metrics import f1_score
 
 from seismodel.cli import main
-from seismodel.finetuning import Share
-from seismodel.loading import cut
-from seismodel.pretraining import build, preset
-from seismodel.runlog import read_metrics
-from seismodel.sources import open_source
-from seismodel.waveforms import Record, UserError
-from seismodel.window_labels import Labelled, LabelledWindows, Question, around_onset, ask, column_of, label_sources
-from seismodel.window_tasks import WindowModel, answers, evaluate_window, finetune_window, load_window_model, score
+from seismodel.finetuning.finetune import Share
+from seismodel.data.windows import cut
+from seismodel.models.pretraining import build, preset
+from seismodel.training.runlog import read_metrics
+from seismodel.data.sources import open_source
+from seismodel.signals.records import Record, UserError
+from seismodel.finetuning.window_labels import Labelled, LabelledWindows, Question, around_onset, ask, column_of, label_sources
+from seismodel.finetuning.classification import WindowModel, answers, evaluate_window, finetune_window, load_window_model, score
 
 SMALL = dict(steps=2, batch_size=2, validation_windows=2, device='cpu')
 
@@ -149,14 +149,14 @@ def label_rows(data, column): return [c for c in column_of(open_source(data, 'te
 
 
 def test_a_store_needs_no_seisbench(store, tmp_path):
-    code = ('import sys; sys.modules["seisbench"] = sys.modules["obspy"] = None; from seismodel.window_tasks import finetune_window; '
+    code = ('import sys; sys.modules["seisbench"] = sys.modules["obspy"] = None; from seismodel.finetuning.classification import finetune_window; '
             'finetune_window("random", "contrastive-tiny", [sys.argv[1]], "trace_category", steps=1, batch_size=2, validation_windows=2, device="cpu", out=sys.argv[2])')
     done = subprocess.run([sys.executable, '-c', code, store, tmp_path/'run'], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 def test_resumed_run_is_the_undisturbed_one(folder, tmp_path, monkeypatch):
-    import seismodel.trainer as trainer
+    import seismodel.training.trainer as trainer
     args = dict(from_run='random', preset='contrastive-tiny', data=[str(folder)], column='source_magnitude', fraction=.5, steps=3, batch_size=2, validation_windows=2,
                 checkpoint_every=1, device='cpu')
     whole = finetune_window(**args, out=tmp_path/'whole')

@@ -1,0 +1,21 @@
+"""Write pyproject.toml (and the version in seismodel/__init__.py) from settings.ini: `python tools/settings.py`.
+
+nbdev's own converter lists only the top package; sub-packages would be missing from a wheel, so that one line is set here.
+"""
+from pathlib import Path
+
+from nbdev.migrate import nbdev_migrate_config
+
+
+def write_pyproject(
+    root: Path,  # the folder that holds settings.ini
+):
+    "pyproject.toml as nbdev makes it, with every sub-package in the wheel; raises `ValueError` where nbdev writes another line"
+    nbdev_migrate_config.__wrapped__(str(root))
+    path = Path(root)/'pyproject.toml'
+    text, line = path.read_text(), 'include = ["seismodel"]'
+    if line not in text: raise ValueError(f"nbdev wrote no line '{line}' into {path}; look at what it writes now.")
+    path.write_text(text.replace(line, 'include = ["seismodel*"]'))
+
+
+if __name__ == '__main__': write_pyproject(Path(__file__).resolve().parents[1])
