@@ -1,6 +1,6 @@
 """Plant small faults by Cosmic Ray in copies of the package, a sample of them, and list those that no test notices.
 
-    python scripts/mutants.py [--count 300] [--seed 0] [--jobs 2] [--only masking quantizer] [--again]
+    python scripts/mutants.py [--count 300] [--seed 0] [--jobs 2] [--only models/masking training/trainer] [--again]
 
 Everything lies in build/mutants: a copy of package and tests, a session and a summary for each module. A second call goes on where the first
 was stopped. After new tests, `--again` tries the survivors once more. A module that was changed since needs a new session: remove its folder.
@@ -24,24 +24,23 @@ from cosmic_ray.work_item import TestOutcome, WorkerOutcome, WorkResult
 root = Path(__file__).resolve().parents[1]
 out = root/'build/mutants'
 COSMIC_RAY = [sys.executable, '-m', 'cosmic_ray.cli']
-# module -> test files beside tests/test_<module>.py; the quick ones first, since a mutant is dead at the first test that fails
-TESTS = {'trainer': ['recipe', 'interruptions'], 'study': [], 'cells': ['leakage', 'recipe', 'study'], 'finetuning': ['leakage', 'heads', 'recipe'],
-         'evaluation': ['leakage'], 'loading': ['waveforms'], 'sources': ['waveforms', 'leakage'], 'recipe': ['trainer'], 'picking': [],
-         'quantizer': [], 'infonce': [], 'masking': ['encoders'], 'masked_mse': []}
+# module -> the test files that are about it; the quick ones first, since a mutant is dead at the first test that fails
+TESTS = {'training/trainer': ['interruptions', 'recipe', 'trainer'], 'study/run': ['study'], 'study/trial': ['recipe', 'leakage', 'study'],
+         'finetuning/finetune': ['leakage', 'recipe', 'finetuning'], 'picking/evaluation': ['signs_and_ends', 'evaluation', 'leakage'],
+         'data/windows': ['signs_and_ends', 'loading', 'waveforms'], 'data/sources': ['signs_and_ends', 'waveforms', 'leakage'],
+         'training/config': ['recipe', 'trainer'], 'picking/seisbench_model': ['picking'], 'models/quantizer': ['quantizer'], 'models/infonce': ['infonce'],
+         'models/masking': ['masking', 'encoders'], 'models/masked_mse': ['masked_mse']}
 
 
 def module_file(name):
-    "seismodel/models/masking.py, or seismodel/pretraining/masking.py"
-    found = list((root/'seismodel').rglob(f'{name}.py'))
-    if len(found) != 1: sys.exit(f"There are {len(found)} modules '{name}' in seismodel.")
-    return found[0].relative_to(root)
+    "Of the module, below the root"
+    return Path('seismodel')/f'{name}.py'
 
 
 def command(name):
     "What decides whether a mutant lives"
-    files = [f for stem in (name, *TESTS[name]) for f in sorted((root/'tests').rglob(f'test_{stem}.py'))]
-    if not files: sys.exit(f"No tests/test_{name}.py and no other tests are known for '{name}'.")
-    words = [sys.executable, '-m', 'pytest', '-x', '-q', '-p', 'no:cacheprovider', '--hypothesis-seed=0', *(f.relative_to(root).as_posix() for f in files)]
+    files = [f'tests/test_{stem}.py' for stem in TESTS[name]]
+    words = [sys.executable, '-m', 'pytest', '-x', '-q', '-p', 'no:cacheprovider', '--hypothesis-seed=0', *files]
     return shlex.join(words)
 
 
@@ -149,12 +148,12 @@ def summary(names):
         alive = [job for job, r in tried.items() if r.test_outcome == TestOutcome.SURVIVED]
         numbers = len(tried), len(tried) - len(alive), len(items) - len(done)
         total = [a + b for a, b in zip(total, numbers)]
-        lines.append(f'{name:12} {numbers[0]:4} tried  {numbers[1]:4} killed  {numbers[2]:4} to do')
+        lines.append(f'{name:24} {numbers[0]:4} tried  {numbers[1]:4} killed  {numbers[2]:4} to do')
         for job in sorted(alive, key=lambda job: items[job].start_pos):
             m, diff = items[job], [line for line in tried[job].diff.split('\n')[3:] if line[:1] in '+-' and line[:3] not in ('+++', '---')]
             survivors += [f'\n{m.module_path}:{m.start_pos[0]}, {m.definition_name or "module"}, {m.operator_name.split("/")[1]}', *diff]
     rate = f', {total[1]/total[0]:.1%}' if total[0] else ''
-    return [*lines, f'{"together":12} {total[0]:4} tried  {total[1]:4} killed  {total[2]:4} to do{rate}', *survivors]
+    return [*lines, f'{"together":24} {total[0]:4} tried  {total[1]:4} killed  {total[2]:4} to do{rate}', *survivors]
 
 
 def main():

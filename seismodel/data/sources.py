@@ -241,6 +241,7 @@ class SeisBenchSource:
         self.checked[i] = True
         return record
 
+# %% ../../nbs/data/02_sources.ipynb #5b1e7a03
 def metadata_of(
     source:SeisBenchSource,
 ): # pandas DataFrame: a row for each record, all columns, text as it stands in the files
