@@ -34,7 +34,8 @@ from seismodel.finetuning.heads import Picker
 from seismodel.data.windows import WindowDataset
 from seismodel.study.baselines import fresh_peer
 from seismodel.models.pretraining import ContrastiveConfig, PRESETS, ReconstructionConfig, ReconstructionPretraining, Step, build, from_pretrained
-from seismodel.training.config import TrainConfig, mixed, parameter_groups
+from seismodel.models.masked_mse import effective_rank, feature_variance, interpolation_baseline, zero_baseline
+from seismodel.training.config import Order, TrainConfig, mixed, parameter_groups
 from seismodel.training.runlog import read_metrics
 from seismodel.training.trainer import evaluate, train
 from seismodel.signals.records import Record
@@ -355,6 +356,13 @@ def test_each_window_of_a_batch_is_augmented_by_itself(tmp_path):
     assert len(set(rows)) == 18
 
 
+def test_a_run_takes_its_windows_in_order_from_the_first():
+    "Each window once; a resumed run from where it stopped"
+    c, alone = config(steps=3, accumulate=2), Ranks(torch.device('cpu'))
+    assert list(Order(c, alone)) == [list(range(k, k + 4)) for k in range(0, 24, 4)] and len(Order(c, alone)) == 6
+    assert list(Order(c, alone, 1)) == list(Order(c, alone))[2:] and len(Order(c, alone, 1)) == 4
+
+
 # dev and the best weights
 
 def test_a_look_at_dev_is_the_mean_over_windows():
@@ -394,6 +402,15 @@ def test_best_holds_the_weights_with_the_lowest_dev_loss(losses, best, cut, tmp_
     about = json.loads((tmp_path/'run/best/config.json').read_text())
     assert (about['step'], about['dev_loss']) == (best, min(v for v in losses if math.isfinite(v)))
     assert read_checkpoint(checkpoint_files(tmp_path/'run')[0]).state['progress']['best'] == about['dev_loss']
+
+
+def test_measures_carry_no_gradient():
+    "They are logged, and a graph that hangs on one would be kept"
+    x = torch.randn(2, 8, 4, requires_grad=True)
+    for measure in (feature_variance, effective_rank): assert not measure(x).requires_grad
+    mask = torch.zeros(2, 8, dtype=torch.bool)
+    mask[:, 3:5] = True
+    for baseline in (zero_baseline, interpolation_baseline): assert not baseline(x.detach(), mask).requires_grad
 
 
 @methods
@@ -442,7 +459,8 @@ def told(monkeypatch):
 
 PRETRAINING = {'contrastive-tiny': (300, 8, 3e-3, .1), 'contrastive-small': (5000, 16, 3e-3, .1), 'contrastive-base': (100_000, 256, 1e-3, .1),
                'reconstruction-tiny': (300, 8, 3e-3, .01)}
-COMMON = dict(accumulate=1, betas=(.9, .95), warmup=.1, clip=1., seed=0, skip_nonfinite=0)
+COMMON = dict(accumulate=1, betas=(.9, .95), warmup=.1, clip=1., seed=0, skip_nonfinite=0, on_write_error='continue', tensorboard=False)
+LOOKS = dict(log_every=10, validate_every=100, validation_windows=64, checkpoint_every=100, keep=3)
 
 
 def says(c, steps, batch_size, lr, weight_decay):
@@ -455,6 +473,7 @@ def test_pretraining_follows_its_preset(preset, told, tmp_path):
     with pytest.raises(Stop): cli.pretrain(preset, device='cpu', out=tmp_path/'run')
     p = PRESETS[preset]
     says(told[0], *PRETRAINING.get(preset, (p.steps, p.batch_size, p.lr, p.weight_decay)))
+    assert {k: getattr(told[0], k) for k in LOOKS} == LOOKS
     with pytest.raises(Stop): cli.pretrain(preset, device='cpu', out=tmp_path/'run', steps=7, batch_size=6, lr=.5, weight_decay=.25, seed=3, accumulate=2)
     c = told[1]
     assert (c.steps, c.batch_size, c.lr, c.weight_decay, c.seed, c.accumulate) == (7, 6, .5, .25, 3, 2)
