@@ -10,6 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 root = Path(__file__).resolve().parents[1]
+nbs = sorted(p for p in (root/'nbs').rglob('*.ipynb') if p.name[0] not in '._' and p.parent.name[0] != '.')   # all chapters
+name_of = lambda nb: nb.relative_to(root/'nbs').with_suffix('').as_posix()                                    # such as models/02_masking
 # as many threads here as in the processes that tests start, or sums differ in the last digits; tensors here are small: one
 torch.set_num_threads(int(os.environ.setdefault('OMP_NUM_THREADS', '1')))
 if not torch.cuda.is_available(): os.environ['TRITON_INTERPRET'] = '1'   # kernels run on the CPU; to be said before anyone imports Triton

@@ -1,18 +1,15 @@
 "Every notebook in nbs/ runs from top to bottom: one case per notebook"
 import logging
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from conftest import name_of, nbs, root
 from nbdev.config import get_config
 from nbdev.test import test_nb as run_nb   # renamed, or pytest collects it as a test
 
-root = Path(__file__).resolve().parents[1]
-nbs = sorted(p for p in (root/'nbs').rglob('*.ipynb') if p.name[0] not in '._' and p.parent.name[0] != '.')
 
-
-@pytest.mark.parametrize('nb', nbs, ids=lambda p: p.relative_to(root/'nbs').with_suffix('').as_posix())
+@pytest.mark.parametrize('nb', nbs, ids=name_of)
 def test_notebook(nb, monkeypatch):
     monkeypatch.setenv('MPLBACKEND', 'agg')
     loggers = [logging.getLogger(name) for name in ('seismodel', 'seisbench')]   # chapters hush them for their readers

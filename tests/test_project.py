@@ -1,6 +1,7 @@
 "The house in order: modules match the notebooks, pyproject.toml matches settings.ini, imports run one way, notebooks are clean and well-formed"
 import ast
 import configparser
+import os
 import re
 import shutil
 import subprocess
@@ -10,16 +11,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import name_of, nbs, root
 from fastcore.nbio import read_nb
 from nbdev.clean import clean_nb
 from nbdev.doclinks import nbdev_export
 
-root = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(root/'tools'))
 from settings import write_pyproject
 
-nbs = sorted(p for p in (root/'nbs').rglob('*.ipynb') if p.name[0] not in '._' and p.parent.name[0] != '.')
-name_of = lambda p: p.relative_to(root/'nbs').with_suffix('').as_posix()
 modules = {'.'.join(p.relative_to(root/'seismodel').with_suffix('').parts): p
            for p in sorted((root/'seismodel').rglob('*.py')) if p.name[0] != '_'}
 generated = lambda folder: {p.relative_to(folder).as_posix(): p.read_text() for p in sorted((folder/'seismodel').rglob('*.py'))
@@ -72,7 +71,6 @@ def test_the_wheel_holds_every_module(copy, tmp_path):
 
 def without_pythonpath():
     "The environment of this process, with kernels on the CPU and without its own search path"
-    import os
     return {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'} | {'TRITON_INTERPRET': '1'}
 
 
@@ -100,14 +98,24 @@ def imports_of(module):
             if name.removeprefix('seismodel.') in modules and name.startswith('seismodel.'): yield name.removeprefix('seismodel.')
 
 
+def reached_from(module):
+    "All modules that a module imports, and those that they import"
+    found, ahead = set(), [module]
+    while ahead:
+        new = set(imports_of(ahead.pop())) - found
+        found |= new
+        ahead += new
+    return found
+
+
 @pytest.mark.parametrize('module', modules)
 def test_imports_run_one_way(module):
     "A part imports only from parts before it; inside a part nothing goes in circles"
     part = module.split('.')[0]
     assert part in PARTS, f'{module} lies in no part'
+    assert module not in reached_from(module), f'{module} imports itself by way of others'
     for other in set(imports_of(module)):
         assert PARTS.index(other.split('.')[0]) <= PARTS.index(part), f'{module} imports {other}, of a later part'
-        assert module not in set(imports_of(other)), f'{module} and {other} import each other'
 
 
 def test_imports_are_seen_wherever_they_stand(monkeypatch, tmp_path):

@@ -280,7 +280,8 @@ def train(
             if at.step < c.steps: run_steps(model, optimizer, data, dev_batches, show, c, folder, about, at, log, ranks, augment)
         if ranks.rank == 0: draw_run(model, show, folder)
     except UserError as e:                                     # from a worker it comes with a traceback in its text
-        raise UserError(str(e).strip().splitlines()[-1].removeprefix('seismodel.signals.records.UserError: ')) from None
+        named = f'{UserError.__module__}.{UserError.__qualname__}: '
+        raise UserError(str(e).strip().splitlines()[-1].removeprefix(named)) from None
     except RuntimeError as e:
         if 'DataLoader worker' not in str(e): raise
         raise TrainingError(f"A process that prepares windows was lost ({str(e).splitlines()[0].rstrip('. ')}). Was there too little memory? Resume, perhaps with fewer workers.") from None
