@@ -92,7 +92,8 @@ def scattered(ranks):
 
 @needs_gloo
 def test_losses_and_gradients_of_two_ranks_are_those_of_one(tmp_path):
-    code = (f"import sys, torch; sys.path.insert(0, {str(root/'tests')!r}); from test_distributed import *\nwith join_ranks('cpu') as r:\n    found = gradients(r)\n"
+    code = (f"import sys, torch; sys.path.insert(0, {str(root/'tests')!r}); from test_distributed import gradients, scattered\n"
+            "from seismodel.training.distributed import join_ranks\nwith join_ranks('cpu') as r:\n    found = gradients(r)\n"
             "    if r.rank == 0: torch.save(found, 'found.pt')\n    torch.save(scattered(r), f'{r.rank}.pt')")
     (tmp_path/'work.py').write_text(code)
     process = start(2, 'work.py', cwd=tmp_path)
