@@ -207,3 +207,54 @@ def test_an_augmentation_that_fails_ends_the_run_with_its_error(tmp_path):
 def test_a_device_that_is_not_there_is_named():
     with pytest.raises(UserError, match="'abacus' is not a device"): pick_device('abacus')
     with pytest.raises(UserError, match='cuda:99'): pick_device('cuda:99')
+
+
+def test_a_moving_average_is_what_is_saved_and_survives_resuming(tmp_path):
+    "The checkpoint holds weights and averages, the model's folder the averages; resumed, both go on"
+    def once(folder, config):
+        torch.manual_seed(0)
+        return run(build(config), folder, steps=4, average=.5, checkpoint_every=2, validate_every=2)
+    folder = once(tmp_path/'run', RECONSTRUCTION)
+    saved, last = from_pretrained(folder).state_dict(), read_checkpoint(checkpoint_files(folder)[0]).tensors
+    name = 'head.1.weight'
+    assert torch.equal(saved[name], last[f'optimizer.{name}.average'])
+    assert not torch.equal(saved[name], last[f'model.{name}'])
+    torch.manual_seed(0)
+    plain = read_checkpoint(checkpoint_files(run(build(RECONSTRUCTION), tmp_path/'plain', steps=4))[0]).tensors
+    assert torch.equal(plain[f'model.{name}'], last[f'model.{name}'])          # the average disturbs nothing
+    checkpoint_files(folder)[0].unlink()                                        # as if killed after step 2
+    c = TrainConfig(steps=4, batch_size=4, lr=3e-3, device='cpu', workers=0, log_every=1, validation_windows=4, validate_every=2, checkpoint_every=2, average=.5)
+    train(build(RECONSTRUCTION), windows(16), windows(4, 'dev'), c, folder, resume=True)
+    again = from_pretrained(folder).state_dict()
+    assert all(torch.equal(again[k], saved[k]) for k in saved)
+
+
+@pytest.mark.parametrize('config', [CONTRASTIVE, RECONSTRUCTION], ids=lambda c: c.method)
+def test_layer_decay_slows_the_first_stages(config):
+    torch.manual_seed(0)
+    model = build(config)
+    groups = parameter_groups(model, .1, .5)
+    scale = {p: g['scale'] for g in groups for p in g['params']}
+    usual = {p: g['weight_decay'] for g in parameter_groups(model, .1) for p in g['params']}
+    assert {p: g['weight_decay'] for g in groups for p in g['params']} == usual
+    stages = model.backbone.stages()
+    assert {scale[p] for p in model.head.parameters()} == {1.}
+    assert {scale[p] for p in model.encoder.parameters()} == {.5**(len(stages) + 1)}
+    for k, stage in enumerate(reversed(stages), 1): assert {scale[p] for m in stage for p in m.parameters()} == {.5**k}
+
+
+def test_a_run_of_version_0_1_goes_on(tmp_path):
+    "Its settings lack the fields that came later"
+    from seismodel.training.checkpoints import write_checkpoint
+    torch.manual_seed(0)
+    folder = run(build(RECONSTRUCTION), tmp_path/'run', steps=4, checkpoint_every=2)
+    whole = (folder/'model.safetensors').read_bytes()
+    newest, first = checkpoint_files(folder)
+    newest.unlink()
+    path, tensors, state = read_checkpoint(first)
+    for field in ('layer_decay', 'average'): del state['settings']['train'][field]
+    del state['settings']['model']['encoder']['activation']
+    write_checkpoint(folder, tensors, state)
+    c = TrainConfig(steps=4, batch_size=4, lr=3e-3, device='cpu', workers=0, log_every=1, validation_windows=4, validate_every=100, checkpoint_every=2)
+    train(build(RECONSTRUCTION), windows(16), windows(4, 'dev'), c, folder, resume=True)
+    assert (folder/'model.safetensors').read_bytes() == whole

@@ -51,10 +51,11 @@ def start_picker(
     return Picker(start_model(from_run, preset), width=width, freeze=freeze).train()
 
 # %% ../../nbs/finetuning/03_finetune.ipynb #63c1fb79
-RECIPES = {'contrastive': dict(lr=1e-3, weight_decay=.1), 'reconstruction': dict(lr=2e-4, weight_decay=.005)}
+RECIPES = {'contrastive': dict(lr=1e-3, weight_decay=.1), 'reconstruction': dict(lr=2e-4, weight_decay=.005),
+           'masked': dict(lr=1e-3, weight_decay=.1)}
 
 def fine_recipe(
-    method:str, # contrastive or reconstruction
+    method:str, # contrastive, reconstruction or masked
     **given,    # fields of `TrainConfig`; None means not given
 )->TrainConfig: # checked
     "The recipe of a method with the given fields changed"
@@ -103,6 +104,7 @@ def fine_plan(
     freeze:str|None,   # see `Picker`; None: none
     width:int|None,    # of the head; None: 32
     augment:str|None,  # full or none; None: full
+    noise:float|None=None, # fraction of the windows with noise added; None: that of `Augmentation`
 )->dict:
     "What config.json says of a fine-tuning run; raises `UserError` for what makes no sense"
     fraction, freeze, width, augment = (usual if told is None else told for told, usual in ((fraction, 1.), (freeze, 'none'), (width, 32), (augment, 'full')))
@@ -110,10 +112,13 @@ def fine_plan(
     if freeze not in FREEZE: raise UserError(f"--freeze is '{freeze}'; choose one of {', '.join(FREEZE)}.")
     if width < 0: raise UserError(f"--width is {width}; it must not be negative.")
     if augment not in ('full', 'none'): raise UserError(f"--augment is '{augment}'; choose full or none.")
+    if noise is not None and augment == 'none': raise UserError('--noise says how often noise is added, and --augment none adds none; leave one of them out.')
+    if noise is not None and not 0 <= noise <= 1: raise UserError(f"--noise is {noise}; it is a fraction of the windows, from 0 to 1.")
+    change = Augmentation() if noise is None else Augmentation(noise=noise)
     if not data: raise UserError('Say which labels, with --data FOLDER.')
     return {'from': from_run if from_run in (None, 'random') else whole_path(from_run), 'preset': preset,
             'data': [whole_path(d) for d in data], 'weights': parse_weights(weights, len(data)),
-            'fraction': fraction, 'freeze': freeze, 'width': width, 'augment': asdict(Augmentation()) if augment == 'full' else None}
+            'fraction': fraction, 'freeze': freeze, 'width': width, 'augment': asdict(change) if augment == 'full' else None}
 
 # %% ../../nbs/finetuning/03_finetune.ipynb #554c9be9
 def saved_run(
@@ -173,10 +178,13 @@ def finetune(
     freeze:str=None, # what does not learn: none (if not given), encoder, all (but the head), or gradual
     width:int=None, # channels of the head, 32 if not given; 0 makes it linear: with --freeze all a linear probe
     augment:str=None, # what happens to the training windows: full (if not given: real noise, rotation, polarity, lost components, gaps) or none
+    noise:float=None, # fraction of the windows to which real noise is added; .5 if not given
+    layer_decay:float=None, # factor of the learning rate from each stage of the network to the one before it; 1 if not given
+    average:float=None, # decay of a moving average of the weights, such as .99, which is what is saved; the weights themselves if not given
     steps:int=None, # optimiser steps; 2000 if not given
     batch_size:int=None, # windows a step; 32 if not given
-    lr:float=None, # peak learning rate; if not given 1e-3 for contrastive models, 2e-4 for reconstruction
-    weight_decay:float=None, # pull of the weights towards 0, of AdamW; if not given .1 for contrastive models, .005 for reconstruction
+    lr:float=None, # peak learning rate; if not given 2e-4 for reconstruction models, 1e-3 for the others
+    weight_decay:float=None, # pull of the weights towards 0, of AdamW; if not given .005 for reconstruction models, .1 for the others
     seed:int=None, # of head, windows, dropout and fraction; 0 if not given
     device:str=None, # auto (if not given), cpu, cuda or cuda:N
     workers:int=None, # processes that prepare windows; chosen by the device if not given
@@ -189,15 +197,16 @@ def finetune(
 )->Path: # the run's folder
     "Fine-tune a pretrained model to pick P and S, or go on with such a run"
     given = dict(steps=steps, batch_size=batch_size, lr=lr, weight_decay=weight_decay, seed=seed, device=device, workers=workers, validate_every=validate_every,
-                 validation_windows=validation_windows, checkpoint_every=checkpoint_every, tensorboard=tensorboard or None)
+                 validation_windows=validation_windows, checkpoint_every=checkpoint_every, tensorboard=tensorboard or None,
+                 layer_decay=layer_decay, average=average)
     if resume:
         free = free_options({'from': from_run, 'preset': preset, 'data': data, 'data_weights': data_weights, 'fraction': fraction, 'freeze': freeze, 'width': width,
-                             'augment': augment, **given, 'out': out})
+                             'augment': augment, 'noise': noise, **given, 'out': out})
         saved = saved_run(resume, 'finetune', f"'{resume}' is not a fine-tuning run; go on with it by `seismodel pretrain --resume`.")
         plan, folder, c = saved['finetune'], Path(resume), replace(train_from_dict(saved['train']), **free)
         picker = picker_from_dict(saved, plan['freeze']).train()
     else:
-        plan = fine_plan(from_run, preset, data, data_weights, fraction, freeze, width, augment)
+        plan = fine_plan(from_run, preset, data, data_weights, fraction, freeze, width, augment, noise)
         folder = fine_folder(out)
         torch.manual_seed(seed or 0)
         picker = start_picker(plan['from'], preset, plan['width'], plan['freeze'])

@@ -86,6 +86,10 @@ class MLSTMSequential(nn.Module):
         for block in self.blocks: x = block(x)
         return self.norm(x)
 
+    def stages(self) -> list[list[nn.Module]]:
+        "The parts in the order in which a frame passes them"
+        return [*([block] for block in self.blocks[:-1]), [self.blocks[-1], self.norm]]
+
 # %% ../../nbs/models/06_backbones.ipynb #f0e072b4
 class MLSTMUNet(nn.Module):
     "mLSTM blocks on several time scales, one additive skip a level, final RMSNorm. ValueError for another width."
@@ -129,3 +133,8 @@ class MLSTMUNet(nn.Module):
             skip = skips.pop()                           # (B, T, D)
             x = stage(skip + unfold(up(x), pool, skip.shape[1]))
         return self.norm(x)
+
+    def stages(self) -> list[list[nn.Module]]:
+        "The parts in the order in which a frame passes them: each stage with the linear map that leads down or up"
+        down, up = [[*pair] for pair in zip(self.encoder, self.downs)], [[*pair] for pair in zip(self.decoder, self.ups)]
+        return [*down, [self.middle], *up[:0:-1], [*up[0], self.norm]]

@@ -154,6 +154,7 @@ class BidirAutoregConfig:
     mask_mode: str = 'exact'       # sampler of the spans: exact, wav2vec2 or spec
     mask_value: str = 'zero'       # what hidden frames become: zero, or one learned vector
     pretraining: bool = True       # masked features and tokens; False: features alone
+    activation: str = 'relu'       # after each convolution: relu or gelu
 
     def __post_init__(self):
         for name in ('in_features', 'd_model', 'kernel_size', 'num_zero_elements'):
@@ -161,6 +162,7 @@ class BidirAutoregConfig:
         for name in ('dropout', 'mask'): check_share(name, getattr(self, name))
         check_choice('mask_mode', mode_name(self.mask_mode), MODES)
         check_choice('mask_value', self.mask_value, ('zero', 'learned'))
+        check_choice('activation', self.activation, ('relu', 'gelu'))
 
 # %% ../../nbs/models/04_encoders.ipynb #97dd72d8
 @dataclass(frozen=True, eq=False)
@@ -185,7 +187,7 @@ class BidirAutoregEncoder(nn.Module):
         super().__init__()
         c = self.config = config
         self.pretraining = c.pretraining
-        self.subsampling = Conv1dSubsampling(c.in_features, c.d_model, c.kernel_size)
+        self.subsampling = Conv1dSubsampling(c.in_features, c.d_model, c.kernel_size, c.activation)
         self.projection = nn.Linear(c.d_model, c.d_model)
         self.dropout = nn.Dropout(c.dropout)
         # a learned vector starts where the plain mask is, at zero, and goes where the loss sends it

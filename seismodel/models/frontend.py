@@ -77,20 +77,22 @@ class ConvDownFrontend(nn.Module):
 
 # %% ../../nbs/models/01_frontend.ipynb #db5ada4e
 class Conv1dSubsampling(nn.Module):
-    "2 × [Conv1d stride 2 → ReLU]: waveform (B, L, C) to (features, tokens), one tensor (B, ⌈L/4⌉, d_model), twice"
+    "2 × [Conv1d stride 2 → ReLU or GELU]: waveform (B, L, C) to (features, tokens), one tensor (B, ⌈L/4⌉, d_model), twice"
     def __init__(self,
                  in_features:int=3, # components of the waveform
                  d_model:int=256, # features of a frame
                  kernel_size:int=3, # taps of both convolutions, odd
+                 activation:str='relu', # or gelu
                  ):
         super().__init__()
         shape = dict(kernel_size=kernel_size, stride=2, padding=same_padding(kernel_size))
         self.conv1 = TraceConv(in_features, d_model, **shape)
         self.conv2 = TraceConv(d_model, d_model, **shape)
+        self.activation = {'relu': F.relu, 'gelu': F.gelu}[activation]
 
     def forward(self, x:Tensor) -> tuple[Tensor, Tensor]:  # (B, L, C)
-        x = F.relu(convolve(self.conv1, x))                # (B, L/2, D)
-        x = F.relu(convolve(self.conv2, x))                # (B, L/4, D)
+        x = self.activation(convolve(self.conv1, x))       # (B, L/2, D)
+        x = self.activation(convolve(self.conv2, x))       # (B, L/4, D)
         return x, x                                        # features, tokens
 
 # %% ../../nbs/models/01_frontend.ipynb #c7188182

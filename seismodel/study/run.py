@@ -29,6 +29,7 @@ from .tables import gains, pack_study, plot_study, summary_table, table, trials_
 from ..core import Interrupted, TrainingError, UserError, pick_device
 from ..files import write_atomically
 from ..data.sources import whole_path
+from ..finetuning.heads import FREEZE
 from ..training.trainer import Signals
 
 # %% ../../nbs/study/04_run.ipynb #b099fbe4
@@ -170,6 +171,7 @@ def check_study(
     if not 0 < common.threshold < 1: raise UserError(f'--threshold is {common.threshold}; it is a probability, between 0 and 1.')
     if not 0 <= common.synthetic < 1: raise UserError(f'--synthetic is {common.synthetic}; it is a fraction, from 0 to below 1.')
     if common.augment not in ('full', 'none'): raise UserError(f"--augment is '{common.augment}'; choose full or none.")
+    if common.freeze not in FREEZE: raise UserError(f"--freeze is '{common.freeze}'; choose one of {', '.join(FREEZE)}.")
     pick_device(common.device)
 
 # %% ../../nbs/study/04_run.ipynb #7636ea59
@@ -199,6 +201,9 @@ def study(
     threshold:float=.3, # probability that counts as a pick
     synthetic:float=.25, # share of the training windows that are synthetic events in real noise
     augment:str='full', # what happens to the training windows, as in finetune: full or none
+    freeze:str='none', # what of our models does not learn, as in finetune: none, encoder, all or gradual
+    layer_decay:float=1., # of our models' learning rate, from each stage of the network to the one before it
+    average:float=0., # decay of a moving average of our models' weights, such as .99; 0: none
     validation_windows:int=128, # dev windows looked at ten times along the run
     jobs:int=1, # processes that share the device, each with a trial at a time
     workers:int=0, # processes that prepare windows, for each trial that runs; 0 is best for a packed store
@@ -208,7 +213,8 @@ def study(
     "Compare pretrained starts, random starts and baselines at small fractions of the labels"
     if not out: raise UserError("Name the study's folder, with --out FOLDER.")
     if jobs < 1: raise UserError(f'--jobs is {jobs}; it must be at least 1.')
-    common = StudyConfig(tuple(map(whole_path, data or ())), steps, batch_size, threshold, synthetic, augment, validation_windows, device, workers)
+    common = StudyConfig(tuple(map(whole_path, data or ())), steps, batch_size, threshold, synthetic, augment, validation_windows, device, workers,
+                         freeze, layer_decay, average)
     check_study(common)
     some = numbers(fractions, float, '--fractions', lambda f: 0 < f <= 1, 'fractions above 0 and at most 1')
     chosen = numbers(seeds, int, '--seeds', lambda s: s >= 0, 'whole numbers from 0 up')

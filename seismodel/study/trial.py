@@ -33,7 +33,7 @@ from ..data.windows import WindowDataset
 from ..models.pretraining import (build, config_from_dict, from_pretrained, read_config,
                                           read_model)
 from ..files import write_atomically
-from ..training.config import RESUMABLE_FIELDS, TrainConfig, check_config
+from ..training.config import RESUMABLE_FIELDS, TrainConfig, check_config, with_defaults
 from ..data.sources import SyntheticSource, open_records, open_source
 from ..training.trainer import train
 
@@ -89,6 +89,9 @@ class StudyConfig:
     validation_windows: int = 128
     device: str = 'auto'
     workers: int = 0       # processes that prepare windows, for each trial that runs
+    freeze: str = 'none'   # of our models, see `Picker`
+    layer_decay: float = 1. # of our models, see `TrainConfig`
+    average: float = 0.    # of our models, see `TrainConfig`
 
 class Trial(NamedTuple):
     "One training run of a study"
@@ -101,14 +104,16 @@ class Trial(NamedTuple):
 
 def start_trial(
     trial:Trial,
+    freeze:str='none', # of our models, see `Picker`
 )->nn.Module: # in training mode; takes batches with labels
     "The network of a trial, before its first step: pretrained and random ones differ in nothing but their weights"
     torch.manual_seed(trial.seed)
     if trial.candidate.start == 'peer':
         from seismodel.study.baselines import fresh_baseline   # brings SeisBench, which takes seconds: only for those who need it
         return fresh_baseline(trial.candidate.source).train()
-    if trial.candidate.start == 'pretrained': return Picker(from_pretrained(trial.candidate.source)).train()
-    return Picker(build(config_from_dict(read_config(trial.candidate.source)['model']))).train()
+    if trial.candidate.start == 'pretrained': return Picker(from_pretrained(trial.candidate.source), freeze=freeze).train()
+    model = build(config_from_dict(read_config(trial.candidate.source)['model']))
+    return Picker(model, freeze=freeze).train()
 
 # %% ../../nbs/study/02_trial.ipynb #f9870292
 BASELINE_RECIPE = dict(lr=1e-3, weight_decay=0.)
@@ -120,7 +125,8 @@ def trial_recipe(
 )->TrainConfig: # checked
     "How a trial is trained"
     own = RECIPES[net.config.method] if isinstance(net, Picker) else BASELINE_RECIPE
-    c = TrainConfig(steps=common.steps, batch_size=common.batch_size, **{**own, 'lr': trial.candidate.lr or own['lr']}, seed=trial.seed, device=common.device, workers=common.workers,
+    ways = dict(layer_decay=common.layer_decay, average=common.average) if isinstance(net, Picker) else {}
+    c = TrainConfig(**ways, steps=common.steps, batch_size=common.batch_size, **{**own, 'lr': trial.candidate.lr or own['lr']}, seed=trial.seed, device=common.device, workers=common.workers,
                     validate_every=max(1, common.steps//10), validation_windows=common.validation_windows, checkpoint_every=250, keep=1)
     check_config(c)
     return c
@@ -189,13 +195,14 @@ def trial_settings(
     weights = crc32((Path(trial.candidate.source)/'model.safetensors').read_bytes()) if trial.candidate.start == 'pretrained' else None
     about = {'method': trial.candidate.name, 'start': trial.candidate.start, 'weights': weights, 'share': trial.fraction, 'data': counts, 'synthetic': common.synthetic,
              'augment': asdict(Augmentation()) if common.augment == 'full' else None, 'threshold': common.threshold}
+    if common.freeze != 'none' and trial.candidate.start != 'peer': about['freeze'] = common.freeze
     return json.loads(json.dumps({'cell': about, 'train': asdict(c)}))
 
 def in_common(
     settings:dict, # from `trial_settings`
 )->dict:
     "What all trials of a study must agree on"
-    own = {'cell': ('method', 'start', 'weights', 'share'), 'train': ('lr', 'weight_decay', 'seed')}
+    own = {'cell': ('method', 'start', 'weights', 'share', 'freeze'), 'train': ('lr', 'weight_decay', 'seed', 'layer_decay', 'average')}
     return {part: {k: v for k, v in settings[part].items() if k not in own[part]} for part in own}
 
 def refuse_others(
@@ -208,6 +215,7 @@ def refuse_others(
     except FileNotFoundError: return
     except ValueError: raise UserError(f"'{folder/'config.json'}' is damaged; remove that folder, and the trial starts over.") from None
     saved = {name: saved.get(name, {}) for name in wanted}
+    if 'train' in saved: saved['train'] = with_defaults(saved['train'], TrainConfig())
     differ = differences(*(settings if same else in_common(settings) for settings in (saved, wanted)), RESUMABLE_FIELDS)
     if differ: raise UserError(f"'{folder}' is of a study with other settings: {'; '.join(differ)}. Give the same settings, or another --out.")
 
@@ -219,7 +227,7 @@ def run_trial(
 ):
     "Train and score one trial, or go on with it"
     done, part = folder/trial.name, folder/f'{trial.name}.part'
-    net = start_trial(trial)
+    net = start_trial(trial, common.freeze)
     c = trial_recipe(net, trial, common)
     windows, dev, change, records = trial_windows(trial, c, common)
     extra = {'cell': trial_settings(trial, common, c)['cell'], 'records': records}

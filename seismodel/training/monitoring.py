@@ -83,6 +83,7 @@ HEALTHY = {   # measure -> (step, lowest, highest) at a few steps; None: no boun
     'code_perplexity':  [(0, 60., None), (1000, 300., None)],
     'collided':         [(0, None, .1)],
     'mse':              [(0, None, 2.), (200, None, 1.), (1000, None, .85)],
+    'spectrum_mse':     [(0, None, 2.), (200, None, 1.), (1000, None, .85)],
     'target_variance':  [(0, .1, None), (1000, .3, None)],
     'grad_norm':        [(0, None, 60.), (300, None, 5.), (5000, None, 2.)],
 }
@@ -120,5 +121,7 @@ def alarms(
         found.append(f"dead features: variance {m['feature_variance']:.1e}, it began at {first['feature_variance']:.1e}")
     if m.get('target_variance', math.inf) < .01: found.append(f"dead targets: their variance over frames is {m['target_variance']:.1e}")
     if m.get('dev_effective_rank', math.inf) < 2: found.append(f"few directions: effective rank {m['dev_effective_rank']:.1f} of the features on dev")
+    if progress > .5 and m.get('spectrum_mse', 0.) > .98*m.get('zero_spectrum_mse', math.inf):
+        found.append(f"nothing learnt: the error of the spectra is {m['spectrum_mse']:.2f}, and {m['zero_spectrum_mse']:.2f} for the mean of each band")
     if progress > .5 and m.get('accuracy', 1.) < 2/(negatives + 1): found.append(f"stuck at chance: accuracy {m['accuracy']:.1%}")
     return found

@@ -19,8 +19,7 @@ import torch.nn as nn
 from matplotlib.figure import Figure
 
 from .monitoring import healthy_at
-from ..models.pretraining import (ContrastivePretraining, Pretrainer,
-                                          ReconstructionPretraining)
+from ..models.pretraining import MaskedPretraining, Pretrainer, ReconstructionPretraining
 from ..files import write_atomically
 from ..models.quantizer import code_usage
 from .runlog import read_metrics
@@ -28,7 +27,7 @@ from ..signals.records import COMPONENTS, SAMPLING_RATE
 from ..core import UserError
 
 # %% ../../nbs/training/08_plots.ipynb #11996634
-SHOWN = ('loss', 'contrastive', 'accuracy', 'perplexity', 'code_perplexity', 'mse', 'feature_variance', 'target_variance', 'grad_norm', 'lr')
+SHOWN = ('loss', 'contrastive', 'accuracy', 'perplexity', 'code_perplexity', 'mse', 'spectrum_mse', 'tokens_mse', 'patch_mse', 'feature_variance', 'target_variance', 'grad_norm', 'lr')
 
 def series(
     rows:list[dict], # from `read_metrics`
@@ -58,8 +57,8 @@ def plot_measure(ax, rows, name, color, label):
     ax.plot(*series(rows, name), lw=.8, color=color, label=label)
     if any(f'dev_{name}' in r for r in rows): ax.plot(*series(rows, f'dev_{name}'), 'o-', ms=3, lw=1, color=color, mfc='w', label=f'{label}, dev')
     for trivial, style in (('zero', ':'), ('line', '-.')):
-        known = series(rows, f'dev_{trivial}_mse')
-        if name == 'mse' and known[0]: ax.plot(*known, style, lw=1, color=color, label=f'dev, {trivial}')
+        known = series(rows, f'dev_{trivial}_{name}')
+        if name.endswith('mse') and known[0]: ax.plot(*known, style, lw=1, color=color, label=f'dev, {trivial}')
 
 def shade_healthy(ax, name):
     "The usual range behind a measure, as far as the axes reach"
@@ -74,7 +73,7 @@ def shade_healthy(ax, name):
 # %% ../../nbs/training/08_plots.ipynb #b8629921
 @torch.no_grad()
 def plot_codes(
-    model:ContrastivePretraining, # in evaluation mode
+    model:Pretrainer, # with a quantizer, in evaluation mode
     x:torch.Tensor, # (B, L, 3) windows
 )->Figure:
     "Share of the frames that take each code, one panel a group, codes in order of their use"
@@ -96,15 +95,22 @@ def plot_window(
 )->Figure:
     "A masked window, and below it what the model says about the hidden frames"
     generator = torch.Generator(x.device).manual_seed(seed)
-    fig, axs = plt.subplots(3 + (2 if isinstance(model, ReconstructionPretraining) else 1), 1, figsize=(8, 4.6), sharex=True, layout='constrained')
-    if isinstance(model, ReconstructionPretraining):
-        e, target, made = model.predict(x, generator)
-        plot_reconstruction(axs[3:], target[0].float().cpu(), made[0].float().cpu())
+    told, codes = None, None       # (target, prediction) of frames; or what a contrastive model says
+    if isinstance(model, MaskedPretraining):
+        mask, said = model.predict(x, generator)
+        told = next(iter(said.values()), None)
+    elif isinstance(model, ReconstructionPretraining):
+        e, *told = model.predict(x, generator)
+        mask = e.mask
     else:
         e, made = model.predict(x, generator)
-        plot_similarity(axs[3], e.targets[0].float().cpu(), made[0].float().cpu(), e.mask[0].cpu())
+        mask, codes = e.mask, (e.targets, made)
+    rows = 3 + (2 if told else 1 if codes else 0)
+    fig, axs = plt.subplots(rows, 1, figsize=(8, 4.6), sharex=True, layout='constrained')
+    if told: plot_reconstruction(axs[3:], *(y[0].float().cpu() for y in told))
+    if codes: plot_similarity(axs[3], *(y[0].float().cpu() for y in codes), mask[0].cpu())
     time = torch.arange(x.shape[1])/SAMPLING_RATE
-    hidden = e.mask[0].cpu().repeat_interleave(4)[:x.shape[1]]
+    hidden = mask[0].cpu().repeat_interleave(4)[:x.shape[1]]
     for ax, component, trace in zip(axs, COMPONENTS, x[0].cpu().T):
         ax.plot(time, trace, lw=.5, color='k')
         ax.fill_between(time, *ax.get_ylim(), where=hidden, color='.8', lw=0, zorder=0)
@@ -137,11 +143,11 @@ def model_figures(
     model:nn.Module, # in evaluation mode
     x:torch.Tensor, # (B, L, 3) dev windows, on the model's device
 )->dict[str, Figure]: # name -> figure
-    "The figures that this model has: a masked window for the pretraining methods, the codes for the contrastive one"
+    "The figures that this model has: a masked window for the pretraining methods, the codes for those that have some"
     loud = x.abs().amax((1, 2)).argmax()      # an event, if there is one: the highest peak over its window's deviation
     figures = {}
     if isinstance(model, Pretrainer): figures['window'] = plot_window(model, x[loud, None])
-    if isinstance(model, ContrastivePretraining): figures['codes'] = plot_codes(model, x)
+    if isinstance(model, Pretrainer) and hasattr(model.encoder, 'quantizer'): figures['codes'] = plot_codes(model, x)
     return figures
 
 def log_pictures(
@@ -154,7 +160,7 @@ def log_pictures(
     training = model.training
     model.eval()
     for name, fig in model_figures(model, x).items(): events.add_figure(name, fig, step)     # which closes it
-    if isinstance(model, ContrastivePretraining):
+    if isinstance(model, Pretrainer) and hasattr(model.encoder, 'quantizer'):
         with torch.no_grad(): codes = model.encoder.quantizer(model.encoder.frontend(x)).codes      # (B, T, G)
         for g, code in enumerate(codes.unbind(-1), 1): events.add_histogram(f'codes/group {g}', code, step)
     model.train(training)

@@ -19,8 +19,7 @@ from ..core import UserError, check_fields, count_parameters, pick_device
 from ..data.sources import open_source, parse_weights, whole_path
 from ..data.windows import WindowDataset
 from ..files import is_filled
-from ..models.pretraining import (ContrastiveConfig, Preset, ReconstructionConfig, build,
-                                          config_from_dict, preset as find_preset)
+from ..models.pretraining import ModelConfig, Preset, build, config_from_dict, preset as find_preset
 from ..signals.records import WINDOW
 from .config import RESUMABLE_FIELDS, TrainConfig, check_config, train_from_dict
 from .distributed import Ranks, join_ranks
@@ -69,7 +68,7 @@ class PretrainPlan:
     data: list[str]             # folders with their whole path, SeisBench names, or 'synthetic'
     weights: list[float]|None   # relative weights of the datasets
     window: int                 # samples
-    model: ContrastiveConfig|ReconstructionConfig
+    model: ModelConfig
     train: TrainConfig
 
     def extra(self)->dict:
@@ -103,7 +102,7 @@ def saved_plan(folder, preset, data, weights, window, given)->PretrainPlan:
 
 # %% ../../nbs/training/11_pretrain.ipynb #cc3b22d4
 def pretrain(
-    preset:str=None, # method and size: contrastive- or reconstruction-, then tiny, small or base; contrastive-tiny if not given
+    preset:str=None, # method and size: contrastive-, reconstruction-, spectrum- or joint-, then tiny, small or base; contrastive-tiny if not given
     data:Annotated[str, {'action': 'append'}]=None, # a packed store, a SeisBench dataset by folder or by name, or synthetic (the default); may be given several times
     data_weights:str=None, # relative weights of the datasets, such as 3,1; equal if not given
     window:int=None, # samples in a window; 4096 if not given
