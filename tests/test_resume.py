@@ -5,15 +5,20 @@
 import os
 import random
 import signal
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
+from seismodel.core import UserError
+from seismodel.data.sources import write_synthetic
 from seismodel.training.checkpoints import checkpoint_files, read_checkpoint
+from seismodel.training.pretrain import pretrain
 from seismodel.training.runlog import CLOCK, read_metrics
 
 root = Path(__file__).resolve().parents[1]
@@ -95,3 +100,41 @@ def test_a_run_killed_at_random_moments_ends_as_one_that_never_was(method, worke
     finish(process)
     assert_same(tmp_path/'whole', run)
     print(f'{method}, {workers} workers: {len(hits)} kills,', ', '.join(f'{hits.count(h)} in a {h}' for h in sorted(set(hits))))
+
+
+@pytest.fixture(scope='module')
+def unlabelled(tmp_path_factory):
+    "A SeisBench folder whose records have no picks: real noise has to be found by its calm"
+    folder = tmp_path_factory.mktemp('unlabelled')
+    write_synthetic(folder, dict(train=24, dev=4), samples=1500)
+    table = pd.read_csv(folder/'metadata.csv')
+    labels = [n for n in table if 'arrival' in n or 'status' in n or n == 'trace_category']
+    table.drop(columns=labels).to_csv(folder/'metadata.csv', index=False)
+    return folder
+
+
+def test_an_augmented_pretraining_resumes_to_the_bit(unlabelled, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = dict(data=[str(unlabelled), 'synthetic'], window=512, steps=4, batch_size=4, checkpoint_every=2, validation_windows=4, log_every=1,
+                device='cpu', workers=0)
+    full, plain = (pretrain(**args, augment=augment, out=Path(augment or 'plain')) for augment in ('full', None))
+    weights = (full/'model.safetensors').read_bytes()
+    assert len(weights) == len((plain/'model.safetensors').read_bytes()) and weights != (plain/'model.safetensors').read_bytes()
+    shutil.copytree(full, 'again')
+    checkpoint_files(Path('again'))[0].unlink()                                  # as if killed after step 2
+    pretrain(resume=Path('again'))
+    assert (Path('again')/'model.safetensors').read_bytes() == weights
+    with pytest.raises(UserError, match='augment was full and is none'): pretrain(resume=full, augment='none')
+    with pytest.raises(UserError, match='augment was none and is full'): pretrain(resume=plain, augment='full')
+    with pytest.raises(UserError, match="--augment is 'some'; choose full or none"): pretrain(augment='some')
+    pretrain(resume=full, augment='full')
+
+
+def test_noise_for_pretraining_is_found_without_labels(unlabelled):
+    from seismodel.data.sources import open_source
+    from seismodel.signals.noise import calm_bank, noise_bank
+    source = open_source(str(unlabelled), 'train', 512)
+    assert noise_bank([source], window=512).shape == (0, 512, 3)
+    bank = calm_bank([source], window=512)
+    assert bank.shape[1:] == (512, 3) and 0 < len(bank) < len(source)
+    assert (bank.abs().amax(1) < 5.001*bank.std(1, correction=0)).all()
