@@ -189,7 +189,7 @@ def train_without_loss_kernels(words):
 def append(out, part, row):
     "A row to the table of a part"
     path, fresh = out/f'scaling_{part}.csv', not (out/f'scaling_{part}.csv').exists()
-    with open(path, 'a', newline='') as f:
+    with open(path, 'a', newline='', encoding='utf-8') as f:
         table = csv.DictWriter(f, FIELDS[part], lineterminator='\n')
         if fresh: table.writeheader()
         table.writerow(row)
@@ -199,7 +199,7 @@ def append(out, part, row):
 def rows_of(out, part):
     "The table of a part, empty where it has not been made"
     path = out/f'scaling_{part}.csv'
-    return list(csv.DictReader(open(path))) if path.exists() else []
+    return list(csv.DictReader(open(path, encoding='utf-8'))) if path.exists() else []
 
 
 def drop_rows(out, part, counts):
@@ -213,7 +213,7 @@ def descendants(pid):
     "Process numbers of all that a process has started, and those started by them"
     parents = {}
     for stat in Path('/proc').glob('[0-9]*/stat'):
-        try: number, rest = int(stat.parent.name), stat.read_text().rsplit(')', 1)[1].split()
+        try: number, rest = int(stat.parent.name), stat.read_text(encoding='utf-8').rsplit(')', 1)[1].split()
         except (OSError, IndexError): continue
         parents.setdefault(int(rest[1]), []).append(number)
     found, ahead = [], [pid]
@@ -369,7 +369,7 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
     device = 'CPU' if args.small else torch.cuda.get_device_name()
     nccl = None if args.small else '.'.join(map(str, torch.cuda.nccl.version()))
-    (out/'scaling_machine.json').write_text(json.dumps(dict(device=device, devices=found, torch=torch.__version__, nccl=nccl), indent=1))
+    (out/'scaling_machine.json').write_text(json.dumps(dict(device=device, devices=found, torch=torch.__version__, nccl=nccl), indent=1), encoding='utf-8')
     for part in args.parts:
         drop_rows(out, part, counts)
         since = time.monotonic()

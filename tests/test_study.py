@@ -139,7 +139,7 @@ def test_a_failing_cell_does_not_stop_the_others(done, store, tmp_path, monkeypa
     assert main(command(store, tmp_path/'s', '--fractions', '.5,1')) == 1
     said = capsys.readouterr()
     assert '1 of 2 trials failed: PhaseNet--0.5--0' in said.err and 'RuntimeError: out of memory' in said.out + said.err
-    assert 'Traceback' in (tmp_path/'s/trials/PhaseNet--0.5--0.part/output.txt').read_text()
+    assert 'Traceback' in (tmp_path/'s/trials/PhaseNet--0.5--0.part/output.txt').read_text(encoding='utf-8')
     assert (tmp_path/'s/table.csv').exists() and (tmp_path/'s/trials/PhaseNet--1--0').is_dir()
 
 
