@@ -113,7 +113,8 @@ class Labelled(Batches):
 
 def in_processes(store, workers=2):
     data = WindowDataset([StoreSource(store)], 10**9)
-    return (b['x'] for b in DataLoader(Labelled(data), batch_size=None, sampler=order(), num_workers=workers))
+    return (b['x'] for b in DataLoader(Labelled(data), batch_size=None, sampler=order(), num_workers=workers,
+                                        multiprocessing_context='spawn'))
 
 
 def forget(folder):

@@ -2,6 +2,7 @@
 import ast
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,9 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import nbs
+from elsewhere import lacking
 
+from seismodel.data.prefetch import ignore_signals
 from seismodel.files import force_out
-from seismodel.training.batches import ignore_signals
 from seismodel.training.runlog import read_metrics
 
 root = Path(__file__).resolve().parents[1]
@@ -46,7 +49,51 @@ def test_every_text_file_has_its_encoding_named():
     files = [f for part in ('seismodel', 'scripts', 'tools', 'benchmarks', 'tests') for f in sorted((root/part).rglob('*.py'))]
     assert len(files) > 50
     found = [f'{f.relative_to(root)}:{call.lineno}' for f in files for call in text_calls(ast.parse(f.read_text(encoding='utf-8')))]
+    found += [f'{nb.relative_to(root)}: {ast.unparse(call)}' for nb in nbs for call in text_calls(ast.parse(code_of(nb)))]
     assert found == []
+
+
+def code_of(nb):
+    "All code of a chapter, its examples too"
+    return '\n'.join(''.join(c['source']) for c in json.loads(nb.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code')
+
+
+def linux_only(code):
+    "Modules, functions and signals in it that Windows lacks, where it does not ask whether they are there; forks, links and absolute paths"
+    tree, asked, found = ast.parse(code), set(), []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call): continue
+        if ast.unparse(node.func) == 'hasattr': asked.add(node.args[1].value if isinstance(node.args[1], ast.Constant) else None)
+        if there := re.fullmatch(r"Path\('(.*)'\)\.exists", ast.unparse(node.func)): asked.add(there[1])
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import): found += [a.name for a in node.names if a.name in lacking.MODULES]
+        elif isinstance(node, ast.ImportFrom): found += [node.module] if node.module in lacking.MODULES else []
+        elif isinstance(node, ast.Attribute):
+            where, name = ast.unparse(node.value), node.attr
+            signals = re.fullmatch('SIG[A-Z][A-Z0-9]+', name) and name not in lacking.SIGNALS
+            gone = where == 'os' and name in lacking.OS or where == 'signal' and (name in lacking.SIGNAL or signals)
+            if gone and name not in asked or name in ('symlink', 'symlink_to'): found.append(f'{where}.{name}')
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            path = re.match('/(tmp|proc|dev|usr|home)(/|$)', node.value)
+            if node.value == 'fork' or path and node.value not in asked: found.append(node.value)
+    return found
+
+
+@pytest.mark.parametrize('code, finds', [
+    ('import fcntl', ['fcntl']), ('def f():\n    from resource import getrlimit', ['resource']), ('os.fork()', ['os.fork']),
+    ('signal.signal(signal.SIGUSR1, f)', ['signal.SIGUSR1']), ("DataLoader(x, multiprocessing_context='fork')", ['fork']),
+    ("Path('/tmp/x')", ['/tmp/x']), ("if Path('/dev/full').exists(): open('/dev/full', 'wb')", []), ('p.symlink_to(q)', ['p.symlink_to']), ("if hasattr(signal, 'alarm'): signal.alarm(60)", []),
+    ('signal.signal(signal.SIGINT, signal.SIG_IGN)', []), ('os.replace(a, b)', [])])
+def test_the_check_on_systems_sees(code, finds):
+    assert linux_only(code) == finds
+
+
+def test_nothing_needs_linux():
+    "Neither package nor chapters"
+    modules = [f for f in sorted((root/'seismodel').rglob('*.py')) if f.name != '_modidx.py']
+    code = {f.relative_to(root).as_posix(): f.read_text(encoding='utf-8') for f in modules} | {nb.relative_to(root).as_posix(): code_of(nb) for nb in nbs}
+    assert len(code) > 90
+    assert {name: found for name, text in code.items() if (found := linux_only(text))} == {}
 
 
 @pytest.fixture(scope='module')
@@ -76,6 +123,12 @@ def test_a_run_is_stopped_and_resumed(day):
     assert report['pretraining'] == [128 + signal.SIGINT, 0]
     assert [row['step'] for row in read_metrics(folder/'run')] == [1, 2, 3, 4]
     assert 'Stopped by SIGINT after step 2 of 4' in said and "Another process is training in 'run'" in said
+
+
+def test_a_picker_is_trained_and_scored(day):
+    folder, report, said = day
+    assert report['finetuning'] == [0, 0, 0, 0], said
+    assert (folder/'fine/best/model.safetensors').exists() and (folder/'features.npz').exists()
 
 
 def test_a_store_is_packed_and_a_record_picked(day):

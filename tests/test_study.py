@@ -1,6 +1,5 @@
 "The study: resuming, refusing, failing, processes, baselines, whole records, and the arithmetic of its table"
 import json
-import os
 import signal
 import shutil
 
@@ -106,7 +105,7 @@ def test_stopped_by_a_signal_it_goes_on_to_the_same_numbers(done, store, tmp_pat
     real, calls = trainer.train_step, []
     def stop_at_second(*args, **kwargs):
         calls.append(1)
-        if len(calls) == 2: os.kill(os.getpid(), signal.SIGTERM)
+        if len(calls) == 2: signal.raise_signal(signal.SIGTERM)
         return real(*args, **kwargs)
     monkeypatch.setattr(trainer, 'train_step', stop_at_second)
     assert main(command(store, tmp_path/'s', '--fractions', '.5,1')) == 128 + signal.SIGTERM

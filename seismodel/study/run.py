@@ -29,7 +29,7 @@ from .tables import gains, pack_study, plot_study, summary_table, table, trials_
 from ..core import Interrupted, TrainingError, UserError, pick_device
 from ..files import write_atomically
 from ..data.sources import whole_path
-from ..training.batches import blocking_signals, unblock_signals
+from ..data.prefetch import blocking_signals, unblock_signals
 from ..training.trainer import Signals
 
 # %% ../../nbs/study/04_run.ipynb #b099fbe4

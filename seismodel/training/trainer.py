@@ -29,10 +29,10 @@ from .distributed import Ranks
 from ..core import Interrupted, TrainingError, UserError, pick_device
 from .monitoring import FiniteWatch, alarms, healthy_at, skip_step_if_nonfinite
 from ..data.windows import WindowDataset
-from ..data.prefetch import device_batches
+from ..data.prefetch import SIGNALS, device_batches
 from .plots import log_pictures, model_figures, plot_metrics, save_figures
 from .config import RESUMABLE_FIELDS, TrainConfig, check_config
-from .batches import (SIGNALS, ResumableBatchSampler, sequential_batches, make_dataloader,
+from .batches import (ResumableBatchSampler, sequential_batches, make_dataloader,
                                         closing_workers)
 from .schedule import lr_at, mix_seed, parameter_groups, seed_step
 from .cuda_graph import (Replay, run_eager, compile_blocks, mixed_precision,

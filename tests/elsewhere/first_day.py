@@ -55,6 +55,17 @@ def pretraining():
     return [*codes, main('pretrain --resume run'.split())]
 
 
+def finetuning():
+    "Exit codes of a picker that is trained from that run and resumed, of its scores, and of features of the synthetic data"
+    from seismodel.cli import main
+    from seismodel.data.sources import write_synthetic
+    write_synthetic(Path('quakes'), {'train': 12, 'dev': 4, 'test': 4})
+    return [main('finetune --from run --data quakes --steps 2 --batch-size 2 --validation-windows 2 --device cpu --workers 0 --out fine'.split()),
+            main('finetune --resume fine'.split()),
+            main('evaluate fine --data quakes --device cpu --out scores'.split()),
+            main('embed run quakes --device cpu --out features.npz'.split())]
+
+
 def picks():
     "Packs a folder of ObsPy's records, and picks one of them with a picker from random weights; exit codes"
     import torch
@@ -85,6 +96,6 @@ def trial():
 
 if __name__ == '__main__':
     multiprocessing.set_start_method('spawn')
-    parts = {f.__name__: f for f in (modules, helps, pretraining, picks, trial)}
+    parts = {f.__name__: f for f in (modules, helps, pretraining, finetuning, picks, trial)}
     report = {name: f() for name, f in parts.items()}
     Path('report.json').write_text(json.dumps(report), encoding='utf-8')

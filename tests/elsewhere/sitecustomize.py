@@ -8,7 +8,9 @@ import os
 import signal
 import sys
 
-GONE = {'fcntl', 'resource', 'pwd', 'grp', 'termios', 'tty', 'pty', 'syslog', 'triton'}
+import lacking
+
+GONE = {*lacking.MODULES, 'triton'}
 mode_of = lambda handle: fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE
 plain = {name: getattr(os, name) for name in ('open', 'fsync', 'replace', 'rename', 'unlink', 'remove', 'rmdir')}
 
@@ -56,13 +58,11 @@ def fsync(handle):
 
 os.open, os.fsync = open_file, fsync
 for name in ('replace', 'rename', 'unlink', 'remove', 'rmdir'): setattr(os, name, refusing(name))
-for name in ('fork', 'forkpty', 'killpg', 'getuid', 'geteuid', 'getgid', 'sysconf', 'sync',
-             'statvfs', 'posix_fadvise', 'sched_getaffinity', 'O_DIRECTORY', 'O_NOFOLLOW'):
+for name in lacking.OS:
     if hasattr(os, name): delattr(os, name)
-KEPT = {'SIGINT', 'SIGTERM', 'SIGABRT', 'SIGFPE', 'SIGILL', 'SIGSEGV', 'SIG_DFL', 'SIG_IGN',
-        'SIGCHLD'}                                                             # PyTorch on Linux needs it
+KEPT = {*lacking.SIGNALS, 'SIG_DFL', 'SIG_IGN', 'SIGCHLD'}     # PyTorch on Linux needs the last one
 for name in [n for n in dir(signal) if n.startswith('SIG') and n not in KEPT]: delattr(signal, name)
-for name in ('alarm', 'pause', 'setitimer', 'getitimer', 'pthread_sigmask', 'pthread_kill', 'sigwait', 'siginterrupt'):
+for name in lacking.SIGNAL:
     if hasattr(signal, name): delattr(signal, name)
 for name in GONE: sys.modules.pop(name, None)
 sys.meta_path[:] = map(Without, sys.meta_path)
