@@ -265,7 +265,7 @@ def measure_profile(out, p, ranks, step, name, how):
 
 
 def train_poisoned(number, words):
-    "`seismodel pretrain` where the window of this number is not a number"
+    "`seismodel pretrain` where the window of this number is not a number; below 0: where every window is larger by a millionth"
     from seismodel import cli
     from seismodel.training import pretrain
     right = pretrain.WindowDataset.batch
@@ -273,6 +273,7 @@ def train_poisoned(number, words):
         found = right(self, numbers, raw)
         for k, n in enumerate(numbers):
             if n == number: found['x'][k] = float('nan')
+        if number < 0: found['x'] *= 1 + 1e-6
         return found
     pretrain.WindowDataset.batch = batch
     return cli.main(['pretrain', *words])
@@ -369,7 +370,7 @@ def lines(folder):
     return path.read_bytes().count(b'\n') if path.exists() else 0
 
 
-PRETRAIN = '-m', 'seismodel', 'pretrain'
+PRETRAIN, NUDGED = ('-m', 'seismodel', 'pretrain'), 3
 
 
 class Runs:
@@ -382,22 +383,23 @@ class Runs:
         with self.places: run(n, *words, cpu=self.cpu, deadline=self.deadline, **more)
 
     def whole(self, name, n, again):
-        "Folder of a run that nobody disturbed"
+        "Folder of a run that nobody disturbed; the windows of NUDGED are larger by a millionth, which shows how training amplifies rounding"
         folder = self.folder/f'{name}-on-{n}-{again}'
         with self.own.setdefault(folder, Lock()):
             if not (folder/'figures').exists():
-                self.run(n, *PRETRAIN, *settings(self.p, name), '--out', folder, gpu=None if n > 1 or self.cpu else again - 1)
+                self.run(n, *((__file__, 'poisoned', -1) if again == NUDGED else PRETRAIN), *settings(self.p, name), '--out', folder,
+                         gpu=None if n > 1 or self.cpu else again%2)
         return folder
 
 
 def losses(out, p, n, runs, name):
-    "A run on one rank and one on all, each twice, with the same windows"
+    "A run on one rank and one on all, each twice, with the same windows; and on one rank with windows larger by a millionth"
     def one(job):
         for r in read_metrics(runs.whole(name, *job)):
             append(out, 'losses', dict(preset=name, ranks=job[0], time=job[1], step=r['step'], loss=f"{r['loss']:.9g}",
                                        code_perplexity=f"{r['code_perplexity']:.9g}" if 'code_perplexity' in r else ''))
         print(f'{name} on {job[0]}, time {job[1]}: trained', flush=True)
-    together([lambda job=job: one(job) for job in ((1, 1), (n, 1), (1, 2), (n, 2))])
+    together([lambda job=job: one(job) for job in ((1, 1), (n, 1), (1, 2), (n, 2), (1, NUDGED))])
     for who, (loss, codes) in differences(rows_of(out, 'losses')).get(name, {}).items(): print(sentence(name, who, loss, codes), flush=True)
 
 
@@ -491,7 +493,8 @@ def differences(rows):
 
 
 def sentence(name, who, loss, codes):
-    return f'{name}: one rank and {who[0]}, time {who[1]}: loss differs by at most {loss:.2g}' + (f', code perplexity by {codes:.2g}' if codes is not None else '')
+    other = 'one, windows larger by a millionth' if who == (1, NUDGED) else f'{who[0]}, time {who[1]}'
+    return f'{name}: one rank and {other}: loss differs by at most {loss:.2g}' + (f', code perplexity by {codes:.2g}' if codes is not None else '')
 
 
 def report(out, p):

@@ -98,6 +98,16 @@ def test_quantizer_draws_from_the_generator():
     assert torch.equal(a, b) and not torch.equal(a, c)
 
 
+def test_a_frame_that_is_not_a_number_gets_a_code_of_the_book():
+    "A code beyond the book would end the process on a GPU before the update can be withheld"
+    vq, x, indices, valid = quantizer_case(2, 12, 6, 8, 2, 5, 4, seed=0)
+    x[0] = float('nan')
+    vectors, codes, _ = kernels.quantize_frames(vq, x, indices, valid, generator(1))
+    assert codes.shape == (2, 6, 2) and ((0 <= codes) & (codes < 5)).all()
+    clean = kernels.quantize_frames(vq, x.nan_to_num(), indices, valid, generator(1))
+    assert torch.equal(codes[1], clean[1][1]) and torch.equal(vectors[1], clean[0][1])
+
+
 def test_ranks_draw_what_one_process_draws(monkeypatch):
     "Codes, gradient of the noisy choice and negatives of three windows on each of two ranks, in steps that end inside a window"
     monkeypatch.setattr(kernels, 'CHUNK', 10)

@@ -52,7 +52,7 @@ def choose_kernel(logits, weight, seeds, codes, usage, first, N, M, G, V, NOISE:
         l = tl.load(logits + row.to(tl.int64)*V + v, v < V, float('-inf'))
         total += tl.load(weight + n) * softmax(l)
         if NOISE: l += gumbel(tl.load(seeds + (first + n)//M), (first + n)%M*G + g, BLOCK)
-        tl.store(codes + row, tl.argmax(l, 0))
+        tl.store(codes + row, tl.minimum(tl.argmax(l, 0), V - 1))   # beyond V where a logit is NaN
     tl.store(usage + (block*G + g)*V + v, total, v < V)
 
 # %% ../../nbs/kernels/07_triton_infonce.ipynb #00fb3d04

@@ -85,7 +85,7 @@ def share_out(trials, configs, folder, note, signals):
                 if not free: free.append((*start_server(configs[0], folder, jobs), configs.pop(0)))
                 pipe, process, common = free.pop()
                 pipe.send(todo[0])
-                busy[pipe] = process, h, todo.pop(0)
+                busy[pipe] = process, common, todo.pop(0)
             for pipe in wait(list(busy), timeout=.5):
                 process, common, trial = busy.pop(pipe)
                 try: why = pipe.recv()
@@ -95,7 +95,7 @@ def share_out(trials, configs, folder, note, signals):
                 note(trial, why)
                 if why:
                     pipe.close()                                                   # which ends the process
-                    configs.append(common)                                               # another one takes its place
+                    configs.append(common)                                         # another one takes its place
                 else: free.append((pipe, process, common))
     finally:
         for pipe, process in [*(one[:2] for one in free), *((pipe, one[0]) for pipe, one in busy.items())]:
