@@ -406,7 +406,7 @@ def losses(out, p, n, runs, name):
 def resume(out, p, n, runs, name):
     "SIGKILL to all at five random moments; the run goes on on all ranks, then on one, then on all again, and so on"
     rng, killed, rows, begin = random.Random(name), runs.folder/f'{name}-killed', [], 0
-    moments = [round(p['steps']*(k + rng.uniform(.2, 1))/5.5) for k in range(5)] + [None]
+    moments = [round(p['steps']*(k + rng.uniform(.6, 1))/5.5) for k in range(5)] + [None]     # the first after the first checkpoint
     try:
         for k, (m, moment) in enumerate(zip((n, n, 1, n, 1, n), moments)):
             words = ('--resume', killed) if k else (*settings(p, name), '--out', killed)
