@@ -85,6 +85,7 @@ def models(size):
     "The variants and the random starts of a size"
     find = lambda name: preset(f'{name}-{size}').model
     spectrum, joint, contrastive, recon = map(find, ('spectrum', 'joint', 'contrastive', 'reconstruction'))
+    recon = replace(recon, target='tokens')                # where the others start from; the preset is recon-spectrum
     encoder = recon.encoder
     mended = replace(encoder, mask_value='learned', activation='gelu')
     changed = lambda **more: replace(recon, encoder=replace(encoder, **more))

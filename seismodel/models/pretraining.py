@@ -148,7 +148,7 @@ def all_reduce_mean(
 
 # %% ../../nbs/models/10_pretraining.ipynb #5077d1bc
 class Pretrainer(nn.Module):
-    "Encoder, backbone and head: what both methods share. Each method adds its `forward`, the loss."
+    "Encoder, backbone and head: what the methods share. Each adds its `forward`, the loss."
     def __init__(self, config, encoder, backbone, head):
         super().__init__()
         self.config, self.encoder, self.backbone, self.head = config, encoder, backbone, head
@@ -399,13 +399,13 @@ def masked_size(
 CONTRASTIVE = {'tiny': contrastive_size(32, 64, 64, 1, scale_logits=False), 'small': contrastive_size(64, 256, 256, 2), 'base': contrastive_size(128, 256, 256, 3)}
 PRESETS = {
     'contrastive-tiny': Preset(CONTRASTIVE['tiny'], steps=300, batch_size=8, lr=3e-3, weight_decay=.1),
-    'contrastive-small': Preset(CONTRASTIVE['small'], steps=5000, batch_size=16, lr=3e-3, weight_decay=.1),
+    'contrastive-small': Preset(CONTRASTIVE['small'], steps=6000, batch_size=256, lr=3e-3, weight_decay=.1),
     'contrastive-base': Preset(CONTRASTIVE['base'], steps=100_000, batch_size=256, lr=1e-3, weight_decay=.1),
-    'reconstruction-tiny': Preset(ReconstructionConfig(BidirAutoregConfig(d_model=64), blocks=4, ff=3.),
+    'reconstruction-tiny': Preset(ReconstructionConfig(BidirAutoregConfig(d_model=64), blocks=4, ff=3., target='spectrum'),
                                   steps=300, batch_size=8, lr=3e-3, weight_decay=.01),
-    'reconstruction-small': Preset(ReconstructionConfig(BidirAutoregConfig(d_model=128), blocks=12, ff=4.),
-                                   steps=5000, batch_size=16, lr=2e-3, weight_decay=.01),
-    'reconstruction-base': Preset(ReconstructionConfig(BidirAutoregConfig(d_model=176)),
+    'reconstruction-small': Preset(ReconstructionConfig(BidirAutoregConfig(d_model=128), blocks=12, ff=4., target='spectrum'),
+                                   steps=12_000, batch_size=128, lr=2e-3, weight_decay=.01),
+    'reconstruction-base': Preset(ReconstructionConfig(BidirAutoregConfig(d_model=176), target='spectrum'),
                                   steps=100_000, batch_size=256, lr=2e-3, weight_decay=.01),
     'spectrum-tiny': Preset(masked_size('tiny'), steps=300, batch_size=8, lr=3e-3, weight_decay=.1),
     'spectrum-small': Preset(masked_size('small'), steps=6000, batch_size=256, lr=3e-3, weight_decay=.1),

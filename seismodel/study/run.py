@@ -211,7 +211,7 @@ def study(
     synthetic:float=.25, # share of the training windows that are synthetic events in real noise
     augment:str='full', # what happens to the training windows, as in finetune: full or none
     freeze:str='none', # what of our models does not learn, as in finetune: none, encoder, all or gradual
-    layer_decay:float=1., # of our models' learning rate, from each stage of the network to the one before it
+    layer_decay:float=None, # factor of our models' learning rate from each stage of the network to the one before it; as in finetune if not given
     average:float=0., # decay of a moving average of our models' weights, such as .99; 0: none
     validation_windows:int=128, # dev windows looked at ten times along the run
     jobs:int=1, # processes that share a device, each with a trial at a time

@@ -27,7 +27,7 @@ from torch import nn
 from ..signals.augment import Augmentation
 from ..training.checkpoints import differences
 from ..core import TrainingError, UserError, pick_device
-from ..finetuning.finetune import RECIPES, label_windows, with_real_noise
+from ..finetuning.finetune import fine_recipe, label_windows, with_real_noise
 from ..finetuning.heads import Picker
 from ..data.windows import WindowDataset
 from ..models.pretraining import (build, config_from_dict, from_pretrained, read_config,
@@ -90,7 +90,7 @@ class StudyConfig:
     device: str = 'auto'
     workers: int = 0       # processes that prepare windows, for each trial that runs
     freeze: str = 'none'   # of our models, see `Picker`
-    layer_decay: float = 1. # of our models, see `TrainConfig`
+    layer_decay: float|None = None # of our models, see `TrainConfig`; None: as in `finetune`
     average: float = 0.    # of our models, see `TrainConfig`
 
 class Trial(NamedTuple):
@@ -124,10 +124,11 @@ def trial_recipe(
     common:StudyConfig,
 )->TrainConfig: # checked
     "How a trial is trained"
-    own = RECIPES[net.config.method] if isinstance(net, Picker) else BASELINE_RECIPE
-    ways = dict(layer_decay=common.layer_decay, average=common.average) if isinstance(net, Picker) else {}
-    c = TrainConfig(**ways, steps=common.steps, batch_size=common.batch_size, **{**own, 'lr': trial.candidate.lr or own['lr']}, seed=trial.seed, device=common.device, workers=common.workers,
-                    validate_every=max(1, common.steps//10), validation_windows=common.validation_windows, checkpoint_every=250, keep=1)
+    same = dict(steps=common.steps, batch_size=common.batch_size, seed=trial.seed, device=common.device, workers=common.workers,
+                validate_every=max(1, common.steps//10), validation_windows=common.validation_windows, checkpoint_every=250, keep=1)
+    if isinstance(net, Picker):
+        return fine_recipe(net.config.method, trial.candidate.start == 'pretrained', lr=trial.candidate.lr, layer_decay=common.layer_decay, average=common.average, **same)
+    c = TrainConfig(**{**BASELINE_RECIPE, 'lr': trial.candidate.lr or BASELINE_RECIPE['lr']}, **same)
     check_config(c)
     return c
 
