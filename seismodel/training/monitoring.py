@@ -79,9 +79,9 @@ class FiniteWatch:
 HEALTHY = {   # measure -> (step, lowest, highest) at a few steps; None: no bound
     'contrastive':      [(0, None, 4.9), (200, None, 4.62), (1000, None, 4.1), (5000, None, 3.9)],
     'accuracy':         [(0, 0., None), (200, .01, None), (1000, .06, None), (5000, .08, None)],
-    'perplexity':       [(0, 60., None), (1000, 300., None)],
-    'code_perplexity':  [(0, 60., None), (1000, 300., None)],
-    'collided':         [(0, None, .1)],
+    'perplexity':       [(0, 30., None), (300, 30., None), (1000, 300., None)],
+    'code_perplexity':  [(0, 30., None), (300, 30., None), (1000, 300., None)],
+    'collided':         [(0, None, .25), (1000, None, .1)],
     'mse':              [(0, None, 2.), (200, None, 1.), (1000, None, .85)],
     'spectrum_mse':     [(0, None, 2.), (200, None, 1.), (1000, None, .85)],
     'target_variance':  [(0, .1, None), (1000, .3, None)],
