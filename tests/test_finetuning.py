@@ -102,6 +102,24 @@ def test_a_run_from_a_pretrained_model(name, folder, tmp_path):
         assert len(SeisModelPicker.from_pretrained(run).annotate(obspy.read())) == 3
 
 
+@pytest.mark.parametrize('name, told, decay', [('contrastive-tiny', None, .65), ('spectrum-tiny', None, .65), ('spectrum-tiny', 1., 1.),
+                                               ('spectrum-tiny', .8, .8), ('reconstruction-tiny', None, 1.)])
+def test_first_stages_of_a_pretrained_start_learn_more_slowly(name, told, decay, folder, tmp_path, capsys):
+    "Unless it is told otherwise or has a low rate already; the run says it in one line"
+    build(preset(name).model).save_pretrained(tmp_path/'pre')
+    run = finetune(str(tmp_path/'pre'), None, [str(folder)], layer_decay=told, out=tmp_path/'run', **SMALL)
+    said = [line for line in capsys.readouterr().out.splitlines() if '--layer-decay' in line]
+    assert json.loads((run/'config.json').read_text(encoding='utf-8'))['train']['layer_decay'] == decay
+    assert len(said) == (decay < 1) and all(f'{decay} times' in line for line in said)
+
+
+def test_random_starts_learn_alike(folder, tmp_path, capsys):
+    "No stage is slower than another where there is nothing to keep"
+    run = finetune('random', 'spectrum-tiny', [str(folder)], out=tmp_path/'run', **SMALL)
+    assert json.loads((run/'config.json').read_text(encoding='utf-8'))['train']['layer_decay'] == 1.
+    assert '--layer-decay' not in capsys.readouterr().out
+
+
 def test_the_control_differs_in_the_start_alone(folder, tmp_path):
     "Same head, same windows: only encoder and backbone begin elsewhere"
     torch.manual_seed(7)

@@ -1,19 +1,31 @@
-"Both methods as modules: determinism, gradients, saving and what is wrong with damaged files"
+"The methods as modules: determinism, gradients, saving and what is wrong with damaged files"
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from seismodel.models.encoders import BidirAutoregConfig, ConvDownConfig
 from seismodel.models.pretraining import (ContrastiveConfig, ReconstructionConfig, build,
-                                          config_from_dict, config_to_dict, from_pretrained)
+                                          config_from_dict, config_to_dict, from_pretrained, preset)
 from seismodel.files import write_atomically
 from seismodel.core import UserError
 
 CONTRASTIVE = ContrastiveConfig(ConvDownConfig(conv_features=16, out_features=16, codevector_dim=16, target_features=16), blocks=1, pooling=(4,), negatives=20)
 TOKENS = ReconstructionConfig(BidirAutoregConfig(d_model=16), blocks=1)
 PATCH = ReconstructionConfig(BidirAutoregConfig(d_model=16), blocks=1, target='patch')
-every = pytest.mark.parametrize('config', [CONTRASTIVE, TOKENS, PATCH], ids=['contrastive', 'tokens', 'patch'])
+SPECTRUM = ReconstructionConfig(BidirAutoregConfig(d_model=16), blocks=1, target='spectrum')
+every = pytest.mark.parametrize('config', [CONTRASTIVE, TOKENS, PATCH, SPECTRUM], ids=['contrastive', 'tokens', 'patch', 'spectrum'])
+
+
+@pytest.mark.parametrize('size', ['tiny', 'small', 'base'])
+def test_reconstruction_presets_predict_spectra_and_saved_models_what_they_did(size):
+    "The target of a saved configuration is its own; one that names none has tokens, as the specification says"
+    model = preset(f'reconstruction-{size}').model
+    assert model.target == 'spectrum' and (model.encoder.mask_value, model.encoder.activation) == ('zero', 'relu')
+    assert config_from_dict(config_to_dict(replace(model, target='tokens'))).target == 'tokens'
+    bare = {k: v for k, v in config_to_dict(model).items() if k != 'target'}
+    assert config_from_dict(bare).target == 'tokens'
 
 
 @every
