@@ -1,178 +1,239 @@
-"""Plant small faults by Cosmic Ray in copies of the package, a sample of them, and list those that no test notices.
+"""Plant small faults in a copy of the package, one at a time, and list those that no test notices.
 
-    python scripts/mutants.py [--count 300] [--seed 0] [--jobs 2] [--only models/masking training/trainer] [--again]
+    python scripts/mutants.py [--count 300] [--seed 0] [--jobs 2] [--only models/masking …] [--again]
 
-Everything lies in build/mutants: a copy of package and tests, a session and a summary for each module. A second call goes on where the first
-was stopped. After new tests, `--again` tries the survivors once more. A module that was changed since needs a new session: remove its folder.
+Cosmic Ray makes the faults. Those of each module come in a random order, and the modules take turns, a
+long one more often: the first 100 are a sample of all modules, and the first 300 hold them. What came out
+is kept in build/mutants/results.jsonl, so that a second call goes on where the first one stopped; a fault
+is known by the text of its module. `--again` tries the survivors once more, after tests were added. What
+may live, and why, stands in tests/survivors.txt.
 """
 import argparse
 import ast
+import difflib
+import json
 import os
 import random
-import shlex
+import re
 import shutil
-import sqlite3
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha1
 from pathlib import Path
+from queue import Queue
+from threading import Lock
 from time import monotonic
+from typing import NamedTuple
 
-from cosmic_ray.work_db import WorkDB, use_db
-from cosmic_ray.work_item import TestOutcome, WorkerOutcome, WorkResult
+from cosmic_ray.ast import ast_nodes, get_ast
+from cosmic_ray.mutating import mutate_code
+from cosmic_ray.plugins import get_operator, operator_names
 
 root = Path(__file__).resolve().parents[1]
 out = root/'build/mutants'
-COSMIC_RAY = [sys.executable, '-m', 'cosmic_ray.cli']
-# module -> the test files that are about it; the quick ones first, since a mutant is dead at the first test that fails
-TESTS = {'training/trainer': ['interruptions', 'recipe', 'trainer'], 'study/run': ['study'], 'study/trial': ['recipe', 'leakage', 'study'],
-         'finetuning/finetune': ['leakage', 'recipe', 'finetuning'], 'picking/evaluation': ['signs_and_ends', 'evaluation', 'leakage'],
-         'data/windows': ['signs_and_ends', 'loading', 'waveforms'], 'data/sources': ['signs_and_ends', 'waveforms', 'leakage'],
-         'training/config': ['recipe', 'trainer'], 'picking/seisbench_model': ['picking'], 'models/quantizer': ['quantizer'], 'models/infonce': ['infonce'],
-         'models/masking': ['masking', 'encoders'], 'models/masked_mse': ['masked_mse']}
+# module -> the tests that are about it, the quick ones first: a mutant is dead at the first that fails
+TESTS = {
+    'models/masking': ['masking', 'encoders'],
+    'models/quantizer': ['quantizer', 'recipe'],
+    'models/infonce': ['infonce', 'recipe'],
+    'models/masked_mse': ['masked_mse', 'recipe'],
+    'data/sources': ['signs_and_ends', 'waveforms', 'leakage'],
+    'data/windows': ['signs_and_ends', 'waveforms', 'loading'],
+    'signals/noise': ['noise', 'signs_and_ends', 'leakage'],
+    'training/config': ['recipe', 'trainer'],
+    'training/schedule': ['recipe', 'trainer'],
+    'training/batches': ['recipe', 'loading', 'trainer'],
+    'training/trainer': ['recipe', 'interruptions', 'trainer'],
+    'finetuning/heads': ['heads', 'signs_and_ends', 'recipe'],
+    'finetuning/events': ['finetuning', 'leakage'],
+    'finetuning/finetune': ['recipe', 'finetuning', 'leakage'],
+    'finetuning/window_labels': ['window_tasks', 'leakage'],
+    'statistics': ['evaluation'],
+    'picking/evaluation': ['signs_and_ends', 'evaluation', 'leakage'],
+    'picking/seisbench_model': ['picking'],
+    'picking/pick': ['picking'],
+    'study/trial': ['recipe', 'study', 'leakage'],
+    'study/tables': ['signs_and_ends', 'study'],
+    'study/run': ['study'],
+}
 
 
-def module_file(name):
-    "Of the module, below the root"
-    return Path('seismodel')/f'{name}.py'
+class Mutant(NamedTuple):
+    "One fault"
+    module: str
+    version: str    # checksum of the module's text
+    operator: str   # of Cosmic Ray
+    occurrence: int # which of the places where it fits
+
+    @property
+    def key(self): return '|'.join(map(str, self))
 
 
-def command(name):
-    "What decides whether a mutant lives"
-    files = [f'tests/test_{stem}.py' for stem in TESTS[name]]
-    words = [sys.executable, '-m', 'pytest', '-x', '-q', '-p', 'no:cacheprovider', '--hypothesis-seed=0', *files]
-    return shlex.join(words)
+def module_file(module): return Path('seismodel')/f'{module}.py'
 
 
-def write_config(name, seconds):
-    "What Cosmic Ray wants to know; tests that take longer than so many seconds hang"
-    (out/name/'config.toml').write_text(f'[cosmic-ray]\nmodule-path = "{module_file(name).as_posix()}"\ntimeout = {seconds:.1f}\nexcluded-modules = []\n'
-                                        f'test-command = {command(name)!r}\n[cosmic-ray.distributor]\nname = "local"\n')
+def places(module):
+    """The mutants of a module by place: twelve ways to replace a `+` are one place. Left out are annotations, which
+    do nothing, functions that draw, which are for the eye, and `is` for `==`, which says the same of short texts"""
+    text = (root/module_file(module)).read_text()
+    version, tree = sha1(text.encode()).hexdigest()[:10], get_ast(text)
+    nodes = list(ast.walk(ast.parse(text)))
+    quiet = [getattr(node, part, None) for node in nodes for part in ('annotation', 'returns')]
+    quiet += [node for node in nodes if isinstance(node, ast.FunctionDef) and node.name.startswith(('plot', 'draw'))]
+    spans = [(a.lineno, a.col_offset, a.end_lineno, a.end_col_offset) for a in quiet if isinstance(a, ast.AST)]
+    found = {}
+    for name in operator_names():
+        if get_operator(name).arguments() or name.endswith(('_Eq_Is', '_NotEq_IsNot')): continue
+        starts = (at for node in ast_nodes(tree) for at, _ in get_operator(name)().mutation_positions(node))
+        for k, at in enumerate(starts):
+            if any((a, b) <= tuple(at) < (c, d) for a, b, c, d in spans): continue
+            kind = name.split('/')[1].split('_')[0]
+            found.setdefault((tuple(at), kind), []).append(Mutant(module, version, name, k))
+    return [found[k] for k in sorted(found)]
+
+
+def sample(modules, seed):
+    "All places of all modules, one mutant of each, in the order in which they are tried"
+    turns = []
+    for module in modules:
+        rng, of_module = random.Random(f'{module} {seed}'), places(module)
+        rng.shuffle(of_module)
+        chosen = [rng.choice(mutants) for mutants in of_module]
+        turns += [((k + .5)/len(chosen)**.5, m) for k, m in enumerate(chosen)]
+    return [m for _, m in sorted(turns)]
+
+
+def mutated(mutant):
+    "The module's text with the fault, and the lines that differ"
+    text = (root/module_file(mutant.module)).read_text()
+    new = mutate_code(text, get_operator(mutant.operator)(), mutant.occurrence)
+    lines = list(difflib.unified_diff(text.splitlines(), new.splitlines(), lineterm='', n=0))[2:]
+    line = int(re.match(r'@@ -(\d+)', lines[0])[1])
+    return new, line, [line for line in lines if not line.startswith('@@')]
 
 
 def copy(name):
-    "A tree of its own, in which the mutants of a module are made: the module stays as it was, tests are those of today"
-    tree = out/name/'tree'
-    for part in ('seismodel', 'tests'):
-        if part == 'seismodel' and (tree/part).exists(): continue
+    "A tree of its own in which mutants are made"
+    tree = out/name
+    for part in ('seismodel', 'tests', 'benchmarks'):
         shutil.rmtree(tree/part, ignore_errors=True)
         shutil.copytree(root/part, tree/part, ignore=shutil.ignore_patterns('__pycache__'))
     shutil.copy(root/'pytest.ini', tree)
     return tree
 
 
-def places(items, source):
-    "Work items by their place and kind: twelve ways to replace a `+` are one place. Annotations do nothing, and are left out"
-    spans = [(a.lineno, a.col_offset, a.end_lineno, a.end_col_offset) for node in ast.walk(ast.parse(source))
-             for a in (getattr(node, 'annotation', None), getattr(node, 'returns', None)) if isinstance(a, ast.expr)]
-    found = {}
-    for item in items:
-        m = item.mutations[0]
-        if any((a, b) <= tuple(m.start_pos) < (c, d) for a, b, c, d in spans): continue
-        found.setdefault((tuple(m.start_pos), m.operator_name.split('/')[1].split('_')[0]), []).append(item.job_id)
-    return [found[k] for k in sorted(found)]
-
-
-def begin(name):
-    "A session with every mutant of a module; where the module can be changed"
-    folder, file = out/name, module_file(name)
-    if (folder/'all.sqlite').exists():
-        if (folder/'module.py').read_text() != (root/file).read_text(): sys.exit(f"{file} is not what it was when '{folder}' was begun; remove that folder.")
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(folder/'tree', ignore_errors=True)
-        shutil.copy(root/file, folder/'module.py')
-        tree = copy(name)
-        write_config(name, 600)
-        subprocess.run([*COSMIC_RAY, 'init', folder/'config.toml', folder/'begun.sqlite'], cwd=tree, check=True)
-        (folder/'begun.sqlite').rename(folder/'all.sqlite')
-    with use_db(folder/'all.sqlite', WorkDB.Mode.open) as db: return places(db.work_items, (folder/'module.py').read_text())
-
-
-def quotas(sizes, count):
-    "How many mutants of each module: ten each, the rest by size"
-    share = {name: min(n, max(1, min(10, count//len(sizes)))) for name, n in sizes.items()}
-    while sum(share.values()) < min(count, sum(sizes.values())):
-        share[max(sizes, key=lambda n: sizes[n]/(share[n] + 1) if share[n] < sizes[n] else 0)] += 1
-    return share
-
-
-def choose(name, places, quota, seed):
-    "Skip all mutants but a sample: places in random order, one mutant of each; a larger sample holds the smaller one"
-    rng = random.Random(f'{name} {seed}')
-    order = rng.sample(range(len(places)), len(places))
-    chosen = {rng.choice(places[k]) for k in order[:quota]} if quota else set()
-    session = out/name/'session.sqlite'
-    if not session.exists():
-        shutil.copy(out/name/'all.sqlite', out/name/'sample.sqlite')
-        with use_db(out/name/'sample.sqlite', WorkDB.Mode.open) as db:
-            for item in db.work_items:
-                if item.job_id not in chosen: db.set_result(item.job_id, WorkResult(WorkerOutcome.SKIPPED))
-        (out/name/'sample.sqlite').rename(session)
-        (out/name/'sample.txt').write_text(f'{quota} {seed}')
-    elif (out/name/'sample.txt').read_text() != f'{quota} {seed}':
-        sys.exit(f"'{out/name}' holds a sample of another size or seed; give the same --count, --seed and --only, or remove build/mutants.")
-
-
-def forget_survivors(name):
-    "So that they are tried again"
-    with sqlite3.connect(out/name/'session.sqlite') as db: db.execute("delete from work_results where test_outcome = 'SURVIVED'")
-
-
-def test(name):
-    "Run the tests of a module as it is, then of each of its mutants; returns a sentence where that was impossible"
-    folder, tree = out/name, copy(name)
-    shutil.copy(folder/'module.py', tree/module_file(name))              # a killed run may have left a mutant
-    with use_db(folder/'session.sqlite', WorkDB.Mode.open) as db:
-        if not db.pending_work_items: return
+def run_tests(stems, tree, seconds):
+    "Whether some tests pass (None: not in this time), the first that failed, and how long it took"
+    shutil.rmtree(tree/'.hypothesis', ignore_errors=True)
+    files = [f'tests/test_{stem}.py' for stem in stems]
+    command = [sys.executable, '-m', 'pytest', '-x', '-q', '-p', 'no:cacheprovider', '--hypothesis-seed=0', *files]
+    env = {**os.environ, 'PYTHONPATH': str(tree), 'PYTHONDONTWRITEBYTECODE': '1', 'SEISMODEL_DATA': str(tree)}
     since = monotonic()
-    env = {**os.environ, 'PYTHONPATH': str(tree), 'PYTHONDONTWRITEBYTECODE': '1'}
-    whole = subprocess.run(shlex.split(command(name)), cwd=tree, env=env, capture_output=True, text=True)
-    if whole.returncode: return f'{name}: its tests fail without any mutant.\n{whole.stdout[-2000:]}'
-    seconds = monotonic() - since
-    write_config(name, 60 + 4*seconds)
-    print(f'{name}: {seconds:.0f} s for its tests', flush=True)
-    done = subprocess.run([*COSMIC_RAY, 'exec', folder/'config.toml', folder/'session.sqlite'], cwd=tree, env=env, capture_output=True, text=True)
-    shutil.copy(folder/'module.py', tree/module_file(name))
-    if done.returncode: return f'{name}: {done.stderr[-2000:]}'
-    print(summary([name])[0], flush=True)
+    with open(tree/'output.txt', 'w+') as said:
+        process = subprocess.Popen(command, cwd=tree, env=env, stdout=said, stderr=said, start_new_session=True)
+        try: passed = process.wait(seconds) == 0
+        except subprocess.TimeoutExpired: passed = None
+        finally:
+            try: os.killpg(process.pid, signal.SIGKILL)      # a mutant may have left processes
+            except ProcessLookupError: pass
+            process.wait()
+    failed = re.search(r'^(?:FAILED|ERROR) tests/test_(\S+)', (tree/'output.txt').read_text(errors='replace'), re.M)
+    return passed, failed[1] if failed else '', monotonic() - since
 
 
-def summary(names):
-    "Lines: a table by module, then each survivor with what was changed"
-    lines, survivors, total = [], [], [0, 0, 0]
-    for name in names:
-        if not (out/name/'session.sqlite').exists(): continue
-        with use_db(out/name/'session.sqlite', WorkDB.Mode.open) as db: done, items = dict(db.results), {i.job_id: i.mutations[0] for i in db.work_items}
-        tried = {job: r for job, r in done.items() if r.worker_outcome != WorkerOutcome.SKIPPED}
-        alive = [job for job, r in tried.items() if r.test_outcome == TestOutcome.SURVIVED]
-        numbers = len(tried), len(tried) - len(alive), len(items) - len(done)
-        total = [a + b for a, b in zip(total, numbers)]
-        lines.append(f'{name:24} {numbers[0]:4} tried  {numbers[1]:4} killed  {numbers[2]:4} to do')
-        for job in sorted(alive, key=lambda job: items[job].start_pos):
-            m, diff = items[job], [line for line in tried[job].diff.split('\n')[3:] if line[:1] in '+-' and line[:3] not in ('+++', '---')]
-            survivors += [f'\n{m.module_path}:{m.start_pos[0]}, {m.definition_name or "module"}, {m.operator_name.split("/")[1]}', *diff]
-    rate = f', {total[1]/total[0]:.1%}' if total[0] else ''
-    return [*lines, f'{"together":24} {total[0]:4} tried  {total[1]:4} killed  {total[2]:4} to do{rate}', *survivors]
+def seconds_without(stems, tree):
+    "How long each file of tests takes without a mutant, known as long as package and tests stay; ends where one fails"
+    text = b''.join(f.read_bytes() for part in ('seismodel', 'tests') for f in sorted((tree/part).rglob('*.py')))
+    file, now = out/'seconds.json', sha1(text).hexdigest()
+    known = json.loads(file.read_text()) if file.exists() else {}
+    if known.get('of') != now: known = {'of': now}
+    for stem in stems:
+        if stem in known: continue
+        passed, failed, known[stem] = run_tests([stem], tree, 3600)
+        if not passed: sys.exit(f"The tests fail without any mutant, first {failed}; see {tree/'output.txt'}.")
+        print(f'{known[stem]:4.0f} s for {stem}', flush=True)
+        file.write_text(json.dumps(known))
+    return known
+
+
+def try_mutant(mutant, tree, seconds):
+    "What became of a mutant, as a line of results.jsonl"
+    file = module_file(mutant.module)
+    new, line, diff = mutated(mutant)
+    (tree/file).write_text(new)
+    try: passed, failed, took = run_tests(TESTS[mutant.module], tree, 60 + 4*seconds)
+    finally: shutil.copy(root/file, tree/file)
+    outcome = {True: 'survived', False: 'killed', None: 'too slow'}[passed]
+    return {'key': mutant.key, 'module': mutant.module, 'line': line, 'operator': mutant.operator.split('/')[1],
+            'outcome': outcome, 'by': failed, 'seconds': round(took, 1), 'diff': diff}
+
+
+def read_results():
+    "key -> the last line about it"
+    file = out/'results.jsonl'
+    lines = map(json.loads, file.read_text().splitlines()) if file.exists() else ()
+    return {r['key']: r for r in lines}
+
+
+def survivor(result): return '\n'.join([module_file(result['module']).as_posix(), *result['diff']])
+
+
+def explained():
+    "What may live: a survivor as the summary shows it -> why"
+    blocks = (root/'tests/survivors.txt').read_text().strip().split('\n\n')
+    parts = (block.partition('\nwhy: ') for block in blocks if not block.startswith('#'))
+    return {what: why for what, _, why in parts}
+
+
+def summary(chosen, results):
+    "Lines: a table by module, then each survivor, those explained last"
+    lines, alive, whys = [], [], explained()
+    count = lambda name, rs, live, fine, todo: (
+        f'{name:26} {len(rs):4} tried {len(rs) - live:4} killed {fine:4} explained {live - fine:4} left {todo:4} to do')
+    groups = {}
+    for m in chosen: groups.setdefault(m.module, []).append(m)
+    for name, mutants in sorted(groups.items()):
+        rs = [results[m.key] for m in mutants if m.key in results]
+        living = [r for r in rs if r['outcome'] == 'survived']
+        lines.append(count(name, rs, len(living), sum(survivor(r) in whys for r in living), len(mutants) - len(rs)))
+        alive += living
+    tried = [results[m.key] for m in chosen if m.key in results]
+    lines.append(count('together', tried, len(alive), sum(survivor(r) in whys for r in alive), len(chosen) - len(tried)))
+    if tried: lines.append(f'{1 - len(alive)/len(tried):.1%} of those tried are killed')
+    alive.sort(key=lambda r: (survivor(r) in whys, r['module'], r['line']))
+    return lines + [f'\n{survivor(r)}\nwhy: {whys.get(survivor(r), "")}' for r in alive]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--count', type=int, default=300, help='mutants, of all modules together')
     parser.add_argument('--seed', type=int, default=0, help='of the sample')
-    parser.add_argument('--jobs', type=int, default=2, help='modules at a time')
+    parser.add_argument('--jobs', type=int, default=2, help='mutants at a time')
     parser.add_argument('--only', nargs='+', choices=TESTS, default=list(TESTS), help='these modules')
-    parser.add_argument('--again', action='store_true', help='try the survivors once more, with the tests of today')
+    parser.add_argument('--again', action='store_true', help='try the survivors once more')
     args = parser.parse_args()
-    found = {name: begin(name) for name in args.only}
-    share = quotas({name: len(p) for name, p in found.items()}, args.count)
-    for name in args.only: choose(name, found[name], share[name], args.seed)
-    for name in args.only if args.again else []: forget_survivors(name)
-    with ThreadPoolExecutor(args.jobs) as pool: wrong = [w for w in pool.map(test, args.only) if w]
-    lines = summary(args.only)
+    out.mkdir(parents=True, exist_ok=True)
+    chosen, results, lock = sample(args.only, args.seed)[:args.count], read_results(), Lock()
+    todo = [m for m in chosen if m.key not in results or args.again and results[m.key]['outcome'] == 'survived']
+    trees = Queue()
+    for k in range(args.jobs): trees.put(copy(f'tree{k}'))
+    seconds = seconds_without(dict.fromkeys(stem for m in todo for stem in TESTS[m.module]), out/'tree0')
+
+    def one(mutant):
+        tree = trees.get()
+        try: result = try_mutant(mutant, tree, sum(seconds[stem] for stem in TESTS[mutant.module]))
+        finally: trees.put(tree)
+        with lock, open(out/'results.jsonl', 'a') as f:
+            results[mutant.key] = result
+            f.write(json.dumps(result, ensure_ascii=False) + '\n')
+            print(f"{result['outcome']:8} {result['seconds']:5.0f} s  {result['module']}:{result['line']}  {result['by']}", flush=True)
+
+    with ThreadPoolExecutor(args.jobs) as pool: list(pool.map(one, todo))
+    lines = summary(chosen, results)
     (out/'summary.txt').write_text('\n'.join(lines) + '\n')
     print('\n'.join(lines))
-    if wrong: sys.exit('\n'.join(wrong))
 
 
 if __name__ == '__main__': main()

@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import Dataset, default_collate
 
-import seismodel.study.trial as trials
 import seismodel.training.pretrain as pretraining
 import seismodel.models.encoders as encoders
 import seismodel.finetuning.finetune as finetuning
@@ -25,7 +24,7 @@ import seismodel.training.trainer as trainer
 import seismodel.finetuning.classification as classification
 from seismodel.signals.augment import Augmentation, fine_augment
 from seismodel.models.blocks import HeadNorm
-from seismodel.study.trial import Trial, StudyConfig, Candidate, trial_recipe
+from seismodel.study.trial import Trial, StudyConfig, Candidate, trial_recipe, trial_windows
 from seismodel.training.checkpoints import checkpoint_files, read_checkpoint
 from seismodel.training.distributed import Ranks
 from seismodel.models.encoders import BidirAutoregConfig, ConvDownConfig
@@ -450,17 +449,21 @@ class Stop(Exception): pass
 
 @pytest.fixture
 def told(monkeypatch):
-    "The `TrainConfig` that reaches `train`, which is not called"
-    got = []
-    def instead(model, data, dev, c, *args, **kwargs):
+    "The `TrainConfig` of each call of `train`, which does nothing; model and windows in `told.given`"
+    class Told(list): pass
+    got = Told()
+    got.given = []
+    def instead(model, data, dev, c, folder, extra=None, resume=False, ranks=None, augment=None):
         got.append(c)
+        got.given.append({'model': model, 'data': data, 'dev': dev, 'augment': augment})
         raise Stop
     for module in (pretraining, finetuning, classification): monkeypatch.setattr(module, 'train', instead)
     return got
 
 
-PRETRAINING = {'contrastive-tiny': (300, 8, 3e-3, .1), 'contrastive-small': (5000, 16, 3e-3, .1), 'contrastive-base': (100_000, 256, 1e-3, .1),
-               'reconstruction-tiny': (300, 8, 3e-3, .01)}
+PRETRAINING = {'contrastive-tiny': (300, 8, 3e-3, .1), 'contrastive-small': (5000, 16, 3e-3, .1),
+               'contrastive-base': (100_000, 256, 1e-3, .1), 'reconstruction-tiny': (300, 8, 3e-3, .01),
+               'reconstruction-small': (5000, 16, 2e-3, .01), 'reconstruction-base': (100_000, 256, 2e-3, .01)}
 COMMON = dict(accumulate=1, betas=(.9, .95), warmup=.1, clip=1., seed=0, skip_nonfinite=0, on_write_error='continue', tensorboard=False)
 LOOKS = dict(log_every=10, validate_every=100, validation_windows=64, checkpoint_every=100, keep=3)
 
@@ -473,8 +476,7 @@ def says(c, steps, batch_size, lr, weight_decay):
 @pytest.mark.parametrize('preset', PRESETS)
 def test_pretraining_follows_its_preset(preset, told, tmp_path):
     with pytest.raises(Stop): pretraining.pretrain(preset, device='cpu', out=tmp_path/'run')
-    p = PRESETS[preset]
-    says(told[0], *PRETRAINING.get(preset, (p.steps, p.batch_size, p.lr, p.weight_decay)))
+    says(told[0], *PRETRAINING[preset])
     assert {k: getattr(told[0], k) for k in LOOKS} == LOOKS
     with pytest.raises(Stop): pretraining.pretrain(preset, device='cpu', out=tmp_path/'run', steps=7, batch_size=6, lr=.5, weight_decay=.25, seed=3, accumulate=2)
     c = told[1]
@@ -506,3 +508,83 @@ def test_a_study_trains_every_method_by_its_own_recipe():
         assert (c.validate_every, c.validation_windows) == (70, 40)
         assert trial_recipe(nets[kind], Trial(Candidate('m', 'random', 'x', lr=.2), .5, 4), h).lr == .2
         assert trial_recipe(nets[kind], Trial(Candidate('m', 'random', 'x', lr=.2), .5, 4), h).seed == 4
+
+
+TWO = dict(data_weights='3,1', seed=3, steps=7, batch_size=6, validation_windows=5, device='cpu')
+
+
+@pytest.mark.parametrize('command', ['pretrain', 'finetune', 'finetune_window'])
+def test_seed_and_weights_reach_the_windows_and_the_model(command, told, tmp_path, write_dataset, quake_records):
+    "As many windows as the run needs, by the shares that were asked for; a seed for them, for dev and for the fresh weights"
+    two = [str(write_dataset(tmp_path/name, quake_records(24))) for name in 'ab']
+    run = {'pretrain': lambda **more: pretraining.pretrain('contrastive-tiny', two, out=tmp_path/'run', **more),
+           'finetune': lambda **more: finetuning.finetune('random', 'contrastive-tiny', two, augment='none', out=tmp_path/'run', **more),
+           'finetune_window': lambda **more: classification.finetune_window(
+               'random', 'contrastive-tiny', two, 'trace_category', out=tmp_path/'run', **more)}[command]
+    for more in (TWO, TWO, {**TWO, 'seed': 4}):
+        with pytest.raises(Stop): run(**more)
+    first, again, other = told.given
+    for given, seed in ((first, 3), (other, 4)):
+        assert (len(given['data']), given['data'].seed, len(given['dev']), given['dev'].seed) == (42, seed, 5, seed)
+        share = getattr(given['data'], 'share', None)
+        np.testing.assert_allclose(np.diff(given['data'].upto, prepend=0) if share is None else share, [.75, .25])
+        assert given['augment'] is None
+    weights = [torch.cat([p.detach().flatten() for p in given['model'].parameters()]) for given in told.given]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_fine_tuning_augments_unless_told_not_to(told, quakes_folder, tmp_path):
+    "And its head has 32 channels and a dropout of 0.2 after each convolution"
+    with pytest.raises(Stop): finetuning.finetune('random', 'contrastive-tiny', [str(quakes_folder)], device='cpu', out=tmp_path/'run')
+    assert told.given[0]['augment'] is not None
+    picker = told.given[0]['model']
+    assert picker.options == {'width': 32, 'dropout': .2, 'raw': True} and picker.freeze == 'none'
+    assert [m.p for m in picker.head.modules() if isinstance(m, nn.Dropout)] == [.2, .2]
+
+
+SHARES = {'rotate': .5, 'flip': .5, 'flip_one': 1 - .95**3, 'shift': .1, 'noise': .5, 'drop': .1, 'gap': .05}
+
+
+def augmented(count=2000, **settings):
+    "Windows of noise and what an augmentation with these settings alone makes of them; noise of the bank is as strong"
+    draw = torch.Generator().manual_seed(0)
+    batch = {'x': torch.randn(count, 256, 3, generator=draw), 'valid': torch.tensor([[0, 256]]).repeat(count, 1),
+             **{f'{k}_onset': torch.full((count,), t) for k, t in (('p', 100.), ('s', 200.))},
+             **{f'{k}_status': torch.full((count,), 4, dtype=torch.int8) for k in 'ps'}}
+    off = {name: 0. for name in SHARES}
+    return batch, fine_augment(torch.randn(5, 256, 3, generator=draw), Augmentation(**{**off, **settings}))(batch, draw)
+
+
+@pytest.mark.parametrize('name', SHARES)
+def test_how_often_a_picker_s_windows_are_changed(name):
+    "One setting at a time, by the windows that are not as before"
+    batch, new = augmented(**{name: getattr(Augmentation(), name)})
+    changed = (new['x'] != batch['x']).flatten(1).any(1)
+    assert new['x'].shape == batch['x'].shape and changed.float().mean().item() == pytest.approx(SHARES[name], abs=.04)
+
+
+def test_how_much_a_picker_s_windows_are_changed():
+    "Up to 500 samples later or earlier, noise of 0 to 20 dB, a gap of up to a tenth of the window"
+    by = augmented(shift=1.)[1]['valid'].float()
+    assert (by[:, 0] == 256).float().mean().item() + (by[:, 1] == 0).float().mean().item() == pytest.approx(1 - 511/1001, abs=.04)
+    batch, new = augmented(noise=1.)
+    db = -20*((new['x'] - batch['x']).std((1, 2))/batch['x'].std((1, 2))).log10()
+    assert -.5 < db.min() < 1 and 19 < db.max() < 20.5 and db.mean().item() == pytest.approx(10, abs=.5)
+    gap = (augmented(gap=1.)[1]['x'] == 0).all(2).float().mean(1)
+    assert .09 < gap.max() <= .105 and gap.mean().item() == pytest.approx(.05, abs=.005)
+
+
+def test_a_study_mixes_a_quarter_of_synthetic_events_and_augments(quakes_folder):
+    "Of its training windows, of none of its dev windows; whoever turns them off has neither"
+    trial, few = Trial(Candidate('m', 'peer', 'PhaseNet'), 1., 3), dict(steps=4, batch_size=8, validation_windows=6, device='cpu')
+    def windows(**given):
+        common = StudyConfig((str(quakes_folder),), **few, **given)
+        return trial_windows(trial, trial_recipe(fresh_baseline('PhaseNet'), trial, common), common)
+    usual, dev, change, records = windows()
+    np.testing.assert_allclose(usual.share, [.75, .25])
+    assert (usual.sources[1].name, len(usual), usual.seed) == ('synthetic', 32, 3) and change is not None
+    assert (len(dev.sources), len(dev), dev.seed, records) == (1, 6, 3, [24])
+    plain, _, change, _ = windows(synthetic=0., augment='none')
+    assert len(plain.sources) == 1 and change is None
+    usual = StudyConfig(('d',))
+    assert (usual.steps, usual.batch_size, usual.threshold, usual.augment) == (1000, 32, .3, 'full')
