@@ -98,6 +98,18 @@ def test_missing_labels_are_not_clean(tmp_path, write_dataset, quake_records):
     assert len(records[records.kind == 'P']) == 12 and len(records[records.kind == 'S']) == 20     # a phase without label is no row
 
 
+def test_what_is_labelled_in_a_table_without_categories():
+    "By the benchmark's rule a record without any pick is noise, and one with a pick of the other phase alone says nothing"
+    nan = np.nan
+    table = pd.DataFrame({'trace_P_arrival_sample': [1., 2., nan, nan], 'trace_S_arrival_sample': [5., nan, 6., nan]})
+    assert labelled(table, 'P').tolist() == [True, True, False, True]
+    assert labelled(table, 'S').tolist() == [True, False, True, True]
+    table['trace_category'] = ['earthquake', 'earthquake', 'earthquake', 'Noise']
+    assert labelled(table, 'P').tolist() == [True, True, False, True]
+    table['trace_category'] = 'earthquake'
+    assert labelled(table, 'S').tolist() == [True, False, True, False]
+
+
 def test_targets_are_made_once(data, tmp_path):
     first = targets(data, tmp_path)
     (tmp_path/'task1.csv').write_text(first[0].drop(columns='clean').head(3).to_csv(index=False))       # as a published table
