@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from seismodel.picking.output import PICK_COLUMNS, around, plot_picks, read_picks
+from seismodel.picking import pick as catalogue
 from seismodel.picking.pick import pick, pick_files
 from seismodel.cli import main
 from seismodel.finetuning.heads import Picker
@@ -65,6 +66,32 @@ def test_command(run, tmp_path):
     assert sorted((p.waveform_id.station_code, p.phase_hint, str(p.time)) for e in events for p in e.picks) == sorted((r['station'], r['phase'], r['time']) for r in rows)
     assert all(float(r['probability']) >= .3 and r['begin'] <= r['time'] <= r['end'] for r in rows)
     assert [f.name for f in sorted((tmp_path/'out/figures').iterdir())] == ['00.mseed.png', '01.mseed.png']
+
+
+def test_all_devices_pick_and_one_is_lost(run, tmp_path, monkeypatch, capsys):
+    "Two processes leave the picks of one; a process that dies is named, and its files are picked all the same"
+    files = write_files(tmp_path/'in', 3)
+    (files/'notes.txt').write_text('not a waveform')
+    alone, right = pick(files, str(run), tmp_path/'alone', device='cpu').read_text(), catalogue.pick_each
+    for devices, lost in ((['cpu', 'cpu:0'], False), (['cpu', 'cpu:x'], True)):
+        out = tmp_path/f'{lost}'
+        monkeypatch.setattr(catalogue, 'pick_devices', lambda name, devices=devices: devices)
+        monkeypatch.setattr(catalogue, 'pick_each', in_the_end(right, out/'files'))
+        assert pick(files, str(run), out, device='all').read_text() == alone
+        assert sorted(f.name for f in (out/'files').iterdir()) == ['00.mseed.csv', '01.mseed.csv', '02.mseed.csv']
+        said = capsys.readouterr().err
+        assert ('The process on cpu:x was lost (1)' in said) == lost and 'left out: ' in said
+        assert seen.pop() == (2 if lost else 3)
+
+
+seen = []
+
+def in_the_end(pick_each, folder):
+    "Note how many files were picked before this process picks any itself"
+    def noted(*args):
+        seen.append(len(list(folder.iterdir())))
+        return pick_each(*args)
+    return noted
 
 
 def test_the_same_picks_as_classify(model, tmp_path):

@@ -155,7 +155,41 @@ def test_ranks_agree_where_to_stop(tmp_path):
     said, _ = process.communicate(timeout=60)
     assert said.count('Stopped by') == 2 and 'is safe. Go on with --resume run' in said, said
     newest = int(checkpoint_files(tmp_path/'run')[0].stem[5:])
-    assert f'after step {newest} of 4000' in said
+    assert said.count(f'after step {newest} of 4000; the checkpoint of step {newest} is safe') == 2, said
+
+
+HUNG = """
+import sys
+import seismodel.training.trainer as trainer
+from seismodel.cli import main
+trainer.PATIENCE = 1.
+sys.exit(main(['pretrain', *sys.argv[1:]]))
+"""
+
+
+@needs_gloo
+@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGSTOP])
+def test_who_is_left_says_so_when_a_rank_is_lost(number, tmp_path):
+    "A rank that is killed, which Gloo notices; and one that stands still, as NCCL has it with one that is killed: nothing is noticed, until SIGTERM comes"
+    (tmp_path/'work.py').write_text(HUNG)
+    both = [subprocess.Popen([sys.executable, 'work.py', '--preset', 'reconstruction-tiny', *RUN, '4000', '--out', 'run'], cwd=tmp_path,
+                             env={**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'agg', 'CUDA_VISIBLE_DEVICES': '', 'PYTHONPATH': str(root), 'RANK': str(rank),
+                                  'LOCAL_RANK': str(rank), 'WORLD_SIZE': '2', 'MASTER_ADDR': 'localhost', 'MASTER_PORT': str(33500 + os.getpid() % 1000)},
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank in range(2)]
+    try:
+        while both[0].poll() is None and not checkpoint_files(tmp_path/'run'): time.sleep(.1)
+        both[1].send_signal(number)
+        if number == signal.SIGSTOP:
+            time.sleep(1)
+            both[0].send_signal(signal.SIGTERM)
+        _, said = both[0].communicate(timeout=60)
+    finally:
+        for p in both: p.kill()
+    assert both[0].returncode == 1 and 'Traceback' not in said, said
+    assert ('Another rank is lost' if number == signal.SIGKILL else 'no step ended in 1 s: another rank is lost') in said
+    assert said.count('go on with --resume run') == 1
+    kept = read_checkpoint(checkpoint_files(tmp_path/'run')[0])
+    assert kept.state['step'] >= 6 and all(t.isfinite().all() for t in kept.tensors.values())
 
 
 POISONED = """

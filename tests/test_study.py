@@ -153,6 +153,16 @@ def test_two_processes_of_which_one_is_lost(done, store, tmp_path, capsys):
     pd.testing.assert_frame_equal(a, b)
 
 
+def test_all_devices_take_trials(done, store, tmp_path, monkeypatch):
+    "A process on each of two devices: both train, and the trials are those of one"
+    monkeypatch.setattr(study_module, 'pick_devices', lambda name: [torch.device('cpu'), torch.device('cpu:0')])
+    assert main(command(store, tmp_path/'s', '--fractions', '.5,1')) == 0
+    trials = [tmp_path/f's/trials/PhaseNet--{fraction}--0' for fraction in ('0.5', '1')]
+    assert sorted(json.loads((t/'config.json').read_text())['train']['device'] for t in trials) == ['cpu', 'cpu:0']
+    a, b = (pd.read_csv(s/'trials/PhaseNet--1--0/records.csv') for s in (done, tmp_path/'s'))
+    pd.testing.assert_frame_equal(a, b)
+
+
 @pytest.mark.parametrize('args, words', [
     ([], 'what to compare'), (['--baseline', 'GPD'], 'choose PhaseNet or EQTransformer'), (['--from', 'a=no/such/run'], 'config.json is missing'),
     (['--baseline', 'PhaseNet', '--fractions', '0,1'], '--fractions'), (['--baseline', 'PhaseNet', '--fractions', '.5,.5'], 'each once'),

@@ -41,6 +41,7 @@ def ignore_signals(
     worker:int, # its number
 ):
     "Leave signals to the parent process, and give it a minute to finish its step"
+    signal.set_wakeup_fd(-1)                         # the parent's pipe is not for us to write to
     for s in (signal.SIGINT, signal.SIGUSR1): signal.signal(s, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
 
