@@ -111,3 +111,15 @@ def test_events_in_noise_begin_at_their_onsets():
         assert -1 <= np.flatnonzero(wave > 1e-3*wave.max())[0] - r.p_onset <= 10, i
         found += 1
     assert found > 20
+
+
+def test_an_onset_outside_a_window_of_noise_is_none():
+    "Half a sample before the first is outside, and so is the one after the last"
+    source = EventsInNoise(torch.randn(2, 64, 3, generator=torch.Generator().manual_seed(0)), events=4)
+    source.onsets[:] = 10.5, 90.                                                    # windows begin at 0 to 32
+    records = [source.record(i) for i in range(400)]
+    p, s = ({t for r in records if np.isfinite(t := getattr(r, f'{phase}_onset'))} for phase in 'ps')
+    assert p == {k + .5 for k in range(11)} and s == {float(k) for k in range(58, 64)}
+    for r in records:
+        statuses = [STATUS.index('picked' if np.isfinite(t) else 'absent') for t in (r.p_onset, r.s_onset)]
+        assert [r.p_status, r.s_status] == statuses
