@@ -17,10 +17,10 @@ versions() { # name, Python, how to resolve
 
 tests() { # name, Python, then arguments of pytest
     local python=build/versions/$1/bin/python
-    [ -x "$python" ] || uv venv -q --python "$2" "build/versions/$1"
-    uv pip sync -q --python "$python" "build/versions/$1.txt"
-    uv pip install -q --python "$python" --no-deps -e .
-    PATH="$PWD/build/versions/$1/bin:$PATH" MPLBACKEND=agg "$python" -m pytest -q "${@:3}"
+    { [ -x "$python" ] || uv venv -q --python "$2" "build/versions/$1"; } &&
+        uv pip sync -q --python "$python" "build/versions/$1.txt" &&
+        uv pip install -q --python "$python" --no-deps -e . &&
+        PATH="$PWD/build/versions/$1/bin:$PATH" MPLBACKEND=agg "$python" -m pytest -q "${@:3}"
 }
 
 [ "$what" = newest ] || versions lowest 3.11 lowest-direct
