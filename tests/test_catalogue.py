@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from seismodel.picking.output import PICK_COLUMNS, around, plot_picks, read_picks
-from seismodel.picking.pick import pick, pick_files
+from seismodel.data.archive import Selection, open_archive
+from seismodel.picking.pick import pick, pick_archive
 from seismodel.cli import main
 from seismodel.finetuning.heads import Picker
 from seismodel.picking.seisbench_model import SeisModelPicker
@@ -38,6 +39,12 @@ def run(model, tmp_path_factory):
     return folder
 
 
+def pick_files(model, source, out, args=ARGS, **kwargs):
+    "Rows and what was left out, by file name or instrument"
+    _, left = pick_archive(model, open_archive(source), out, args, **kwargs)
+    return read_picks(out/'picks.csv'), {name.rpartition('/')[2]: why for name, why in left.items()}
+
+
 def write_files(folder, n):
     folder.mkdir(parents=True, exist_ok=True)
     for k in range(n):
@@ -54,7 +61,7 @@ def seismodel(*args, **kwargs):
 
 
 def test_command(run, tmp_path):
-    "CSV and QuakeML with the same picks, a figure for each file, and a sentence at the end"
+    "CSV and QuakeML with the same picks, a figure for each instrument and day, and a sentence at the end"
     files = write_files(tmp_path/'in', 2)
     done = seismodel('pick', files, '--model', run, '--out', tmp_path/'out', '--figures', '--device', 'cpu')
     assert done.returncode == 0, done.stderr
@@ -64,14 +71,20 @@ def test_command(run, tmp_path):
     events = obspy.read_events(str(tmp_path/'out/picks.xml'))
     assert sorted((p.waveform_id.station_code, p.phase_hint, str(p.time)) for e in events for p in e.picks) == sorted((r['station'], r['phase'], r['time']) for r in rows)
     assert all(float(r['probability']) >= .3 and r['begin'] <= r['time'] <= r['end'] for r in rows)
-    assert [f.name for f in sorted((tmp_path/'out/figures').iterdir())] == ['00.mseed.png', '01.mseed.png']
+    assert [f.name for f in sorted((tmp_path/'out/figures').iterdir())] == ['BW.ST0..EH.2009-08-24.png', 'BW.ST1..EH.2009-08-24.png']
 
 
 def test_the_same_picks_as_classify(model, tmp_path):
     files = write_files(tmp_path/'in', 1)
     rows, _ = pick_files(model, files, tmp_path/'out', ARGS)
     want = model.classify(obspy.read(files/'00.mseed'), **ARGS).picks
-    assert [(r['phase'], r['time']) for r in rows] == [(p.phase, str(p.peak_time)) for p in want] and len(rows) > 5
+    assert len(rows) == len(want) > 5
+    assert [(r['phase'], r['time']) for r in rows] == [(p.phase, str(p.peak_time)) for p in want]
+
+
+def test_results_do_not_go_into_the_archive(run, tmp_path):
+    files = write_files(tmp_path/'in', 1)
+    with pytest.raises(UserError, match='lies inside'): pick([files], str(run), files/'out')
 
 
 @pytest.mark.parametrize('args, code, words', [
@@ -97,13 +110,24 @@ def test_bad_files_do_not_spoil_the_others(model, tmp_path):
     slow, short, odd = obspy.read(), obspy.read().slice(obspy.read()[0].stats.starttime, obspy.read()[0].stats.starttime + 2), obspy.read()
     for trace in slow: trace.stats.sampling_rate = 1.
     for trace in odd: trace.stats.channel = 'LOG'
-    for name, stream in (('slow', slow), ('short', short), ('odd', odd)): stream.write(str(files/f'{name}.mseed'), format='MSEED')
-    obspy.read().write(str(files/'[x].mseed'))
+    for name, stream in (('slow', slow), ('odd', odd)): stream.write(str(files/f'{name}.mseed'), format='MSEED')
+    for name, station in (('short', 'BRIEF'), ('[x]', 'BRACK')):
+        stream = short if name == 'short' else obspy.read()
+        for trace in stream: trace.stats.station = station
+        stream.write(str(files/f'{name}.mseed'), format='MSEED')
     rows, left_out = pick_files(model, files, tmp_path/'out', ARGS)
-    assert set(left_out) == {'00.mseed', 'empty', 'slow.mseed', 'short.mseed', 'odd.mseed'}
-    assert '1 Hz' in left_out['slow.mseed'] and 'long enough' in left_out['short.mseed'] and 'cannot' not in left_out['short.mseed']
-    assert {r['file'] for r in rows} == {'01.mseed', '[x].mseed'}
-    with pytest.raises(UserError, match='No file of'): pick_files(model, files/'empty', tmp_path/'other', ARGS)
+    assert {name for name in left_out if 'slow' not in name} == {'00.mseed', 'empty', 'BW.BRIEF..EH 2009-08-24', 'BW.RJOB..LO'}
+    assert [why for name, why in left_out.items() if name == 'slow.mseed'] and '1 Hz' in left_out['slow.mseed']
+    assert 'long enough' in left_out['BW.BRIEF..EH 2009-08-24'] and left_out['empty'] == 'it is empty'
+    assert {r['station'] for r in rows} == {'ST1', 'BRACK'}
+    with pytest.raises(UserError, match='No file of .* the first: .*empty: it is empty'): open_archive(files/'empty').require('that')
+    said = read_left_out(tmp_path/'out')
+    assert len(said) == len(left_out) + 2 and all(why for _, why in said)    # three channels of slow.mseed
+
+
+def read_left_out(out):
+    import csv
+    with open(out/'left_out.csv', newline='') as f: return list(csv.reader(f))[1:]
 
 
 def test_a_changed_setting_or_model_is_named(model, tmp_path):
@@ -114,20 +138,44 @@ def test_a_changed_setting_or_model_is_named(model, tmp_path):
     other = SeisModelPicker()
     with pytest.raises(UserError, match='made with weights'): pick_files(other, files, tmp_path/'out', ARGS)
     assert (tmp_path/'out/picks.csv').read_bytes() == before
-    with pytest.raises(UserError, match='lies inside'): pick_files(model, files, files/'out', ARGS)
 
 
-def test_new_and_changed_files_are_picked(model, tmp_path):
-    files = write_files(tmp_path/'in', 2)
+def test_new_and_changed_files_are_picked(model, tmp_path, monkeypatch):
+    "Only what is new or was changed is read again, also by an older file of the same name"
+    import seismodel.picking.pick as module
+    files, picked = write_files(tmp_path/'in', 3), []
+    real = module.pick_day
+    monkeypatch.setattr(module, 'pick_day', lambda model, instrument, *args: picked.append(instrument.name) or real(model, instrument, *args))
+    def again():
+        picked.clear()
+        rows, _ = pick_files(model, files, tmp_path/'out', ARGS)
+        return [name.split('.')[1] for name in picked], {r['station'] for r in rows}
+    assert again() == (['ST0', 'ST1', 'ST2'], {'ST0', 'ST1', 'ST2'})
+    assert again() == ([], {'ST0', 'ST1', 'ST2'})
+    os.utime(files/'01.mseed', (1e9, 1e9))
+    shutil.copy(files/'00.mseed', files/'copy.mseed')                  # a second file with the same samples
+    assert again() == (['ST0', 'ST1'], {'ST0', 'ST1', 'ST2'})
+    (files/'02.mseed').unlink()
+    assert again() == ([], {'ST0', 'ST1'})
+
+
+def test_two_files_of_one_name_in_one_folder_of_results(model, tmp_path):
+    "Results belong to what was read, not to a name"
+    rows = []
+    for k in range(2):
+        write_files(tmp_path/str(k), 2)
+        (tmp_path/str(k)/f'0{1 - k}.mseed').unlink()
+        (tmp_path/str(k)/f'0{k}.mseed').rename(tmp_path/str(k)/'x.mseed')
+        rows += pick_files(model, tmp_path/str(k)/'x.mseed', tmp_path/'out', ARGS)[0]
+    assert {(r['station'], r['file']) for r in rows} == {(f'ST{k}', str(tmp_path/str(k)/'x.mseed')) for k in range(2)}
+
+
+def test_figures_of_finished_work_are_drawn(model, tmp_path):
+    files = write_files(tmp_path/'in', 1)
     pick_files(model, files, tmp_path/'out', ARGS)
-    times = {f.name: f.stat().st_mtime_ns for f in (tmp_path/'out/files').iterdir()}
-    later = time.time() + 10
-    os.utime(files/'01.mseed', (later, later))
-    shutil.copy(files/'00.mseed', files/'02.mseed')
-    rows, _ = pick_files(model, files, tmp_path/'out', ARGS)
-    now = {f.name: f.stat().st_mtime_ns for f in (tmp_path/'out/files').iterdir()}
-    assert now['00.mseed.csv'] == times['00.mseed.csv'] and now['01.mseed.csv'] > times['01.mseed.csv'] and '02.mseed.csv' in now
-    assert {r['file'] for r in rows} == {'00.mseed', '01.mseed', '02.mseed'}
+    assert not (tmp_path/'out/figures').exists()
+    pick_files(model, files, tmp_path/'out', ARGS, figures=True)
+    assert [f.name for f in (tmp_path/'out/figures').iterdir()] == ['BW.ST0..EH.2009-08-24.png']
 
 
 def test_killed_and_started_again(run, tmp_path):
@@ -136,14 +184,15 @@ def test_killed_and_started_again(run, tmp_path):
     command = [sys.executable, '-m', 'seismodel', 'pick', files, '--model', run, '--device', 'cpu', '--out']
     process = subprocess.Popen([*command, tmp_path/'out'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 90
-    while len(list((tmp_path/'out/files').glob('*.csv'))) < 3 and process.poll() is None and time.time() < deadline: time.sleep(.01)
+    results = lambda: {f.relative_to(tmp_path/'out'): f.read_bytes() for f in (tmp_path/'out').glob('days/*/*.json')}
+    while len(results()) < 3 and process.poll() is None and time.time() < deadline: time.sleep(.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    first = {f.name: f.read_bytes() for f in (tmp_path/'out/files').glob('*.csv')}
+    first = results()
     assert 3 <= len(first) < 12 and not (tmp_path/'out/picks.csv').exists()
     for out in ('out', 'whole'): pick(files, str(run), tmp_path/out, device='cpu')
     assert (tmp_path/'out/picks.csv').read_bytes() == (tmp_path/'whole/picks.csv').read_bytes()
-    assert all((tmp_path/'whole/files'/name).read_bytes() == text for name, text in first.items())
+    assert all((tmp_path/'whole'/name).read_bytes() == text for name, text in first.items())
     assert not list((tmp_path/'out').rglob('*.part'))
 
 

@@ -101,7 +101,7 @@ def entries_of(
     block: Block,
 ) -> tuple[list[Entry], dict[str, str]]:  # entries; channel -> why it is not used
     "What the headers of a block say. Raises `UserError` for a damaged file."
-    entries, left = [], {}
+    entries, left, size = [], {}, Path(block.file).stat().st_size
     for trace in read_file(block.file, True, block.kind, block.first, block.length):
         s = trace.stats
         codes = [code(c) for c in (s.network, s.station, s.location, s.channel)]
@@ -111,6 +111,7 @@ def entries_of(
         elif not codes[3]: left[channel] = 'no channel code'
         elif not SLOWEST <= rate <= FASTEST:
             left[channel] = f'sampling rate {rate:g} Hz, not between 10 and 10,000 Hz'
+        elif s.npts > 2*size: left[channel] = 'the header names more samples than the file can hold'
         elif s.npts: entries.append(Entry(block, channel, s.starttime.ns, s.npts, rate))
     return entries, left
 

@@ -39,7 +39,7 @@ class Settings(NamedTuple):
     window: int                  # samples
     step: int                    # samples from window to window
     shortest: int                # samples of a stretch that is read
-    blinding: tuple[int, int]    # samples at both ends of a window that are left to its neighbours; not yet applied
+    blinding: tuple[int, int]    # samples at both ends of a window that are left to its neighbours
     args: dict                   # of `annotate` and `classify`, with the defaults of the model
 
     @property
@@ -53,9 +53,11 @@ def settings_of(
     model,  # a SeisBench WaveformModel
     args: dict,  # of `annotate` and `classify`
 ) -> Settings:
-    "Raises `UserError` for a model that does not read 100 Hz"
+    "Raises `UserError` for a model that does not read Z, N and E at 100 Hz"
     if model.sampling_rate != SAMPLING_RATE:
         raise UserError(f'{model.name} reads {model.sampling_rate} Hz; choose a picker that reads 100 Hz.')
+    odd = sorted(set(model.component_order) - set(COMPONENTS))
+    if odd: raise UserError(f"{model.name} reads the component {', '.join(odd)}; choose a picker of Z, N and E.")
     args = {**model.default_args, **args, 'sampling_rate': SAMPLING_RATE}
     if model.output_type == 'point':
         step = model._argdict_get_with_default(args, 'stride')
