@@ -17,6 +17,7 @@ import torch
 from seisbench.models.base import GroupingHelper, WaveformModel
 from seisbench.util import ClassifyOutput, PickList
 
+from ..data.archive import MOST
 from ..data.formats import SLOWEST
 from ..finetuning.heads import LABELS, load_picker, picker_from_dict
 from ..models.pretraining import config_to_dict, preset
@@ -40,7 +41,7 @@ class Instruments(GroupingHelper):
 
 # %% ../../nbs/picking/01_seisbench_model.ipynb #5d4cecff
 def clean_trace(
-    trace:obspy.Trace, # any finite rate; masked samples, NaN and infinity are gaps
+    trace:obspy.Trace, # any finite rate; masked samples, NaN, infinity and what is above `MOST` are gaps
 )->obspy.Stream: # its pieces at 100 Hz, float64, mean 0 over all of them
     "What `annotate` makes of one trace; raises `UserError` below 10 Hz"
     rate = trace.stats.sampling_rate
@@ -48,8 +49,9 @@ def clean_trace(
         raise UserError(f"{trace.id} has {rate:g} Hz, and a picker needs at least {SLOWEST:g} Hz: leave that channel out, "
                         "with stream.select(channel='HH?') for example.")
     data = np.ma.masked_invalid(np.ma.asarray(trace.data, dtype=np.float64))
+    data = np.ma.masked_where(np.abs(data.filled(np.inf)) > MOST, data)
     broken = np.ma.count_masked(data) - np.ma.count_masked(trace.data)
-    if broken: log.warning('%s: %d of %d samples are NaN or infinite; they are taken for a gap', trace.id, broken, len(data))
+    if broken: log.warning('%s: %d of %d samples are NaN, infinite or above 1e18; they are taken for a gap', trace.id, broken, len(data))
     if data.mask.all(): return obspy.Stream()
     pieces = obspy.Trace(data - data.mean(), trace.stats).split()
     for piece in pieces:
