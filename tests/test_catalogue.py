@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import obspy
@@ -216,3 +217,110 @@ def test_figures_of_odd_streams(model):
 def test_command_starts_without_seisbench():
     code = 'import sys, seismodel.picking.pick, seismodel.cli; sys.exit("seisbench" in sys.modules)'
     assert subprocess.run([sys.executable, '-c', code]).returncode == 0
+
+
+# archives
+
+def network(folder, stations='AAA BBB', seconds=60, channels='HHZ HHN HHE', start='2024-02-28T23:59:30'):
+    "An SDS archive of noise with bursts: one channel and day per file"
+    rng = np.random.default_rng(0)
+    for station in stations.split():
+        for channel in channels.split():
+            x = (100*rng.standard_normal(100*seconds)*(1 + 20*(np.arange(100*seconds) % 1700 < 300))).astype(np.int32)
+            head = dict(network='XX', station=station, channel=channel, sampling_rate=100., starttime=obspy.UTCDateTime(start))
+            trace, midnight = obspy.Trace(x, head), obspy.UTCDateTime('2024-02-29')
+            for day in (trace.slice(endtime=midnight - .005), trace.slice(midnight)):
+                t = day.stats.starttime
+                name = folder/str(t.year)/'XX'/station/f'{channel}.D'/f'{day.id}.D.{t.year}.{t.julday:03}'
+                name.parent.mkdir(parents=True, exist_ok=True)
+                day.write(str(name), format='MSEED')
+    return folder
+
+
+def times(out): return [(r['station'], r['phase'], r['time']) for r in read_picks(out/'picks.csv')]
+
+
+def test_options_say_which_part_of_an_archive(run, tmp_path, capsys):
+    sds = network(tmp_path/'sds')
+    def picked(name, *options):
+        code = main(['pick', str(sds), '--model', str(run), '--device', 'cpu', '--out', str(tmp_path/name), *options])
+        capsys.readouterr()
+        return times(tmp_path/name) if code == 0 else code
+    everything = picked('all')
+    assert {s for s, *_ in everything} == {'AAA', 'BBB'} and len(everything) > 20
+    before, after = ([t for _, _, t in everything if (t < '2024-02-29') == early] for early in (True, False))
+    assert before and after                              # picks on both sides of midnight
+    assert picked('b', '--station', 'B*,C?', '--location=--') == [p for p in everything if p[0] == 'BBB']
+    assert picked('z', '--channel', 'HHZ', '--station', 'AAA') != picked('b', '--station', 'BBB')
+    late = picked('late', '--start', '2024-02-28T23:59:50', '--end', '2024-02-29T00:00:10')
+    assert late and min(t for *_, t in late) >= '2024-02-28T23:59:50' and max(t for *_, t in late) < '2024-02-29T00:00:10'
+    assert picked('none', '--network', 'CH') == picked('never', '--start', '2025-01-01') == 2
+
+
+def test_components_by_hand_and_vertical_only(run, tmp_path, capsys):
+    "Channels 3, 1, 2 mapped by hand are picked like Z, N, E; Z, R, T only with --z-only, and like Z alone"
+    for name, channels in (('zne', 'HHZ HHN HHE'), ('numbers', 'HH3 HH1 HH2'), ('rotated', 'HHZ HHR HHT'), ('z', 'HHZ')):
+        network(tmp_path/name, 'AAA', channels=channels)
+    def picked(name, *options):
+        out = tmp_path/'out'/(name + ''.join(options))
+        code = main(['pick', str(tmp_path/name), '--model', str(run), '--device', 'cpu', '--out', str(out), *options])
+        return times(out) if code == 0 else capsys.readouterr().err
+    zne = picked('zne')
+    assert len(zne) > 10 and picked('numbers', '--components', 'Z=3,N=1,E=2') == zne != picked('z')
+    assert 'components R, T, Z cannot be mapped' in picked('rotated') and picked('rotated', '--z-only') == picked('z')
+    assert "--components is 'Z=3,Z=1'" in picked('numbers', '--components', 'Z=3,Z=1')
+
+
+def test_one_bad_file_never_stops_a_folder(run, tmp_path):
+    "0 Hz, samples of 1e300, another type and rate within a file, a name that is no UTF-8, empty, cut off, a pickle: exit code 0 and a count"
+    import pickle
+    from pathlib import Path
+    class Bomb:
+        def __reduce__(self): return (Path.touch, (tmp_path/'went_off',))
+    folder = network(tmp_path/'in', 'AAA', seconds=90)
+    good = seismodel('pick', folder, '--model', run, '--out', tmp_path/'good', '--device', 'cpu', timeout=300)
+    assert good.returncode == 0 and good.stderr.count('left out') == 0
+    def write(name, **changes):
+        st = obspy.read()
+        for k, tr in enumerate(st):
+            tr.data = tr.data.astype(np.float64)
+            tr.stats.update({'station': name[:5].upper()} | changes)
+        return st
+    zero, huge, mixed = write('zero', sampling_rate=0.), write('huge'), write('mixed')
+    huge[1].data[1000:1200] = 1e300
+    for tr in mixed[:3]:
+        other = tr.copy()
+        other.stats.starttime, other.stats.sampling_rate, other.data = tr.stats.endtime + .01, 200., tr.data.astype(np.float32)
+        mixed.append(other)
+    for name, st in (('zero', zero), ('huge', huge), ('mixed', mixed)): st.write(str(folder/f'{name}.mseed'), format='MSEED')
+    whole = (folder/'huge.mseed').read_bytes()
+    (folder/'empty.mseed').touch()
+    (folder/'cut.mseed').write_bytes(whole[:300])
+    (folder/'day.mseed').write_bytes(pickle.dumps(['obspy.core.stream', Bomb()]))
+    with open(os.fsencode(folder) + b'/d\xe9j\xe0.mseed', 'wb') as f: f.write(whole)
+    for call in range(2):
+        done = seismodel('pick', folder, '--model', run, '--out', tmp_path/'out', '--device', 'cpu', timeout=300)
+        assert done.returncode == 0 and 'Traceback' not in done.stderr, done.stderr
+    assert not (tmp_path/'went_off').exists()
+    left = read_left_out(tmp_path/'out')
+    assert f"{len(left)} files, channels or intervals were left out, see {tmp_path/'out/left_out.csv'}" in done.stderr
+    why = {Path(name.rpartition(' in ')[2]).name: why for name, why in left}
+    assert why['empty.mseed'] == 'it is empty' and '0 Hz' in why['zero.mseed'] and 'no waveform' in why['day.mseed'] and why['cut.mseed']
+    assert [why for name, why in left if name.startswith('BW.HUGE..EHN')] == ['NaN, infinite or above 1e18 (d\\udce9j\\udce0.mseed, huge.mseed)']
+    found = times(tmp_path/'out')
+    assert {s for s, *_ in found} == {'AAA', 'HUGE', 'MIXED'} and [p for p in found if p[0] == 'AAA'] == times(tmp_path/'good')
+    (tmp_path/'bad').mkdir()
+    for name in ('empty', 'cut', 'zero', 'day'): (folder/f'{name}.mseed').rename(tmp_path/'bad'/f'{name}.mseed')
+    done = seismodel('pick', tmp_path/'bad', '--model', run, '--out', tmp_path/'nothing', '--device', 'cpu', timeout=300)
+    assert done.returncode == 2 and 'No file of' in done.stderr and 'Traceback' not in done.stderr
+
+
+def test_the_test_files_of_obspy_twice(model, tmp_path, monkeypatch):
+    "About 900 files of every format, many of them broken on purpose: reasons and picks, and the second call picks nothing"
+    import seismodel.picking.pick as module
+    files = [f for f in Path(obspy.__file__).parent.rglob('*') if f.is_file() and {'tests', 'data'} <= set(f.parts)]
+    args = {'P_threshold': .97, 'S_threshold': .97}
+    count, left = pick_archive(model, open_archive(*files), tmp_path/'out', args)
+    assert len(files) > 800 and len(left) > 500 and sum(count.values()) > 100
+    monkeypatch.setattr(module, 'pick_day', lambda *args: pytest.fail('picked again'))
+    assert pick_archive(model, open_archive(*files), tmp_path/'out', args) == (count, left)

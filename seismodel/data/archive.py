@@ -365,10 +365,10 @@ class Selection:
         inventory: Path = None, # StationXML, whose azimuths and dips turn channels into Z, N and E
     ):
         "Raises `UserError` for what cannot be read"
-        self.asked = dict(network=network, station=station, location=location, channel=channel)
-        self.given = {k: str(v) for k, v in dict(
-            {k: v for k, v in self.asked.items() if v != '*'}, start=start, end=end, components=components,
-            z_only=z_only, inventory=inventory).items() if v}
+        asked = dict(network=network, station=station, location=location, channel=channel)
+        self.asked = {k: v or '--' for k, v in asked.items()}        # argparse swallows a lone --
+        more = dict(start=start, end=end, components=components, z_only=z_only, inventory=inventory)
+        self.given = {k: v for k, v in self.asked.items() if v != '*'} | {k: str(v) for k, v in more.items() if v}
         self.by_hand, self.z_only = parse_components(components), z_only
         self.inventory = _inventory(inventory)
         begin, end = _nanoseconds('start', start), _nanoseconds('end', end)
