@@ -5,7 +5,6 @@
 """
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -37,14 +36,21 @@ def write(folder: Path, hours: int, one_file: bool) -> Path:
     return folder
 
 
+MEASURED = '''
+import re, sys
+from pathlib import Path
+from seismodel.cli import main
+code = main(sys.argv[1:])
+print('peak', re.search(r'VmHWM:\\s*([0-9]+) kB', Path('/proc/self/status').read_text(encoding='utf-8'))[1])
+sys.exit(code)
+'''
+
 def measured(*words: str) -> dict:
-    "Run a command of the package; seconds and peak memory of its process in MB"
-    began, process = time.perf_counter(), subprocess.Popen([sys.executable, '-m', 'seismodel', *map(str, words)],
-                                                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    said = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status: raise SystemExit(said.decode())
-    return dict(seconds=round(time.perf_counter() - began), MB=round(usage.ru_maxrss/1024))
+    "Run a command of the package; seconds, and peak memory of its process in MB (Linux)"
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, '-c', MEASURED, *map(str, words)], capture_output=True, text=True)
+    if done.returncode: raise SystemExit(done.stderr)
+    return dict(seconds=round(time.perf_counter() - began), MB=round(int(done.stdout.rsplit('peak', 1)[1])/1024))
 
 
 def tiny_picker(folder: Path) -> Path:

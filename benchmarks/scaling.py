@@ -9,34 +9,54 @@ import csv
 import gc
 import json
 import os
-import shutil
+import random
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from itertools import cycle
 from pathlib import Path
+from threading import Lock, Semaphore
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from seismodel.core import pick_device
+from seismodel.data.windows import WindowDataset
+from seismodel.models.infonce import masked_frames, negatives
+from seismodel.models.masking import max_masked
+from seismodel.models.pretraining import all_reduce_mean, build, preset
+from seismodel.models.quantizer import kernels_for
+from seismodel.training.checkpoints import checkpoint_files, read_checkpoint
+from seismodel.training.config import TrainConfig
+from seismodel.training.cuda_graph import Replay, compile_blocks, mixed_precision, tensor_float32
 from seismodel.training.distributed import MeanOverRanks, Ranks, WholeBatchDraws, join_ranks
 from seismodel.training.monitoring import skip_step_if_nonfinite
-from seismodel.models.pretraining import all_reduce_mean, build, preset
 from seismodel.training.schedule import parameter_groups, seed_step
-from seismodel.training.cuda_graph import Replay, compile_blocks, mixed_precision, tensor_float32
 from seismodel.training.runlog import read_metrics
+from seismodel.data.sources import open_source
+from seismodel.training.trainer import training_batches
 
 root = Path(__file__).resolve().parents[1]
-FULL = dict(models=('contrastive-base', 'reconstruction-base'), weak=256, strong=512, window=4096, rounds=10, curves=('contrastive-small', 'reconstruction-small'),
-            batch=64, steps=200, device='auto')
-SMALL = dict(models=('contrastive-tiny', 'reconstruction-tiny'), weak=2, strong=8, window=512, rounds=2, curves=('contrastive-tiny', 'reconstruction-tiny'),
-             batch=8, steps=20, device='cpu')
+FULL = dict(models=('contrastive-base', 'reconstruction-base'), weak=256, strong=512, window=4096, rounds=20, fed=40,
+            curves=('contrastive-small', 'reconstruction-small'), batch=64, steps=200, fault_at=60, device='auto')
+SMALL = dict(models=('contrastive-tiny', 'reconstruction-tiny'), weak=2, strong=8, window=512, rounds=2, fed=4,
+             curves=('contrastive-tiny', 'reconstruction-tiny'), batch=8, steps=60, fault_at=30, device='cpu')
 FIELDS = {'speed': ('preset', 'ranks', 'windows_a_rank', 'how', 'ms', 'again_ms', 'windows_per_second', 'GiB', 'note'),
-          'losses': ('preset', 'draws', 'ranks', 'time', 'step', 'loss', 'code_perplexity'),
-          'resume': ('preset', 'begun_on', 'killed_after', 'resumed_on', 'from_step', 'steps', 'largest_difference', 'at_step'),
+          'store': ('preset', 'ranks', 'windows_a_rank', 'source', 'ms', 'again_ms', 'windows_per_second'),
+          'losses': ('preset', 'ranks', 'time', 'step', 'loss', 'code_perplexity'),
+          'resume': ('preset', 'start', 'ranks', 'from_step', 'upto_step', 'end', 'largest_difference', 'at_step'),
+          'faults': ('fault', 'ranks', 'rank', 'said', 'tracebacks', 'seconds', 'checkpoint', 'whole'),
           'profile': ('preset', 'ranks', 'windows_a_rank', 'how', 'what', 'ms')}
+
+
+class Failed(RuntimeError):
+    "A part did not come to its end; the next one is tried"
 
 
 # What one rank does --------------------------------------------------------------------------------------------------------
@@ -81,11 +101,11 @@ class Step:
         self.optimizer.zero_grad()
         return loss
 
-    def __call__(self):
+    def __call__(self, batches=None):
         seed_step(self.generator, 0, self.n)
         self.n += 1
-        self.x.normal_()
-        return self.run(self.x)
+        if batches is None: self.x.normal_()
+        return self.run(self.x if batches is None else next(batches)['x'])
 
 
 def wait(ranks):
@@ -94,44 +114,117 @@ def wait(ranks):
     ranks.gather(None)
 
 
-def milliseconds(step, rounds):
+def milliseconds(step, rounds, batches=None):
     "Of one step, on the rank that takes longest"
     wait(step.ranks)
     since = time.perf_counter()
-    for _ in range(rounds): step()
+    for _ in range(rounds): step(batches)
     if step.ranks.device.type == 'cuda': torch.cuda.synchronize()
     return max(step.ranks.gather((time.perf_counter() - since)/rounds*1e3))
 
 
-def ways(ranks):
-    "How a step can be taken here: name -> ranks"
-    if ranks.world > 1: return {'ddp': ranks, 'recorded': ranks}
-    if not dist.is_initialized():
-        dist.init_process_group('nccl' if ranks.device.type == 'cuda' else 'gloo', store=dist.HashStore(), rank=0, world_size=1)
-    return {'recorded': ranks, 'recorded, with NCCL': OneOfMany(ranks.device)}
+def two_rows(out, part, row, ms, again):
+    "A row with two times and the rate of the better one, written by rank 0"
+    row |= dict(ms=round(ms, 3), again_ms=round(again, 3), windows_per_second=round(row['windows_a_rank']*row['ranks']/min(ms, again)*1e3))
+    append(out, part, row)
 
 
-def measure_speed(out, p, ranks):
-    "Every model, batch and way; rank 0 writes the rows"
-    cuda = ranks.device.type == 'cuda'
-    for name in p['models']:
-        for batch in dict.fromkeys((p['weak'], p['strong']//ranks.world)):
-            for how, who in ways(ranks).items():
-                if how != 'recorded' and batch != p['weak']: continue    # every way where every count has the same batch
-                row = dict(preset=name, ranks=ranks.world, windows_a_rank=batch, how=how)
-                if cuda: torch.cuda.reset_peak_memory_stats()
-                try:
-                    step = Step(name, batch, p['window'], who, how)
-                    ms, again = (milliseconds(step, p['rounds']) for _ in range(2))
-                    row.update(ms=round(ms, 3), again_ms=round(again, 3), windows_per_second=round(batch*ranks.world/min(ms, again)*1e3))
-                except torch.OutOfMemoryError:
-                    if ranks.world > 1: raise                            # its peers would wait for it
-                    row.update(note='does not fit')
-                if cuda: row.update(GiB=round(torch.cuda.max_memory_allocated()/2**30, 1))
-                if ranks.rank == 0: append(out, 'speed', row)
-                step = None
-                gc.collect()
-                if cuda: torch.cuda.empty_cache()
+def measure(out, p, ranks, parts, rest):
+    "Every model; rank 0 writes the rows. `rest`: what is less urgent, DistributedDataParallel, NCCL on one rank, and the batch of strong scaling"
+    if 'speed' in parts and ranks.world > 1 and not rest: measure_machine(out, p, ranks)
+    todo = [(p['weak'], 'recorded')]
+    if rest: todo = [(b, 'recorded') for b in (p['strong']//ranks.world,) if b != p['weak']] + [(p['weak'], 'ddp' if ranks.world > 1 else 'recorded, with NCCL')]
+    for name, (batch, how) in ((name, job) for job in todo for name in p['models']):
+        measure_one(out, p, ranks, parts, name, batch, how)
+        gc.collect()
+        if ranks.device.type == 'cuda': torch.cuda.empty_cache()
+
+
+def measure_one(out, p, ranks, parts, name, batch, how):
+    "Speed, and for the recorded step of weak scaling where its time goes and how a store feeds it"
+    cuda, row = ranks.device.type == 'cuda', dict(preset=name, ranks=ranks.world, windows_a_rank=batch, how=how)
+    if how == 'recorded, with NCCL':
+        if not dist.is_initialized():
+            dist.init_process_group('nccl' if cuda else 'gloo', store=dist.HashStore(), rank=0, world_size=1)
+        ranks = OneOfMany(ranks.device)
+    known = [float(r['GiB']) for r in rows_of(out, 'speed') if r['preset'] == name and int(r['windows_a_rank']) == p['weak'] and r['GiB']]
+    if cuda and known and known[0]*batch/p['weak'] > torch.cuda.get_device_properties(ranks.device).total_memory/2**30:
+        return append(out, 'speed', row | dict(note='does not fit'))
+    if cuda: torch.cuda.reset_peak_memory_stats()
+    since = time.perf_counter()
+    step = Step(name, batch, p['window'], ranks, how)
+    ready = max(ranks.gather(time.perf_counter() - since))
+    say(ranks, f'{name}, {batch} windows, {ranks.world} ranks, {how}: ready after {ready:.0f} s')
+    if 'speed' in parts:
+        ms, again = (milliseconds(step, p['rounds']) for _ in range(2))
+        if cuda: row['GiB'] = round(torch.cuda.max_memory_allocated()/2**30, 1)
+        if ranks.rank == 0: two_rows(out, 'speed', row, ms, again)
+    if how != 'recorded' or batch != p['weak']: return
+    if 'store' in parts: measure_store(out, p, ranks, step, name)
+    if 'profile' in parts: measure_profile(out, p, ranks, step, name, how)
+
+
+def say(ranks, sentence):
+    if ranks.rank == 0: print(sentence, flush=True)
+
+
+def measure_store(out, p, ranks, step, name):
+    "Windows of a packed store by the trainer's own path, and the same number from the device's memory"
+    c = TrainConfig(steps=10**6, batch_size=p['weak']*ranks.world)
+    windows = WindowDataset([open_source(p['store'], 'train', p['window'])], c.steps*c.batch_size, window=p['window'])
+    with training_batches(windows, c, ranks) as batches:
+        kept = [{'x': next(batches)['x'].clone()} for _ in range(4)]
+        found = {'memory': [], 'store': []}
+        for _ in range(2):
+            milliseconds(step, p['fed']//4, cycle(kept))
+            found['memory'].append(milliseconds(step, p['fed'], cycle(kept)))
+            milliseconds(step, p['fed'], batches)                        # until what lay ready is used up
+            found['store'].append(milliseconds(step, p['fed'], batches))
+    for source, times in found.items():
+        if ranks.rank == 0: two_rows(out, 'store', dict(preset=name, ranks=ranks.world, windows_a_rank=p['weak'], source=source), *times)
+
+
+def measure_machine(out, p, ranks):
+    "How fast messages are, and that ranks draw the numbers of one: into scaling_machine.json"
+    cuda, sums = ranks.device.type == 'cuda', []
+    for mib in (1, 16, 80, 1024) if cuda else (1,):
+        x = torch.zeros(mib*2**18, device=ranks.device)
+        for _ in range(3): dist.all_reduce(x)
+        wait(ranks)
+        since = time.perf_counter()
+        for _ in range(10): dist.all_reduce(x)
+        if cuda: torch.cuda.synchronize()
+        seconds = max(ranks.gather((time.perf_counter() - since)/10))
+        sums.append(dict(MiB=mib, ms=round(seconds*1e3, 4), bus_GB_per_second=round(2*(ranks.world - 1)/ranks.world*mib*2**20/seconds/1e9, 1)))
+        del x
+    unlike = compare_draws(p, ranks)
+    if ranks.rank: return
+    about = json.loads((out/'scaling_machine.json').read_text(encoding='utf-8'))
+    (out/'scaling_machine.json').write_text(json.dumps(about | dict(all_reduce=sums, draws=unlike), indent=1), encoding='utf-8')
+    print(json.dumps(dict(all_reduce=sums, draws=unlike)), flush=True)
+
+
+@torch.no_grad()
+def compare_draws(p, ranks):
+    "Masks, codes and negatives that the ranks draw for their windows, and that one process draws for all: how many were compared, how many differ"
+    torch.manual_seed(0)
+    model, cuda = build(preset(p['curves'][0]).model).to(ranks.device).train(), ranks.device.type == 'cuda'
+    encoder, k = model.encoder, model.config.encoder
+    with mixed_precision(ranks.device):
+        clean = encoder.frontend(torch.randn(8*ranks.world, p['window'], 3, device=ranks.device))      # seeded alike on all ranks
+        def drawn(clean, context):
+            generator = torch.Generator(ranks.device).manual_seed(1)
+            with context: mask = encoder.mask_features(encoder.projection(clean), generator)[1]
+            indices, valid = masked_frames(mask, max_masked(mask.shape[1], k.mask_prob, k.mask_length, k.mask_mode))
+            with context:
+                codes = encoder.masked_targets(clean, indices, valid, generator)[1]
+                kernels, ids = kernels_for(clean), torch.zeros_like(indices) + torch.arange(indices.shape[1], device=indices.device)
+                times = kernels.draw_negatives(ids, valid, 100, generator)[0] if kernels else negatives(valid, 100, generator)
+            return dict(masks=mask, codes=codes, negatives=times*valid[..., None])
+        whole, own = drawn(clean, nullcontext()), drawn(clean.unflatten(0, (ranks.world, -1))[ranks.rank], ranks.draws())
+    pairs = {what: (value, whole[what].unflatten(0, (ranks.world, -1))[ranks.rank]) for what, value in own.items()}
+    found = ranks.gather({what: (a.numel(), int((a != b).sum())) for what, (a, b) in pairs.items()})
+    return {what: dict(compared=sum(f[what][0] for f in found), different=sum(f[what][1] for f in found)) for what in pairs}
 
 
 def covered(intervals):
@@ -151,47 +244,51 @@ def where_time_goes(messages, kernels, steps):
     return {what: us/steps/1e3 for what, us in parts.items()}
 
 
-def measure_profile(out, p, ranks):
+def measure_profile(out, p, ranks, step, name, how):
     "Where the time of a step goes on rank 0, by the profiler"
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
-    cuda = ranks.device.type == 'cuda'
-    for name in p['models']:
-        for how, who in ways(ranks).items():
-            step = Step(name, p['weak'], p['window'], who, how)
-            wait(ranks)
-            with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as found:
-                for _ in range(p['rounds']): step()
-                if cuda: torch.cuda.synchronize()
-            wait(ranks)
-            if ranks.rank == 0:
-                kind = DeviceType.CUDA if cuda else DeviceType.CPU
-                events = [e for e in found.events() if e.device_type == kind and not e.name.startswith('nccl:')]     # a note around the kernel
-                sends = [any(word in e.name.lower() for word in ('nccl', 'allreduce', 'all_reduce')) for e in events]
-                spans = [(e.time_range.start, e.time_range.end) for e in events]
-                parts = where_time_goes([s for s, m in zip(spans, sends) if m], [s for s, m in zip(spans, sends) if not m], p['rounds'])
-                for what, ms in parts.items():
-                    append(out, 'profile', dict(preset=name, ranks=ranks.world, windows_a_rank=p['weak'], how=how, what=what, ms=round(ms, 3)))
-            step = None
-            gc.collect()
+    cuda, rounds = ranks.device.type == 'cuda', min(10, p['rounds'])
+    wait(ranks)
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as found:
+        for _ in range(rounds): step()
+        if cuda: torch.cuda.synchronize()
+    wait(ranks)
+    if ranks.rank: return
+    kind = DeviceType.CUDA if cuda else DeviceType.CPU
+    events = [e for e in found.events() if e.device_type == kind and not e.name.startswith('nccl:')]     # a note around the kernel
+    sends = [any(word in e.name.lower() for word in ('nccl', 'allreduce', 'all_reduce')) for e in events]
+    spans = [(e.time_range.start, e.time_range.end) for e in events]
+    parts = where_time_goes([s for s, m in zip(spans, sends) if m], [s for s, m in zip(spans, sends) if not m], rounds)
+    for what, ms in parts.items():
+        append(out, 'profile', dict(preset=name, ranks=ranks.world, windows_a_rank=p['weak'], how=how, what=what, ms=round(ms, 3)))
 
 
-def train_without_loss_kernels(words):
-    "`seismodel pretrain` with noise and negatives drawn by PyTorch, the same on any number of ranks"
+def train_poisoned(number, words):
+    "`seismodel pretrain` where the window of this number is not a number; below 0: where every window is larger by a millionth"
     from seismodel import cli
-    from seismodel.models import infonce, quantizer
-    for module in (quantizer, infonce): module.kernels_for = lambda x: None
+    from seismodel.training import pretrain
+    right = pretrain.WindowDataset.batch
+    def batch(self, numbers, raw=False):
+        found = right(self, numbers, raw)
+        for k, n in enumerate(numbers):
+            if n == number: found['x'][k] = float('nan')
+        if number < 0: found['x'] *= 1 + 1e-6
+        return found
+    pretrain.WindowDataset.batch = batch
     return cli.main(['pretrain', *words])
 
 
 # What the script does ------------------------------------------------------------------------------------------------------
 
+WRITING = Lock()
+
 def append(out, part, row):
     "A row to the table of a part"
-    path, fresh = out/f'scaling_{part}.csv', not (out/f'scaling_{part}.csv').exists()
-    with open(path, 'a', newline='') as f:
+    path = out/f'scaling_{part}.csv'
+    with WRITING, open(path, 'a', newline='', encoding='utf-8') as f:
         table = csv.DictWriter(f, FIELDS[part], lineterminator='\n')
-        if fresh: table.writeheader()
+        if not f.tell(): table.writeheader()
         table.writerow(row)
     if part != 'losses': print('  '.join(f'{v}' for v in row.values()), flush=True)
 
@@ -199,7 +296,7 @@ def append(out, part, row):
 def rows_of(out, part):
     "The table of a part, empty where it has not been made"
     path = out/f'scaling_{part}.csv'
-    return list(csv.DictReader(open(path))) if path.exists() else []
+    return list(csv.DictReader(open(path, encoding='utf-8'))) if path.exists() else []
 
 
 def drop_rows(out, part, counts):
@@ -213,7 +310,7 @@ def descendants(pid):
     "Process numbers of all that a process has started, and those started by them"
     parents = {}
     for stat in Path('/proc').glob('[0-9]*/stat'):
-        try: number, rest = int(stat.parent.name), stat.read_text().rsplit(')', 1)[1].split()
+        try: number, rest = int(stat.parent.name), stat.read_text(encoding='utf-8').rsplit(')', 1)[1].split()
         except (OSError, IndexError): continue
         parents.setdefault(int(rest[1]), []).append(number)
     found, ahead = [], [pid]
@@ -231,30 +328,41 @@ def kill_all(process):
     process.wait()
 
 
-def start(ranks, *words, log, cpu):
-    "torchrun over so many ranks"
-    env = {**os.environ, **({'CUDA_VISIBLE_DEVICES': ''} if cpu else {})}
-    return subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(ranks), *map(str, words)],
-                            cwd=root, env=env, stdout=log, stderr=subprocess.STDOUT)
+LIVE = set()     # what the script has started and not yet seen end
+
+def start(ranks, *words, log, cpu, gpu=None, apart=None):
+    "torchrun over so many ranks; `gpu`: the one to take; `apart`: a folder for what each rank says"
+    env = {**os.environ, **({'CUDA_VISIBLE_DEVICES': ''} if cpu else {} if gpu is None else {'CUDA_VISIBLE_DEVICES': str(gpu)})}
+    more = ['--redirects', '3', '--log-dir', str(apart)] if apart else []
+    process = subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(ranks), *more, *map(str, words)],
+                               cwd=root, env=env, stdout=log, stderr=subprocess.STDOUT)
+    LIVE.add(process)
+    return process
 
 
-def run(ranks, *words, cpu, limit=480, until=lambda: False):
-    "To its end, or until something is true and it is killed; what it said is printed where it fails"
+def end(process):
+    kill_all(process)
+    LIVE.discard(process)
+
+
+def run(ranks, *words, cpu, deadline, gpu=None, until=lambda: False):
+    "To its end, or until something is true and it is killed; what it said last is raised where it fails"
     with tempfile.TemporaryFile('w+') as log:
-        process, since = start(ranks, *words, log=None if words[1:2] == ('work',) else log, cpu=cpu), time.monotonic()
+        process = start(ranks, *words, log=None if words[1:2] == ('work',) else log, cpu=cpu, gpu=gpu)
         try:
-            while process.poll() is None and time.monotonic() < since + limit and not until(): time.sleep(.02)
-            if process.poll() is None and not until(): raise SystemExit(f'{ranks} ranks did not end within {limit} s: {words}')
+            while process.poll() is None and time.monotonic() < deadline and not until(): time.sleep(.02)
+            if process.poll() is None and not until(): raise Failed(f'{ranks} ranks did not end in time: {words}')
             if process.poll():
                 log.seek(0)
-                raise SystemExit(f'{ranks} ranks failed: {words}\n{log.read()[-4000:]}')
-        finally: kill_all(process)
+                raise Failed(f'{ranks} ranks failed: {words}\n{log.read()[-2500:]}')
+        finally: end(process)
 
 
-def settings(p, name):
+def settings(p, name, steps=None):
     "Words of `seismodel pretrain` for a short run"
-    return ('--preset', name, '--steps', p['steps'], '--batch-size', p['batch'], '--window', p['window'], '--log-every', 1, '--validate-every', p['steps'],
-            '--validation-windows', 8, '--checkpoint-every', p['steps']//10, '--device', p['device'])
+    every = ('--log-every', 1, '--validate-every', steps or p['steps'], '--validation-windows', 8, '--checkpoint-every', p['steps']//10)
+    return ('--preset', name, '--steps', steps or p['steps'], '--batch-size', p['batch'], '--window', p['window'], *every, '--device', p['device'],
+            '--workers', 0 if p['device'] == 'cpu' else 2)
 
 
 def lines(folder):
@@ -262,67 +370,131 @@ def lines(folder):
     return path.read_bytes().count(b'\n') if path.exists() else 0
 
 
-def part_speed(out, p, counts):
-    for n in counts: run(n, __file__, 'work', 'speed', out, *p['flag'], cpu=p['device'] == 'cpu')
+PRETRAIN, NUDGED = ('-m', 'seismodel', 'pretrain'), 3
 
 
-def part_profile(out, p, counts):
-    "The step at the largest count, and beside it the trainer with the windows that its loaders bring"
-    cpu, n = p['device'] == 'cpu', counts[-1]
-    run(n, __file__, 'work', 'profile', out, *p['flag'], cpu=cpu)
-    name, batch, every = p['models'][0], p['weak']*n, 2*p['rounds']
-    with tempfile.TemporaryDirectory() as tmp:
-        folder = Path(tmp)/'run'
-        words = ('--preset', name, '--steps', 2000, '--batch-size', batch, '--window', p['window'], '--log-every', every, '--validate-every', 2000,
-                 '--validation-windows', 8, '--checkpoint-every', 2000, '--device', p['device'])
-        run(n, '-m', 'seismodel', 'pretrain', *words, '--out', folder, cpu=cpu, until=lambda: lines(folder) >= 4)     # the first step, then thrice `every`
-        ms = batch/read_metrics(folder)[3]['windows_per_second']*1e3
-    append(out, 'profile', dict(preset=name, ranks=n, windows_a_rank=p['weak'], how='trainer, windows from its loaders', what='all', ms=round(ms, 3)))
+class Runs:
+    "Short training runs, each made once and kept for whoever compares with it; few at a time"
+    def __init__(self, p, folder, deadline):
+        self.p, self.folder, self.deadline, self.cpu = p, Path(folder), deadline, p['device'] == 'cpu'
+        self.places, self.own = Semaphore(1 if self.cpu else 5), {}
+
+    def run(self, n, *words, **more):
+        with self.places: run(n, *words, cpu=self.cpu, deadline=self.deadline, **more)
+
+    def whole(self, name, n, again):
+        "Folder of a run that nobody disturbed; the windows of NUDGED are larger by a millionth, which shows how training amplifies rounding"
+        folder = self.folder/f'{name}-on-{n}-{again}'
+        with self.own.setdefault(folder, Lock()):
+            if not (folder/'figures').exists():
+                self.run(n, *((__file__, 'poisoned', -1) if again == NUDGED else PRETRAIN), *settings(self.p, name), '--out', folder,
+                         gpu=None if n > 1 or self.cpu else again%2)
+        return folder
 
 
-def part_losses(out, p, counts):
-    "Runs on one rank, twice, and on the most, with the same windows"
-    contrastive, reconstruction = p['curves']
-    for name, draws in ((contrastive, 'PyTorch'), (contrastive, 'as usual'), (reconstruction, 'as usual')):
-        for n, again in dict.fromkeys(((1, 1), (1, 2), (counts[-1], 1))):
-            with tempfile.TemporaryDirectory() as tmp:
-                how = ('-m', 'seismodel', 'pretrain') if draws == 'as usual' else (__file__, 'train')
-                run(n, *how, *settings(p, name), '--out', Path(tmp)/'run', cpu=p['device'] == 'cpu')
-                for r in read_metrics(Path(tmp)/'run'):
-                    append(out, 'losses', dict(preset=name, draws=draws, ranks=n, time=again, step=r['step'], loss=f"{r['loss']:.9g}",
-                                               code_perplexity=f"{r['code_perplexity']:.9g}" if 'code_perplexity' in r else ''))
-            print(f'{name}, {n} ranks, draws {draws}, time {again}', flush=True)
+def losses(out, p, n, runs, name):
+    "A run on one rank and one on all, each twice, with the same windows; and on one rank with windows larger by a millionth"
+    def one(job):
+        for r in read_metrics(runs.whole(name, *job)):
+            append(out, 'losses', dict(preset=name, ranks=job[0], time=job[1], step=r['step'], loss=f"{r['loss']:.9g}",
+                                       code_perplexity=f"{r['code_perplexity']:.9g}" if 'code_perplexity' in r else ''))
+        print(f'{name} on {job[0]}, time {job[1]}: trained', flush=True)
+    together([lambda job=job: one(job) for job in ((1, 1), (n, 1), (1, 2), (n, 2), (1, NUDGED))])
+    for who, (loss, codes) in differences(rows_of(out, 'losses')).get(name, {}).items(): print(sentence(name, who, loss, codes), flush=True)
 
 
-def part_resume(out, p, counts):
-    "Killed with SIGKILL on all ranks, and resumed on half of them and on one"
-    n, name, cpu = counts[-1], p['curves'][1], p['device'] == 'cpu'
-    command = '-m', 'seismodel', 'pretrain'
-    with tempfile.TemporaryDirectory() as tmp:
-        whole, killed = Path(tmp)/'whole', Path(tmp)/'killed'
-        run(n, *command, *settings(p, name), '--out', whole, cpu=cpu)
-        run(n, *command, *settings(p, name), '--out', killed, cpu=cpu, until=lambda: lines(killed) >= p['steps']*.55)
-        seen = lines(killed)
-        if seen >= p['steps']: raise SystemExit('The run ended before it could be killed.')
-        newest = max(int(f.stem[5:]) for f in (killed/'checkpoints').glob('step-*.safetensors'))
-        for m in dict.fromkeys((max(1, n//2), 1)):
-            folder = Path(tmp)/f'on-{m}'
-            shutil.copytree(killed, folder)
-            run(m, *command, '--resume', folder, cpu=cpu)
-            a, b = read_metrics(whole), read_metrics(folder)
-            if [r['step'] for r in a] != [r['step'] for r in b]: raise SystemExit(f'resumed on {m}: steps are missing')
-            apart, step = max((abs(x['loss'] - y['loss']), x['step']) for x, y in zip(a, b))
-            append(out, 'resume', dict(preset=name, begun_on=n, killed_after=seen, resumed_on=m, from_step=newest, steps=len(b),
-                                       largest_difference=f'{apart:.2g}', at_step=step))
+def resume(out, p, n, runs, name):
+    "SIGKILL to all at five random moments; the run goes on on all ranks, then on one, then on all again, and so on"
+    rng, killed, rows, begin = random.Random(name), runs.folder/f'{name}-killed', [], 0
+    moments = [round(p['steps']*(k + rng.uniform(.6, 1))/5.5) for k in range(5)] + [None]     # the first after the first checkpoint
+    try:
+        for k, (m, moment) in enumerate(zip((n, n, 1, n, 1, n), moments)):
+            words = ('--resume', killed) if k else (*settings(p, name), '--out', killed)
+            runs.run(m, *PRETRAIN, *words, gpu=None if m > 1 or runs.cpu else 1, until=lambda: moment is not None and lines(killed) >= moment)
+            upto, files = lines(killed), checkpoint_files(killed)
+            rows.append(dict(preset=name, start=k + 1, ranks=m, from_step=begin, upto_step=upto, end='killed' if upto < p['steps'] else 'done'))
+            print(*rows[-1].values(), flush=True)
+            begin = read_checkpoint(files[0]).state['step'] if files else 0
+        whole, found = read_metrics(runs.whole(name, n, 1)), read_metrics(killed)
+        if [r['step'] for r in whole] != [r['step'] for r in found]: raise Failed(f'{name}, killed and resumed: steps are missing, or twice')
+        for row, after in zip(rows, [*rows[1:], dict(from_step=p['steps'])]):      # a later start writes over what came after its checkpoint
+            kept = range(row['from_step'] + 1, after['from_step'] + 1)
+            apart = [(abs(a['loss'] - b['loss']), a['step']) for a, b in zip(whole, found) if a['step'] in kept]
+            if apart: row.update(largest_difference=f'{max(apart)[0]:.3g}', at_step=max(apart)[1])
+    finally:
+        for row in rows: append(out, 'resume', row)
+
+
+def fault(out, p, n, runs, what):
+    "One rank, the last, meets with something: what each rank says, when the last one ends, and whether the checkpoint is whole"
+    folder, apart = (runs.folder/f"{word}-{what.replace(' ', '-')}" for word in ('fault', 'said'))
+    words, at = (*settings(p, p['curves'][0], 20*p['steps']), '--out', folder), p['fault_at']
+    how = (__file__, 'poisoned', at*p['batch'] - 1) if what == 'nan' else PRETRAIN      # the last window of that step
+    with runs.places, tempfile.TemporaryFile('w+') as log:
+        process = start(n, *how, *words, log=log, cpu=runs.cpu, apart=apart)
+        try:
+            while process.poll() is None and lines(folder) < at - 2 and time.monotonic() < runs.deadline: time.sleep(.02)
+            since = time.monotonic()
+            number = {'killed': signal.SIGKILL, 'told to stop': signal.SIGTERM}.get(what)
+            if number and process.poll() is None: os.kill(rank_process(process.pid, n - 1), number)
+            while process.poll() is None and time.monotonic() < min(since + 90, runs.deadline): time.sleep(.05)
+            seconds, ended = time.monotonic() - since, process.poll() is not None
+        finally: end(process)
+    files = checkpoint_files(folder)
+    kept = read_checkpoint(files[0]) if files else None
+    whole = bool(kept) and all(t.isfinite().all() for t in kept.tensors.values() if t.is_floating_point())
+    for rank in range(n):
+        text = '\n'.join(f.read_text(errors='replace', encoding='utf-8') for f in apart.glob(f'*/attempt_0/{rank}/stderr.log'))
+        said = re.findall(r'seismodel(?:, rank \d+)?: .*', text)
+        append(out, 'faults', dict(fault=what, ranks=n, rank=rank, said=' / '.join(said).replace(str(runs.folder), ''), tracebacks=text.count('Traceback'),
+                                   seconds=round(seconds, 1) if ended else 'not ended', checkpoint=kept.state['step'] if kept else '', whole=whole))
+        if not said and not (what == 'killed' and rank == n - 1): print(text[-1500:], flush=True)
+
+
+def rank_process(pid, rank):
+    "Number of the process that torchrun `pid` has started for a rank"
+    for child in descendants(pid):
+        try:
+            if f'RANK={rank}'.encode() in Path(f'/proc/{child}/environ').read_bytes().split(b'\0'): return child     # a parent comes before its children
+        except OSError: pass
+    raise Failed(f'no process has rank {rank}')
+
+
+def together(jobs):
+    "Functions side by side; the first exception is raised when all have ended"
+    with ThreadPoolExecutor(len(jobs)) as pool: futures = [pool.submit(job) for job in jobs]
+    for f in futures: f.result()
+
+
+def measured(out, p, counts, parts, rest, deadline):
+    "Speed, store and profile, count by count, with the machine for themselves; where one count fails the others are tried"
+    cpu, more, failed = p['device'] == 'cpu', ['--rest'] if rest else [], []
+    def attempt(job):
+        try: job()
+        except Failed as e: failed.append(str(e))
+    def warm(k, turn):
+        attempt(lambda: run(1, __file__, 'work', 'warm', out, '--model', p['models'][(turn + k) % 2], '--at', f'cuda:{k}', cpu=cpu, deadline=deadline))
+    if not cpu and not rest and 'speed' in parts:      # compilers first, the two models side by side: what they find lies in a cache
+        for turn in range(2): together([lambda k=k: warm(k, turn) for k in range(min(2, counts[-1]))])
+        print('compiled', flush=True)
+    for n in counts:
+        own = [part for part in parts if part != 'store' or n == counts[-1]]
+        if own: attempt(lambda: run(n, __file__, 'work', ','.join(own), out, *p['flag'], *more, '--store', p['store'] or '', cpu=cpu, deadline=deadline))
+    if failed: raise Failed('\n'.join(failed))
 
 
 def differences(rows):
-    "(preset, draws) -> ranks -> largest differences of loss and code perplexity from the first run on one rank; 'again': its repetition"
+    "preset -> (ranks, time) -> largest differences of loss and code perplexity from the first run on one rank"
     runs = {}
-    for r in rows: runs.setdefault((r['preset'], r['draws']), {}).setdefault((int(r['ranks']), int(r['time'])), []).append(r)
+    for r in rows: runs.setdefault(r['preset'], {}).setdefault((int(r['ranks']), int(r['time'])), []).append(r)
     apart = lambda a, b, name: max((abs(float(x[name]) - float(y[name])) for x, y in zip(a, b) if x[name]), default=None)
-    return {key: {'again' if time == 2 else n: (apart(found[1, 1], r, 'loss'), apart(found[1, 1], r, 'code_perplexity'))
-                  for (n, time), r in found.items() if (n, time) != (1, 1)} for key, found in runs.items()}
+    return {key: {who: (apart(found[1, 1], r, 'loss'), apart(found[1, 1], r, 'code_perplexity')) for who, r in sorted(found.items()) if who != (1, 1)}
+            for key, found in runs.items() if (1, 1) in found}
+
+
+def sentence(name, who, loss, codes):
+    other = 'one, windows larger by a millionth' if who == (1, NUDGED) else f'{who[0]}, time {who[1]}'
+    return f'{name}: one rank and {other}: loss differs by at most {loss:.2g}' + (f', code perplexity by {codes:.2g}' if codes is not None else '')
 
 
 def report(out, p):
@@ -335,47 +507,80 @@ def report(out, p):
             one = speed.get((name, p['weak'] if kind == 'weak' else p['strong'], 1, 'recorded'), {})
             one = one.get('windows_per_second') or speed.get((name, p['weak'], 1, 'recorded'), {}).get('windows_per_second')    # one rank may not hold 512
             w = r['windows_per_second']
-            print(f"| {name} | {n} | {how} | {w or r['note']} | {f'{int(w)/n/int(one):.0%}' if w and one else ''} | {r['GiB']} |")
-    for (name, draws), found in differences(rows_of(out, 'losses')).items():
-        for n, (loss, codes) in found.items():
-            print(f"\n{name}, draws {draws}: one rank {'twice' if n == 'again' else f'and {n}'}: loss differs by at most {loss:.2g}"
-                  + (f', code perplexity by {codes:.2g}' if codes is not None else ''))
-    for part in ('resume', 'profile'):
+            print(f"| {name} | {n} | {how} | {w or r['note']} | {f'{int(w)/n/int(one):.1%}' if w and one else ''} | {r['GiB']} |")
+    fed = {(r['preset'], r['source']): float(r['windows_per_second']) for r in rows_of(out, 'store')}
+    for (name, source), w in fed.items():
+        if source == 'store': print(f"\n{name}: from the store {w/fed[name, 'memory']:.3f} of the speed from memory")
+    for name, found in differences(rows_of(out, 'losses')).items():
+        for who, (loss, codes) in found.items(): print(sentence(name, who, loss, codes))
+    for part in ('resume', 'faults', 'profile'):
         print(f'\n{part}')
         for r in rows_of(out, part): print('  ' + ', '.join(f'{k} {v}' for k, v in r.items()))
 
 
+def work(args, out, p):
+    "What a rank is told"
+    if args.parts == 'warm':
+        own = pick_device(args.at)
+        torch.cuda.set_device(own)
+        with tensor_float32(own): Step(args.model, p['weak'], p['window'], Ranks(own), 'recorded')
+        return
+    with join_ranks(p['device']) as ranks, tensor_float32(ranks.device):
+        measure(out, p, ranks, args.parts.split(','), args.rest)
+        if ranks.world == 1 and dist.is_initialized(): dist.destroy_process_group()
+
+
 def main():
-    if sys.argv[1] == 'train': sys.exit(train_without_loss_kernels(sys.argv[2:]))
+    if sys.argv[1] == 'poisoned': sys.exit(train_poisoned(int(sys.argv[2]), sys.argv[3:]))
     worker = sys.argv[1] == 'work'
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    if worker: parser.add_argument('work')
-    if worker: parser.add_argument('part', choices=('speed', 'profile'))
+    if worker:
+        for name in ('work', 'parts'): parser.add_argument(name)
+        for name in ('--model', '--at', '--store'): parser.add_argument(name)
+        parser.add_argument('--rest', action='store_true')
     parser.add_argument('out', type=Path, help='folder of the tables')
-    if not worker: parser.add_argument('parts', nargs='*', default=['speed', 'losses', 'resume', 'profile'])
+    if not worker: parser.add_argument('parts', nargs='*', default=list(FIELDS))
     parser.add_argument('--small', action='store_true', help='tiny models on a CPU, to see that everything runs')
     args = parser.parse_args()
     out, p = args.out.resolve(), {**(SMALL if args.small else FULL), 'flag': ['--small'] if args.small else []}
-    if worker:
-        with join_ranks(p['device']) as ranks, tensor_float32(ranks.device):
-            (measure_speed if args.part == 'speed' else measure_profile)(out, p, ranks)
-            if ranks.world == 1 and dist.is_initialized(): dist.destroy_process_group()
-        return
+    p['store'] = args.store if worker else os.environ.get('STORE')
+    if worker: return work(args, out, p)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # so that no rank is left behind
     found = 2 if args.small else torch.cuda.device_count()
     if not found: sys.exit('There is no GPU here; SMALL=1 tries the script on a CPU.')
     counts = [n for n in map(int, os.environ.get('RANKS', '1 2 4 8').split()) if n <= found]
     if not counts: sys.exit(f'There are {found} devices, and RANKS asks for more.')
+    if unknown := set(args.parts) - FIELDS.keys(): sys.exit(f"There is no part {', '.join(unknown)}; choose from {', '.join(FIELDS)}.")
+    if not p['store']: args.parts = [part for part in args.parts if part != 'store']
     out.mkdir(parents=True, exist_ok=True)
     device = 'CPU' if args.small else torch.cuda.get_device_name()
     nccl = None if args.small else '.'.join(map(str, torch.cuda.nccl.version()))
-    (out/'scaling_machine.json').write_text(json.dumps(dict(device=device, devices=found, torch=torch.__version__, nccl=nccl), indent=1))
-    for part in args.parts:
-        drop_rows(out, part, counts)
+    (out/'scaling_machine.json').write_text(json.dumps(dict(device=device, devices=found, torch=torch.__version__, nccl=nccl), indent=1), encoding='utf-8')
+    for part in args.parts: drop_rows(out, part, counts)
+    begin = time.monotonic()
+    deadline, failed = begin + float(os.environ.get('LIMIT', 3600)), []
+    def stage(name, job):
         since = time.monotonic()
-        {'speed': part_speed, 'losses': part_losses, 'resume': part_resume, 'profile': part_profile}[part](out, p, counts)
-        print(f'{part}: {time.monotonic() - since:.0f} s\n', flush=True)
+        try: job()
+        except Exception as e:
+            failed.append(name)
+            print(f'{name} FAILED: {e}', flush=True)
+        print(f'{name}: {time.monotonic() - since:.0f} s, {time.monotonic() - begin:.0f} s in all\n', flush=True)
+    alone = [part for part in args.parts if part in ('speed', 'store', 'profile')]
+    try:
+        with tempfile.TemporaryDirectory() as tmp:
+            n, runs = counts[-1], Runs(p, tmp, deadline)
+            if alone: stage(' and '.join(alone), lambda: measured(out, p, counts, alone, False, deadline))
+            jobs = []
+            if 'resume' in args.parts: jobs += [(f'resume {name}', lambda name=name: resume(out, p, n, runs, name)) for name in reversed(p['curves'])]
+            if 'losses' in args.parts: jobs += [(f'losses {name}', lambda name=name: losses(out, p, n, runs, name)) for name in p['curves']]
+            if 'faults' in args.parts and n > 1: jobs += [(f'fault: {what}', lambda what=what: fault(out, p, n, runs, what)) for what in ('killed', 'nan', 'told to stop')]
+            if jobs: together([lambda job=job: stage(*job) for job in jobs])
+            if 'speed' in args.parts: stage('the rest of speed', lambda: measured(out, p, counts, ['speed'], True, deadline))
+    finally:
+        for process in list(LIVE): end(process)
     report(out, p)
+    if failed: sys.exit(f"FAILED: {', '.join(failed)}")
 
 
 if __name__ == '__main__': main()

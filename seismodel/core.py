@@ -6,7 +6,7 @@ Docs: https://seismodel.github.io/seismodel/ground/core.html.md"""
 
 # %% auto #0
 __all__ = ['log', 'UserError', 'BadRecord', 'TrainingError', 'DamagedCheckpoint', 'Interrupted', 'check_choice', 'check_share',
-           'check_count', 'fits', 'check_fields', 'pick_device', 'count_parameters']
+           'check_count', 'fits', 'check_fields', 'pick_device', 'pick_devices', 'count_parameters']
 
 # %% ../nbs/ground/01_core.ipynb #2beda0fc
 import logging
@@ -97,6 +97,14 @@ def pick_device(
     if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"There is no device '{name}' here ({torch.cuda.device_count()} CUDA devices found); use --device cpu.")
     return device
+
+def pick_devices(
+    name:str='auto', # as for `pick_device`, or all: every GPU of this machine
+)->list[torch.device]: # one, unless the name is all
+    "The devices to share work among; raises `UserError` as `pick_device` does. Without a GPU, all is the CPU"
+    if name != 'all' or not torch.cuda.is_available():
+        return [pick_device('auto' if name == 'all' else name)]
+    return [pick_device(f'cuda:{k}') for k in range(torch.cuda.device_count())]
 
 # %% ../nbs/ground/01_core.ipynb #2cb5e425
 def count_parameters(module:nn.Module, # any module

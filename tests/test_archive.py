@@ -290,7 +290,7 @@ def test_odd_files_are_named_and_the_rest_goes_on(tmp_path):
     save(good, tmp_path/'good.mseed')
     whole = (tmp_path/'good.mseed').read_bytes()
     (tmp_path/'empty').touch()
-    (tmp_path/'text.txt').write_text('battery changed')
+    (tmp_path/'text.txt').write_text('battery changed', encoding='utf-8')
     (tmp_path/'stub.mseed').write_bytes(whole[:100])
     strange = record(60, 'HHZ', seed=2)
     for station, change in (('ZERO', dict(sampling_rate=0.)), ('SLOW', dict(sampling_rate=1.)), ('LOG', dict(channel='LOG'))):

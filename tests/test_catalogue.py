@@ -14,6 +14,7 @@ import torch
 
 from seismodel.picking.output import PICK_COLUMNS, around, plot_picks, read_picks
 from seismodel.data.archive import Selection, open_archive
+from seismodel.picking import pick as catalogue
 from seismodel.picking.pick import pick, pick_archive
 from seismodel.cli import main
 from seismodel.finetuning.heads import Picker
@@ -75,6 +76,32 @@ def test_command(run, tmp_path):
     assert [f.name for f in sorted((tmp_path/'out/figures').iterdir())] == ['BW.ST0..EH.2009-08-24.png', 'BW.ST1..EH.2009-08-24.png']
 
 
+def test_all_devices_pick_and_one_is_lost(run, tmp_path, monkeypatch, capsys):
+    "Two processes leave the picks of one; a process that dies is named, and its days are picked all the same"
+    files = write_files(tmp_path/'in', 3)
+    (files/'notes.txt').write_text('not a waveform', encoding='utf-8')
+    alone, right = pick(files, str(run), tmp_path/'alone', device='cpu').read_text(encoding='utf-8'), catalogue.pick_each
+    for devices, lost in ((['cpu', 'cpu:0'], False), (['cpu', 'cpu:x'], True)):
+        out = tmp_path/f'{lost}'
+        monkeypatch.setattr(catalogue, 'pick_devices', lambda name, devices=devices: devices)
+        monkeypatch.setattr(catalogue, 'pick_each', in_the_end(right, out/'days'))
+        assert pick(files, str(run), out, device='all').read_text(encoding='utf-8') == alone
+        assert sorted(f.parent.name for f in out.glob('days/*/*.json')) == ['BW.ST0..EH', 'BW.ST1..EH', 'BW.ST2..EH']
+        said = capsys.readouterr().err
+        assert ('The process on cpu:x was lost (1)' in said) == lost and 'left out: ' in said
+        assert seen.pop() == (2 if lost else 3)
+
+
+seen = []
+
+def in_the_end(pick_each, folder):
+    "Note how many days were picked before this process picks any itself"
+    def noted(*args):
+        seen.append(len(list(folder.glob('*/*.json'))))
+        return pick_each(*args)
+    return noted
+
+
 def test_the_same_picks_as_classify(model, tmp_path):
     files = write_files(tmp_path/'in', 1)
     rows, _ = pick_files(model, files, tmp_path/'out', ARGS)
@@ -128,7 +155,7 @@ def test_bad_files_do_not_spoil_the_others(model, tmp_path):
 
 def read_left_out(out):
     import csv
-    with open(out/'left_out.csv', newline='') as f: return list(csv.reader(f))[1:]
+    with open(out/'left_out.csv', newline='', encoding='utf-8') as f: return list(csv.reader(f))[1:]
 
 
 def test_a_changed_setting_or_model_is_named(model, tmp_path):
@@ -143,10 +170,9 @@ def test_a_changed_setting_or_model_is_named(model, tmp_path):
 
 def test_new_and_changed_files_are_picked(model, tmp_path, monkeypatch):
     "Only what is new or was changed is read again, also by an older file of the same name"
-    import seismodel.picking.pick as module
     files, picked = write_files(tmp_path/'in', 3), []
-    real = module.pick_day
-    monkeypatch.setattr(module, 'pick_day', lambda model, instrument, *args: picked.append(instrument.name) or real(model, instrument, *args))
+    real = catalogue.pick_day
+    monkeypatch.setattr(catalogue, 'pick_day', lambda model, instrument, *args: picked.append(instrument.name) or real(model, instrument, *args))
     def again():
         picked.clear()
         rows, _ = pick_files(model, files, tmp_path/'out', ARGS)
@@ -317,10 +343,9 @@ def test_one_bad_file_never_stops_a_folder(run, tmp_path):
 
 def test_the_test_files_of_obspy_twice(model, tmp_path, monkeypatch):
     "About 900 files of every format, many of them broken on purpose: reasons and picks, and the second call picks nothing"
-    import seismodel.picking.pick as module
     files = [f for f in Path(obspy.__file__).parent.rglob('*') if f.is_file() and {'tests', 'data'} <= set(f.parts)]
     args = {'P_threshold': .97, 'S_threshold': .97}
     count, left = pick_archive(model, open_archive(*files), tmp_path/'out', args)
     assert len(files) > 800 and len(left) > 500 and sum(count.values()) > 100
-    monkeypatch.setattr(module, 'pick_day', lambda *args: pytest.fail('picked again'))
+    monkeypatch.setattr(catalogue, 'pick_day', lambda *args: pytest.fail('picked again'))
     assert pick_archive(model, open_archive(*files), tmp_path/'out', args) == (count, left)

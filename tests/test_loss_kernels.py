@@ -13,6 +13,7 @@ cuda = torch.cuda.is_available()
 
 from seismodel.models import infonce, quantizer as quantizers
 from seismodel.kernels import triton_infonce as kernels
+from seismodel.training.distributed import WholeBatchDraws
 from seismodel.models.encoders import ConvDownConfig
 from seismodel.models.infonce import gather_frames, masked_frames
 from seismodel.models.pretraining import ContrastiveConfig, ContrastivePretraining
@@ -71,7 +72,8 @@ def check_quantizer(vq, x, indices, valid, limit, disagree=0.):
     logits = logits.unflatten(-1, (G, V))
     scores = logits
     if vq.training:
-        noise = philox_gumbel(kernels.new_seed(device, generator(3)).item(), B*M*G, BLOCK)[:, :V].view(B, M, G, V)
+        seeds = kernels.new_seeds(B, device, generator(3)).tolist()
+        noise = torch.stack([philox_gumbel(seed, M*G, BLOCK)[:, :V].view(M, G, V) for seed in seeds])
         scores = (logits + noise)/vq.temperature.double()
     one_hot, exact_codes = straight_through(scores.softmax(-1))
     assert (codes != exact_codes).double().mean() <= disagree          # a tie up to rounding
@@ -94,6 +96,33 @@ def test_quantizer_draws_from_the_generator():
     vq, x, indices, valid = quantizer_case(2, 20, 9, 12, 2, 40, 4, seed=1)
     a, b, c = (kernels.quantize_frames(vq, x, indices, valid, generator(s))[1] for s in (5, 5, 6))
     assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_a_frame_that_is_not_a_number_gets_a_code_of_the_book():
+    "A code beyond the book would end the process on a GPU before the update can be withheld"
+    vq, x, indices, valid = quantizer_case(2, 12, 6, 8, 2, 5, 4, seed=0)
+    x[0] = float('nan')
+    vectors, codes, _ = kernels.quantize_frames(vq, x, indices, valid, generator(1))
+    assert codes.shape == (2, 6, 2) and ((0 <= codes) & (codes < 5)).all()
+    clean = kernels.quantize_frames(vq, x.nan_to_num(), indices, valid, generator(1))
+    assert torch.equal(codes[1], clean[1][1]) and torch.equal(vectors[1], clean[0][1])
+
+
+def test_ranks_draw_what_one_process_draws(monkeypatch):
+    "Codes, gradient of the noisy choice and negatives of three windows on each of two ranks, in steps that end inside a window"
+    monkeypatch.setattr(kernels, 'CHUNK', 10)
+    vq, x, indices, valid = quantizer_case(6, 20, 9, 12, 2, 40, 4, seed=1)
+    ids = torch.randint(50, (6, 9), device=device)
+    def drawn(at):
+        leaf, g = x[at].clone().requires_grad_(), generator(5)
+        vectors, codes, _ = kernels.quantize_frames(vq, leaf, indices[at], valid[at], g)
+        times, left, _ = kernels.draw_negatives(ids[at], valid[at], 7, g)
+        return codes, torch.autograd.grad(vectors.sum(), leaf)[0], torch.where(valid[at][..., None], times, 0), left
+    whole, parts = drawn(slice(6)), []
+    for rank in range(2):
+        with WholeBatchDraws(rank, 2): parts.append(drawn(slice(3*rank, 3*rank + 3)))
+    for one, two in zip(whole, zip(*parts)): torch.testing.assert_close(torch.cat(two), one)
+    assert not any(torch.equal(a, b) for a, b in zip(drawn(slice(3, 6))[::2], parts[1][::2]))       # without it: those of the first rows
 
 
 def test_quantizer_without_a_valid_frame():

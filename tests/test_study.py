@@ -1,6 +1,5 @@
 "The study: resuming, refusing, failing, processes, baselines, whole records, and the arithmetic of its table"
 import json
-import os
 import signal
 import shutil
 
@@ -106,7 +105,7 @@ def test_stopped_by_a_signal_it_goes_on_to_the_same_numbers(done, store, tmp_pat
     real, calls = trainer.train_step, []
     def stop_at_second(*args, **kwargs):
         calls.append(1)
-        if len(calls) == 2: os.kill(os.getpid(), signal.SIGTERM)
+        if len(calls) == 2: signal.raise_signal(signal.SIGTERM)
         return real(*args, **kwargs)
     monkeypatch.setattr(trainer, 'train_step', stop_at_second)
     assert main(command(store, tmp_path/'s', '--fractions', '.5,1')) == 128 + signal.SIGTERM
@@ -139,7 +138,7 @@ def test_a_failing_cell_does_not_stop_the_others(done, store, tmp_path, monkeypa
     assert main(command(store, tmp_path/'s', '--fractions', '.5,1')) == 1
     said = capsys.readouterr()
     assert '1 of 2 trials failed: PhaseNet--0.5--0' in said.err and 'RuntimeError: out of memory' in said.out + said.err
-    assert 'Traceback' in (tmp_path/'s/trials/PhaseNet--0.5--0.part/output.txt').read_text()
+    assert 'Traceback' in (tmp_path/'s/trials/PhaseNet--0.5--0.part/output.txt').read_text(encoding='utf-8')
     assert (tmp_path/'s/table.csv').exists() and (tmp_path/'s/trials/PhaseNet--1--0').is_dir()
 
 
@@ -149,6 +148,16 @@ def test_two_processes_of_which_one_is_lost(done, store, tmp_path, capsys):
     assert main(command(store, tmp_path/'s', '--fractions', '.5,1', '--jobs', '2')) == 1
     said = capsys.readouterr()
     assert 'PhaseNet--0.5--0 failed: its process ended (1)' in said.out + said.err
+    a, b = (pd.read_csv(s/'trials/PhaseNet--1--0/records.csv') for s in (done, tmp_path/'s'))
+    pd.testing.assert_frame_equal(a, b)
+
+
+def test_all_devices_take_trials(done, store, tmp_path, monkeypatch):
+    "A process on each of two devices: both train, and the trials are those of one"
+    monkeypatch.setattr(study_module, 'pick_devices', lambda name: [torch.device('cpu'), torch.device('cpu:0')])
+    assert main(command(store, tmp_path/'s', '--fractions', '.5,1')) == 0
+    trials = [tmp_path/f's/trials/PhaseNet--{fraction}--0' for fraction in ('0.5', '1')]
+    assert sorted(json.loads((t/'config.json').read_text(encoding='utf-8'))['train']['device'] for t in trials) == ['cpu', 'cpu:0']
     a, b = (pd.read_csv(s/'trials/PhaseNet--1--0/records.csv') for s in (done, tmp_path/'s'))
     pd.testing.assert_frame_equal(a, b)
 

@@ -1,4 +1,4 @@
-"""`seismodel study`: every method, every fraction of the labels, every seed, in several processes on one device; a table with intervals and a figure come out
+"""`seismodel study`: every method, every fraction of the labels, every seed, in several processes on one device or on all; a table with intervals and a figure come out
 
 Docs: https://seismodel.github.io/seismodel/study/run.html.md"""
 
@@ -12,6 +12,7 @@ __all__ = ['attempt', 'serve', 'start_server', 'share_out', 'run_trials', 'numbe
 import os
 import signal
 import traceback
+from dataclasses import replace
 from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing import get_context
 from multiprocessing.connection import wait
@@ -23,12 +24,13 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .trial import (Candidate, StudyConfig, Trial, candidates_of, refuse_others,
+from .trial import (Candidate, StudyConfig, Trial, candidates_of, complete_trial, refuse_others,
                                    run_trial, start_trial, trial_recipe, trial_settings)
 from .tables import gains, pack_study, plot_study, summary_table, table, trials_of
-from ..core import Interrupted, TrainingError, UserError, pick_device
+from ..core import Interrupted, TrainingError, UserError, pick_devices
 from ..files import write_atomically
 from ..data.sources import whole_path
+from ..data.prefetch import blocking_signals, unblock_signals
 from ..training.trainer import Signals
 
 # %% ../../nbs/study/04_run.ipynb #b099fbe4
@@ -40,12 +42,13 @@ def attempt(
     "Run a trial; what it prints goes into its folder"
     part = folder/f'{trial.name}.part'
     part.mkdir(parents=True, exist_ok=True)
-    with open(part/'output.txt', 'a') as output, redirect_stdout(output), redirect_stderr(output):
+    with open(part/'output.txt', 'a', encoding='utf-8') as output, redirect_stdout(output), redirect_stderr(output):
         try: run_trial(trial, common, folder)
         except Exception as e:
             if isinstance(e, Interrupted): raise
             traceback.print_exc()
             return f"{type(e).__name__}: {(str(e).strip().splitlines() or ['no message'])[-1]}"
+    complete_trial(trial, folder)
 
 # %% ../../nbs/study/04_run.ipynb #69633fb4
 def serve(
@@ -56,6 +59,7 @@ def serve(
 ):
     "A process of a study: trial after trial, until there are no more"
     signal.signal(signal.SIGINT, signal.SIG_IGN)     # Ctrl-C reaches every process; the first one says when to stop
+    unblock_signals()
     torch.set_num_threads(threads)
     try:
         while True: pipe.send(attempt(pipe.recv(), common, folder))
@@ -64,38 +68,41 @@ def serve(
 def start_server(
     common:StudyConfig,
     folder:Path, # of all trials
-    jobs:int,    # processes that share the CPU
+    jobs:int,    # processes in all, which share the CPU
 ): # this end of its pipe, and the process
     "Begin a process that runs `serve`"
     context = get_context('spawn')                   # a forked process could not use a GPU
     here, there = context.Pipe()
     process = context.Process(target=serve, args=(there, common, folder, max(1, (os.cpu_count() or 1)//jobs)))
-    process.start()
+    with blocking_signals(): process.start()
     there.close()                                    # so that its end is noticed here
     return here, process
 
 # %% ../../nbs/study/04_run.ipynb #dffbc108
-def share_out(trials, common, folder, jobs, note, signals):
-    "Give the trials to `jobs` processes, each the next one when it is done, and `note` what becomes of them"
-    todo, busy, free = list(trials), {}, []                                         # busy: pipe -> process, trial
+def share_out(trials, configs, folder, note, signals):
+    "Give the trials to processes, one for each configuration of `configs`, each the next one when it is done, and `note` what becomes of them"
+    todo, busy, free, jobs, configs = list(trials), {}, [], len(configs), list(configs)    # busy: pipe -> process, its configuration, trial
     try:
         while (todo or busy) and not signals.caught:
-            while todo and len(busy) < jobs:
-                pipe, process = free.pop() if free else start_server(common, folder, jobs)
+            while todo and (free or configs):
+                if not free: free.append((*start_server(configs[0], folder, jobs), configs.pop(0)))
+                pipe, process, common = free.pop()
                 pipe.send(todo[0])
-                busy[pipe] = process, todo.pop(0)
+                busy[pipe] = process, common, todo.pop(0)
             for pipe in wait(list(busy), timeout=.5):
-                process, trial = busy.pop(pipe)
+                process, common, trial = busy.pop(pipe)
                 try: why = pipe.recv()
                 except EOFError:
                     process.join()
                     why = f'its process ended ({process.exitcode})'
                 note(trial, why)
-                if why: pipe.close()                                               # which ends the process
-                else: free.append((pipe, process))
+                if why:
+                    pipe.close()                                                   # which ends the process
+                    configs.append(common)                                         # another one takes its place
+                else: free.append((pipe, process, common))
     finally:
-        for pipe, process in [*free, *((pipe, process) for pipe, (process, _) in busy.items())]:
-            if pipe in busy: process.terminate()                                   # it finishes its step, and writes a checkpoint
+        for pipe, process in [*(one[:2] for one in free), *((pipe, one[0]) for pipe, one in busy.items())]:
+            if pipe in busy: process.terminate()                                   # it finishes its step, and writes a checkpoint (on Windows it just ends)
             pipe.close()
             process.join()
 
@@ -104,17 +111,19 @@ def run_trials(
     trials:list[Trial], # longest first
     common:StudyConfig,
     folder:Path,      # of all trials
-    jobs:int=1,       # processes; 1: this one
+    jobs:int=1,       # processes on each device; one on one device: this one
+    devices=None,     # names; None: that of `common`
 )->dict[str, str]: # name of a trial -> what went wrong
     "Every trial once; raises `Interrupted` when told to stop"
+    configs = [replace(common, device=str(d)) for _ in range(jobs) for d in devices or [common.device]]
     failed, bar = {}, tqdm(total=len(trials), unit='trial')
     def note(trial, why):
         if why: failed[trial.name] = why; tqdm.write(f'{trial.name} failed: {why}')
         bar.update()
     with Signals() as signals, bar:
-        if jobs > 1: share_out(trials, common, folder, jobs, note, signals)
-        for trial in trials if jobs == 1 else []:
-            try: note(trial, attempt(trial, common, folder))
+        if len(configs) > 1: share_out(trials, configs, folder, note, signals)
+        for trial in trials if len(configs) == 1 else []:
+            try: note(trial, attempt(trial, configs[0], folder))
             except Interrupted as e: signals.caught = e.number
             if signals.caught: break
         if signals.caught:
@@ -170,7 +179,7 @@ def check_study(
     if not 0 < common.threshold < 1: raise UserError(f'--threshold is {common.threshold}; it is a probability, between 0 and 1.')
     if not 0 <= common.synthetic < 1: raise UserError(f'--synthetic is {common.synthetic}; it is a fraction, from 0 to below 1.')
     if common.augment not in ('full', 'none'): raise UserError(f"--augment is '{common.augment}'; choose full or none.")
-    pick_device(common.device)
+    pick_devices(common.device)
 
 # %% ../../nbs/study/04_run.ipynb #7636ea59
 def report_study(
@@ -200,9 +209,9 @@ def study(
     synthetic:float=.25, # share of the training windows that are synthetic events in real noise
     augment:str='full', # what happens to the training windows, as in finetune: full or none
     validation_windows:int=128, # dev windows looked at ten times along the run
-    jobs:int=1, # processes that share the device, each with a trial at a time
+    jobs:int=1, # processes that share a device, each with a trial at a time
     workers:int=0, # processes that prepare windows, for each trial that runs; 0 is best for a packed store
-    device:str='auto', # auto, cpu, cuda or cuda:N
+    device:str='auto', # auto, cpu, cuda, cuda:N, or all: every GPU of this machine, each with its own processes
     out:Path=None, # the study's folder; one that is there is gone on with
 )->Path: # the study's folder
     "Compare pretrained starts, random starts and baselines at small fractions of the labels"
@@ -215,7 +224,7 @@ def study(
     candidates, out, folder = candidates_of(from_run, baseline, lr), Path(out), trials_of(out)
     todo, whole = plan_trials(candidates, some, chosen, common, folder), len(candidates)*len(some)*len(chosen)
     print(f"{len(candidates)} methods × {len(some)} fractions × {len(chosen)} seeds: {whole} trials of {steps} steps, {whole - len(todo)} done before")
-    try: failed = run_trials(todo, common, folder, jobs)
+    try: failed = run_trials(todo, common, folder, jobs, pick_devices(device))
     finally:
         if any(folder.glob('*[0-9]/records.csv')): report_study(out)     # also when stopped: what is there so far
     if failed:
