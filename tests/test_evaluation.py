@@ -82,6 +82,26 @@ def test_tasks_by_the_rule(data):
     pd.testing.assert_frame_equal(one, task1_targets(data))
 
 
+class Table:
+    "A data set of which only the metadata are read: records of 40 s with these onsets of P and S"
+    def __init__(self, *onsets):
+        p, s = zip(*onsets)
+        self.metadata = pd.DataFrame({'trace_name': [f't{k}' for k in range(len(p))], 'trace_chunk': '', 'split': 'test', 'trace_npts': 4000,
+                                      'trace_sampling_rate_hz': 100., 'trace_P_arrival_sample': p, 'trace_S_arrival_sample': s})
+
+
+@pytest.mark.parametrize('p, s, found', [
+    (1020., 1050., ''),         # ten seconds fit before S less half a second, and P is not in them
+    (1020., 1119., ''), (1020., 1121., 'PS'),       # half a second to the next window's half second, and two samples to begin at
+    (2000., 3000., 'PS'), (900., 3949., 'PS'), (900., 3951., 'P'), (3960., 3990., '')])
+def test_windows_of_one_onset(p, s, found):
+    "Half a second away from the ends, which lie half a second away from the other onset"
+    two = task23_targets(Table((p, s)))
+    assert ''.join(two.phase_label if len(two) else ()) == found
+    for row in two.itertuples() if len(two) else ():
+        assert row.start_sample <= row.phase_onset < row.end_sample and row.end_sample - row.start_sample == 1000
+
+
 def test_missing_labels_are_not_clean(tmp_path, write_dataset, quake_records):
     def records():
         for k, (m, x) in enumerate(quake_records(24)):
@@ -96,6 +116,18 @@ def test_missing_labels_are_not_clean(tmp_path, write_dataset, quake_records):
     assert (two.clean == (two.trace_idx % 2 == 0)).all() and not two.clean.all()
     records = score_records(ours(), data)
     assert len(records[records.kind == 'P']) == 12 and len(records[records.kind == 'S']) == 20     # a phase without label is no row
+
+
+def test_what_is_labelled_in_a_table_without_categories():
+    "By the benchmark's rule a record without any pick is noise, and one with a pick of the other phase alone says nothing"
+    nan = np.nan
+    table = pd.DataFrame({'trace_P_arrival_sample': [1., 2., nan, nan], 'trace_S_arrival_sample': [5., nan, 6., nan]})
+    assert labelled(table, 'P').tolist() == [True, True, False, True]
+    assert labelled(table, 'S').tolist() == [True, False, True, True]
+    table['trace_category'] = ['earthquake', 'earthquake', 'earthquake', 'Noise']
+    assert labelled(table, 'P').tolist() == [True, True, False, True]
+    table['trace_category'] = 'earthquake'
+    assert labelled(table, 'S').tolist() == [True, False, True, False]
 
 
 def test_targets_are_made_once(data, tmp_path):
@@ -194,3 +226,21 @@ def test_on_real_records(real_data):
     few.filter(np.arange(len(few)) % 12 == 0)
     records = score_records(ours(), few)
     assert len(records) == (few.metadata.trace_p_status.ne('none').sum() + few.metadata.trace_s_status.ne('none').sum() + few.metadata.trace_category.eq('noise').sum())
+
+
+@pytest.mark.parametrize('order, rows', [('Z12', [0, 1, 2]), ('21Z', [2, 1, 0]), ('Z12H', [0, 1, 2, 0])])
+def test_horizontals_one_and_two_are_scored_like_north_and_east(tmp_path, write_dataset, quake_records, order, rows):
+    "The same records under other letters: the same scores, and the data set's own table keeps its letters"
+    records = list(quake_records(12))
+    plain = opened(write_dataset(tmp_path/'zne', ((dict(m), x) for m, x in records)))
+    coded = opened(write_dataset(tmp_path/'coded', ((m | {'trace_component_order': order}, x[rows]) for m, x in records)))
+    model, tables = ours(), [task23_targets(plain)]
+    with torch.no_grad(): model.picker.head.out.weight.mul_(8.)
+    want, got = (predict(model, data, tables[0]) for data in (plain, coded))
+    assert len(got) == len(want) > 5
+    for column in ('score_detection', 'score_p_or_s', 'p_sample_pred', 's_sample_pred'):
+        np.testing.assert_allclose(got[column], want[column], rtol=1e-5, atol=1e-5)
+    want, got = (score_records(model, data) for data in (plain, coded))
+    assert len(got) == len(want) > 5 and want['picks'].sum() > 20
+    pd.testing.assert_frame_equal(got, want, check_exact=False, atol=1e-4)
+    assert set(coded.metadata['trace_component_order']) == {order}
