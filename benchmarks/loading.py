@@ -10,7 +10,6 @@ P, S and noise labels with a Gaussian, we leave that to the picker, and time it 
 import argparse
 import mmap
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -114,7 +113,8 @@ class Labelled(Batches):
 
 def in_processes(store, workers=2):
     data = WindowDataset([StoreSource(store)], 10**9)
-    return (b['x'] for b in DataLoader(Labelled(data), batch_size=None, sampler=order(), num_workers=workers))
+    return (b['x'] for b in DataLoader(Labelled(data), batch_size=None, sampler=order(), num_workers=workers,
+                                        multiprocessing_context='spawn'))
 
 
 def forget(folder):
@@ -152,8 +152,8 @@ def big_store(folder, mib):
 
 
 def status(field):
-    "A line of /proc/self/status, MiB"
-    return int(next(line for line in open('/proc/self/status') if line.startswith(field)).split()[1]) / 1024
+    "A line of /proc/self/status, which Linux has, MiB"
+    return int(next(line for line in open('/proc/self/status', encoding='utf-8') if line.startswith(field)).split()[1]) / 1024
 
 
 def bounded(folder, limit_mib, windows):
@@ -161,6 +161,7 @@ def bounded(folder, limit_mib, windows):
     source = StoreSource(Store(folder))
     data = WindowDataset([source], 10**9)
     data.batch(range(64))                                                          # everything is imported by now
+    import resource                                              # Linux and macOS
     before, used = status('RssAnon'), status('VmData')
     resource.setrlimit(resource.RLIMIT_DATA, (int((used + limit_mib) * 2**20),) * 2)
     peak, seen = before, set()

@@ -199,8 +199,8 @@ def measure_machine(out, p, ranks):
         del x
     unlike = compare_draws(p, ranks)
     if ranks.rank: return
-    about = json.loads((out/'scaling_machine.json').read_text())
-    (out/'scaling_machine.json').write_text(json.dumps(about | dict(all_reduce=sums, draws=unlike), indent=1))
+    about = json.loads((out/'scaling_machine.json').read_text(encoding='utf-8'))
+    (out/'scaling_machine.json').write_text(json.dumps(about | dict(all_reduce=sums, draws=unlike), indent=1), encoding='utf-8')
     print(json.dumps(dict(all_reduce=sums, draws=unlike)), flush=True)
 
 
@@ -286,7 +286,7 @@ WRITING = Lock()
 def append(out, part, row):
     "A row to the table of a part"
     path = out/f'scaling_{part}.csv'
-    with WRITING, open(path, 'a', newline='') as f:
+    with WRITING, open(path, 'a', newline='', encoding='utf-8') as f:
         table = csv.DictWriter(f, FIELDS[part], lineterminator='\n')
         if not f.tell(): table.writeheader()
         table.writerow(row)
@@ -296,7 +296,7 @@ def append(out, part, row):
 def rows_of(out, part):
     "The table of a part, empty where it has not been made"
     path = out/f'scaling_{part}.csv'
-    return list(csv.DictReader(open(path))) if path.exists() else []
+    return list(csv.DictReader(open(path, encoding='utf-8'))) if path.exists() else []
 
 
 def drop_rows(out, part, counts):
@@ -310,7 +310,7 @@ def descendants(pid):
     "Process numbers of all that a process has started, and those started by them"
     parents = {}
     for stat in Path('/proc').glob('[0-9]*/stat'):
-        try: number, rest = int(stat.parent.name), stat.read_text().rsplit(')', 1)[1].split()
+        try: number, rest = int(stat.parent.name), stat.read_text(encoding='utf-8').rsplit(')', 1)[1].split()
         except (OSError, IndexError): continue
         parents.setdefault(int(rest[1]), []).append(number)
     found, ahead = [], [pid]
@@ -406,7 +406,7 @@ def losses(out, p, n, runs, name):
 def resume(out, p, n, runs, name):
     "SIGKILL to all at five random moments; the run goes on on all ranks, then on one, then on all again, and so on"
     rng, killed, rows, begin = random.Random(name), runs.folder/f'{name}-killed', [], 0
-    moments = [round(p['steps']*(k + rng.uniform(.2, 1))/5.5) for k in range(5)] + [None]
+    moments = [round(p['steps']*(k + rng.uniform(.6, 1))/5.5) for k in range(5)] + [None]     # the first after the first checkpoint
     try:
         for k, (m, moment) in enumerate(zip((n, n, 1, n, 1, n), moments)):
             words = ('--resume', killed) if k else (*settings(p, name), '--out', killed)
@@ -444,7 +444,7 @@ def fault(out, p, n, runs, what):
     kept = read_checkpoint(files[0]) if files else None
     whole = bool(kept) and all(t.isfinite().all() for t in kept.tensors.values() if t.is_floating_point())
     for rank in range(n):
-        text = '\n'.join(f.read_text(errors='replace') for f in apart.glob(f'*/attempt_0/{rank}/stderr.log'))
+        text = '\n'.join(f.read_text(errors='replace', encoding='utf-8') for f in apart.glob(f'*/attempt_0/{rank}/stderr.log'))
         said = re.findall(r'seismodel(?:, rank \d+)?: .*', text)
         append(out, 'faults', dict(fault=what, ranks=n, rank=rank, said=' / '.join(said).replace(str(runs.folder), ''), tracebacks=text.count('Traceback'),
                                    seconds=round(seconds, 1) if ended else 'not ended', checkpoint=kept.state['step'] if kept else '', whole=whole))
@@ -555,7 +555,7 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
     device = 'CPU' if args.small else torch.cuda.get_device_name()
     nccl = None if args.small else '.'.join(map(str, torch.cuda.nccl.version()))
-    (out/'scaling_machine.json').write_text(json.dumps(dict(device=device, devices=found, torch=torch.__version__, nccl=nccl), indent=1))
+    (out/'scaling_machine.json').write_text(json.dumps(dict(device=device, devices=found, torch=torch.__version__, nccl=nccl), indent=1), encoding='utf-8')
     for part in args.parts: drop_rows(out, part, counts)
     begin = time.monotonic()
     deadline, failed = begin + float(os.environ.get('LIMIT', 3600)), []

@@ -77,7 +77,7 @@ def module_file(module): return Path('seismodel')/f'{module}.py'
 def places(module):
     """The mutants of a module by place: twelve ways to replace a `+` are one place. Left out are annotations, which
     do nothing, functions that draw, which are for the eye, and `is` for `==`, which says the same of short texts"""
-    text = (root/module_file(module)).read_text()
+    text = (root/module_file(module)).read_text(encoding='utf-8')
     version, tree = sha1(text.encode()).hexdigest()[:10], get_ast(text)
     nodes = list(ast.walk(ast.parse(text)))
     quiet = [getattr(node, part, None) for node in nodes for part in ('annotation', 'returns')]
@@ -107,7 +107,7 @@ def sample(modules, seed):
 
 def mutated(mutant):
     "The module's text with the fault, and the lines that differ"
-    text = (root/module_file(mutant.module)).read_text()
+    text = (root/module_file(mutant.module)).read_text(encoding='utf-8')
     new = mutate_code(text, get_operator(mutant.operator)(), mutant.occurrence)
     lines = list(difflib.unified_diff(text.splitlines(), new.splitlines(), lineterm='', n=0))[2:]
     line = int(re.match(r'@@ -(\d+)', lines[0])[1])
@@ -131,7 +131,7 @@ def run_tests(stems, tree, seconds):
     command = [sys.executable, '-m', 'pytest', '-x', '-q', '-p', 'no:cacheprovider', '--hypothesis-seed=0', *files]
     env = {**os.environ, 'PYTHONPATH': str(tree), 'PYTHONDONTWRITEBYTECODE': '1', 'SEISMODEL_DATA': str(tree)}
     since = monotonic()
-    with open(tree/'output.txt', 'w+') as said:
+    with open(tree/'output.txt', 'w', encoding='utf-8') as said:
         process = subprocess.Popen(command, cwd=tree, env=env, stdout=said, stderr=said, start_new_session=True)
         try: passed = process.wait(seconds) == 0
         except subprocess.TimeoutExpired: passed = None
@@ -139,7 +139,7 @@ def run_tests(stems, tree, seconds):
             try: os.killpg(process.pid, signal.SIGKILL)      # a mutant may have left processes
             except ProcessLookupError: pass
             process.wait()
-    failed = re.search(r'^(?:FAILED|ERROR) tests/test_(\S+)', (tree/'output.txt').read_text(errors='replace'), re.M)
+    failed = re.search(r'^(?:FAILED|ERROR) tests/test_(\S+)', (tree/'output.txt').read_text(encoding='utf-8', errors='replace'), re.M)
     return passed, failed[1] if failed else '', monotonic() - since
 
 
@@ -147,14 +147,14 @@ def seconds_without(stems, tree):
     "How long each file of tests takes without a mutant, known as long as package and tests stay; ends where one fails"
     text = b''.join(f.read_bytes() for part in ('seismodel', 'tests') for f in sorted((tree/part).rglob('*.py')))
     file, now = out/'seconds.json', sha1(text).hexdigest()
-    known = json.loads(file.read_text()) if file.exists() else {}
+    known = json.loads(file.read_text(encoding='utf-8')) if file.exists() else {}
     if known.get('of') != now: known = {'of': now}
     for stem in stems:
         if stem in known: continue
         passed, failed, known[stem] = run_tests([stem], tree, 3600)
         if not passed: sys.exit(f"The tests fail without any mutant, first {failed}; see {tree/'output.txt'}.")
         print(f'{known[stem]:4.0f} s for {stem}', flush=True)
-        file.write_text(json.dumps(known))
+        file.write_text(json.dumps(known), encoding='utf-8')
     return known
 
 
@@ -162,7 +162,7 @@ def try_mutant(mutant, tree, seconds):
     "What became of a mutant, as a line of results.jsonl"
     file = module_file(mutant.module)
     new, line, diff = mutated(mutant)
-    (tree/file).write_text(new)
+    (tree/file).write_text(new, encoding='utf-8')
     try: passed, failed, took = run_tests(TESTS[mutant.module], tree, 60 + 4*seconds)
     finally: shutil.copy(root/file, tree/file)
     outcome = {True: 'survived', False: 'killed', None: 'too slow'}[passed]
@@ -173,7 +173,7 @@ def try_mutant(mutant, tree, seconds):
 def read_results():
     "key -> the last line about it"
     file = out/'results.jsonl'
-    lines = map(json.loads, file.read_text().splitlines()) if file.exists() else ()
+    lines = map(json.loads, file.read_text(encoding='utf-8').splitlines()) if file.exists() else ()
     return {r['key']: r for r in lines}
 
 
@@ -182,7 +182,7 @@ def survivor(result): return '\n'.join([module_file(result['module']).as_posix()
 
 def explained():
     "What may live: a survivor as the summary shows it -> why"
-    blocks = (root/'tests/survivors.txt').read_text().strip().split('\n\n')
+    blocks = (root/'tests/survivors.txt').read_text(encoding='utf-8').strip().split('\n\n')
     parts = (block.partition('\nwhy: ') for block in blocks if not block.startswith('#'))
     return {what: why for what, _, why in parts}
 
@@ -225,14 +225,14 @@ def main():
         tree = trees.get()
         try: result = try_mutant(mutant, tree, sum(seconds[stem] for stem in TESTS[mutant.module]))
         finally: trees.put(tree)
-        with lock, open(out/'results.jsonl', 'a') as f:
+        with lock, open(out/'results.jsonl', 'a', encoding='utf-8') as f:
             results[mutant.key] = result
             f.write(json.dumps(result, ensure_ascii=False) + '\n')
             print(f"{result['outcome']:8} {result['seconds']:5.0f} s  {result['module']}:{result['line']}  {result['by']}", flush=True)
 
     with ThreadPoolExecutor(args.jobs) as pool: list(pool.map(one, todo))
     lines = summary(chosen, results)
-    (out/'summary.txt').write_text('\n'.join(lines) + '\n')
+    (out/'summary.txt').write_text('\n'.join(lines) + '\n', encoding='utf-8')
     print('\n'.join(lines))
 
 

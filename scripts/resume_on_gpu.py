@@ -32,11 +32,11 @@ sys.exit(main())"""
 def start(deterministic, *words, cwd):
     env = {**os.environ, 'CUBLAS_WORKSPACE_CONFIG': ':4096:8', 'MPLBACKEND': 'agg', 'PYTHONPATH': str(root)}
     return subprocess.Popen([sys.executable, '-c', MAIN.format(deterministic=deterministic), *map(str, words)], cwd=cwd, env=env,
-                            stdout=subprocess.DEVNULL, stderr=open(cwd/'stderr.txt', 'a'))
+                            stdout=subprocess.DEVNULL, stderr=open(cwd/'stderr.txt', 'a', encoding='utf-8'))
 
 
 def wait(process, cwd):
-    if process.wait(): sys.exit((cwd/'stderr.txt').read_text()[-3000:])
+    if process.wait(): sys.exit((cwd/'stderr.txt').read_text(encoding='utf-8')[-3000:])
 
 
 def compare(a, b):

@@ -12,6 +12,8 @@ import hashlib
 import os
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from .core import UserError
 
 # %% ../nbs/ground/02_files.ipynb #4dcaf6ba
@@ -31,8 +33,10 @@ def write_atomically(
 def force_out(
     path:Path, # a file or a folder
 ):
-    "Return when what was written is on the disk, not in a cache of the system"
-    handle = os.open(path, os.O_RDONLY)
+    "Return when what was written is on the disk, not in a cache; of folders, where the system can"
+    folder = path.is_dir()
+    if folder and not hasattr(os, 'O_DIRECTORY'): return
+    handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
     try: os.fsync(handle)
     finally: os.close(handle)
 
@@ -61,17 +65,14 @@ def sha256(
 
 # %% ../nbs/ground/02_files.ipynb #35219d8f
 def locked(
-    path:Path, # of a file
+    path:Path, # of a file that holds nothing else; it is made
     busy:str,  # what to say where another process has it
-): # the file, open; another process is refused until it is closed
+) -> FileLock: # until its `release`, others are refused
     "Take a lock, or raise `UserError`"
-    import fcntl                                           # not on Windows, where only reading works
-    file = open(path)
-    try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise UserError(busy) from None
-    return file
+    lock = FileLock(path)
+    try: lock.acquire(timeout=0)
+    except Timeout: raise UserError(busy) from None
+    return lock
 
 # %% ../nbs/ground/02_files.ipynb #45a70874
 def is_filled(

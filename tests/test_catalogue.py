@@ -71,13 +71,13 @@ def test_command(run, tmp_path):
 def test_all_devices_pick_and_one_is_lost(run, tmp_path, monkeypatch, capsys):
     "Two processes leave the picks of one; a process that dies is named, and its files are picked all the same"
     files = write_files(tmp_path/'in', 3)
-    (files/'notes.txt').write_text('not a waveform')
-    alone, right = pick(files, str(run), tmp_path/'alone', device='cpu').read_text(), catalogue.pick_each
+    (files/'notes.txt').write_text('not a waveform', encoding='utf-8')
+    alone, right = pick(files, str(run), tmp_path/'alone', device='cpu').read_text(encoding='utf-8'), catalogue.pick_each
     for devices, lost in ((['cpu', 'cpu:0'], False), (['cpu', 'cpu:x'], True)):
         out = tmp_path/f'{lost}'
         monkeypatch.setattr(catalogue, 'pick_devices', lambda name, devices=devices: devices)
         monkeypatch.setattr(catalogue, 'pick_each', in_the_end(right, out/'files'))
-        assert pick(files, str(run), out, device='all').read_text() == alone
+        assert pick(files, str(run), out, device='all').read_text(encoding='utf-8') == alone
         assert sorted(f.name for f in (out/'files').iterdir()) == ['00.mseed.csv', '01.mseed.csv', '02.mseed.csv']
         said = capsys.readouterr().err
         assert ('The process on cpu:x was lost (1)' in said) == lost and 'left out: ' in said

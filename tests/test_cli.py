@@ -33,7 +33,7 @@ def test_the_end_of_a_run_says_where_everything_lies(trained):
     for line, path in zip(done.stdout.splitlines()[-3:], ('model.safetensors', 'metrics.jsonl', 'figures')):
         assert (folder/line.split()[-1]).samefile(run/path)
     assert '2/2' in done.stderr   # the progress bar
-    config = json.loads((run/'config.json').read_text())
+    config = json.loads((run/'config.json').read_text(encoding='utf-8'))
     assert config['preset'] == 'reconstruction-tiny' and config['train']['steps'] == 2 and config['data'] == ['synthetic']
     assert from_pretrained(run).config == preset('reconstruction-tiny').model
 
@@ -41,14 +41,14 @@ def test_the_end_of_a_run_says_where_everything_lies(trained):
 def test_datasets_are_mixed_by_folder(quakes_folder, tmp_path):
     assert main(['pretrain', '--preset', 'contrastive-tiny', '--data', str(quakes_folder), '--data', 'synthetic', '--data-weights', '3,1', '--steps', '1',
                  '--batch-size', '2', '--validation-windows', '2', '--device', 'cpu', '--workers', '0', '--out', str(tmp_path/'run')]) == 0
-    assert json.loads((tmp_path/'run/config.json').read_text())['weights'] == [3., 1.]
+    assert json.loads((tmp_path/'run/config.json').read_text(encoding='utf-8'))['weights'] == [3., 1.]
 
 
 def test_options_of_version_01_still_work_and_say_their_new_names(quakes_folder, tmp_path, capsys):
     words = ['pretrain', '--preset', 'contrastive-tiny', '--data', str(quakes_folder), '--data', 'synthetic', '--steps', '1', '--batch-size', '2',
              '--validation-windows', '2', '--device', 'cpu', '--workers', '0', '--out', str(tmp_path/'run'), '--weights', '3,1']
     assert main(words) == 0
-    assert json.loads((tmp_path/'run/config.json').read_text())['weights'] == [3., 1.]
+    assert json.loads((tmp_path/'run/config.json').read_text(encoding='utf-8'))['weights'] == [3., 1.]
     assert 'seismodel: --weights is called --data-weights now' in capsys.readouterr().err
     assert main(['study', '--peer=GPD', '--data', 'x', '--out', str(tmp_path/'s')]) == 2
     said = capsys.readouterr().err
@@ -93,7 +93,7 @@ def test_a_batch_larger_than_the_data_is_refused(quakes_folder, tmp_path, capsys
 
 
 def test_an_existing_folder_is_not_written_into(tmp_path, capsys):
-    (tmp_path/'notes.txt').write_text('mine')
+    (tmp_path/'notes.txt').write_text('mine', encoding='utf-8')
     assert main(['pretrain', '--out', str(tmp_path)]) == 2
     assert 'not empty' in capsys.readouterr().err and [p.name for p in tmp_path.iterdir()] == ['notes.txt']
 

@@ -95,7 +95,7 @@ def test_losses_and_gradients_of_two_ranks_are_those_of_one(tmp_path):
     code = (f"import sys, torch; sys.path.insert(0, {str(root/'tests')!r}); from test_distributed import gradients, scattered\n"
             "from seismodel.training.distributed import join_ranks\nwith join_ranks('cpu') as r:\n    found = gradients(r)\n"
             "    if r.rank == 0: torch.save(found, 'found.pt')\n    torch.save(scattered(r), f'{r.rank}.pt')")
-    (tmp_path/'work.py').write_text(code)
+    (tmp_path/'work.py').write_text(code, encoding='utf-8')
     process = start(2, 'work.py', cwd=tmp_path)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0, said
@@ -171,7 +171,7 @@ sys.exit(main(['pretrain', *sys.argv[1:]]))
 @pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGSTOP])
 def test_who_is_left_says_so_when_a_rank_is_lost(number, tmp_path):
     "A rank that is killed, which Gloo notices; and one that stands still, as NCCL has it with one that is killed: nothing is noticed, until SIGTERM comes"
-    (tmp_path/'work.py').write_text(HUNG)
+    (tmp_path/'work.py').write_text(HUNG, encoding='utf-8')
     both = [subprocess.Popen([sys.executable, 'work.py', '--preset', 'reconstruction-tiny', *RUN, '4000', '--out', 'run'], cwd=tmp_path,
                              env={**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'agg', 'CUDA_VISIBLE_DEVICES': '', 'PYTHONPATH': str(root), 'RANK': str(rank),
                                   'LOCAL_RANK': str(rank), 'WORLD_SIZE': '2', 'MASTER_ADDR': 'localhost', 'MASTER_PORT': str(33500 + os.getpid() % 1000)},
@@ -218,7 +218,7 @@ for name, more in (('stopped', []), ('skipped', ['--skip-nonfinite', '1'])):
 @needs_gloo
 def test_a_nan_on_one_rank_stops_both_or_is_skipped_by_both(tmp_path):
     "Two processes, without torchrun, which would end the other one at once: each comes to its end by itself"
-    (tmp_path/'work.py').write_text(POISONED)
+    (tmp_path/'work.py').write_text(POISONED, encoding='utf-8')
     port, both = 31500 + os.getpid() % 1000, []
     for rank in range(2):
         env = {**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'agg', 'CUDA_VISIBLE_DEVICES': '', 'PYTHONPATH': str(root), 'RANK': str(rank), 'LOCAL_RANK': str(rank),
@@ -238,7 +238,7 @@ def test_a_nan_on_one_rank_stops_both_or_is_skipped_by_both(tmp_path):
     assert kept.state['step'] == 6 and all(t.isfinite().all() for t in kept.tensors.values())
     assert [r['step'] for r in read_metrics(tmp_path/'stopped')] == list(range(1, 8))
     assert [r['loss'] is None for r in read_metrics(tmp_path/'skipped')] == [step == 8 for step in range(1, 13)]
-    for name in ('stopped', 'skipped'): assert [json.loads(line)['windows'] for line in open(tmp_path/name/'nonfinite.jsonl')] == [[28, 29, 30, 31]]
+    for name in ('stopped', 'skipped'): assert [json.loads(line)['windows'] for line in open(tmp_path/name/'nonfinite.jsonl', encoding='utf-8')] == [[28, 29, 30, 31]]
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused(tmp_path):

@@ -132,10 +132,10 @@ def test_what_is_labelled_in_a_table_without_categories():
 
 def test_targets_are_made_once(data, tmp_path):
     first = targets(data, tmp_path)
-    (tmp_path/'task1.csv').write_text(first[0].drop(columns='clean').head(3).to_csv(index=False))       # as a published table
+    (tmp_path/'task1.csv').write_text(first[0].drop(columns='clean').head(3).to_csv(index=False), encoding='utf-8')       # as a published table
     again = targets(data, tmp_path)
     assert len(again[0]) == 3 and again[0].clean.all() and len(again[1]) == len(first[1])
-    (tmp_path/'task1.csv').write_text('a,b\n1,2\n')
+    (tmp_path/'task1.csv').write_text('a,b\n1,2\n', encoding='utf-8')
     with pytest.raises(UserError, match='no column start_sample'): targets(data, tmp_path)
 
 

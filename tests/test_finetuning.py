@@ -89,7 +89,7 @@ def test_a_run_from_a_pretrained_model(name, folder, tmp_path):
     model = build(preset(name).model)
     model.save_pretrained(tmp_path/'pre')
     run = finetune(str(tmp_path/'pre'), None, [str(folder)], fraction=.5, freeze='all', out=tmp_path/'run', **SMALL)
-    picker, config = load_picker(run), json.loads((run/'config.json').read_text())
+    picker, config = load_picker(run), json.loads((run/'config.json').read_text(encoding='utf-8'))
     for part in ('encoder', 'backbone'):
         for key, w in getattr(picker, part).state_dict().items(): assert torch.equal(w, getattr(model, part).state_dict()[key]), key
     assert config['finetune']['fraction'] == .5 and config['finetune']['from'] == str(tmp_path/'pre') and config['records'] == [12]
@@ -174,7 +174,7 @@ def test_without_augmentation_windows_are_as_before(folder, tmp_path, monkeypatc
     monkeypatch.setattr('seismodel.training.trainer.draw_run', lambda *a: None)
     args = dict(from_run='random', preset='contrastive-tiny', data=[str(folder)], **SMALL)
     full, none = finetune(**args, out=tmp_path/'full'), finetune(**args, augment='none', out=tmp_path/'none')
-    plan = lambda run: json.loads((run/'config.json').read_text())['finetune']
+    plan = lambda run: json.loads((run/'config.json').read_text(encoding='utf-8'))['finetune']
     assert plan(full)['augment']['noise'] == .5 and plan(none)['augment'] is None
     assert read_metrics(full)[0]['loss'] != read_metrics(none)[0]['loss']
     monkeypatch.setattr(finetuning, 'with_real_noise', None)                    # must not be called
@@ -202,7 +202,7 @@ def test_mistakes(args, words, folder, tmp_path, capsys):
 
 def test_resume_refuses_what_is_no_fine_tuning_run(tmp_path, capsys):
     assert main(['finetune', '--resume', str(tmp_path)]) == 2
-    (tmp_path/'config.json').write_text('{"model": {}, "train": {}}')
+    (tmp_path/'config.json').write_text('{"model": {}, "train": {}}', encoding='utf-8')
     assert main(['finetune', '--resume', str(tmp_path)]) == 2
     assert 'seismodel pretrain --resume' in capsys.readouterr().err
 

@@ -50,7 +50,7 @@ def test_numbers_that_no_run_can_use(name, value):
 def test_a_run_whose_settings_were_edited(field, value, tmp_path, capsys):
     config = {'preset': 'contrastive-tiny', 'data': ['synthetic'], 'weights': None, 'window': 4096,
               'model': config_to_dict(preset('contrastive-tiny').model), 'train': {'steps': 2}}
-    (tmp_path/'config.json').write_text(json.dumps({**config, field: value}))
+    (tmp_path/'config.json').write_text(json.dumps({**config, field: value}), encoding='utf-8')
     assert f"'{field}' is" in said(['pretrain', '--resume', tmp_path], capsys)
     assert [f.name for f in tmp_path.iterdir()] == ['config.json']
 
@@ -61,9 +61,9 @@ def test_a_picker_is_no_start_for_pretraining(tmp_path):
 
 
 def test_a_folder_below_a_file_is_named(tmp_path, capsys):
-    (tmp_path/'file').write_text('mine')
+    (tmp_path/'file').write_text('mine', encoding='utf-8')
     words = ['pretrain', '--preset', 'reconstruction-tiny', '--steps', 1, '--batch-size', 1, '--validation-windows', 1, '--device', 'cpu', '--out', tmp_path/'file/run']
-    assert 'file/run' in said(words, capsys) and (tmp_path/'file').read_text() == 'mine'
+    assert 'file/run' in said(words, capsys) and (tmp_path/'file').read_text(encoding='utf-8') == 'mine'
 
 
 def test_ctrl_c_where_nobody_listens(monkeypatch, capsys):
@@ -122,7 +122,7 @@ def test_a_fine_tuning_run_on_its_first_day(tmp_path, capsys):
     words = lambda out: ['finetune', '--from', 'random', '--preset', 'contrastive-tiny', '--data', 'synthetic', '--out', str(out), '--steps', '2',
                          '--batch-size', '2', '--validation-windows', '2', '--checkpoint-every', '1', '--device', 'cpu']
     (tmp_path/'thesis').mkdir()
-    (tmp_path/'thesis'/'chapter.tex').write_text('mine')
+    (tmp_path/'thesis'/'chapter.tex').write_text('mine', encoding='utf-8')
     assert 'is not empty and holds no run' in said(words(tmp_path/'thesis'), capsys)
     assert [f.name for f in (tmp_path/'thesis').iterdir()] == ['chapter.tex']
     assert main(words(tmp_path/'run')) == 0 and main(['info', str(tmp_path/'run')]) == 0

@@ -136,12 +136,12 @@ def test_takes_the_pretrained_weights(name, tmp_path):
     picker.save_pretrained(tmp_path/'picker')
     torch.testing.assert_close(load_picker(tmp_path/'picker').logits(x), picker.logits(x), rtol=0, atol=0)
     with pytest.raises(UserError): from_pretrained(tmp_path/'picker')    # not a pretraining model any more
-    config = json.loads((tmp_path/'picker/config.json').read_text())
+    config = json.loads((tmp_path/'picker/config.json').read_text(encoding='utf-8'))
     config['picker']['width'] = 48
-    (tmp_path/'picker/config.json').write_text(json.dumps(config))
+    (tmp_path/'picker/config.json').write_text(json.dumps(config), encoding='utf-8')
     with pytest.raises(UserError, match='shape'): load_picker(tmp_path/'picker')
     config['picker']['colour'] = 'red'
-    (tmp_path/'picker/config.json').write_text(json.dumps(config))
+    (tmp_path/'picker/config.json').write_text(json.dumps(config), encoding='utf-8')
     with pytest.raises(UserError, match='colour'): load_picker(tmp_path/'picker')
 
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 from itertools import islice
+from multiprocessing import get_all_start_methods
 from pathlib import Path
 
 import numpy as np
@@ -177,7 +178,7 @@ def batches_of(data, size, raw=True, **how):
     return DataLoader(Batches(data, raw), None, sampler=order, **how)
 
 
-@pytest.mark.parametrize('method, workers', [('fork', 2), ('spawn', 1)])
+@pytest.mark.parametrize('method, workers', [p for p in (('fork', 2), ('spawn', 1)) if p[0] in get_all_start_methods()])
 def test_the_loader_of_a_trainer(mixed, method, workers):
     "A plain DataLoader, in this process and in others, gives the same batches as whole ones do"
     data = WindowDataset([StoreSource(mixed), SyntheticSource()], 20, [3, 1], seed=5)

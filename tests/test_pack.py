@@ -88,7 +88,7 @@ def test_real_data_is_accounted_for(tmp_path, real_data):
         import seisbench.data as sbd
         table = pd.read_csv(folder/'metadata.csv', low_memory=False)
         manifest = pack([folder], tmp_path/folder.name)
-        left = list(csv.DictReader(open(tmp_path/folder.name/'left_out.csv')))
+        left = list(csv.DictReader(open(tmp_path/folder.name/'left_out.csv', encoding='utf-8')))
         assert manifest['traces'] + len(left) == len(table)
         store, data = Store(tmp_path/folder.name), sbd.WaveformDataset(folder, component_order='ZNE', dimension_order='NCW')
         names = dict(zip(table.trace_name, range(len(table))))
@@ -107,7 +107,7 @@ def test_real_streams_are_accounted_for(tmp_path, real_data):
         manifest, files = pack([folder], tmp_path/'store'), sorted(folder.iterdir())
         whole = {f: read_waveform(f) for f in files if f.suffix == '.mseed'}
         assert manifest['samples'] == sum(len(w.waveform) for w in whole.values())
-        left = [row['trace_name'] for row in csv.DictReader(open(tmp_path/'store/left_out.csv'))]
+        left = [row['trace_name'] for row in csv.DictReader(open(tmp_path/'store/left_out.csv', encoding='utf-8'))]
         assert sorted(left) == [f.name for f in files if f not in whole]
         store = Store(tmp_path/'store')
         for w in whole.values():                                     # the first record of each is where the file begins
@@ -140,7 +140,7 @@ def test_every_dirty_row(tmp_path, quake_records, write_dataset):
     table.loc[20, 'split'] = None                                                     # the only one without
     pd.concat([table, table.iloc[[25]]]).to_csv(folder/'metadata.csv', index=False)   # twice
     pack([folder], tmp_path/'store')
-    left = {row['trace_name']: row['why'] for row in csv.DictReader(open(tmp_path/'store/left_out.csv'))}
+    left = {row['trace_name']: row['why'] for row in csv.DictReader(open(tmp_path/'store/left_out.csv', encoding='utf-8'))}
     assert {k: v.split(':')[0] for k, v in left.items()} == {
         'one_nan': 'NaN or infinite samples in component Z, N, E', 'inf': 'NaN or infinite samples in component Z, N, E',
         'dead': 'all three components are flat', 'brief': '2000 samples at 100 Hz, less than half a window',
@@ -165,7 +165,7 @@ def test_folders_that_cannot_be_packed(tmp_path, quakes_folder, quake_records, w
     for name, files in dict(cut=('metadata.csv', 'waveforms.hdf5'), no_samples=('metadata.csv',)).items():
         for f in files: (tmp_path/name/f).write_bytes((quakes_folder/f).read_bytes())
     os.truncate(tmp_path/'cut/waveforms.hdf5', 50_000)
-    (tmp_path/'notes/a.txt').write_text('no waveform')
+    (tmp_path/'notes/a.txt').write_text('no waveform', encoding='utf-8')
     broken = write_dataset(tmp_path/'broken', ((m, x * np.nan) for m, x in quake_records(6)))
     pack([quakes_folder], tmp_path/'done')
     reasons = {'cut': 'waveforms.hdf5', 'no_samples': 'waveforms.hdf5', 'empty': 'holds neither', 'notes': 'holds neither',
@@ -196,7 +196,7 @@ def test_stores_that_cannot_be_opened(tmp_path, quakes_folder):
         assert one_sentence(error)
         return str(error.value)
 
-    edit = lambda **new: lambda f: (f/'manifest.json').write_text(json.dumps(json.loads((f/'manifest.json').read_text()) | new))
+    edit = lambda **new: lambda f: (f/'manifest.json').write_text(json.dumps(json.loads((f/'manifest.json').read_text(encoding='utf-8')) | new), encoding='utf-8')
     assert 'samples-00000.npy' in spoilt('short', lambda f: os.truncate(f/'samples-00000.npy', 9999))
     assert 'samples-00000.npy' in spoilt('gone', lambda f: (f/'samples-00000.npy').unlink())
     assert 'index.npy' in spoilt('no_index', lambda f: (f/'index.npy').unlink())
@@ -207,7 +207,7 @@ def test_stores_that_cannot_be_opened(tmp_path, quakes_folder):
     assert 'manifest.json' in spoilt('half_manifest', lambda f: os.truncate(f/'manifest.json', 300))
     assert 'newer' in spoilt('newer', edit(version=99))
     assert 'no store' in spoilt('other', edit(format='another'))
-    assert 'has no splits' in spoilt('lacking', lambda f: (f/'manifest.json').write_text('{"format": "seismodel-store", "version": 1, "dtype": "int16"}'))
+    assert 'has no splits' in spoilt('lacking', lambda f: (f/'manifest.json').write_text('{"format": "seismodel-store", "version": 1, "dtype": "int16"}', encoding='utf-8'))
     assert 'does not belong' in spoilt('foreign', lambda f: np.save(f/'index.npy', np.zeros((48, 3))))
     assert 'not finished' in spoilt('unfinished', lambda f: (f/'manifest.json').rename(f/'plan.json'))
 
@@ -231,11 +231,11 @@ def test_archive_of_several_stations(tmp_path):
     folder = archive(tmp_path/'archive', 1.5, gap=(1800., 1830.))
     archive(folder, 1.5, station='OTHER')
     (folder/'sub').mkdir()
-    for where in (folder, folder/'sub'): (where/'notes.txt').write_text('a note')
+    for where in (folder, folder/'sub'): (where/'notes.txt').write_text('a note', encoding='utf-8')
     manifest = pack([folder], tmp_path/'store')
     table = pd.read_csv(tmp_path/'store/traces.csv')
     assert sorted(table.station_code.unique()) == ['OTHER', 'RJOB']
-    left = list(csv.DictReader(open(tmp_path/'store/left_out.csv')))
+    left = list(csv.DictReader(open(tmp_path/'store/left_out.csv', encoding='utf-8')))
     assert [row['trace_name'] for row in left if 'no waveform' in row['why']] == ['notes.txt', 'sub/notes.txt']
     lost = [row for row in left if 'gap' in row['why']]
     assert len(lost) == 1 and 'RJOB' in lost[0]['trace_name']

@@ -58,7 +58,7 @@ def test_a_saved_model_is_the_same_model(config, tmp_path):
     again = from_pretrained(tmp_path)
     assert again.config == config and not again.training
     assert torch.equal(again.features(x), model.features(x))
-    assert json.loads((tmp_path/'config.json').read_text())['note'] == 'kept'
+    assert json.loads((tmp_path/'config.json').read_text(encoding='utf-8'))['note'] == 'kept'
 
 
 @pytest.mark.parametrize('file, content, says', [
@@ -94,9 +94,9 @@ def test_configurations_go_through_json(config):
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
-    (tmp_path/'f').write_text('old')
+    (tmp_path/'f').write_text('old', encoding='utf-8')
     def fail(path):
-        path.write_text('half')
+        path.write_text('half', encoding='utf-8')
         raise OSError('disk full')
     with pytest.raises(OSError): write_atomically(tmp_path/'f', fail)
-    assert [p.name for p in tmp_path.iterdir()] == ['f'] and (tmp_path/'f').read_text() == 'old'
+    assert [p.name for p in tmp_path.iterdir()] == ['f'] and (tmp_path/'f').read_text(encoding='utf-8') == 'old'

@@ -44,7 +44,9 @@ def lines(run):
 
 
 def children(pid):
-    return [int(p) for p in Path(f'/proc/{pid}/task/{pid}/children').read_text().split()]
+    "The workers of a process; multiprocessing's own helper is none"
+    found = [int(p) for p in Path(f'/proc/{pid}/task/{pid}/children').read_text(encoding='utf-8').split()]
+    return [p for p in found if b'spawn_main' in Path(f'/proc/{p}/cmdline').read_bytes()]
 
 
 def kill(process, run, how, rng):

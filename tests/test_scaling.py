@@ -35,7 +35,7 @@ def test_a_kill_reaches_children_of_children(scaling):
     scaling.kill_all(process)
     assert process.returncode == -9
     def alive():
-        try: return Path(f'/proc/{found[0]}/stat').read_text().rsplit(')', 1)[1].split()[0] not in 'ZX'
+        try: return Path(f'/proc/{found[0]}/stat').read_text(encoding='utf-8').rsplit(')', 1)[1].split()[0] not in 'ZX'
         except OSError: return False
     while alive() and time.monotonic() < since + 30: time.sleep(.02)
     assert not alive()

@@ -1,6 +1,5 @@
 "The study: resuming, refusing, failing, processes, baselines, whole records, and the arithmetic of its table"
 import json
-import os
 import signal
 import shutil
 
@@ -9,8 +8,10 @@ import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from safetensors.torch import load_file
 
 import seismodel.study.run as study_module
+import seismodel.study.trial as trial_module
 import seismodel.training.trainer as trainer
 from seismodel.study.trial import (Trial, StudyConfig, CachedAnnotator, trial_recipe, trial_settings,
                                    trial_windows, dev_score, candidates_of, score_trial, start_trial)
@@ -106,7 +107,7 @@ def test_stopped_by_a_signal_it_goes_on_to_the_same_numbers(done, store, tmp_pat
     real, calls = trainer.train_step, []
     def stop_at_second(*args, **kwargs):
         calls.append(1)
-        if len(calls) == 2: os.kill(os.getpid(), signal.SIGTERM)
+        if len(calls) == 2: signal.raise_signal(signal.SIGTERM)
         return real(*args, **kwargs)
     monkeypatch.setattr(trainer, 'train_step', stop_at_second)
     assert main(command(store, tmp_path/'s', '--fractions', '.5,1')) == 128 + signal.SIGTERM
@@ -130,6 +131,19 @@ def test_killed_while_scoring_it_scores_again(done, store, tmp_path):
     assert (trial/'records.csv').read_bytes() == (done/'trials/PhaseNet--1--0/records.csv').read_bytes() and (trial/'best/model.safetensors').read_bytes() == before
 
 
+def test_the_best_weights_are_scored(store, tmp_path, monkeypatch):
+    "Not the last ones: of two steps the first has the lower dev loss"
+    scored, losses = [], iter([1., 2.])
+    monkeypatch.setattr(trainer, 'validation_metrics', lambda *a: {'loss': next(losses)})
+    monkeypatch.setattr(trial_module, 'score_trial', lambda picker, common: scored.append(picker) or pd.DataFrame())
+    trial = Trial(candidates_of(None, ['PhaseNet'])[0], 1., 0)
+    trial_module.run_trial(trial, StudyConfig((str(store),), steps=2, batch_size=4, validation_windows=4, device='cpu', synthetic=0.), tmp_path)
+    best, last = (load_file(tmp_path/f'{trial.name}.part'/part/'model.safetensors') for part in ('best', '.'))
+    used = scored[0].peer.state_dict()
+    assert set(used) == set(best) and all(torch.equal(used[k], best[k]) for k in best)
+    assert any(not torch.equal(last[k], best[k]) for k in best) and not scored[0].training
+
+
 def test_a_failing_cell_does_not_stop_the_others(done, store, tmp_path, monkeypatch, capsys):
     real = study_module.run_trial
     def fails_at_half(trial, *rest):
@@ -139,7 +153,7 @@ def test_a_failing_cell_does_not_stop_the_others(done, store, tmp_path, monkeypa
     assert main(command(store, tmp_path/'s', '--fractions', '.5,1')) == 1
     said = capsys.readouterr()
     assert '1 of 2 trials failed: PhaseNet--0.5--0' in said.err and 'RuntimeError: out of memory' in said.out + said.err
-    assert 'Traceback' in (tmp_path/'s/trials/PhaseNet--0.5--0.part/output.txt').read_text()
+    assert 'Traceback' in (tmp_path/'s/trials/PhaseNet--0.5--0.part/output.txt').read_text(encoding='utf-8')
     assert (tmp_path/'s/table.csv').exists() and (tmp_path/'s/trials/PhaseNet--1--0').is_dir()
 
 
@@ -158,7 +172,7 @@ def test_all_devices_take_trials(done, store, tmp_path, monkeypatch):
     monkeypatch.setattr(study_module, 'pick_devices', lambda name: [torch.device('cpu'), torch.device('cpu:0')])
     assert main(command(store, tmp_path/'s', '--fractions', '.5,1')) == 0
     trials = [tmp_path/f's/trials/PhaseNet--{fraction}--0' for fraction in ('0.5', '1')]
-    assert sorted(json.loads((t/'config.json').read_text())['train']['device'] for t in trials) == ['cpu', 'cpu:0']
+    assert sorted(json.loads((t/'config.json').read_text(encoding='utf-8'))['train']['device'] for t in trials) == ['cpu', 'cpu:0']
     a, b = (pd.read_csv(s/'trials/PhaseNet--1--0/records.csv') for s in (done, tmp_path/'s'))
     pd.testing.assert_frame_equal(a, b)
 

@@ -118,8 +118,8 @@ def test_a_run_is_never_overwritten(tmp_path):
 
 def test_a_run_folder_holds_what_the_readme_says(tmp_path):
     folder = run(build(CONTRASTIVE), tmp_path/'run', steps=3, tensorboard=True)
-    assert {p.name for p in folder.iterdir()} == {'config.json', 'metrics.jsonl', 'model.safetensors', 'checkpoints', 'figures', 'tensorboard', 'best', 'bad_traces.json', '.lock'}
-    row = json.loads((folder/'metrics.jsonl').read_text().split('\n')[0])
+    assert {p.name for p in folder.iterdir()} - {'.lock'} == {'config.json', 'metrics.jsonl', 'model.safetensors', 'checkpoints', 'figures', 'tensorboard', 'best', 'bad_traces.json'}
+    row = json.loads((folder/'metrics.jsonl').read_text(encoding='utf-8').split('\n')[0])
     assert {'step', 'loss', 'contrastive', 'diversity', 'lr', 'grad_norm'} <= row.keys()
     checkpoint = read_checkpoint(checkpoint_files(folder)[0])
     assert checkpoint.state['step'] == 3 and any(name.endswith('exp_avg_sq') for name in checkpoint.tensors)
@@ -172,7 +172,7 @@ def fading(batch, generator):
     return {**batch, 'x': batch['x']*torch.exp(-3*pace[:, None]*t)[..., None]}
 
 
-@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('workers', [0, 1])
 def test_an_augmented_run_resumes_to_the_bit(workers, tmp_path, monkeypatch):
     "Batches are made ahead, and what was ahead when the run died is made again; processes or not"
     import seismodel.training.trainer as trainer

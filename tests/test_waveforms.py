@@ -1,6 +1,7 @@
 "Every kind of bad input has the outcome that the chapter's table states"
 import logging
 import os
+from multiprocessing import get_all_start_methods
 from pathlib import Path
 
 import numpy as np
@@ -192,9 +193,9 @@ def test_folders_that_are_no_data_set(tmp_path, quakes_folder):
     copy('bare'); copy('no_table', 'waveforms.hdf5'); copy('no_samples', 'metadata.csv')
     for name in ('cut', 'text', 'blank', 'rowless', 'garbage'): copy(name, 'metadata.csv', 'waveforms.hdf5')
     os.truncate(tmp_path/'cut/waveforms.hdf5', 50_000)
-    (tmp_path/'text/waveforms.hdf5').write_text('not HDF5')
-    (tmp_path/'blank/metadata.csv').write_text('')
-    (tmp_path/'rowless/metadata.csv').write_text((quakes_folder/'metadata.csv').read_text().splitlines()[0] + '\n')
+    (tmp_path/'text/waveforms.hdf5').write_text('not HDF5', encoding='utf-8')
+    (tmp_path/'blank/metadata.csv').write_text('', encoding='utf-8')
+    (tmp_path/'rowless/metadata.csv').write_text((quakes_folder/'metadata.csv').read_text(encoding='utf-8').splitlines()[0] + '\n', encoding='utf-8')
     (tmp_path/'garbage/metadata.csv').write_bytes(bytes(range(128, 256)) * 9)
     culprits = {'nowhere': 'does not exist', 'bare': 'metadata.csv', 'no_table': 'metadata.csv',
                 'no_samples': 'waveforms.hdf5', 'cut': 'waveforms.hdf5', 'text': 'waveforms.hdf5',
@@ -248,7 +249,7 @@ def test_published_names(tmp_path, quakes_folder, monkeypatch):
     assert not (tmp_path/'cache/ethz').exists()
 
     def broken(url, target, **kwargs): Path(target).write_bytes(b'half of it'); raise KeyboardInterrupt
-    (tmp_path/'cache/stead').mkdir(parents=True); (tmp_path/'cache/stead/mine.txt').write_text('stays')
+    (tmp_path/'cache/stead').mkdir(parents=True); (tmp_path/'cache/stead/mine.txt').write_text('stays', encoding='utf-8')
     with monkeypatch.context() as m:
         m.setattr(seisbench.util, 'download_http', broken)
         with pytest.raises(KeyboardInterrupt): open_source('STEAD')
@@ -388,7 +389,7 @@ def test_sources_come_in_their_shares(quakes_folder):
     with pytest.raises(UserError): WindowDataset([], 4)
 
 
-@pytest.mark.parametrize('method, processes', [('fork', 2), ('spawn', 1)])
+@pytest.mark.parametrize('method, processes', [p for p in (('fork', 2), ('spawn', 1)) if p[0] in get_all_start_methods()])
 def test_loader_processes_change_nothing(quakes_folder, method, processes):
     "Forked or spawned, they give the windows that one process gives; also from the middle"
     sources = [open_source(quakes_folder), SyntheticSource(seed=3)]
@@ -496,7 +497,7 @@ def test_files_that_cannot_be_used(tmp_path, stream):
     late = stream.copy()
     for tr in late: tr.stats.starttime += 400 * 86400
     write_mseed(stream + late, tmp_path/'apart.mseed')
-    (tmp_path/'text.mseed').write_text('not a seismogram')
+    (tmp_path/'text.mseed').write_text('not a seismogram', encoding='utf-8')
     (tmp_path/'void.mseed').write_bytes(b'')
     reasons = {'none': 'does not exist', 'two': 'several instruments', 'log': 'no samples on a channel',
                'apart': 'nearly all gap', 'text': 'not a waveform file', 'void': 'not a waveform file'}

@@ -146,7 +146,7 @@ def test_from_a_pretrained_model_to_scores(column, where, folder, store, tmp_pat
                  '--batch-size', '2', '--validation-windows', '2', '--device', 'cpu', '--out', str(run)]) == 0
     assert main(['evaluate-window', str(run), '--device', 'cpu']) == 0
     assert 'baseline' in capsys.readouterr().out
-    model, config = load_window_model(run), json.loads((run/'config.json').read_text())
+    model, config = load_window_model(run), json.loads((run/'config.json').read_text(encoding='utf-8'))
     for name, w in model.backbone.state_dict().items(): assert torch.equal(w, trunk.backbone.state_dict()[name])
     assert config['finetune_window']['column'] == column and config['question']['column'] == column
     assert {'loss', 'dev_loss'} <= set(read_metrics(run)[-1])

@@ -44,12 +44,12 @@ def test_models_load():
 def test_a_run_goes_on(old, name, command, steps):
     "From its checkpoint to its end, to the losses that 0.1 had on the same way"
     before = read_metrics(old/name)
-    first = json.loads((old/name/'config.json').read_text())
+    first = json.loads((old/name/'config.json').read_text(encoding='utf-8'))
     assert main([command, '--resume', name]) == 0
     after = read_metrics(old/name)
     assert [r['step'] for r in after] == [r['step'] for r in before] == [*range(1, steps + 1)]
     np.testing.assert_allclose([r['loss'] for r in after], [r['loss'] for r in before], rtol=1e-3)
-    assert json.loads((old/name/'config.json').read_text()) == first
+    assert json.loads((old/name/'config.json').read_text(encoding='utf-8')) == first
     assert set(before[-1]) <= set(after[-1])
 
 

@@ -31,13 +31,13 @@ def maths(text):
 def main():
     shutil.rmtree(dst, ignore_errors=True)
     dst.mkdir()
-    config = (src/'_quarto.yml').read_text()
-    site = re.search(r'site-url: *["\']?([^"\'\s]+)', (src/'nbdev.yml').read_text())[1].rstrip('/') + '/'
+    config = (src/'_quarto.yml').read_text(encoding='utf-8')
+    site = re.search(r'site-url: *["\']?([^"\'\s]+)', (src/'nbdev.yml').read_text(encoding='utf-8'))[1].rstrip('/') + '/'
     pages = [f.relative_to(src) for f in src.rglob('*.ipynb')]
     names = {page.as_posix(): page.with_name(page_name(page.name)).as_posix() for page in pages}
     for old, new in names.items():
         up = '../'*new.count('/')
-        nb = json.loads((src/old).read_text().replace(site, up))
+        nb = json.loads((src/old).read_text(encoding='utf-8').replace(site, up))
         for cell in nb['cells']:
             if cell['cell_type'] != 'markdown': continue
             text = maths(''.join(cell['source']))
@@ -45,8 +45,8 @@ def main():
             cell['source'] = text
         config = config.replace(old, new)
         (dst/new).parent.mkdir(exist_ok=True)
-        (dst/new).write_text(json.dumps(nb))
-    (dst/'_quarto.yml').write_text(config)
+        (dst/new).write_text(json.dumps(nb), encoding='utf-8')
+    (dst/'_quarto.yml').write_text(config, encoding='utf-8')
 
 
 if __name__ == '__main__': main()

@@ -13,9 +13,9 @@ def write_pyproject(
     "pyproject.toml as nbdev makes it, with every sub-package in the wheel; raises `ValueError` where nbdev writes another line"
     nbdev_migrate_config.__wrapped__(str(root))
     path = Path(root)/'pyproject.toml'
-    text, line = path.read_text(), 'include = ["seismodel"]'
+    text, line = path.read_text(encoding='utf-8'), 'include = ["seismodel"]'
     if line not in text: raise ValueError(f"nbdev wrote no line '{line}' into {path}; look at what it writes now.")
-    path.write_text(text.replace(line, 'include = ["seismodel*"]'))
+    path.write_text(text.replace(line, 'include = ["seismodel*"]'), encoding='utf-8')
 
 
 if __name__ == '__main__': write_pyproject(Path(__file__).resolve().parents[1])

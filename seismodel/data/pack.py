@@ -92,7 +92,7 @@ def scan(
     files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
     found, left = {}, {}
     for file in tqdm(files, desc="headers", unit=" files", leave=False, disable=len(files) < 100):
-        short = str(file.relative_to(path)) if file != path else file.name
+        short = file.relative_to(path).as_posix() if file != path else file.name
         try: stream = obspy.read(escape(str(file)), headonly=True)
         except Exception:
             left[short] = "no waveform file that ObsPy can read"
@@ -206,7 +206,7 @@ def listing(
 ) -> dict: # how many files, how many bytes, a checksum of their names and sizes, and one of the metadata
     "What a source consisted of when it was packed"
     files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
-    lines = [f"{f.relative_to(path) if f != path else f.name} {f.stat().st_size}" for f in files]
+    lines = [f"{f.relative_to(path).as_posix() if f != path else f.name} {f.stat().st_size}" for f in files]
     return {"count": len(files), "bytes": sum(f.stat().st_size for f in files),
             "names_and_sizes": hashlib.sha256("\n".join(lines).encode()).hexdigest(),
             **{f.name: sha256(f) for f in files if f.parent == path and f.name.startswith("metadata")}}

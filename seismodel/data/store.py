@@ -128,13 +128,13 @@ def begin_store(
 ): # the lock, held
     "Plan and folders of a store that is not complete; raises `UserError` where the folder is something else"
     path = folder/"plan.json"
-    if path.exists(): same_plan(folder, plan, json.loads(path.read_text()))
+    if path.exists(): same_plan(folder, plan, json.loads(path.read_text(encoding="utf-8")))
     elif folder.is_file() or folder.is_dir() and {f.name for f in folder.iterdir()} - {".plan.json.part", "plan.json.part"}:
         raise UserError(f"{folder} is there already and no store: name another folder")
     folder.mkdir(parents=True, exist_ok=True)
     if not path.exists(): write_atomically(path, lambda p: p.write_bytes(_json(plan)))   # the first of all
     (folder/"parts").mkdir(exist_ok=True)
-    return locked(path, f"another process is packing {folder}: wait for it")
+    return locked(folder/"parts"/".lock", f"another process is packing {folder}: wait for it")
 
 def part_ends(
     folder:Path, # of the store
@@ -167,7 +167,7 @@ class StoreWriter:
         self.folder, self.plan, self.part, self.position = Path(folder), plan, None, None
         self.complete = (self.folder/"manifest.json").exists()
         if self.complete:                                                      # a kill may have left something
-            same_plan(self.folder, plan, json.loads((self.folder/"manifest.json").read_text())["plan"])
+            same_plan(self.folder, plan, json.loads((self.folder/"manifest.json").read_text(encoding="utf-8"))["plan"])
             return clear(self.folder)
         self.lock = begin_store(self.folder, plan)
         ends = part_ends(self.folder)
@@ -178,7 +178,7 @@ class StoreWriter:
 
     def __exit__(self, *error):
         if self.part: self.part.abandon()
-        if not self.complete: self.lock.close()
+        if not self.complete: self.lock.release()
 
     def _open(self, samples=0):
         "The part for so many samples more"
@@ -252,7 +252,7 @@ def _tables(folder, names, traces, columns, splits, width):
     "index.npy, traces.csv and left_out.csv, line by line"
     new = [folder/f"{name}.part" for name in TABLES]
     index, k = np.lib.format.open_memmap(new[0], "w+", row_type(width), (traces,)), 0
-    with open(new[1], "w", newline="") as t, open(new[2], "w", newline="") as o:
+    with open(new[1], "w", newline="", encoding="utf-8") as t, open(new[2], "w", newline="", encoding="utf-8") as o:
         table = csv.DictWriter(t, ["store_source", "trace_name", *columns], lineterminator="\n")
         left = csv.writer(o, lineterminator="\n")
         table.writeheader()
@@ -264,6 +264,7 @@ def _tables(folder, names, traces, columns, splits, width):
             value = dict(line, split=splits[line["split"]], name=line["name"].encode())
             index[k], k = tuple(np.nan if value[n] is None else value[n] for n in index.dtype.names), k + 1
         index.flush()
+        del index                                                              # Windows renames no file that is mapped
         for f in (t, o): to_disk(f)
     for name, part in zip(TABLES, new): replace_durably(part, folder/name)
 
@@ -273,12 +274,13 @@ def finish(
 ) -> dict: # the manifest
     "Make index, tables and manifest from the parts; raises `UserError` when there is no trace in them"
     folder, plan = writer.folder, writer.plan
-    if writer.complete: return json.loads((folder/"manifest.json").read_text())
+    if writer.complete: return json.loads((folder/"manifest.json").read_text(encoding="utf-8"))
     if writer.part: writer.commit()
     names = [s["name"] for s in plan["sources"]]
     packed, left, columns, splits, width, first = _count(folder, names)
     traces, ends = sum(sum(p.values()) for p in packed), part_ends(folder)
     if not traces:
+        writer.lock.release()
         clear(folder)
         for file in [*folder.glob("samples-*")]: file.unlink()
         if not any(folder.iterdir()): folder.rmdir()
@@ -290,8 +292,8 @@ def finish(
                 "components": COMPONENTS, "status": STATUS, "splits": list(splits), "traces": traces,
                 "samples": sum(e["samples"] for e in ends), "sources": sources, "shards": shards,
                 "tables": {name: sha256(folder/name) for name in TABLES}, "plan": plan}
-    write_atomically(folder/"manifest.json", lambda p: p.write_text(json.dumps(manifest, indent=1) + "\n"))
+    write_atomically(folder/"manifest.json", lambda p: p.write_bytes((json.dumps(manifest, indent=1) + "\n").encode()))
+    writer.lock.release()                                                      # Windows deletes no file that is open
     clear(folder)
-    writer.lock.close()
     writer.complete = True
-    return json.loads((folder/"manifest.json").read_text())
+    return json.loads((folder/"manifest.json").read_text(encoding="utf-8"))

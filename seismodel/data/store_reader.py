@@ -30,7 +30,7 @@ def read_manifest(
     "The manifest; raises `UserError` where it is missing, of something else, incomplete or of a newer version"
     if (folder/"plan.json").exists() and not (folder/"manifest.json").exists():
         raise UserError(f"{folder} is a store that is not finished: give the same seismodel pack command again")
-    try: m = json.loads((folder/"manifest.json").read_text())
+    try: m = json.loads((folder/"manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError): raise UserError(f"{folder}/manifest.json cannot be read: pack it again") from None
     if not isinstance(m, dict) or m.get("format") != "seismodel-store":
         raise UserError(f"{folder} is no store: its manifest.json is of something else")

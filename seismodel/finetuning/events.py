@@ -23,7 +23,7 @@ def events_of(
     "The event of each record of a source; its own name where none is known"
     if hasattr(source, 'events'): return [str(e) for e in source.events]
     if hasattr(source, 'store'):                                          # its table has the rows of its index, in that order
-        with open(source.store.folder/'traces.csv', newline='') as f: events = [row.get('source_id') or row['trace_name'] for row in csv.DictReader(f)]
+        with open(source.store.folder/'traces.csv', newline='', encoding='utf-8') as f: events = [row.get('source_id') or row['trace_name'] for row in csv.DictReader(f)]
         return [events[i] for i in source.rows]
     if not hasattr(source, 'names'): return [str(i) for i in range(len(source))]      # synthetic: every record is an event
     if not hasattr(source, 'data'): return list(source.names)

@@ -122,7 +122,7 @@ def saved_run(
     other:str,   # what to say of a run that has not
 )->dict: # config.json
     "The settings of a run to go on with; raises `UserError` where it is none, or of another kind"
-    try: saved = json.loads((Path(folder)/'config.json').read_text())
+    try: saved = json.loads((Path(folder)/'config.json').read_text(encoding='utf-8'))
     except (OSError, ValueError): raise UserError(f"'{folder}' holds no run to resume: config.json is missing or damaged.") from None
     if key not in saved: raise UserError(other)
     return saved

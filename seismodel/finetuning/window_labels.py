@@ -31,7 +31,7 @@ def column_of(
 )->list[str]: # one per record, empty where the table says nothing
     "What the metadata say of each record; raises `UserError` where there is no such column"
     if hasattr(source, 'store'):
-        with open(source.store.folder/'traces.csv', newline='') as f: rows = list(csv.DictReader(f))
+        with open(source.store.folder/'traces.csv', newline='', encoding='utf-8') as f: rows = list(csv.DictReader(f))
         rows = [rows[i] for i in source.rows]
     elif hasattr(source, 'data'): rows = metadata_of(source).to_dict('records')
     else: raise UserError(f"{source.name} has no metadata; give a data set in SeisBench's format, or a store that was packed from one.")

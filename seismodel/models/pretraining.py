@@ -140,7 +140,7 @@ class Pretrainer(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         weights = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
         config = {'seismodel': __version__, 'model': config_to_dict(self.config), **(extra or {})}
-        write_atomically(folder/'config.json', lambda p: p.write_text(json.dumps(config, indent=2)))
+        write_atomically(folder/'config.json', lambda p: p.write_text(json.dumps(config, indent=2), encoding='utf-8'))
         write_atomically(folder/'model.safetensors', lambda p: p.write_bytes(save(weights)))
 
 # %% ../../nbs/models/10_pretraining.ipynb #d4e6c04f
@@ -286,7 +286,7 @@ def read_config(
     file = Path(folder)/'config.json'
     for f in (file, Path(folder)/'model.safetensors'):
         if not f.is_file(): raise UserError(f"No pretrained model in '{folder}': {f.name} is missing.")
-    try: config = json.loads(file.read_text())
+    try: config = json.loads(file.read_text(encoding='utf-8'))
     except ValueError: raise UserError(f"'{file}' is not valid JSON; restore it or train again.") from None
     if not isinstance(config, dict) or 'model' not in config: raise UserError(f"'{file}' does not describe a seismodel model: it has no field 'model'.")
     return config

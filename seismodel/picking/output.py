@@ -34,7 +34,7 @@ def write_picks(
 ):
     "Write a table of picks; one without rows has its header"
     def write(part):
-        with open(part, 'w', newline='') as f:
+        with open(part, 'w', newline='', encoding='utf-8') as f:
             writer = csv.DictWriter(f, PICK_COLUMNS)
             writer.writeheader()
             writer.writerows(rows)
@@ -42,7 +42,7 @@ def write_picks(
 
 def read_picks(path:Path)->list[dict]:
     "What `write_picks` wrote, all values as text"
-    with open(path, newline='') as f: return list(csv.DictReader(f))
+    with open(path, newline='', encoding='utf-8') as f: return list(csv.DictReader(f))
 
 # %% ../../nbs/picking/03_output.ipynb #ad04e486
 def to_catalog(

@@ -54,8 +54,8 @@ def check_settings(
     if not file.exists():
         if out.is_dir() and any(out.iterdir()): raise UserError(f"'{out}' is not empty and holds no picks; name another --out.")
         out.mkdir(parents=True, exist_ok=True)
-        return write_atomically(file, lambda part: part.write_text(json.dumps(settings, indent=2)))
-    before = json.loads(file.read_text())
+        return write_atomically(file, lambda part: part.write_text(json.dumps(settings, indent=2), encoding='utf-8'))
+    before = json.loads(file.read_text(encoding='utf-8'))
     for name in settings:
         if before.get(name) != settings[name]:
             raise UserError(f"'{out}' holds picks made with {name} {before.get(name)!r}, not {settings[name]!r}; name another --out.")

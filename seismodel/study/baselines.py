@@ -61,7 +61,7 @@ class Baseline(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         weights = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
         config = {'seismodel': __version__, 'model': {}, 'peer': type(self.net).__name__, **(extra or {})}
-        write_atomically(folder/'config.json', lambda p: p.write_text(json.dumps(config, indent=2)))
+        write_atomically(folder/'config.json', lambda p: p.write_text(json.dumps(config, indent=2), encoding='utf-8'))
         write_atomically(folder/'model.safetensors', lambda p: p.write_bytes(save(weights)))
 
 # %% ../../nbs/study/01_baselines.ipynb #1818f79f

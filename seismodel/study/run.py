@@ -24,12 +24,13 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .trial import (Candidate, StudyConfig, Trial, candidates_of, refuse_others,
+from .trial import (Candidate, StudyConfig, Trial, candidates_of, complete_trial, refuse_others,
                                    run_trial, start_trial, trial_recipe, trial_settings)
 from .tables import gains, pack_study, plot_study, summary_table, table, trials_of
 from ..core import Interrupted, TrainingError, UserError, pick_devices
 from ..files import write_atomically
 from ..data.sources import whole_path
+from ..data.prefetch import blocking_signals, unblock_signals
 from ..training.trainer import Signals
 
 # %% ../../nbs/study/04_run.ipynb #b099fbe4
@@ -41,12 +42,13 @@ def attempt(
     "Run a trial; what it prints goes into its folder"
     part = folder/f'{trial.name}.part'
     part.mkdir(parents=True, exist_ok=True)
-    with open(part/'output.txt', 'a') as output, redirect_stdout(output), redirect_stderr(output):
+    with open(part/'output.txt', 'a', encoding='utf-8') as output, redirect_stdout(output), redirect_stderr(output):
         try: run_trial(trial, common, folder)
         except Exception as e:
             if isinstance(e, Interrupted): raise
             traceback.print_exc()
             return f"{type(e).__name__}: {(str(e).strip().splitlines() or ['no message'])[-1]}"
+    complete_trial(trial, folder)
 
 # %% ../../nbs/study/04_run.ipynb #69633fb4
 def serve(
@@ -57,6 +59,7 @@ def serve(
 ):
     "A process of a study: trial after trial, until there are no more"
     signal.signal(signal.SIGINT, signal.SIG_IGN)     # Ctrl-C reaches every process; the first one says when to stop
+    unblock_signals()
     torch.set_num_threads(threads)
     try:
         while True: pipe.send(attempt(pipe.recv(), common, folder))
@@ -71,7 +74,7 @@ def start_server(
     context = get_context('spawn')                   # a forked process could not use a GPU
     here, there = context.Pipe()
     process = context.Process(target=serve, args=(there, common, folder, max(1, (os.cpu_count() or 1)//jobs)))
-    process.start()
+    with blocking_signals(): process.start()
     there.close()                                    # so that its end is noticed here
     return here, process
 
@@ -99,7 +102,7 @@ def share_out(trials, configs, folder, note, signals):
                 else: free.append((pipe, process, common))
     finally:
         for pipe, process in [*(one[:2] for one in free), *((pipe, one[0]) for pipe, one in busy.items())]:
-            if pipe in busy: process.terminate()                                   # it finishes its step, and writes a checkpoint
+            if pipe in busy: process.terminate()                                   # it finishes its step, and writes a checkpoint (on Windows it just ends)
             pipe.close()
             process.join()
 

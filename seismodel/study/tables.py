@@ -41,7 +41,7 @@ def gather_trials(
     columns = {}
     for file in sorted(trials_of(folder).glob('*/records.csv')):
         if file.parent.name.endswith('.part'): continue
-        config, table = json.loads((file.parent/'config.json').read_text()), pd.read_csv(file, dtype={'event': str})
+        config, table = json.loads((file.parent/'config.json').read_text(encoding='utf-8')), pd.read_csv(file, dtype={'event': str})
         table = table[table['by'] == by].assign(event=table['event'].fillna(table['trace_name']))
         values = table['residual'].where(table['kind'] != 'noise', table['picks']).set_axis(pd.MultiIndex.from_frame(table[RECORD_COLUMNS]))
         columns[config['cell']['method'], config['cell']['share'], config['train']['seed']] = values

@@ -7,7 +7,7 @@ Docs: https://seismodel.github.io/seismodel/study/trial.html.md"""
 # %% auto #0
 __all__ = ['BASELINE_RECIPE', 'THRESHOLDS', 'BLINDED', 'Candidate', 'named_values', 'candidates_of', 'StudyConfig', 'Trial',
            'start_trial', 'trial_recipe', 'trial_windows', 'CachedAnnotator', 'dev_score', 'score_trial',
-           'count_records', 'trial_settings', 'in_common', 'refuse_others', 'run_trial']
+           'count_records', 'trial_settings', 'in_common', 'refuse_others', 'run_trial', 'complete_trial']
 
 # %% ../../nbs/study/02_trial.ipynb #c63cbc1e
 import json
@@ -204,7 +204,7 @@ def refuse_others(
     same:bool=True, # it is the same trial; False: another one of the same study
 ):
     "Raise `UserError` where the folder holds a trial with other settings"
-    try: saved = json.loads((folder/'config.json').read_text())
+    try: saved = json.loads((folder/'config.json').read_text(encoding='utf-8'))
     except FileNotFoundError: return
     except ValueError: raise UserError(f"'{folder/'config.json'}' is damaged; remove that folder, and the trial starts over.") from None
     saved = {name: saved.get(name, {}) for name in wanted}
@@ -217,8 +217,8 @@ def run_trial(
     common:StudyConfig,
     folder:Path, # of all trials
 ):
-    "Train and score one trial, or go on with it"
-    done, part = folder/trial.name, folder/f'{trial.name}.part'
+    "Train and score one trial, or go on with it, in a folder that ends in .part"
+    part = folder/f'{trial.name}.part'
     net = start_trial(trial)
     c = trial_recipe(net, trial, common)
     windows, dev, change, records = trial_windows(trial, c, common)
@@ -229,4 +229,10 @@ def run_trial(
     table = score_trial(open_trained(part/'best').to(pick_device(common.device)), common)
     write_atomically(part/'records.csv', lambda path: table.to_csv(path, index=False))
     shutil.rmtree(part/'checkpoints', ignore_errors=True)
-    os.replace(part, done)
+
+def complete_trial(
+    trial:Trial,
+    folder:Path, # of all trials
+):
+    "A trial that is done gets its name; nothing in its folder may be open, since Windows would not rename it"
+    os.replace(folder/f'{trial.name}.part', folder/trial.name)

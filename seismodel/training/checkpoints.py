@@ -136,7 +136,7 @@ def newest_checkpoint(
     for path in files:
         try: return read_checkpoint(path)
         except DamagedCheckpoint as e:
-            path.rename(path.with_suffix('.damaged'))
+            path.replace(path.with_suffix('.damaged'))
             say(f"{e} It is set aside as '{path.stem}.damaged', and the checkpoint before it is tried.")
     if files or list((run/'checkpoints').glob('*.damaged')):
         raise UserError(f"No checkpoint in '{run/'checkpoints'}' can be used; start a new run in another folder.")

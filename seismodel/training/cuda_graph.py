@@ -11,6 +11,7 @@ __all__ = ['static_copy', 'copy_into', 'Replay', 'compile_blocks', 'worth_compil
 # %% ../../nbs/training/09_cuda_graph.ipynb #a7924577
 import shutil
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -80,8 +81,9 @@ def worth_compiling(
     device:torch.device, # of the run
     steps:int, # of the run
 )->bool:
-    "Whether a run is long enough, on a GPU, on a machine with a C compiler"
-    return device.type == 'cuda' and steps >= 2000 and any(map(shutil.which, ('cc', 'gcc', 'clang')))
+    "Whether a run is long enough, on a GPU, on a machine with Triton and a C compiler"
+    able = find_spec('triton') is not None and any(map(shutil.which, ('cc', 'gcc', 'clang')))
+    return device.type == 'cuda' and steps >= 2000 and able
 
 @contextmanager
 def run_eager():

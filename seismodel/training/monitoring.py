@@ -70,7 +70,7 @@ class FiniteWatch:
         windows, sources = zip(*sorted(pair for part in self.gather(mine) for pair in part))
         if self.writes:
             row = {'step': step, 'loss': str(loss), 'grad_norm': str(norm), 'windows': windows, 'sources': sources}
-            with open(self.folder/'nonfinite.jsonl', 'a') as f: f.write(json.dumps(row) + '\n')
+            with open(self.folder/'nonfinite.jsonl', 'a', encoding='utf-8') as f: f.write(json.dumps(row) + '\n')
         if self.in_a_row > self.allowed:
             raise TrainingError(f"The loss is {loss} and the norm of its gradient {norm} at step {step}, with windows {windows[0]} to {windows[-1]}; the update was "
                                 f"withheld. Lower the learning rate, or look at these windows (they are listed in '{self.folder/'nonfinite.jsonl'}').")

@@ -85,7 +85,7 @@ def new_plan(preset, data, weights, window, given)->PretrainPlan:
 # %% ../../nbs/training/11_pretrain.ipynb #0157c3a9
 def saved_plan(folder, preset, data, weights, window, given)->PretrainPlan:
     "From config.json of a run; raises `UserError` naming each field that is given and differs, unless it is free to change"
-    try: config = json.loads((folder/'config.json').read_text())
+    try: config = json.loads((folder/'config.json').read_text(encoding='utf-8'))
     except FileNotFoundError: raise UserError(f"'{folder}' holds no run to resume: config.json is missing. Start it with `seismodel pretrain`.") from None
     except (ValueError, OSError) as e: raise UserError(f"'{folder/'config.json'}' cannot be read ({e}); restore it.") from None
     missing = {'preset', 'data', 'window', 'model', 'train'} - config.keys()

@@ -8,12 +8,11 @@ Docs: https://seismodel.github.io/seismodel/training/runlog.html.md"""
 __all__ = ['CLOCK', 'lines_until', 'read_metrics', 'RunLog', 'write_bad_traces']
 
 # %% ../../nbs/training/07_runlog.ipynb #8a71d6c0
-import fcntl
 import json
 import os
 from pathlib import Path
 
-from ..files import write_atomically
+from ..files import locked, write_atomically
 from ..core import UserError
 
 # %% ../../nbs/training/07_runlog.ipynb #1b4fbcae
@@ -26,7 +25,7 @@ def lines_until(
     "A last line that a crash cut short is left out. Raises `UserError` for a line in the middle that is not JSON"
     if not path.exists(): return []
     kept = []
-    for number, line in enumerate(path.read_text().split('\n')[:-1], 1):   # after the last newline: nothing, or half a line
+    for number, line in enumerate(path.read_text(encoding='utf-8').split('\n')[:-1], 1):   # after the last newline: nothing, or half a line
         try: row = json.loads(line)
         except ValueError: raise UserError(f"Line {number} of '{path}' is not JSON; restore the file, or delete the line.") from None
         if row['step'] <= step: kept.append(line)
@@ -46,13 +45,11 @@ class RunLog:
         step:int=0, # of the checkpoint that the run goes on from: later lines are cut
         tensorboard:bool=False, # needs the package `tensorboard`
     ):
-        self.lock = open(folder/'.lock', 'w')
-        try: fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)   # falls with the process, and workers do not inherit it
-        except OSError: raise UserError(f"Another process is training in '{folder}'; wait for it, or stop it.") from None
+        self.lock = locked(folder/'.lock', f"Another process is training in '{folder}'; wait for it, or stop it.")
         for name in ('metrics.jsonl', 'nonfinite.jsonl'):
             lines = lines_until(folder/name, step)
             if name == 'metrics.jsonl' or (folder/name).exists():
-                write_atomically(folder/name, lambda p: p.write_text(''.join(line + '\n' for line in lines)))
+                write_atomically(folder/name, lambda p: p.write_bytes(''.join(line + '\n' for line in lines).encode()))
         self.file, self.waiting, self.events = open(folder/'metrics.jsonl', 'ab', buffering=0), b'', None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter   # optional, and slow to import
@@ -75,7 +72,7 @@ class RunLog:
 
     def close(self):
         self.file.close()
-        self.lock.close()
+        self.lock.release()
         if self.events: self.events.close()
 
 # %% ../../nbs/training/07_runlog.ipynb #ed1b737f
@@ -88,4 +85,4 @@ def write_bad_traces(
     "Write `bad_traces.json`: what was left out from the start, what was met, and how often it was drawn in vain"
     left_out = {s.name: s.left_out for s in getattr(data, 'sources', []) if getattr(s, 'left_out', None)}
     report = {'left_out': left_out, 'met': dict(sorted(met.items())), 'draws_in_vain': redrawn}
-    write_atomically(folder/'bad_traces.json', lambda p: p.write_text(json.dumps(report, indent=1)))
+    write_atomically(folder/'bad_traces.json', lambda p: p.write_text(json.dumps(report, indent=1), encoding='utf-8'))
