@@ -45,7 +45,7 @@ TESTS = {
     'training/config': ['recipe', 'trainer'],
     'training/schedule': ['recipe', 'trainer'],
     'training/batches': ['recipe', 'loading', 'trainer'],
-    'training/trainer': ['recipe', 'interruptions', 'trainer'],
+    'training/trainer': ['recipe', 'interruptions', 'trainer', 'distributed'],
     'finetuning/heads': ['heads', 'signs_and_ends', 'recipe', 'finetuning'],
     'finetuning/events': ['finetuning', 'leakage'],
     'finetuning/finetune': ['recipe', 'finetuning', 'leakage'],
