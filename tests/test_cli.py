@@ -109,7 +109,39 @@ def test_embed_writes_features_of_a_dataset_and_of_a_file(trained, quakes_folder
     assert main(['embed', run, str(tmp_path/'r.sac.mseed'), '--frames', '--device', 'cpu', '--out', str(tmp_path/'b.npz')]) == 0
     assert np.load(tmp_path/'b.npz')['features'].shape == (1, 1024, 64)
     assert main(['embed', run, str(tmp_path/'a.npz'), '--out', str(tmp_path/'c.npz')]) == 2
-    assert 'ObsPy' in capsys.readouterr().err and not (tmp_path/'c.npz').exists()
+    assert 'no waveform format' in capsys.readouterr().err and not (tmp_path/'c.npz').exists()
+
+
+def test_embed_and_inspect_read_archives_in_any_layout(trained, tmp_path, capsys):
+    "Two hours with a gap, whole and as an hour and channel per file: the same features; another station is left away"
+    import obspy
+    rng, t0 = np.random.default_rng(0), obspy.UTCDateTime('2024-02-28T22:30')
+    st = obspy.Stream([obspy.Trace((1e3*rng.standard_normal(720_000)).astype(np.int32) + 5000, dict(
+        network='XX', station='ABC', channel=f'HH{c}', sampling_rate=100., starttime=t0)) for c in 'ZNE'])
+    st = st.cutout(t0 + 2000, t0 + 2400)
+    for name in ('whole', 'parts'): (tmp_path/name).mkdir()
+    st.write(str(tmp_path/'whole/all.mseed'), format='MSEED')
+    for k in range(2):
+        for tr in st.slice(t0 + 3600*k, t0 + 3600*(k + 1) - .01): tr.write(str(tmp_path/f'parts/{k}{tr.id}{tr.stats.starttime.ns}'), format='MSEED')
+    for tr in (other := obspy.read()): tr.stats.station = 'OTHER'
+    other.write(str(tmp_path/'parts/other.mseed'), format='MSEED')
+    made, run = {}, str(trained[0]/'runs/reconstruction-tiny-1')
+    for name in ('whole', 'parts'):
+        words = ['embed', run, str(tmp_path/name), '--station', 'A?C', '--device', 'cpu', '--out', str(tmp_path/f'{name}.npz')]
+        assert main(words) == 0
+        made[name] = np.load(tmp_path/f'{name}.npz')
+    names, starts = made['whole']['name'].tolist(), made['whole']['start_sample'].tolist()
+    assert dict.fromkeys(names) == {f'XX.ABC..HH {t0}': None, f'XX.ABC..HH {t0 + 2400}': None}
+    assert starts == [*range(0, 200_000, 4096), *range(0, 480_000, 4096)]
+    for key in ('features', 'name', 'start_sample', 'true_frames'):
+        assert made['parts'][key].shape == made['whole'][key].shape
+        np.testing.assert_array_equal(made['parts'][key], made['whole'][key])
+    capsys.readouterr()
+    assert main(['inspect', str(tmp_path/'parts'), '--station', 'OTHER', '--out', str(tmp_path/'page.png')]) == 0
+    said = capsys.readouterr().out
+    assert '1 usable traces' in said and '100 Hz (3)' in said and (tmp_path/'page.png').exists()
+    assert main(['embed', run, str(tmp_path/'parts'), '--station', 'NONE', '--out', str(tmp_path/'none.npz')]) == 2
+    assert 'none has a channel' in capsys.readouterr().err
 
 
 def test_plot_draws_one_run_or_several(trained, tmp_path, capsys):

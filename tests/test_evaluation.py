@@ -226,3 +226,21 @@ def test_on_real_records(real_data):
     few.filter(np.arange(len(few)) % 12 == 0)
     records = score_records(ours(), few)
     assert len(records) == (few.metadata.trace_p_status.ne('none').sum() + few.metadata.trace_s_status.ne('none').sum() + few.metadata.trace_category.eq('noise').sum())
+
+
+@pytest.mark.parametrize('order, rows', [('Z12', [0, 1, 2]), ('21Z', [2, 1, 0]), ('Z12H', [0, 1, 2, 0])])
+def test_horizontals_one_and_two_are_scored_like_north_and_east(tmp_path, write_dataset, quake_records, order, rows):
+    "The same records under other letters: the same scores, and the data set's own table keeps its letters"
+    records = list(quake_records(12))
+    plain = opened(write_dataset(tmp_path/'zne', ((dict(m), x) for m, x in records)))
+    coded = opened(write_dataset(tmp_path/'coded', ((m | {'trace_component_order': order}, x[rows]) for m, x in records)))
+    model, tables = ours(), [task23_targets(plain)]
+    with torch.no_grad(): model.picker.head.out.weight.mul_(8.)
+    want, got = (predict(model, data, tables[0]) for data in (plain, coded))
+    assert len(got) == len(want) > 5
+    for column in ('score_detection', 'score_p_or_s', 'p_sample_pred', 's_sample_pred'):
+        np.testing.assert_allclose(got[column], want[column], rtol=1e-5, atol=1e-5)
+    want, got = (score_records(model, data) for data in (plain, coded))
+    assert len(got) == len(want) > 5 and want['picks'].sum() > 20
+    pd.testing.assert_frame_equal(got, want, check_exact=False, atol=1e-4)
+    assert set(coded.metadata['trace_component_order']) == {order}

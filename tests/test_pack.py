@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 
 from seismodel.data.store_reader import Store
 from seismodel.data.windows import WindowDataset
+from seismodel.data.archive import Selection
 from seismodel.data.pack import ArchiveItems, open_items, pack
 from seismodel.data.sources import open_source
 from seismodel.data.store import DTYPES, dequantize_samples, quantize_samples
-from seismodel.signals.records import STATUS, read_waveform, resample
+from seismodel.data.waveform import read_waveform
+from seismodel.signals.records import STATUS, resample
 from seismodel.signals.normalize import flat
 from seismodel.core import UserError
 
@@ -108,7 +110,7 @@ def test_real_streams_are_accounted_for(tmp_path, real_data):
         whole = {f: read_waveform(f) for f in files if f.suffix == '.mseed'}
         assert manifest['samples'] == sum(len(w.waveform) for w in whole.values())
         left = [row['trace_name'] for row in csv.DictReader(open(tmp_path/'store/left_out.csv', encoding='utf-8'))]
-        assert sorted(left) == [f.name for f in files if f not in whole]
+        assert sorted(Path(name).name for name in left) == [f.name for f in files if f not in whole]
         store = Store(tmp_path/'store')
         for w in whole.values():                                     # the first record of each is where the file begins
             rows = [k for k in range(len(store)) if store.index['name'][k].decode() == f'{w.station} {w.start}']
@@ -168,7 +170,7 @@ def test_folders_that_cannot_be_packed(tmp_path, quakes_folder, quake_records, w
     (tmp_path/'notes/a.txt').write_text('no waveform', encoding='utf-8')
     broken = write_dataset(tmp_path/'broken', ((m, x * np.nan) for m, x in quake_records(6)))
     pack([quakes_folder], tmp_path/'done')
-    reasons = {'cut': 'waveforms.hdf5', 'no_samples': 'waveforms.hdf5', 'empty': 'holds neither', 'notes': 'holds neither',
+    reasons = {'cut': 'waveforms.hdf5', 'no_samples': 'waveforms.hdf5', 'empty': 'holds no files', 'notes': 'holds neither',
                'nowhere/at_all': 'does not exist', 'done': 'a packed store already', 'broken': 'no usable trace in broken; the first: broken/trace000'}
     for name, why in reasons.items():
         with pytest.raises(UserError, match=why) as error: pack([str(tmp_path/name)], tmp_path/'out')
@@ -236,7 +238,7 @@ def test_archive_of_several_stations(tmp_path):
     table = pd.read_csv(tmp_path/'store/traces.csv')
     assert sorted(table.station_code.unique()) == ['OTHER', 'RJOB']
     left = list(csv.DictReader(open(tmp_path/'store/left_out.csv', encoding='utf-8')))
-    assert [row['trace_name'] for row in left if 'no waveform' in row['why']] == ['notes.txt', 'sub/notes.txt']
+    assert [row['trace_name'] for row in left if 'no waveform' in row['why']] == [str(folder/'notes.txt'), str(folder/'sub/notes.txt')]
     lost = [row for row in left if 'gap' in row['why']]
     assert len(lost) == 1 and 'RJOB' in lost[0]['trace_name']
     short = sum(1 for row in left if row['why'] == 'shorter than half a window')
@@ -256,13 +258,13 @@ def test_a_station_day_in_three_files_at_another_rate(tmp_path):
         tr.data = np.tile(tr.data, 20).astype(np.float32)
         tr.stats.sampling_rate = 200.
         tr.write(str(tmp_path/'sac'/f'{tr.id}.sac'), format='SAC')
-    items = list(ArchiveItems(tmp_path/'sac', 'sac').items())
+    items = list(ArchiveItems([tmp_path/'sac'], 'sac').items())
     assert [len(i.record.waveform) for i in items if i.record] == 3 * [10_000]
     assert items[0].more['trace_components_present'] == 'ZNE'
     file = tmp_path/'sac/BW.RJOB..EHN.sac'
     file.write_bytes(file.read_bytes()[:5000])
-    items = list(ArchiveItems(tmp_path/'sac', 'sac').items())
-    assert [(i.name, i.why) for i in items if not i.record and 'sac' in i.name][0][0] == file.name
+    items = list(ArchiveItems([tmp_path/'sac'], 'sac').items())
+    assert [(i.name, i.why.split(':')[0]) for i in items if not i.record] == [(str(file), 'a damaged SAC file')]
     assert any(i.record is not None for i in items)                  # Z and E are still there
 
 
@@ -273,22 +275,78 @@ def test_channels_that_are_no_seismogram(tmp_path):
     stream, slow, other = obspy.read(), obspy.read()[0], obspy.read()[0]
     slow.stats.channel, slow.stats.sampling_rate, other.stats.channel = 'LHZ', 1., 'HDF'
     (stream + obspy.Stream([slow, other])).write(str(tmp_path/'mixed/a.mseed'), format='MSEED')
-    items = list(ArchiveItems(tmp_path/'mixed', 'mixed').items())
+    items = list(ArchiveItems([tmp_path/'mixed'], 'mixed').items())
     assert {i.name: i.why for i in items if not i.record} == {
-        'BW.RJOB..LHZ in a.mseed': 'sampling rate not between 10 and 10,000 Hz',
-        'BW.RJOB..HDF in a.mseed': 'channel does not end in Z, N, E, 1 or 2'}
+        f"BW.RJOB..LHZ in {tmp_path/'mixed/a.mseed'}": 'sampling rate 1 Hz, not between 10 and 10,000 Hz',
+        'BW.RJOB..HD': 'no component is Z, N, E, 1 or 2 (found F): map them with --components Z=3,N=1,E=2'}
     assert [i.record.waveform.shape for i in items if i.record] == [(3000, 3)]
 
 
-def test_nearly_all_gap_is_left_out(tmp_path):
-    "Two minutes that lie 400 days apart, in one file"
+def test_minutes_that_lie_far_apart(tmp_path):
+    "Two half minutes, 400 days apart, in one file: both are packed, and nothing in between takes memory or time"
     import obspy
     (tmp_path/'far').mkdir()
     late = obspy.read()
     for tr in late: tr.stats.starttime += 400 * 86_400
     (obspy.read() + late).write(str(tmp_path/'far/apart.mseed'), format='MSEED')
-    items = list(ArchiveItems(tmp_path/'far', 'far').items())
-    assert [(i.name, i.why) for i in items] == [('BW.RJOB..EH 2009-08-24', 'nearly all gap')]
+    items = list(ArchiveItems([tmp_path/'far'], 'far').items())
+    assert [(i.name[:22], i.record.waveform.shape) for i in items] == [('BW.RJOB..EH 2009-08-24', (3000, 3)), ('BW.RJOB..EH 2010-09-28', (3000, 3))]
+
+
+def as_counts(folder, streams):
+    "Streams as files of whole numbers"
+    for name, st in streams.items():
+        for tr in st: tr.data = tr.data.astype(np.int32)
+        (folder/name).parent.mkdir(parents=True, exist_ok=True)
+        st.write(str(folder/name), format='MSEED')
+    return folder
+
+
+def test_one_record_in_every_layout_is_one_store(tmp_path):
+    "Whole, by channel, by ten minutes, as several words: the same traces, and the samples of the files to the count"
+    import obspy
+    st = obspy.read()
+    for tr in st:
+        tr.data = np.tile(tr.data, 100).round() + 77_000                    # 50 minutes, with an offset
+        tr.stats.starttime = obspy.UTCDateTime('2009-08-24T00:20:00')
+    t = st[0].stats.starttime
+    parts = [st.slice(t + 600*k, t + 600*(k + 1) - .01) for k in range(5)]
+    layouts = [as_counts(tmp_path/'whole', {'a': st.copy()}), as_counts(tmp_path/'channels', {tr.id: obspy.Stream([tr.copy()]) for tr in st}),
+               as_counts(tmp_path/'parts', {f'{k}/{tr.id}': obspy.Stream([tr.copy()]) for k, part in enumerate(parts) for tr in part})]
+    words = [[f] for f in layouts] + [[str(layouts[1]/'*Z'), *layouts[1].glob('*[NE]')]]
+    for k, sources in enumerate(words): pack(sources, tmp_path/f'store{k}')
+    files = [{f: x for f, x in content(tmp_path/f'store{k}').items() if not f.endswith(('.json', '.csv'))} for k in range(len(words))]
+    tables = [pd.read_csv(tmp_path/f'store{k}/traces.csv').drop(columns='store_source') for k in range(len(words))]
+    for k in range(1, len(words)):
+        assert files[k] == files[0] and len(files[0]) == 2
+        pd.testing.assert_frame_equal(tables[k], tables[0])
+    store = Store(tmp_path/'store0')
+    got = np.concatenate([store.record(k).waveform for k in range(len(store))])
+    assert got.shape == (300_000, 3) and store.index['samples'].sum() == 300_000
+    for c, tr in enumerate(st):                                          # hours lose a mean of their own, in whole counts
+        off = tr.data - got[:, c]
+        assert len(np.unique(off[:240_000])) == len(np.unique(off[240_000:])) == 1 and abs(off.mean() - 77_000) < 1000
+
+
+def test_what_differs_is_named_and_selected(tmp_path):
+    "One second that differs between two files costs that second; stations and times are chosen as in pick"
+    import obspy
+    folder = archive(tmp_path/'archive', 1.)
+    other = obspy.read(str(next(folder.glob('*EHZ*'))))
+    t = other[0].stats.starttime
+    clash = other.slice(t + 1000, t + 1001).copy()
+    clash[0].data = clash[0].data + 1
+    clash.write(str(folder/'clash.mseed'), format='MSEED')
+    archive(folder, 1., station='OTHER')
+    manifest = pack([folder], tmp_path/'store', station='RJOB')
+    left = [(row['trace_name'], row['why']) for row in csv.DictReader(open(tmp_path/'store/left_out.csv', encoding='utf-8'))]
+    assert ('BW.RJOB..EHZ 2009-08-24T00:36:40.000000Z to 2009-08-24T00:36:41.010000Z in '
+            f"BW.RJOB..EHZ.2009-08-24.mseed, clash.mseed", 'records that differ') in left
+    assert manifest['samples'] == 360_000 - 101 and manifest['plan']['selection'] == {'station': 'RJOB'}
+    with pytest.raises(UserError, match='other selection'): pack([folder], tmp_path/'store', station='OTHER')
+    manifest = pack([folder], tmp_path/'late', station='OTHER', start='2009-08-24T01:00')
+    assert manifest['samples'] == 120_000 and {r['station_code'] for r in csv.DictReader(open(tmp_path/'late/traces.csv', encoding='utf-8'))} == {'OTHER'}
+    with pytest.raises(UserError, match='--station chooses from waveform files'): open_items('ETHZ', selection=Selection(station='A'))
 
 
 def test_published_by_name(tmp_path, quakes_folder, monkeypatch):

@@ -125,12 +125,12 @@ def test_an_hour_in_one_pass(model):
     assert hour.get_model_args()['window'] is None
 
 
-@pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf, 1e300])
 def test_one_bad_sample_costs_nothing_but_itself(model, waveform, bad, caplog):
     stream = stream_of(waveform[:4096])
     stream[1].data[2000] = bad
     with caplog.at_level(logging.WARNING): annotations = model.annotate(stream)
-    assert 'XX.ABC..HHN: 1 of 4096 samples are NaN or infinite' in caplog.text
+    assert 'XX.ABC..HHN: 1 of 4096 samples are NaN, infinite or above 1e18' in caplog.text
     assert [len(tr) for tr in annotations] == [4096]*3
     whole = model.annotate(stream_of(waveform[:4096]))
     assert np.abs(array(annotations) - array(whole))[:1500].mean() < .05

@@ -135,7 +135,7 @@ def test_a_store_is_packed_and_a_record_picked(day):
     folder, report, said = day
     assert report['picks'] == [0, 0]
     assert (folder/'store/manifest.json').exists() and not list(folder.rglob('*.part')) and not (folder/'store/parts').exists()
-    assert (folder/'picks/picks.csv').read_bytes().count(b'\n') > 1 and (folder/'picks/figures/day.mseed.png').exists()
+    assert (folder/'picks/picks.csv').read_bytes().count(b'\n') > 1 and (folder/'picks/figures/BW.RJOB..EH.2009-08-24.png').exists()
 
 
 def test_a_trial_of_a_study_gets_its_name(day):

@@ -12,10 +12,13 @@ from collections import Counter
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
+from fastcore.meta import delegates
 
+from .archive import Selection
 from .pack import DatasetItems, open_items
 from .store_reader import Store, is_store
 from ..signals.synthetic import band_power
@@ -64,12 +67,13 @@ def of_store(
     return o
 
 def of_folder(
-    where:str,  # a folder, a file, or the name of a data set
+    where:list, # the folder or name of a data set, or files, folders and patterns
     most:int,   # records to read
     window:int, # samples
+    selection:Selection|None=None, # of waveform files; None: everything
 ) -> Overview:
-    "From a table, or from the first files of an archive"
-    stream = open_items(where, window)
+    "From a table, or from the first hours of an archive"
+    stream = open_items(*where, window=window, selection=selection)
     o = Overview(stream.name)
     if isinstance(stream, DatasetItems):
         source = stream.source
@@ -82,6 +86,7 @@ def of_folder(
         items = list(islice(stream.items(), most))
         o.packed.update((stream.name, i.split) for i in items if i.record)
         o.complete = len(items) < most
+        o.rates.update(run.rate for i in stream.archive.instruments for runs in i.runs.values() for run in runs)
     for item in items:
         if item.record: o.records.append(item.record)
         else:
@@ -144,24 +149,29 @@ def page(
     return fig
 
 # %% ../../nbs/data/08_inspection.ipynb #a6f79f97
+@delegates(Selection)
 def inspect(
-    where:str,                    # a store, the folder or name of a SeisBench data set, a folder or file of miniSEED, SAC, …
+    where:Annotated[str, {"opt": False, "nargs": "+"}], # a store, the folder or name of a SeisBench data set, or files, folders and patterns of miniSEED, SAC, …
     out:Path=Path("inspect.png"), # the page of waveforms
     records:int=400,              # how many to read for durations, picks and SNR
     window:int=WINDOW,            # samples; traces below half of it count as bad
     verify:bool=False,            # compare all checksums of a store
+    **selection,
 )->Overview: # what was found
     "Show what a store or a folder holds: counts, rates, durations, SNR, bad traces, and a page of waveforms"
     if records < 1: raise UserError(f"--records is {records}: give 1 or more")
     if window < 1: raise UserError(f"--window is {window}: give 1 or more samples")
     if Path(out).suffix not in (".png", ".pdf", ".svg"): raise UserError(f"--out is {out}: give a file that ends in .png, .pdf or .svg")
-    store = Store(Path(where).expanduser()) if is_store(Path(where).expanduser()) else None
-    o = of_store(store, records) if store else of_folder(str(where), records, window)
+    where, selection = [str(w) for w in ([where] if isinstance(where, (str, Path)) else where)], Selection(**selection)
+    folder = Path(where[0]).expanduser()
+    store = Store(folder) if len(where) == 1 and is_store(folder) else None
+    if store and selection.given: raise UserError(f"{folder} is a store: options that choose from waveform files are for archives")
+    o = of_store(store, records) if store else of_folder(where, records, window, selection)
     print(describe(o))
     if store and verify:
         damaged = store.verify()
         if damaged:
-            raise UserError(f"{where} is damaged, the checksum is another for {', '.join(damaged)}: copy or pack it again")
+            raise UserError(f"{folder} is damaged, the checksum is another for {', '.join(damaged)}: copy or pack it again")
         print("every checksum is right")
     if o.records:
         Path(out).parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ Docs: https://seismodel.github.io/seismodel/data/sources.html.md"""
 # %% auto #0
 __all__ = ['PHASES', 'NEEDED', 'SyntheticSource', 'onsets', 'statuses', 'draw_split', 'split_column', 'unusable', 'trace_names',
            'component_codes', 'of_split', 'refusals', 'make_quick', 'SeisBenchSource', 'metadata_of', 'check_files',
-           'open_folder', 'open_published', 'published', 'published_names', 'open_dataset', 'whole_path',
+           'open_folder', 'open_published', 'published', 'published_names', 'open_dataset', 'whole_path', 'means_files',
            'parse_weights', 'open_source', 'write_synthetic', 'open_records']
 
 # %% ../../nbs/data/02_sources.ipynb #2e3bc429
@@ -15,6 +15,7 @@ import logging
 from contextlib import redirect_stderr
 from difflib import get_close_matches
 from functools import cache
+from glob import has_magic
 from io import StringIO
 from pathlib import Path
 from shutil import rmtree
@@ -22,6 +23,7 @@ from zlib import crc32
 
 import numpy as np
 
+from .channels import zne_order
 from .store_reader import Store, StoreRecords, StoreSource, is_store
 from ..signals.synthetic import SyntheticConfig, synthesize
 from ..signals.records import (COMPONENTS, SAMPLING_RATE, STATUS, WINDOW, Record,
@@ -146,7 +148,8 @@ def component_codes(
     name:str, # of the data set, for the message
 ): # pandas Series of str: `trace_component_order` with 1 and 2 read as N and E
     "Component codes in the alphabet Z, N, E. Raises `UserError` when no trace has all three."
-    codes = metadata["trace_component_order"].astype(str).str.translate(str.maketrans("12", "NE"))
+    codes = metadata["trace_component_order"].astype(str)
+    codes = codes.map({order: zne_order(order) for order in codes.unique()})
     if not any(set(COMPONENTS) <= set(c) for c in codes.unique()):
         raise UserError(f"{name}: no trace has all of the components Z, N, E (or Z, 1, 2), the column "
                         f"trace_component_order holds only {', '.join(sorted(codes.unique())[:5])}")
@@ -356,6 +359,14 @@ def whole_path(
 ) -> str:
     "The whole path of a folder; other names as they are"
     return str(Path(name).expanduser().resolve()) if Path(name).expanduser().is_dir() else name
+
+def means_files(
+    where:str, # what a person typed
+) -> bool: # a file, a pattern, or a folder that is neither a store nor a SeisBench data set
+    "Whether a word means waveform files, which the archive reader reads"
+    path = Path(where).expanduser()
+    if not path.is_dir(): return path.is_file() or has_magic(str(where))
+    return not (is_store(path) or any(path.glob("metadata*.csv")) or any(path.glob("waveforms*.hdf5")))
 
 # %% ../../nbs/data/02_sources.ipynb #08ae6abe
 def parse_weights(

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from ..files import write_atomically
 from ..data.sources import PHASES, onsets, open_dataset, split_column
+from ..data.channels import translate_components
 from ..statistics import ONSET_METRICS, auc, best_threshold, bootstrap, mcc
 from ..signals.records import COMPONENTS, SAMPLING_RATE
 from ..core import UserError, pick_device
@@ -145,6 +146,7 @@ def predict(
     "What the model says about each target, in the columns of the pick-benchmark"
     import seisbench.generate as sbg
     dataset = dataset.copy()
+    translate_components(dataset.metadata)
     dataset.component_order, dataset.dimension_order, dataset.sampling_rate = COMPONENTS, 'NCW', SAMPLING_RATE
     longest = int(np.ceil((table['end_sample'] - table['start_sample']).max()))
     generator = sbg.SteeredGenerator(dataset, table[[*(k for k in KEYS if k in table), 'start_sample', 'end_sample']])
@@ -233,6 +235,7 @@ def score_records(
 )->pd.DataFrame: # trace_name, event, trace_dataset, components, kind (P, S or noise), residual (s), picks
     "Picks of whole records against their labels"
     dataset = dataset.copy()
+    translate_components(dataset.metadata)
     dataset.component_order, dataset.dimension_order, dataset.sampling_rate = COMPONENTS, 'NCW', SAMPLING_RATE
     table, rows = dataset.metadata, []
     column = lambda name, default: table[name].fillna(default) if name in table else pd.Series(default, table.index)
