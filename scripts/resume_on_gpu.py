@@ -30,7 +30,8 @@ sys.exit(main())"""
 
 
 def start(deterministic, *words, cwd):
-    env = {**os.environ, 'CUBLAS_WORKSPACE_CONFIG': ':4096:8', 'MPLBACKEND': 'agg', 'PYTHONPATH': str(root)}
+    env = {**os.environ, 'CUBLAS_WORKSPACE_CONFIG': ':4096:8', 'MPLBACKEND': 'agg',
+           'PYTHONPATH': os.pathsep.join([str(root), *filter(None, [os.environ.get('PYTHONPATH')])])}
     return subprocess.Popen([sys.executable, '-c', MAIN.format(deterministic=deterministic), *map(str, words)], cwd=cwd, env=env,
                             stdout=subprocess.DEVNULL, stderr=open(cwd/'stderr.txt', 'a', encoding='utf-8'))
 

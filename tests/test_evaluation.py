@@ -82,6 +82,26 @@ def test_tasks_by_the_rule(data):
     pd.testing.assert_frame_equal(one, task1_targets(data))
 
 
+class Table:
+    "A data set of which only the metadata are read: records of 40 s with these onsets of P and S"
+    def __init__(self, *onsets):
+        p, s = zip(*onsets)
+        self.metadata = pd.DataFrame({'trace_name': [f't{k}' for k in range(len(p))], 'trace_chunk': '', 'split': 'test', 'trace_npts': 4000,
+                                      'trace_sampling_rate_hz': 100., 'trace_P_arrival_sample': p, 'trace_S_arrival_sample': s})
+
+
+@pytest.mark.parametrize('p, s, found', [
+    (1020., 1050., ''),         # ten seconds fit before S less half a second, and P is not in them
+    (1020., 1119., ''), (1020., 1121., 'PS'),       # half a second to the next window's half second, and two samples to begin at
+    (2000., 3000., 'PS'), (900., 3949., 'PS'), (900., 3951., 'P'), (3960., 3990., '')])
+def test_windows_of_one_onset(p, s, found):
+    "Half a second away from the ends, which lie half a second away from the other onset"
+    two = task23_targets(Table((p, s)))
+    assert ''.join(two.phase_label if len(two) else ()) == found
+    for row in two.itertuples() if len(two) else ():
+        assert row.start_sample <= row.phase_onset < row.end_sample and row.end_sample - row.start_sample == 1000
+
+
 def test_missing_labels_are_not_clean(tmp_path, write_dataset, quake_records):
     def records():
         for k, (m, x) in enumerate(quake_records(24)):
@@ -96,6 +116,18 @@ def test_missing_labels_are_not_clean(tmp_path, write_dataset, quake_records):
     assert (two.clean == (two.trace_idx % 2 == 0)).all() and not two.clean.all()
     records = score_records(ours(), data)
     assert len(records[records.kind == 'P']) == 12 and len(records[records.kind == 'S']) == 20     # a phase without label is no row
+
+
+def test_what_is_labelled_in_a_table_without_categories():
+    "By the benchmark's rule a record without any pick is noise, and one with a pick of the other phase alone says nothing"
+    nan = np.nan
+    table = pd.DataFrame({'trace_P_arrival_sample': [1., 2., nan, nan], 'trace_S_arrival_sample': [5., nan, 6., nan]})
+    assert labelled(table, 'P').tolist() == [True, True, False, True]
+    assert labelled(table, 'S').tolist() == [True, False, True, True]
+    table['trace_category'] = ['earthquake', 'earthquake', 'earthquake', 'Noise']
+    assert labelled(table, 'P').tolist() == [True, True, False, True]
+    table['trace_category'] = 'earthquake'
+    assert labelled(table, 'S').tolist() == [True, False, True, False]
 
 
 def test_targets_are_made_once(data, tmp_path):

@@ -12,7 +12,7 @@ from hypothesis import given, settings, strategies as st
 from seismodel.cli import main
 from seismodel.finetuning.events import EventSubset, events_of
 from seismodel.picking.evaluation import evaluate
-from seismodel.finetuning.finetune import finetune, fine_recipe, label_windows, start_picker, with_real_noise
+from seismodel.finetuning.finetune import fine_plan, fine_recipe, fine_run, finetune, label_windows, start_picker, with_real_noise
 from seismodel.finetuning.heads import load_picker
 from seismodel.signals.noise import EventsInNoise
 from seismodel.models.pretraining import build, preset
@@ -100,6 +100,13 @@ def test_a_run_from_a_pretrained_model(name, folder, tmp_path):
         from seismodel.picking.seisbench_model import SeisModelPicker
         import obspy
         assert len(SeisModelPicker.from_pretrained(run).annotate(obspy.read())) == 3
+
+
+def test_a_run_is_a_new_one_unless_it_is_said_to_go_on(folder, tmp_path):
+    plan, c = fine_plan('random', 'contrastive-tiny', [str(folder)], None, None, None, None, 'none'), fine_recipe('contrastive', **SMALL)
+    fine_run(plan, start_picker('random', 'contrastive-tiny'), c, tmp_path/'run')
+    assert [row['step'] for row in read_metrics(tmp_path/'run')] == [1, 3] and load_picker(tmp_path/'run')
+    with pytest.raises(UserError, match='holds a run already'): fine_run(plan, start_picker('random', 'contrastive-tiny'), c, tmp_path/'run')
 
 
 def test_the_control_differs_in_the_start_alone(folder, tmp_path):

@@ -192,3 +192,18 @@ def test_version_is_said_once():
     settings = configparser.ConfigParser()
     settings.read(root/'settings.ini')
     assert f"__version__ = \"{settings['DEFAULT']['version']}\"" in (root/'seismodel/__init__.py').read_text(encoding='utf-8')
+
+
+def test_the_lists_of_mutants_are_of_today():
+    "Modules and tests that scripts/mutants.py names are there, and so are the lines of survivors that are explained"
+    tree = ast.parse((root/'scripts/mutants.py').read_text(encoding='utf-8'))
+    tests = next(ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == 'TESTS')
+    for module, stems in tests.items():
+        assert (root/'seismodel'/f'{module}.py').is_file(), module
+        for stem in stems: assert (root/'tests'/f'test_{stem}.py').is_file(), stem
+    blocks = [b for b in (root/'tests/survivors.txt').read_text(encoding='utf-8').strip().split('\n\n') if not b.startswith('#')]
+    for block in blocks:
+        file, *lines = block.split('\n')
+        text = (root/file).read_text(encoding='utf-8').splitlines()
+        assert lines[-1].startswith('why: ') and len(lines[-1]) > 20, block
+        for line in lines[:-1]: assert line[:1] == '+' or line[:1] == '-' and line[1:] in text, f'{file} has no such line: {line}'

@@ -69,6 +69,14 @@ def test_numbers_can_be_names_of_classes(folder):
     assert label_sources([str(folder)], 'code', ['1', '0'], 1., 0)[0].classes == ['1', '0']
 
 
+def test_what_is_noted_of_the_training_labels():
+    "How frequent a class is, or mean and spread of the numbers; before that nothing is, and numbers are what they are"
+    classes, numbers = LabelSpec('c', ['a', 'b']), LabelSpec('m', None)
+    assert (classes.shares, numbers.mean, numbers.std) == (None, 0., 1.)
+    assert classes.usual(np.array([0., 1., 1., 1.])).shares == [.25, .75] and classes.guess() == 'b'
+    assert (numbers.usual(np.array([1., 5.])).mean, numbers.std, numbers.guess()) == (3., 2., 3.)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(600, 9000), st.floats(0, 1), st.floats(0, .999), st.booleans())
 def test_the_onset_is_in_the_window(samples, at, u, s_only):

@@ -6,8 +6,8 @@ Docs: https://seismodel.github.io/seismodel/data/sources.html.md"""
 
 # %% auto #0
 __all__ = ['PHASES', 'NEEDED', 'SyntheticSource', 'onsets', 'statuses', 'draw_split', 'split_column', 'unusable', 'trace_names',
-           'component_codes', 'of_split', 'refusals', 'make_quick', 'SeisBenchSource', 'check_files', 'open_folder',
-           'open_published', 'published', 'published_names', 'open_dataset', 'whole_path', 'means_files',
+           'component_codes', 'of_split', 'refusals', 'make_quick', 'SeisBenchSource', 'metadata_of', 'check_files',
+           'open_folder', 'open_published', 'published', 'published_names', 'open_dataset', 'whole_path', 'means_files',
            'parse_weights', 'open_source', 'write_synthetic', 'open_records']
 
 # %% ../../nbs/data/02_sources.ipynb #2e3bc429
@@ -247,6 +247,18 @@ class SeisBenchSource:
         if not self.checked[i]: check_record(record, self.window)
         self.checked[i] = True
         return record
+
+# %% ../../nbs/data/02_sources.ipynb #5b1e7a03
+def metadata_of(
+    source:SeisBenchSource,
+): # pandas DataFrame: a row for each record, all columns, text as it stands in the files
+    "The metadata of a source's records, read again: a source keeps the columns that reading needs"
+    import pandas as pd
+    read = lambda chunk: pd.read_csv(Path(source.data.path)/f"metadata{chunk}.csv", dtype=str, keep_default_na=False)
+    chunks = source.data.metadata["trace_chunk"]                               # names may come again in another chunk
+    table = pd.concat([read(chunk).assign(trace_chunk=chunk) for chunk in sorted(set(chunks))])
+    table = table.drop_duplicates(["trace_name", "trace_chunk"]).set_index(["trace_name", "trace_chunk"])
+    return table.loc[list(zip(source.names, chunks))].reset_index()
 
 # %% ../../nbs/data/02_sources.ipynb #e692f79c
 NEEDED = {"trace_name": {"trace_name"},                                        # what is needed -> where it may stand

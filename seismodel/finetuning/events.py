@@ -10,12 +10,11 @@ __all__ = ['events_of', 'EventSubset', 'subset_events']
 # %% ../../nbs/finetuning/02_events.ipynb #305d5935
 import csv
 import math
-from pathlib import Path
 from zlib import crc32
 
 import numpy as np
 
-from ..data.sources import SyntheticSource
+from ..data.sources import SyntheticSource, metadata_of
 
 # %% ../../nbs/finetuning/02_events.ipynb #d079db8a
 def events_of(
@@ -27,12 +26,10 @@ def events_of(
         with open(source.store.folder/'traces.csv', newline='', encoding='utf-8') as f: events = [row.get('source_id') or row['trace_name'] for row in csv.DictReader(f)]
         return [events[i] for i in source.rows]
     if not hasattr(source, 'names'): return [str(i) for i in range(len(source))]      # synthetic: every record is an event
-    import pandas as pd
-    tables = [pd.read_csv(f, dtype=str) for f in sorted(Path(source.data.path).glob('metadata*.csv'))] if hasattr(source, 'data') else []
-    known = {}
-    for t in tables:
-        if 'source_id' in t: known.update(zip(t['trace_name'], t['source_id'].fillna(t['trace_name'])))
-    return [known.get(name, name) for name in source.names]
+    if not hasattr(source, 'data'): return list(source.names)
+    table = metadata_of(source)
+    if 'source_id' not in table: return list(source.names)
+    return table['source_id'].where(~table['source_id'].isin(['', 'nan', 'NaN']), table['trace_name']).tolist()
 
 class EventSubset:
     "A part of a source: whole events, the same ones in every larger fraction"

@@ -12,7 +12,6 @@ import csv
 import math
 from dataclasses import dataclass
 from difflib import get_close_matches
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from torch.utils.data import Dataset
 from .events import EventSubset, events_of
 from ..data.windows import cut_window, uniforms
 from ..signals.normalize import normalize_windows
-from ..data.sources import open_source
+from ..data.sources import metadata_of, open_source
 from ..signals.records import WINDOW, Record
 from ..core import BadRecord, UserError
 
@@ -34,11 +33,7 @@ def column_of(
     if hasattr(source, 'store'):
         with open(source.store.folder/'traces.csv', newline='', encoding='utf-8') as f: rows = list(csv.DictReader(f))
         rows = [rows[i] for i in source.rows]
-    elif hasattr(source, 'data'):
-        import pandas as pd
-        files = sorted(Path(source.data.path).glob('metadata*.csv'))
-        table = pd.concat([pd.read_csv(f, dtype=str, keep_default_na=False) for f in files]).drop_duplicates('trace_name').set_index('trace_name')
-        rows = table.reindex(source.names).reset_index().to_dict('records')
+    elif hasattr(source, 'data'): rows = metadata_of(source).to_dict('records')
     else: raise UserError(f"{source.name} has no metadata; give a data set in SeisBench's format, or a store that was packed from one.")
     if column not in rows[0]:
         near = get_close_matches(column, rows[0], 3, .4)

@@ -74,7 +74,7 @@ class EventsInNoise:
         self.noise, self.seed, self.spread_db, L = noise.numpy(), seed, spread_db, noise.shape[1]
         self.level = np.sqrt(band_power(self.noise[:, :1000], SAMPLING_RATE))             # of the first ten seconds
         self.config = SyntheticConfig(samples=3 * L // 2, noise_only=0., double=0., faults=0., snr_db=(15., 14., 3., 60.))
-        parts = [self._make(range(k, min(k + 32, events))) for k in range(0, events, 32)]
+        parts = [self._make(range(3 * k, 3 * min(k + 32, events), 3)) for k in range(0, events, 32)]     # of `SyntheticSource`'s train stream
         self.waves, self.onsets = (np.concatenate(p) for p in zip(*parts))                # (E, 3L/2, 3), (E, 2)
 
     def _make(self, numbers):
