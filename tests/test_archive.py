@@ -123,6 +123,17 @@ def test_folders_patterns_files_and_selection(tmp_path):
     with pytest.raises(UserError, match='give a date'): names(tmp_path, start='yesterday')
 
 
+def test_a_day_of_an_sds_archive_that_reaches_into_the_next(tmp_path):
+    "Its name says 28 February; what it holds of the 29th is found too. Files of other days and stations are not opened"
+    st = record(3600, 'HHZ')                                                   # from 23:30 to 00:30
+    for name in ('XX.ABC.00.HHZ.D.2024.059', 'XX.ABC.00.HHZ.D.2024.050', 'XX.DEF.00.HHZ.D.2024.060'): save(st, tmp_path/name)
+    x, span, archive = only(tmp_path, start='2024-02-29T00:10', station='ABC')
+    assert [Path(f).name for f in archive.stamps] == ['XX.ABC.00.HHZ.D.2024.059']
+    np.testing.assert_array_equal(x[:, 0], st[0].data[40*6000:])
+    x, span, archive = only(tmp_path, end='2024-02-28T23:40', network='X?')
+    assert len(archive.stamps) == 3 and span.count == 60_000
+
+
 # time
 
 @pytest.mark.parametrize('rates', [(100., 100., 100.), (99.98, 200., 62.5), (50., 99.96, 1000.)])

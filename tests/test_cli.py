@@ -116,8 +116,9 @@ def test_embed_and_inspect_read_archives_in_any_layout(trained, tmp_path, capsys
     "Two hours with a gap, whole and as an hour and channel per file: the same features; another station is left away"
     import obspy
     rng, t0 = np.random.default_rng(0), obspy.UTCDateTime('2024-02-28T22:30')
-    st = obspy.Stream([obspy.Trace((1e3*rng.standard_normal(720_000)).astype(np.int32) + 5000, dict(
+    st = obspy.Stream([obspy.Trace((1e3*rng.standard_normal(720_000)).astype(np.float32) + 5000, dict(
         network='XX', station='ABC', channel=f'HH{c}', sampling_rate=100., starttime=t0)) for c in 'ZNE'])
+    for tr in st: tr.data[300_000:320_000] = 1e30                      # no ground motion: nothing was recorded there
     st = st.cutout(t0 + 2000, t0 + 2400)
     for name in ('whole', 'parts'): (tmp_path/name).mkdir()
     st.write(str(tmp_path/'whole/all.mseed'), format='MSEED')
@@ -132,7 +133,8 @@ def test_embed_and_inspect_read_archives_in_any_layout(trained, tmp_path, capsys
         made[name] = np.load(tmp_path/f'{name}.npz')
     names, starts = made['whole']['name'].tolist(), made['whole']['start_sample'].tolist()
     assert dict.fromkeys(names) == {f'XX.ABC..HH {t0}': None, f'XX.ABC..HH {t0 + 2400}': None}
-    assert starts == [*range(0, 200_000, 4096), *range(0, 480_000, 4096)]
+    lost = {k for k in range(0, 480_000, 4096) if 60_000 <= k and k + 4096 <= 80_000}
+    assert starts == [*range(0, 200_000, 4096), *(k for k in range(0, 480_000, 4096) if k not in lost)] and len(lost) == 4
     for key in ('features', 'name', 'start_sample', 'true_frames'):
         assert made['parts'][key].shape == made['whole'][key].shape
         np.testing.assert_array_equal(made['parts'][key], made['whole'][key])
