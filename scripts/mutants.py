@@ -45,7 +45,7 @@ TESTS = {
     'training/config': ['recipe', 'trainer'],
     'training/schedule': ['recipe', 'trainer'],
     'training/batches': ['recipe', 'loading', 'trainer'],
-    'training/trainer': ['recipe', 'interruptions', 'trainer'],
+    'training/trainer': ['recipe', 'interruptions', 'trainer', 'distributed'],
     'finetuning/heads': ['heads', 'signs_and_ends', 'recipe', 'finetuning'],
     'finetuning/events': ['finetuning', 'leakage'],
     'finetuning/finetune': ['recipe', 'finetuning', 'leakage'],
@@ -131,7 +131,7 @@ def run_tests(stems, tree, seconds):
     command = [sys.executable, '-m', 'pytest', '-x', '-q', '-p', 'no:cacheprovider', '--hypothesis-seed=0', *files]
     env = {**os.environ, 'PYTHONPATH': str(tree), 'PYTHONDONTWRITEBYTECODE': '1', 'SEISMODEL_DATA': str(tree)}
     since = monotonic()
-    with open(tree/'output.txt', 'w+', encoding='utf-8') as said:
+    with open(tree/'output.txt', 'w', encoding='utf-8') as said:
         process = subprocess.Popen(command, cwd=tree, env=env, stdout=said, stderr=said, start_new_session=True)
         try: passed = process.wait(seconds) == 0
         except subprocess.TimeoutExpired: passed = None
@@ -139,7 +139,7 @@ def run_tests(stems, tree, seconds):
             try: os.killpg(process.pid, signal.SIGKILL)      # a mutant may have left processes
             except ProcessLookupError: pass
             process.wait()
-    failed = re.search(r'^(?:FAILED|ERROR) tests/test_(\S+)', (tree/'output.txt').read_text(errors='replace', encoding='utf-8'), re.M)
+    failed = re.search(r'^(?:FAILED|ERROR) tests/test_(\S+)', (tree/'output.txt').read_text(encoding='utf-8', errors='replace'), re.M)
     return passed, failed[1] if failed else '', monotonic() - since
 
 

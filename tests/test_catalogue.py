@@ -104,7 +104,7 @@ def in_the_end(pick_each, folder):
 
 def test_the_same_picks_as_classify(model, tmp_path):
     files = write_files(tmp_path/'in', 1)
-    rows, _ = pick_files(model, files, tmp_path/'out', ARGS)
+    rows, _ = pick_files(model, files, tmp_path/'new/out', ARGS)
     want = model.classify(obspy.read(files/'00.mseed'), **ARGS).picks
     assert len(rows) == len(want) > 5
     assert [(r['phase'], r['time']) for r in rows] == [(p.phase, str(p.peak_time)) for p in want]

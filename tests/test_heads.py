@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from torch import nn
 from torch.nn import functional as F
 
-from seismodel.finetuning.heads import LABELS, SIGMA, PickHead, Picker, found, load_picker, pick_labels, pick_loss, to_samples
+from seismodel.finetuning.heads import LABELS, SIGMA, PickHead, Picker, WindowHead, found, load_picker, pick_labels, pick_loss, to_samples
 from seismodel.models.pretraining import build, from_pretrained, preset
 from seismodel.training.trainer import parameter_groups
 from seismodel.core import UserError
@@ -30,6 +31,7 @@ def test_labels_are_seisbench_s(picks):
     "The same numbers as SeisBench's ProbabilisticLabeller, for any two onsets, near or far"
     from seisbench.generate import ProbabilisticLabeller
     columns = {'trace_p_arrival_sample': 'P', 'trace_s_arrival_sample': 'S'}
+    assert SIGMA == 20.                                          # 0.2 s
     ours = pick_labels(*torch.tensor(picks).T, 512)
     assert ours.shape == (len(picks), 512, 3)
     for row, onset in zip(ours, picks):
@@ -150,6 +152,13 @@ def test_head_needs_no_seisbench():
     import subprocess, sys
     code = 'import sys, seismodel.finetuning.heads; sys.exit("seisbench" in sys.modules or "obspy" in sys.modules)'
     assert subprocess.run([sys.executable, '-c', code]).returncode == 0
+
+
+def test_what_drops_out_in_training():
+    "A fifth of the channels after each convolution, a fifth of the pooled vector, unless another share is named"
+    shares = lambda head: [m.p for m in head.modules() if isinstance(m, nn.Dropout)]
+    assert shares(PickHead(8)) == [.2, .2] and shares(PickHead(8, width=0)) == [] and shares(WindowHead(8, 3)) == [.2]
+    assert shares(PickHead(8, dropout=.5)) == [.5, .5] and shares(WindowHead(8, 3, dropout=.5)) == [.5]
 
 
 def test_linear_probe_is_linear():

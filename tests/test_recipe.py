@@ -82,7 +82,7 @@ class Watch(list):
     def __init__(self, note=None, until=None): self.note, self.until = note, until
 
     @contextmanager
-    def open(self):
+    def hooked(self):
         hook = register_optimizer_step_pre_hook(self.look)
         try: yield self
         finally: hook.remove()
@@ -98,10 +98,10 @@ def cut_and_resumed(make, folder, note=None, at=6, **given):
     "What `Watch` sees of a run that is cut off in a step, and of its resumption"
     torch.manual_seed(0)
     model = make()
-    with Watch(lambda o: note(model) if note else None, until=at).open(encoding='utf-8') as before, pytest.raises(ZeroDivisionError): go(model, folder, **given)
+    with Watch(lambda o: note(model) if note else None, until=at).hooked() as before, pytest.raises(ZeroDivisionError): go(model, folder, **given)
     torch.manual_seed(99)
     model = make()
-    with Watch(lambda o: note(model) if note else None).open(encoding='utf-8') as after: go(model, folder, resume=True, **given)
+    with Watch(lambda o: note(model) if note else None).hooked() as after: go(model, folder, resume=True, **given)
     return before, after
 
 
@@ -165,7 +165,7 @@ def test_the_gradient_is_clipped(name, tmp_path):
     "Its norm at the optimiser's step, beside the norm before that the log has"
     for clip in (1e-2, 1e9):
         torch.manual_seed(0)
-        with Watch().open(encoding='utf-8') as seen: go(MODELS[name](), tmp_path/str(clip), steps=3, clip=clip)
+        with Watch().hooked() as seen: go(MODELS[name](), tmp_path/str(clip), steps=3, clip=clip)
         logged = [row['grad_norm'] for row in read_metrics(tmp_path/str(clip))]
         assert len(seen) == len(logged) == 3 and min(logged) > 1e-2
         np.testing.assert_allclose([s['norm'] for s in seen], np.minimum(logged, clip), rtol=1e-3)
@@ -193,7 +193,7 @@ def test_learning_rate_and_temperature_along_a_run_and_its_resumption(name, tmp_
 
 def test_the_warm_up_is_a_straight_line(tmp_path):
     torch.manual_seed(0)
-    with Watch().open(encoding='utf-8') as seen: go(build(RECONSTRUCTION), tmp_path/'run', warmup=.4, lr=1.)
+    with Watch().hooked() as seen: go(build(RECONSTRUCTION), tmp_path/'run', warmup=.4, lr=1.)
     assert [s['groups'][0]['lr'] for s in seen[:5]] == pytest.approx([.25, .5, .75, 1., 1.])
     assert all(a['groups'][0]['lr'] > b['groups'][0]['lr'] > 0 for a, b in zip(seen[4:], seen[5:]))
 
@@ -234,7 +234,7 @@ def test_frozen_parts_stay_through_a_run(freeze, tmp_path):
     picker = Picker(build(CONTRASTIVE), freeze=freeze)
     start, moved = {k: v.clone() for k, v in picker.state_dict().items()}, []
     def note(optimizer): moved.append({k.split('.')[0] for k, v in picker.state_dict().items() if not torch.equal(v, start[k])})
-    with Watch(note).open(encoding='utf-8'): go(picker, tmp_path/'run', steps=8, lr=1e-2, weight_decay=.5)
+    with Watch(note).hooked(): go(picker, tmp_path/'run', steps=8, lr=1e-2, weight_decay=.5)
     note(None)
     whole, upper, head = {'encoder', 'backbone', 'head'}, {'backbone', 'head'}, {'head'}
     learns = {n.split('.')[0] for n, p in picker.named_parameters() if p.requires_grad}
@@ -279,7 +279,7 @@ def test_no_two_passes_draw_alike_and_a_resumption_draws_the_same(name, tmp_path
         with pytest.MonkeyPatch.context() as patch:
             ear = Ear(model, patch)
             if 'until' in more:
-                with Watch(until=more.pop('until')).open(encoding='utf-8'), pytest.raises(ZeroDivisionError): go(model, folder, seed=seed, **given)
+                with Watch(until=more.pop('until')).hooked(), pytest.raises(ZeroDivisionError): go(model, folder, seed=seed, **given)
             else: go(model, folder, seed=seed, **given, **more)
         return ear
     whole = run(tmp_path/'whole')
@@ -334,7 +334,7 @@ def test_no_two_batches_are_augmented_alike_and_a_resumption_augments_the_same(w
         model, seen = Picker(build(CONTRASTIVE)), []
         model.register_forward_pre_hook(lambda m, a: seen.append(sha1(a[0]['x'].numpy().tobytes()).hexdigest()) if m.training else None)
         call = lambda: train(model, WindowDataset([OneRecord()], 72, window=1024), WindowDataset([OneRecord()], 4, window=1024), c, folder, resume=resume, augment=augment)
-        with Watch(until=until).open(encoding='utf-8'):
+        with Watch(until=until).hooked():
             if until is None: call()
             else:
                 with pytest.raises(ZeroDivisionError): call()
@@ -390,12 +390,12 @@ def test_best_holds_the_weights_with_the_lowest_dev_loss(losses, best, cut, tmp_
     monkeypatch.setattr(trainer, 'validation_metrics', looked)
     optimizers = []
     note = lambda optimizer: optimizers.append(optimizer)
-    with Watch(note, until=cut).open(encoding='utf-8'):
+    with Watch(note, until=cut).hooked():
         if cut:
             with pytest.raises(ZeroDivisionError): go(build(RECONSTRUCTION), tmp_path/'run', validate_every=2)
         else: go(build(RECONSTRUCTION), tmp_path/'run', validate_every=2)
     if cut:
-        with Watch(note).open(encoding='utf-8'): go(build(RECONSTRUCTION), tmp_path/'run', resume=True, validate_every=2)
+        with Watch(note).hooked(): go(build(RECONSTRUCTION), tmp_path/'run', resume=True, validate_every=2)
     rows = {row['step']: row['dev_loss'] for row in read_metrics(tmp_path/'run') if 'dev_loss' in row}
     assert rows == {2*k: v if math.isfinite(v) else None for k, v in enumerate(losses, 1)}
     kept = from_pretrained(tmp_path/'run/best')

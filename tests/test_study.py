@@ -8,8 +8,10 @@ import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from safetensors.torch import load_file
 
 import seismodel.study.run as study_module
+import seismodel.study.trial as trial_module
 import seismodel.training.trainer as trainer
 from seismodel.study.trial import (Trial, StudyConfig, CachedAnnotator, trial_recipe, trial_settings,
                                    trial_windows, dev_score, candidates_of, score_trial, start_trial)
@@ -127,6 +129,19 @@ def test_killed_while_scoring_it_scores_again(done, store, tmp_path):
     assert main(command(store, tmp_path/'s', '--fractions', '1')) == 0
     trial = tmp_path/'s/trials/PhaseNet--1--0'
     assert (trial/'records.csv').read_bytes() == (done/'trials/PhaseNet--1--0/records.csv').read_bytes() and (trial/'best/model.safetensors').read_bytes() == before
+
+
+def test_the_best_weights_are_scored(store, tmp_path, monkeypatch):
+    "Not the last ones: of two steps the first has the lower dev loss"
+    scored, losses = [], iter([1., 2.])
+    monkeypatch.setattr(trainer, 'validation_metrics', lambda *a: {'loss': next(losses)})
+    monkeypatch.setattr(trial_module, 'score_trial', lambda picker, common: scored.append(picker) or pd.DataFrame())
+    trial = Trial(candidates_of(None, ['PhaseNet'])[0], 1., 0)
+    trial_module.run_trial(trial, StudyConfig((str(store),), steps=2, batch_size=4, validation_windows=4, device='cpu', synthetic=0.), tmp_path)
+    best, last = (load_file(tmp_path/f'{trial.name}.part'/part/'model.safetensors') for part in ('best', '.'))
+    used = scored[0].peer.state_dict()
+    assert set(used) == set(best) and all(torch.equal(used[k], best[k]) for k in best)
+    assert any(not torch.equal(last[k], best[k]) for k in best) and not scored[0].training
 
 
 def test_a_failing_cell_does_not_stop_the_others(done, store, tmp_path, monkeypatch, capsys):

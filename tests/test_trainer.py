@@ -126,6 +126,16 @@ def test_a_run_folder_holds_what_the_readme_says(tmp_path):
     assert not list(folder.rglob('*.part'))
 
 
+def test_what_a_run_was_given_stays_in_its_settings(tmp_path):
+    "Beside model and training, at the start, with the best weights, and after each checkpoint"
+    more = {'data': ['a'], 'zone': {'b': 1.5}}
+    c = TrainConfig(steps=3, batch_size=4, device='cpu', workers=0, validate_every=1, validation_windows=4)
+    train(build(RECONSTRUCTION), windows(12), windows(4, 'dev'), c, tmp_path/'run', more)
+    for folder in ('run', 'run/best'):
+        said = json.loads((tmp_path/folder/'config.json').read_text(encoding='utf-8'))
+        assert {name: said[name] for name in more} == more and said['train']['steps'] == 3 and said['model']['method'] == 'reconstruction'
+
+
 def test_tensorboard_gets_scalars_codes_and_a_window(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     folder = run(build(CONTRASTIVE), tmp_path/'run', steps=2, validate_every=2, tensorboard=True)
