@@ -110,7 +110,8 @@ class Notes:
         for channel, why, begin, end, files in self.intervals():
             number[channel, why] += 1
             names = f" ({', '.join(files[:3])})" if files else ''
-            if number[channel, why] <= 5: out.append(f'{channel} {interval(begin, end)}: {why}{names}')
+            if number[channel, why] > 5: continue
+            out.append(f'{channel} {interval(begin, end)}: {why}{names}')
         return out + [f'{channel}: {k - 5} more intervals: {why}'
                       for (channel, why), k in number.items() if k > 5]
 
@@ -368,13 +369,14 @@ class Selection:
         asked = dict(network=network, station=station, location=location, channel=channel)
         self.asked = {k: v or '--' for k, v in asked.items()}        # argparse swallows a lone --
         more = dict(start=start, end=end, components=components, z_only=z_only, inventory=inventory)
-        self.given = {k: v for k, v in self.asked.items() if v != '*'} | {k: str(v) for k, v in more.items() if v}
+        self.given = {k: v for k, v in self.asked.items() if v != '*'}
+        self.given |= {k: str(v) for k, v in more.items() if v}
         self.by_hand, self.z_only = parse_components(components), z_only
         self.inventory = _inventory(inventory)
-        begin, end = _nanoseconds('start', start), _nanoseconds('end', end)
-        if begin is not None and end is not None and begin >= end:
-            raise UserError(f"--start {self.given['start']} is not before --end {self.given['end']}; exchange them.")
-        self.window = -2**62 if begin is None else begin, 2**62 if end is None else end
+        first, last = _nanoseconds('start', start), _nanoseconds('end', end)
+        if first is not None and last is not None and first >= last:
+            raise UserError(f'--start {start} is not before --end {end}; exchange them.')
+        self.window = -2**62 if first is None else first, 2**62 if last is None else last
 
     def wants(self, channel: str) -> bool:
         "Whether NET.STA.LOC.CHA is meant"
@@ -391,7 +393,8 @@ class Selection:
         return self.wants(codes) and begin - DAY < self.window[1] and begin + 2*DAY > self.window[0]
 
 DAY = 86_400*10**9   # ns
-SDS = re.compile(r'([^.]*\.[^.]*\.[^.]*\.[^.]*)\.[A-Z]\.(\d{4})\.(\d{3})')       # NET.STA.LOC.CHA.D.2024.059
+# NET.STA.LOC.CHA.D.2024.059
+SDS = re.compile(r'([^.]*\.[^.]*\.[^.]*\.[^.]*)\.[A-Z]\.(\d{4})\.(\d{3})')
 
 def _nanoseconds(name, text):
     "A time as ns since 1970, or None"
@@ -445,9 +448,12 @@ def list_files(
     found = {}
     for source in map(str, sources):
         exists = Path(source).exists()
-        matching = [source] if exists else sorted(glob(source, recursive=True)) if has_magic(source) else []
+        found_by_pattern = sorted(glob(source, recursive=True)) if has_magic(source) else []
+        matching = [source] if exists else found_by_pattern
         if not matching: raise UserError(f"There is no file or folder '{source}'.")
-        files = [f for m in map(Path, matching) for f in (files_below(m) if m.is_dir() else [m] if m.is_file() else [])]
+        files = []
+        for path in map(Path, matching): files += files_below(path) if path.is_dir() else [path]
+        files = [f for f in files if f.is_file()]
         if not files: raise UserError(f"The folder '{source}' holds no files.")
         for file in files: found.setdefault(str(file.resolve()), str(file))
     return list(found.values())

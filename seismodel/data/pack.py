@@ -108,10 +108,12 @@ class ArchiveItems:
     ):
         self.name, self.window = name, window
         self.archive = open_archive(*sources, selection=selection)
-        self.files, self.left = [Path(f) for f in self.archive.stamps], list(self.archive.left_out.items())
+        self.files = [Path(f) for f in self.archive.stamps]
+        self.left = list(self.archive.left_out.items())
         if self.archive.instruments: return
         first = next((f'; the first: {file}: {why}' for file, why in self.left), '')
-        raise UserError(f"{name} holds neither a SeisBench data set nor waveforms that can be used{first}")
+        raise UserError(f'{name} holds neither a SeisBench data set nor waveforms that can be used'
+                        f'{first}')
 
     def items(self,
         after: list | None = None,  # [hours that are done, items of the next one that are done]
@@ -184,7 +186,8 @@ def open_items(
         name += f" and {len(words) - 1} more" if words[1:] else ""
         return ArchiveItems([os.path.expanduser(w) for w in words], name, window, selection)
     given = next(iter(selection.given), None) if selection else None
-    if given: raise UserError(f"--{given.replace('_', '-')} chooses from waveform files, and {where} is a data set: leave it away")
+    option = f"--{(given or '').replace('_', '-')}"
+    if given: raise UserError(f'{option} chooses from waveform files, and {where} is a data set: leave it away')
     return DatasetItems(open_dataset(where), name, window)
 
 def listing(
@@ -217,11 +220,13 @@ def pack(
     twice = [w for k, w in enumerate(sources) if Path(w).resolve() in [Path(v).resolve() for v in sources[:k]]]
     if twice: raise UserError(f"{twice[0]} is named twice, and its traces would be packed twice: name it once, with a larger share in --data-weights")
     shares = parse_weights(data_weights, len(sources))
-    selection, groups = Selection(**selection), _groups([str(w) for w in sources], together=not shares)
+    selection = Selection(**selection)
+    groups = _groups([str(w) for w in sources], together=not shares)
     streams = [open_items(*group, window=window, selection=selection) for group in groups]
     shard = file_mib * 2**20 // (3 * np.dtype(DTYPES[dtype]).itemsize)
     if shard < 3 * window: raise UserError(f"--file-mib is {file_mib}, too small for one record: give 1 or more")
-    names = [s.name if [t.name for t in streams].count(s.name) == 1 else " ".join(g) for s, g in zip(streams, groups)]
+    once = lambda name: [s.name for s in streams].count(name) == 1
+    names = [s.name if once(s.name) else " ".join(g) for s, g in zip(streams, groups)]
     plan = dict(dtype=dtype, window=window, shard_samples=shard, sources=[
         dict(name=n, where=" ".join(g), weight=share, files=listing(s))
         for n, g, s, share in zip(names, groups, streams, shares or len(groups)*[None])])

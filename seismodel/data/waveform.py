@@ -35,7 +35,8 @@ def read_waveform(
     archive = open_archive(path)
     names = [i.name for i in archive.instruments]
     if len(names) > 1:
-        raise UserError(f"{path} has several instruments ({', '.join(names[:4])}): write one of them to a new file")
+        raise UserError(f"{path} has several instruments ({', '.join(names[:4])}): write one of them to "
+                        'a new file')
     if not names:
         name, why = next(iter(archive.left_out.items()))
         if name != str(path): why = f'it has no samples on a channel that ends in Z, N, E, 1 or 2 ({why})'
@@ -55,7 +56,9 @@ def _whole(instrument, path):
     firsts = [round((span.start - start)/TICK) for span in spans]
     length = firsts[-1] + spans[-1].count
     if length > day and length > 10*sum(span.count for span in spans):
-        raise UserError(f'{path} is nearly all gap, {length/day:.0f} days with little data: cut it into short files')
+        raise UserError(f'{path} is nearly all gap, {length/day:.0f} days with little data: '
+                        'cut it into short files')
     x = np.full((length, 3), np.nan)
-    for first, span in zip(firsts, spans): x[first:first + span.count] = instrument.read(span, 0, span.count)
+    for first, span in zip(firsts, spans):
+        x[first:first + span.count] = instrument.read(span, 0, span.count)
     return x, start

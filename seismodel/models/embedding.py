@@ -95,7 +95,8 @@ def records_of(
     "Every record of a source, one after the other; unusable ones are named and left out"
     if means_files(sources[0]): return (yield from records_of_archive(sources, selection))
     if sources[1:] or selection and selection.given:
-        raise UserError(f"'{sources[0]}' is a data set: give it alone, without options that choose from waveform files.")
+        raise UserError(f"'{sources[0]}' is a data set: give it alone, without options that choose from "
+                        'waveform files.')
     dataset = open_source(sources[0], split)
     for i in range(len(dataset)):
         try: record = dataset.record(i)
@@ -115,13 +116,15 @@ def embed(
 )->Path: # the file written
     "Write the features of a data set or of waveform files to .npz: features, name, start_sample, true_frames"
     target, out = pick_device(device), Path(out)
-    sources, selection = [sources] if isinstance(sources, (str, Path)) else list(sources), Selection(**selection)
+    sources = [sources] if isinstance(sources, (str, Path)) else list(sources)
+    selection = Selection(**selection)
     if out.suffix != '.npz': raise UserError(f"'{out}' must end in .npz.")
     net = from_pretrained(model).to(target)
     rows = {'features': [], 'name': [], 'start_sample': [], 'true_frames': []}
     for name, waveform, first in records_of(sources, split, selection):
         f, starts, true = record_features(net, waveform, target, frames)
-        for key, value in zip(rows, (f, [name]*len(f), first + np.array(starts), true)): rows[key].append(np.asarray(value))
+        found = f, [name]*len(f), first + np.array(starts), true
+        for key, value in zip(rows, found): rows[key].append(np.asarray(value))
     if not rows['features']: raise UserError(f"'{sources[0]}' has no usable record in its split '{split}'.")
     arrays = {key: np.concatenate(values) for key, values in rows.items()}
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -83,7 +83,8 @@ def day_key(
     for span, first, last in pieces:
         a, b = max(0, first - margin), min(span.count, last + margin)
         time = lambda k: span.start + TICK*k
-        lines.append((time(first), time(last), time(a), time(b), first < margin, last + margin > span.count))
+        ends = first < margin, last + margin > span.count
+        lines.append((time(first), time(last), time(a), time(b), *ends))
         for start, e in instrument.entries(time(a) - MARGIN, time(b) + MARGIN):
             stamp = str(Path(e.block.file).resolve()), *archive.stamps[e.block.file]
             lines.append((e.channel, start, e.npts, e.rate, stamp))
@@ -108,7 +109,8 @@ def pick_day(
         best = max((float(p.peak_value) for p in found.picks), default=0.)
         if figure and found.samples and best > surest[0]: surest = best, piece, found
     if surest[1]: _draw(stream_of(instrument, *surest[1]), surest[2], figure)
-    return dict(picks=sorted(rows, key=lambda row: row['time']), notes=list(notes.intervals()), samples=samples)
+    rows.sort(key=lambda row: row['time'])
+    return dict(picks=rows, notes=list(notes.intervals()), samples=samples)
 
 def stream_of(
     instrument: Instrument,
@@ -122,7 +124,8 @@ def stream_of(
     network, station, location, code = instrument.name.split('.')
     head = dict(network=network, station=station, location=location, sampling_rate=SAMPLING_RATE,
                 starttime=UTCDateTime(ns=int(span.start + TICK*first)))
-    return Stream([Trace(np.ascontiguousarray(x[:, COMPONENTS.index(c)]), {**head, 'channel': code + c})
+    own = lambda c: np.ascontiguousarray(x[:, COMPONENTS.index(c)])
+    return Stream([Trace(own(c), {**head, 'channel': code + c})
                    for c in instrument.components])
 
 def _draw(stream, found, figure):
@@ -155,7 +158,8 @@ def pick_each(
 ) -> list[tuple[Instrument, str, Path]]:   # instrument, date and result of each day
     "Pick those of the days that have not been picked yet"
     from seismodel.picking.pieces import settings_of
-    days, done = [(i, *day) for i in archive.instruments for day in days_of(i)][share[0]::share[1]], []
+    days = [(i, *day) for i in archive.instruments for day in days_of(i)]
+    days, done = days[share[0]::share[1]], []
     s = settings_of(model, args)
     for instrument, date, pieces in tqdm(days, where, unit='day', disable=len(days) == 1):
         folder = out/'days'/(instrument.name.rstrip('.') or '_')         # Windows takes no stop at the end
@@ -166,7 +170,8 @@ def pick_each(
             figure.unlink(missing_ok=True)               # of other samples
             found = pick_day(model, instrument, pieces, s, figure if figures else None)
             folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(table, lambda part: part.write_text(json.dumps(found), encoding='utf-8'))
+            text = json.dumps(found)
+            write_atomically(table, lambda part: part.write_text(text, encoding='utf-8'))
         done.append((instrument, date, table))
     return done
 
@@ -196,9 +201,12 @@ def _collect(archive, done, out, method):
         for note in found['notes']: notes.add(*note)
         if not found['samples']: left[f'{instrument.name} {date}'] = 'no stretch is long enough'
     for channel, why, begin, end, files in notes.intervals():
-        left[f'{channel} {interval(begin, end)}'] = why + (f" ({', '.join(files[:3])})" if files else '')
-    if not samples: raise UserError(f'Nothing can be picked; the first: {next(iter(left))}: {next(iter(left.values()))}.')
-    rows = lambda: (row for instrument, _, table in done for row in _rows(instrument, _result(table)['picks']))
+        names = f" ({', '.join(files[:3])})" if files else ''
+        left[f'{channel} {interval(begin, end)}'] = why + names
+    first = ': '.join(next(iter(left.items()), ('', '')))
+    if not samples: raise UserError(f'Nothing can be picked; the first: {first}.')
+    rows = lambda: (row for instrument, _, table in done
+                    for row in _rows(instrument, _result(table)['picks']))
     write_picks(rows(), out/'picks.csv')
     write_quakeml(rows(), out/'picks.xml', method)
     write_left_out(left, out/'left_out.csv')
@@ -219,14 +227,15 @@ def write_left_out(
 ):
     "Write what was not used"
     def write(part):
-        with open(part, 'w', newline='', encoding='utf-8') as f: csv.writer(f).writerows([('name', 'why'), *left.items()])
+        with open(part, 'w', newline='', encoding='utf-8') as f:
+            csv.writer(f).writerows([('name', 'why'), *left.items()])
     write_atomically(path, write)
 
 # %% ../../nbs/picking/02_pick.ipynb #a11de71d
 def pick_share(model, device, archive, out, args, figures, share):
     "What a process of `pick_side_by_side` does"
     from seismodel.picking.seisbench_model import open_picker
-    signal.signal(signal.SIGINT, signal.SIG_DFL)             # Ctrl-C reaches every process, and one has a word for it
+    signal.signal(signal.SIGINT, signal.SIG_DFL)         # Ctrl-C reaches all; one has a word for it
     pick_each(open_picker(model).to(device), archive, out, args, figures, share, device)
 
 def pick_side_by_side(
@@ -239,12 +248,15 @@ def pick_side_by_side(
 ):
     "Pick in several processes; one that is lost is named, and its days stay unpicked"
     share = lambda k: (model, str(devices[k]), archive, out, args, figures, (k, len(devices)))
-    processes = [get_context('spawn').Process(target=pick_share, args=share(k)) for k in range(len(devices))]
+    Process = get_context('spawn').Process
+    processes = [Process(target=pick_share, args=share(k)) for k in range(len(devices))]
     try:
         for process in processes: process.start()
         for process, device in zip(processes, devices):
             process.join()
-            if process.exitcode: print(f'The process on {device} was lost ({process.exitcode}); its days are picked now.', file=sys.stderr)
+            if not process.exitcode: continue
+            print(f'The process on {device} was lost ({process.exitcode}); its days are picked now.',
+                  file=sys.stderr)
     finally:
         for process in processes:
             if process.pid: process.terminate()
@@ -281,7 +293,8 @@ def pick(
         pick_side_by_side(model, devices, archive, out, args, figures)
     count, left = pick_archive(net, archive, out, args, figures)
     for name, why in list(left.items())[:10]: print(f'left out: {name}: {why}', file=sys.stderr)
-    if left: print(f"{len(left)} files, channels or intervals were left out, see {out/'left_out.csv'}", file=sys.stderr)
+    said = f"{len(left)} files, channels or intervals were left out, see {out/'left_out.csv'}"
+    if left: print(said, file=sys.stderr)
     print(f"{count['P']} P and {count['S']} S picks in {out/'picks.csv'}")
     return out/'picks.csv'
 
@@ -289,5 +302,6 @@ def _outside(out, sources):
     "The folder of the results; raises `UserError` where it lies inside of a source"
     for source in map(Path, sources):
         if source.is_dir() and source.resolve() in [out.resolve(), *out.resolve().parents]:
-            raise UserError(f"--out '{out}' lies inside '{source}', whose files are picked; name a folder elsewhere.")
+            raise UserError(f"--out '{out}' lies inside '{source}', whose files are picked; "
+                            'name a folder elsewhere.')
     return out
