@@ -79,8 +79,8 @@ class FiniteWatch:
 HEALTHY = {   # measure -> (step, lowest, highest) at a few steps; None: no bound
     'contrastive':      [(0, None, 4.9), (200, None, 4.62), (1000, None, 4.1), (5000, None, 3.9)],
     'accuracy':         [(0, 0., None), (200, .01, None), (1000, .06, None), (5000, .08, None)],
-    'perplexity':       [(0, 30., None), (300, 30., None), (1000, 300., None)],
-    'code_perplexity':  [(0, 30., None), (300, 30., None), (1000, 300., None)],
+    'perplexity':       [(0, 18., None), (100, 18., None), (300, 30., None), (1000, 300., None)],
+    'code_perplexity':  [(0, 18., None), (100, 18., None), (300, 30., None), (1000, 300., None)],
     'collided':         [(0, None, .25), (1000, None, .1)],
     'mse':              [(0, None, 2.), (200, None, 1.), (1000, None, .85)],
     'spectrum_mse':     [(0, None, 2.), (200, None, 1.), (1000, None, .85)],
