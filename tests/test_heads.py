@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from seismodel.finetuning.heads import LABELS, SIGMA, PickHead, Picker, WindowHead, found, load_picker, pick_labels, pick_loss, to_samples
+from seismodel.finetuning.heads import LABELS, SIGMA, PickHead, Picker, WindowHead, found, load_picker, label_curves, pick_loss, to_samples
 from seismodel.models.pretraining import build, from_pretrained, preset
 from seismodel.training.trainer import parameter_groups
 from seismodel.core import UserError
@@ -32,7 +32,7 @@ def test_labels_are_seisbench_s(picks):
     from seisbench.generate import ProbabilisticLabeller
     columns = {'trace_p_arrival_sample': 'P', 'trace_s_arrival_sample': 'S'}
     assert SIGMA == 20.                                          # 0.2 s
-    ours = pick_labels(*torch.tensor(picks).T, 512)
+    ours = label_curves(*torch.tensor(picks).T, 512)
     assert ours.shape == (len(picks), 512, 3)
     for row, onset in zip(ours, picks):
         state = {'X': (np.zeros((3, 512)), dict(zip(columns, onset)))}
@@ -57,7 +57,7 @@ def test_loss_is_that_of_the_classes_told_apart(known, seed):
     known, n = torch.tensor(known), len(known)
     logits = 3*torch.randn(n, 64, 3, generator=g)
     onset = (64*torch.rand(n, 2, generator=g)).masked_fill(~known, nan)
-    labels = pick_labels(*onset.T, 64)
+    labels = label_curves(*onset.T, 64)
     losses = []
     for z, y, (p, s) in zip(logits, labels, known.tolist()):
         keep = [[0], [1], [2]] if p and s else [[0, 2], [1]] if p else [[0, 1], [2]] if s else None
@@ -71,7 +71,7 @@ def test_loss_is_that_of_the_classes_told_apart(known, seed):
 def test_loss_survives_extreme_logits():
     z = torch.tensor([[[1e4, -1e4, 0.], [-1e4, 1e4, 1e4]]], requires_grad=True)
     for known in ([[True, True]], [[True, False]], [[False, False]]):
-        loss = pick_loss(z, pick_labels(torch.tensor([nan]), torch.tensor([nan]), 2), torch.tensor(known))
+        loss = pick_loss(z, label_curves(torch.tensor([nan]), torch.tensor([nan]), 2), torch.tensor(known))
         g, = torch.autograd.grad(loss, z)
         assert loss.isfinite() and g.isfinite().all()
 
@@ -94,7 +94,7 @@ def test_without_status_every_phase_counts():
     torch.manual_seed(0)
     picker, b, true = Picker(build(preset(TINY[0]).model), dropout=0.), batch(), torch.tensor([1, 4], dtype=torch.int8)
     assert picker(b).loss == picker({**b, 'p_status': true, 's_status': true}).loss
-    want = F.cross_entropy(picker.logits(b['x']).flatten(0, 1), pick_labels(b['p_onset'], b['s_onset'], 1024).flatten(0, 1))
+    want = F.cross_entropy(picker.logits(b['x']).flatten(0, 1), label_curves(b['p_onset'], b['s_onset'], 1024).flatten(0, 1))
     torch.testing.assert_close(picker(b).loss, want)
 
 

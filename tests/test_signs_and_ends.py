@@ -8,7 +8,7 @@ from seismodel.models.embedding import split_windows
 from seismodel.study.tables import RECORD_COLUMNS, TRIAL_COLUMNS, gains
 from seismodel.picking.evaluation import residuals, task1_targets, task23_targets
 from seismodel.finetuning.finetune import fine_recipe, label_windows
-from seismodel.finetuning.heads import labels_of
+from seismodel.finetuning.heads import batch_onsets
 from seismodel.data.windows import WindowDataset, cut_window
 from seismodel.signals.noise import EventsInNoise, quiet
 from seismodel.signals.normalize import normalize
@@ -77,7 +77,7 @@ def test_a_phase_that_nobody_labelled_is_not_noise(tmp_path, write_dataset, quak
             else: assert (STATUS[r.p_status], STATUS[r.s_status]) == ('absent', 'absent') and quiet(r) == len(r.waveform)
         windows, _, _ = label_windows([str(where)], 1., None, fine_recipe('contrastive', steps=4, batch_size=16, validation_windows=2))
         batch = windows.batch(range(64))
-        _, known = labels_of(batch)
+        _, known = batch_onsets(batch)
         picked = torch.stack([batch['p_status'], batch['s_status']], 1) >= STATUS.index('picked')
         noise = ~picked.any(1)
         assert noise.any() and known[noise].all() and torch.equal(known[~noise], picked[~noise]) and (known[~noise].sum(1) == 1).all()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import __version__
-from ..finetuning.heads import LABELS, found, labels_of, load_picker, pick_labels, pick_loss
+from ..finetuning.heads import LABELS, found, batch_onsets, load_picker, label_curves, pick_loss
 from ..picking.seisbench_model import Instruments, SeisModelPicker, StreamPicker
 from ..models.pretraining import Step, load_weights, read_model
 from ..files import write_atomically
@@ -51,7 +51,7 @@ class Baseline(nn.Module):
         generator:torch.Generator|None=None, # not used: nothing is drawn but dropout
     )->Step:
         "The loss over the picks that are labelled, and how many were found"
-        x, (onset, known) = batch['x'], labels_of(batch)
+        x, (onset, known) = batch['x'], batch_onsets(batch)
         z = self.outputs(x)
         return Step(self.loss(z, onset, known), found(self.probabilities(z).clamp_min(1e-9).log(), onset))
 
@@ -68,7 +68,7 @@ class Baseline(nn.Module):
 class PhaseNetBaseline(Baseline):
     "PhaseNet with fresh weights"
     def __init__(self): super().__init__(PhaseNet(phases=LABELS))
-    def loss(self, z, onset, known): return pick_loss(z, pick_labels(*onset.unbind(-1), z.shape[1]), known)
+    def loss(self, z, onset, known): return pick_loss(z, label_curves(*onset.unbind(-1), z.shape[1]), known)
     def probabilities(self, z): return z.softmax(-1)
 
 # %% ../../nbs/study/01_baselines.ipynb #442935e4
@@ -91,7 +91,7 @@ class EQTransformerBaseline(Baseline):
     def loss(self, z, onset, known):
         "Weighted binary cross-entropies of detection, P and S, each over the windows where it can be said"
         on, said = detection_labels(onset, known, z.shape[1])
-        labels = torch.cat([on[..., None], pick_labels(*onset.unbind(-1), z.shape[1])[..., 1:]], -1)          # (B, L, 3)
+        labels = torch.cat([on[..., None], label_curves(*onset.unbind(-1), z.shape[1])[..., 1:]], -1)          # (B, L, 3)
         said = torch.cat([said[:, None], known], -1)                                                          # (B, 3)
         each = F.binary_cross_entropy_with_logits(z.float(), labels, reduction='none').mean(1)*said
         return (each.sum(0)/said.sum(0).clamp_min(1)*z.new_tensor([.05, .4, .55])).sum()
