@@ -221,7 +221,7 @@ def prepare(args):
     folder.mkdir(parents=True, exist_ok=True)
     for kind, splits in (('labelled', ('train', 'dev')), ('unlabelled', ('train',))):
         store = Store(Path(getattr(args, kind)))
-        with open(store.folder/'traces.csv', newline='') as f: rows = list(csv.DictReader(f))
+        with open(store.folder/'traces.csv', newline='', encoding='utf-8') as f: rows = list(csv.DictReader(f))
         keep = [i for i, split in enumerate(store.index['split']) if store.manifest['splits'][split] in splits]
         index = store.index[keep]
         samples = [store.shard(r['shard'])[0][r['first']:r['first'] + r['samples']] for r in index]
@@ -477,7 +477,7 @@ def scored(picker, r, table, fold, device, places):
 def work(trial, args):
     "A process: one trial; what it prints goes into logs/NAME.txt, its result into NAME.json"
     out = Path(args.out)
-    with open(out/'logs'/f'{trial.name}.txt', 'a') as log, redirect_stdout(log), redirect_stderr(log):
+    with open(out/'logs'/f'{trial.name}.txt', 'a', encoding='utf-8') as log, redirect_stdout(log), redirect_stderr(log):
         torch.set_num_threads(1)
         device = torch.device('cuda' if torch.cuda.is_available() and not args.small else 'cpu')
         begin = time.perf_counter()
@@ -489,7 +489,7 @@ def work(trial, args):
         result['process_seconds'] = round(time.perf_counter() - begin, 1)
         file = trial.file(out)
         part = file.with_suffix('.part')
-        part.write_text(json.dumps(result))
+        part.write_text(json.dumps(result), encoding='utf-8')
         os.replace(part, file)
 
 
@@ -541,13 +541,13 @@ def drive(args):
             if trial.file(out).exists():
                 known.add(trial.name)
                 succeeded += 1
-                row = json.loads(trial.file(out).read_text())
+                row = json.loads(trial.file(out).read_text(encoding='utf-8'))
                 shown = ('p0.3', 's0.3', 'seconds', 'windows_per_second', 'gib')
                 say(f'{trial.name}  ' + '  '.join(f'{k} {row[k]}' for k in shown if k in row))
                 continue
             tried[trial] += 1
             log = out/'logs'/f'{trial.name}.txt'
-            lines = log.read_text().strip().splitlines() if log.exists() else []
+            lines = log.read_text(encoding='utf-8').strip().splitlines() if log.exists() else []
             say(f'{trial.name} FAILED ({process.exitcode}): {lines[-1] if lines else "no output"}')
             if tried[trial] < 2: todo.append(trial)
             else: failed.append(trial.name)
@@ -556,7 +556,7 @@ def drive(args):
             if sum(tried.values()) >= 6: sys.exit('Six processes failed and none succeeded: see logs.')
     write_tables(out)
     say(f'{len(todo)} trials left, {len(failed)} failed')
-    (out/'finished').write_text(str(len(todo)))
+    (out/'finished').write_text(str(len(todo)), encoding='utf-8')
 
 
 # ---------------------------------------------------------------- tables
@@ -586,7 +586,7 @@ def difference(rows, others, phase):
 def write_csv(file, rows):
     "Rows with the same keys, or those of the first"
     if not rows: return
-    with open(file, 'w', newline='') as f:
+    with open(file, 'w', newline='', encoding='utf-8') as f:
         writer = csv.DictWriter(f, list(rows[0]), extrasaction='ignore')
         writer.writeheader()
         writer.writerows(rows)
@@ -594,8 +594,8 @@ def write_csv(file, rows):
 
 def write_tables(out):
     "pretrained.csv and trials.csv, a line each, and table.csv: means over the folds, differences to the random start"
-    pretrained = {f.stem: json.loads(f.read_text()) for f in sorted((out/'pretrained').glob('*.json'))}
-    trials = [json.loads(f.read_text()) for f in sorted((out/'trials').glob('*.json'))]
+    pretrained = {f.stem: json.loads(f.read_text(encoding='utf-8')) for f in sorted((out/'pretrained').glob('*.json'))}
+    trials = [json.loads(f.read_text(encoding='utf-8')) for f in sorted((out/'trials').glob('*.json'))]
     last = lambda p: {k: v for k, v in p['history'][-1].items() if k in ('loss', 'spectrum_mse', 'accuracy', 'mse')}
     plain = lambda d: {k: v for k, v in d.items() if not isinstance(v, (dict, list))}
     write_csv(out/'pretrained.csv', [{**plain(p), 'last': json.dumps(last(p))} for p in pretrained.values()])
