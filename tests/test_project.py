@@ -1,6 +1,9 @@
 "The house in order: modules match the notebooks, pyproject.toml matches settings.ini, imports run one way, notebooks are clean and well-formed"
 import ast
+import builtins
 import configparser
+import importlib
+import inspect
 import os
 import re
 import shutil
@@ -173,6 +176,43 @@ def test_notebook_form(nb):
     assert len(text) < 500_000
     assert '"output_type": "error"' not in text
     assert not re.search(r'(?<![\w.])/(?:home|root|tmp|work|Users)/', text)
+
+
+def names_of(tree):
+    "Names that some code uses, and those that it binds"
+    used, bound = set(), set()
+    for n in ast.walk(tree):
+        match n:
+            case ast.Name(id=name, ctx=ast.Load()): used.add(name)
+            case ast.Name(id=name) | ast.arg(arg=name) | ast.ExceptHandler(name=name): bound.add(name)
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name): bound.add(name)
+            case ast.alias(name=name, asname=other): bound.add((other or name).split('.')[0])
+    return used, bound
+
+
+def test_annotations_hold():
+    "Those of all functions and methods can be resolved, which the pages do"
+    for name in modules:
+        module = importlib.import_module(f'seismodel.{name}')
+        own = [o for o in vars(module).values() if getattr(o, '__module__', None) == module.__name__]
+        methods = [m for c in own if inspect.isclass(c) for m in vars(c).values()]
+        for function in filter(inspect.isfunction, own + methods):
+            try: inspect.signature(function, eval_str=True)
+            except NameError as e: pytest.fail(f'{name}.{function.__qualname__}: {e}')
+
+
+@pytest.mark.parametrize('nb', nbs, ids=name_of)
+def test_pages_can_be_made(nb):
+    "For the pages nbdev runs the cells that export or import, and no others: they must do with each other"
+    sources = [c.source for c in read_nb(nb).cells if c.cell_type == 'code']
+    trees = [ast.parse(''.join(line for line in s.splitlines(True) if line[:1] not in '%!')) for s in sources]
+    exports = [bool(re.search(r'^#\|\s*exports?\b', s, re.M)) for s in sources]
+    there = set(dir(builtins)).union(*(names_of(t)[1] for t, export in zip(trees, exports) if export))
+    for source, tree, export in zip(sources, trees, exports):
+        if not export and not any(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.walk(tree)): continue
+        used, bound = names_of(tree)
+        there |= bound
+        assert not used - there, f'its imports need a cell of their own, since {used - there} is missing:\n{source}'
 
 
 @pytest.mark.parametrize('nb', nbs, ids=name_of)

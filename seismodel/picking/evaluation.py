@@ -221,7 +221,7 @@ def pick_benchmark(
 # %% ../../nbs/picking/04_evaluation.ipynb #76cfb93c
 def record_stream(
     waveform:np.ndarray, # (3, L) at 100 Hz, Z N E
-)->'obspy.Stream':
+): # obspy.Stream
     "A record as a stream that starts at time 0"
     import obspy
     return obspy.Stream([obspy.Trace(x, {'network': 'XX', 'station': 'REC', 'channel': f'HH{c}', 'sampling_rate': SAMPLING_RATE})
