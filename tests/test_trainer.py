@@ -268,3 +268,14 @@ def test_a_run_of_version_0_1_goes_on(tmp_path):
     c = TrainConfig(steps=4, batch_size=4, lr=3e-3, device='cpu', workers=0, log_every=1, validation_windows=4, validate_every=100, checkpoint_every=2)
     train(build(RECONSTRUCTION), windows(16), windows(4, 'dev'), c, folder, resume=True)
     assert (folder/'model.safetensors').read_bytes() == whole
+
+
+@pytest.mark.parametrize('error', [ConnectionResetError(104, 'Connection reset by peer'), EOFError()])
+def test_a_worker_lost_while_it_hands_a_batch_over_is_said(error, tmp_path, monkeypatch):
+    "What the socket between the processes says then is no fault of a file"
+    right = WindowDataset.batch
+    def lost(self, *args):
+        if len(self) == 4: return right(self, *args)       # the dev windows, which the process itself reads
+        raise error
+    monkeypatch.setattr(WindowDataset, 'batch', lost)
+    with pytest.raises(TrainingError, match='prepares windows was lost'): run(build(RECONSTRUCTION), tmp_path/'run')
