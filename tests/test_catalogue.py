@@ -10,27 +10,21 @@ from pathlib import Path
 import numpy as np
 import obspy
 import pytest
-import torch
+from conftest import eager_picker
 
 from seismodel.picking.output import PICK_COLUMNS, around, plot_picks, read_picks
-from seismodel.data.archive import Selection, open_archive
+from seismodel.data.archive import open_archive
 from seismodel.picking import pick as catalogue
 from seismodel.picking.pick import pick, pick_archive
 from seismodel.cli import main
-from seismodel.finetuning.heads import Picker
 from seismodel.picking.seisbench_model import SeisModelPicker
-from seismodel.models.pretraining import build, preset
 from seismodel.core import UserError
 
 ARGS = {'P_threshold': .3, 'S_threshold': .3}
 
 
 @pytest.fixture(scope='module')
-def model():
-    torch.manual_seed(0)
-    picker = Picker(build(preset('contrastive-tiny').model)).eval()
-    with torch.no_grad(): picker.head.out.weight.mul_(8.)
-    return SeisModelPicker.of(picker)
+def model(): return eager_picker()
 
 
 @pytest.fixture(scope='module')

@@ -21,7 +21,8 @@ from seismodel.data.pack import ArchiveItems, open_items, pack
 from seismodel.data.sources import open_source
 from seismodel.data.store import DTYPES, dequantize_samples, quantize_samples
 from seismodel.data.waveform import read_waveform
-from seismodel.signals.records import STATUS, resample
+from seismodel.signals.records import STATUS
+from seismodel.signals.resample import resample
 from seismodel.signals.normalize import flat
 from seismodel.core import UserError
 

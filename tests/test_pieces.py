@@ -8,27 +8,21 @@ import numpy as np
 import obspy
 import pytest
 import torch
+from conftest import eager_picker
 from obspy import Stream, Trace, UTCDateTime
 
 from seismodel.core import UserError
 from seismodel.data.archive import TICK, open_archive
-from seismodel.finetuning.heads import Picker
-from seismodel.models.pretraining import build, preset
 from seismodel.picking.output import read_picks
 from seismodel.picking.pick import pick_archive
 from seismodel.picking.pieces import AROUND, Curve, pick_piece, settings_of, window_starts
-from seismodel.picking.seisbench_model import SeisModelPicker
 
 ARGS = {'P_threshold': .3, 'S_threshold': .3}
 T0 = UTCDateTime(2024, 2, 28, 23, 30)
 
 
 @pytest.fixture(scope='module')
-def model():
-    torch.manual_seed(0)
-    picker = Picker(build(preset('contrastive-tiny').model)).eval()
-    with torch.no_grad(): picker.head.out.weight.mul_(8.)
-    return SeisModelPicker.of(picker)
+def model(): return eager_picker()
 
 
 def record(seconds, seed=0, start=T0, channels='HHZ HHN HHE', rate=100.):

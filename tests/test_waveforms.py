@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 from seismodel.data.windows import WindowDataset, cut_window
 from seismodel.data.sources import SyntheticSource, open_source
 from seismodel.data.waveform import read_waveform
-from seismodel.signals.records import Record, check_record, resample
+from seismodel.signals.records import Record, check_record
+from seismodel.signals.resample import resample
 from seismodel.signals.normalize import flat, normalize
 from seismodel.core import BadRecord, UserError
 

@@ -7,7 +7,7 @@ Docs: https://seismodel.github.io/seismodel/data/archive.html.md"""
 # %% auto #0
 __all__ = ['MOST', 'KEPT', 'FULL', 'TICK', 'HOLD', 'DAY', 'SDS', 'Run', 'runs_of', 'Notes', 'joined', 'interval', 'Reader',
            'spans_of', 'closed', 'on_grid', 'combined', 'Span', 'Instrument', 'Selection', 'Archive', 'files_below',
-           'list_files', 'open_archive']
+           'list_files', 'open_archive', 'index_files']
 
 # %% ../../nbs/data/01_archive.ipynb #5c52da58
 import os
@@ -447,9 +447,8 @@ def list_files(
     "Raises `UserError` for a source where there is nothing"
     found = {}
     for source in map(str, sources):
-        exists = Path(source).exists()
-        found_by_pattern = sorted(glob(source, recursive=True)) if has_magic(source) else []
-        matching = [source] if exists else found_by_pattern
+        matching = [source] if Path(source).exists() else []
+        if not matching and has_magic(source): matching = sorted(glob(source, recursive=True))
         if not matching: raise UserError(f"There is no file or folder '{source}'.")
         files = []
         for path in map(Path, matching): files += files_below(path) if path.is_dir() else [path]
@@ -463,9 +462,16 @@ def open_archive(
     selection: Selection | None = None,  # None: everything
 ) -> Archive:
     "Index the headers of an archive. Raises `UserError` where there is nothing to look at."
+    return index_files(list_files(sources), selection)
+
+def index_files(
+    files: list[str],  # from `list_files`
+    selection: Selection | None = None,  # None: everything
+) -> Archive:
+    "The archive that some files make"
     selection = selection or Selection()
     archive, entries = Archive([], {}, {}), {}
-    files = [f for f in list_files(sources) if selection.passes(f)]
+    files = [f for f in files if selection.passes(f)]
     for file in tqdm(files, desc='headers', unit=' files', leave=False, disable=len(files) < 100):
         name = printable(file)
         try:

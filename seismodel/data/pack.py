@@ -25,7 +25,7 @@ from .sources import (SeisBenchSource, draw_split, means_files, open_dataset, pa
                                     trace_names)
 from .store import DTYPES, StoreWriter, finish
 from ..files import sha256
-from ..signals.records import COMPONENTS, SAMPLING_RATE, WINDOW, Record, check_record
+from ..signals.records import COMPONENTS, SAMPLING_RATE, WINDOW, Record, check_record, recorded_mean
 from ..core import BadRecord, UserError
 
 # %% ../../nbs/data/05_pack.ipynb #91005f70
@@ -164,9 +164,8 @@ def without_mean(
     x: np.ndarray,  # (L, 3), NaN where nothing was recorded
 ) -> np.ndarray:    # (L, 3)
     "Each component without its mean; that of counts is rounded, so that counts stay whole numbers"
-    there = ~np.isnan(x)
-    mean = np.where(there, x, 0).sum(0)/there.sum(0).clip(1)
-    whole = ((x == np.rint(x)) | ~there).all(0)
+    mean = recorded_mean(x)
+    whole = ((x == np.rint(x)) | np.isnan(x)).all(0)
     return x - np.where(whole, np.rint(mean), mean)
 
 # %% ../../nbs/data/05_pack.ipynb #386d0158

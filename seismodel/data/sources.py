@@ -23,11 +23,12 @@ from zlib import crc32
 
 import numpy as np
 
-from .channels import zne_order
+from .channels import zne_orders
 from .store_reader import Store, StoreRecords, StoreSource, is_store
 from ..signals.synthetic import SyntheticConfig, synthesize
 from ..signals.records import (COMPONENTS, SAMPLING_RATE, STATUS, WINDOW, Record,
-                                       check_record, reason, resample)
+                                       check_record, reason)
+from ..signals.resample import resample
 from ..core import BadRecord, UserError, log
 
 # %% ../../nbs/data/02_sources.ipynb #01b4c195
@@ -148,8 +149,7 @@ def component_codes(
     name:str, # of the data set, for the message
 ): # pandas Series of str: `trace_component_order` with 1 and 2 read as N and E
     "Component codes in the alphabet Z, N, E. Raises `UserError` when no trace has all three."
-    codes = metadata["trace_component_order"].astype(str)
-    codes = codes.map({order: zne_order(order) for order in codes.unique()})
+    codes = zne_orders(metadata)
     if not any(set(COMPONENTS) <= set(c) for c in codes.unique()):
         raise UserError(f"{name}: no trace has all of the components Z, N, E (or Z, 1, 2), the column "
                         f"trace_component_order holds only {', '.join(sorted(codes.unique())[:5])}")

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..core import UserError
 from .archive import TICK, open_archive, spans_of
-from ..signals.records import COMPONENTS, SAMPLING_RATE
+from ..signals.records import COMPONENTS, SAMPLING_RATE, recorded_mean
 
 # %% ../../nbs/data/01a_waveform.ipynb #60981dca
 class Waveform(NamedTuple):
@@ -45,7 +45,7 @@ def read_waveform(
     x, start = _whole(instrument, path)
     there = ~np.isnan(x)                                                     # (L, 3)
     gaps = spans_of(~there[:, [COMPONENTS.index(c) for c in instrument.components]].all(1))
-    x -= np.where(there, x, 0).sum(0)/np.maximum(there.sum(0), 1)            # each component's own mean
+    x -= recorded_mean(x)                                                    # each component's own
     return Waveform(np.where(there, x, 0).astype(np.float32), str(UTCDateTime(ns=start)),
                     instrument.name, instrument.components, gaps)
 

@@ -23,7 +23,7 @@ from ..data.sources import means_files, open_source
 from ..files import write_atomically
 from .frontend import frames
 from .pretraining import from_pretrained
-from ..signals.records import WINDOW
+from ..signals.records import WINDOW, recorded_mean
 from ..signals.normalize import normalize
 
 # %% ../../nbs/models/11_embedding.ipynb #6e07d0a1
@@ -63,9 +63,7 @@ def without_gaps(
     y = np.empty(x.shape, np.float32)
     for k in range(0, len(x), WINDOW):
         part = x[k:k + WINDOW]
-        there = ~np.isnan(part)
-        mean = np.where(there, part, 0).sum(0)/there.sum(0).clip(1)
-        y[k:k + WINDOW] = np.where(there, part - mean, 0)
+        y[k:k + WINDOW] = np.where(np.isnan(part), 0, part - recorded_mean(part))
     return y
 
 def records_of_archive(

@@ -164,7 +164,11 @@ class Pretrainer(nn.Module):
         step:int,  # optimiser steps done
         steps:int, # optimiser steps of the whole run
     ):
-        "Move to its place at `step` whatever changes over a run; nothing does, unless a method says so"
+        "Move to its place at `step` what changes over a run: the temperature of the quantizer, if there is one"
+        if not hasattr(self.encoder, 'quantizer'): return
+        e = self.config.encoder
+        tau = temperature_at(step, steps, e.max_temperature, e.min_temperature, e.temperature_schedule)
+        self.encoder.quantizer.temperature.fill_(tau)
 
     def save_pretrained(self,
         folder:str|Path, # made if it is not there
@@ -211,12 +215,6 @@ class ContrastivePretraining(Pretrainer):
         c, e = config, config.encoder
         backbone = MLSTMUNet(e.out_features, c.blocks, c.pooling, c.heads, c.ff, c.direction, c.dropout)
         super().__init__(c, ConvDownEncoderContrastive(e), backbone, nn.Linear(e.out_features, e.target_features))
-
-    def set_progress(self, step, steps):
-        "Anneal the temperature of the quantizer"
-        e = self.config.encoder
-        tau = temperature_at(step, steps, e.max_temperature, e.min_temperature, e.temperature_schedule)
-        self.encoder.quantizer.temperature.fill_(tau)
 
     def predict(self,
         x:torch.Tensor, # (B, L, 3)
@@ -317,10 +315,6 @@ class MaskedPretraining(Pretrainer):
         width = lambda name: e.target_features if name == 'contrastive' else target_width(name, e)
         super().__init__(c, encoder, backbone, nn.ModuleDict({name: nn.Linear(D, width(name)) for name in weights}))
         self.weights = weights
-
-    def set_progress(self, step, steps):
-        "Anneal the temperature of the quantizer, if there is one"
-        if self.config.contrastive: ContrastivePretraining.set_progress(self, step, steps)
 
     def mask_features(self,
         x:torch.Tensor, # (B, L, 3)

@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from .. import __version__
 from ..core import UserError, pick_devices
 from ..data.archive import (DAY, TICK, Archive, Instrument, Notes, Selection, Span, interval,
-                                    list_files, open_archive)
+                                    index_files, list_files)
 from ..data.formats import printable
 from ..files import write_atomically
 from .output import pick_rows, plot_picks, write_picks, write_quakeml
@@ -280,12 +280,12 @@ def pick(
     for name, value in (('p-threshold', p_threshold), ('s-threshold', s_threshold)):
         if not 0 < value < 1: raise UserError(f"--{name} is {value}; a probability lies between 0 and 1.")
     selection = Selection(**selection)
-    list_files(sources)
+    files = list_files(sources)                          # before torch and the picker are loaded
     out = _outside(Path(out), sources)
     from seismodel.picking.seisbench_model import open_picker
     devices = pick_devices(device)
     net = open_picker(model).to(devices[0])
-    archive = open_archive(*sources, selection=selection)
+    archive = index_files(files, selection)
     archive.require(', '.join(map(str, sources)))
     args = {'P_threshold': p_threshold, 'S_threshold': s_threshold, 'strict': strict}
     if len(devices) > 1:

@@ -17,7 +17,7 @@ import torch
 from ..core import UserError
 from ..data.archive import TICK, Instrument, Span, spans_of
 from .seisbench_model import READ_WINDOW, SHORTEST, StreamPicker
-from ..signals.records import COMPONENTS, SAMPLING_RATE
+from ..signals.records import COMPONENTS, SAMPLING_RATE, recorded_mean
 
 # %% ../../nbs/picking/01a_pieces.ipynb #720e2e0e
 def window_starts(
@@ -75,9 +75,7 @@ def window_probabilities(
     args: dict,  # of `annotate`
 ) -> np.ndarray:  # (B, W, labels), or (B, labels) of a model that says one thing per window
     "Probabilities of some windows"
-    there = ~np.isnan(windows)
-    mean = np.where(there, windows, 0).sum(1, keepdims=True)/there.sum(1, keepdims=True).clip(1)
-    x = np.where(there, windows - mean, 0)[..., [COMPONENTS.index(c) for c in model.component_order]]
+    x = np.where(np.isnan(windows), 0, windows - recorded_mean(windows, 1))[..., [COMPONENTS.index(c) for c in model.component_order]]
     x = torch.as_tensor(x.transpose(0, 2, 1).astype(np.float32), device=model.device)
     x = model.annotate_batch_pre(x, argdict=args)
     x, aside = x if isinstance(x, tuple) else (x, None)

@@ -21,7 +21,8 @@ from ..data.archive import MOST
 from ..data.formats import SLOWEST
 from ..finetuning.heads import LABELS, load_picker, picker_from_dict
 from ..models.pretraining import config_to_dict, preset
-from ..signals.records import COMPONENTS, SAMPLING_RATE, WINDOW, resample
+from ..signals.records import COMPONENTS, SAMPLING_RATE, WINDOW
+from ..signals.resample import resample
 from ..signals.normalize import normalize
 from ..core import UserError, log
 
