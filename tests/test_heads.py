@@ -9,8 +9,9 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from seismodel.finetuning.heads import LABELS, SIGMA, PickHead, Picker, WindowHead, found, load_picker, label_curves, pick_loss, to_samples
-from seismodel.models.pretraining import build, from_pretrained, preset
+from seismodel.finetuning.heads import (LABELS, SIGMA, PickHead, Picker, WindowHead, found, label_curves, load_picker,
+                                        pick_loss, picker_from_dict, to_samples)
+from seismodel.models.pretraining import build, config_to_dict, from_pretrained, preset
 from seismodel.training.trainer import parameter_groups
 from seismodel.core import UserError
 
@@ -165,3 +166,32 @@ def test_linear_probe_is_linear():
     head = PickHead(8, 0, raw=False).eval()
     f, x = torch.randn(2, 5, 8), torch.randn(2, 20, 3)
     torch.testing.assert_close(head(2*f, x) - head(0*f, x), 2*(head(f, x) - head(0*f, x)))
+
+
+@pytest.mark.parametrize('at, answers', [('frames', 4), ('samples', 1)])
+@pytest.mark.parametrize('samples', [1, 2, 3, 4, 5, 37, 400])
+def test_a_head_answers_for_every_sample(at, answers, samples):
+    "Any length; the linear probe gives sample 4 t + r what its row r says of frame t and its samples"
+    head = PickHead(8, 0, at=at).eval()
+    f, x = torch.randn(2, -(-samples//4), 8), torch.randn(2, samples, 3)
+    z = head(f, x)
+    assert z.shape == (2, samples, 3) and head.out.weight.shape == (3*answers, 8 + 3*answers)
+    if at == 'frames':
+        padded = F.pad(x, (0, 0, 0, -samples % 4)).reshape(2, -1, 12)
+        for n in (0, samples//2, samples - 1):
+            t, r = divmod(n, 4)
+            want = torch.cat([f[:, t], padded[:, t]], -1) @ head.out.weight[3*r:3*r + 3].T + head.out.bias[3*r:3*r + 3]
+            torch.testing.assert_close(z[:, n], want)
+    shares = z.new_zeros(2, 4, 8)
+    quiet = PickHead(8, 0, raw=False, at=at)
+    assert torch.allclose(quiet(shares, x.new_zeros(2, 16, 3)).softmax(-1).mean((0, 1))[1:], torch.tensor(.01224), atol=1e-4)
+
+
+def test_a_head_of_0_1_opens_as_it_was(tmp_path):
+    "A configuration that does not say where its head works means samples"
+    config = {'model': config_to_dict(preset('contrastive-tiny').model), 'picker': {'width': 8, 'dropout': .2, 'raw': True}}
+    old = picker_from_dict(config)
+    assert old.head.at == 'samples' and old.head.out.weight.shape == (3, 8)
+    assert picker_from_dict({**config, 'picker': old.options}).head.at == 'samples'
+    assert Picker(build(preset('contrastive-tiny').model)).head.at == 'frames'
+    with pytest.raises(UserError, match="'windows'; choose one of frames, samples"): PickHead(8, at='windows')

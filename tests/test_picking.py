@@ -232,7 +232,7 @@ def test_files_open_in_another_process(name, tmp_path):
     model = lively(name, seed=3)
     model.save(tmp_path/'model')
     args = json.loads((tmp_path/'model.json').read_text(encoding='utf-8'))['model_args']
-    assert set(args) == {'model', 'width', 'dropout', 'raw', 'window'}
+    assert set(args) == {'model', 'width', 'dropout', 'raw', 'at', 'window'}
     code = ('import sys, torch; from seismodel.picking.seisbench_model import SeisModelPicker; m = SeisModelPicker.load(sys.argv[1]); '
             'x = torch.sin(torch.arange(3*600.)).view(1, 3, 600); torch.save([m.state_dict(), m(x).detach()], sys.argv[2])')
     subprocess.run([sys.executable, '-c', code, tmp_path/'model', tmp_path/'there.pt'], check=True)

@@ -539,7 +539,7 @@ def test_fine_tuning_augments_unless_told_not_to(told, quakes_folder, tmp_path):
     with pytest.raises(Stop): finetuning.finetune('random', 'contrastive-tiny', [str(quakes_folder)], device='cpu', out=tmp_path/'run')
     assert told.given[0]['augment'] is not None
     picker = told.given[0]['model']
-    assert picker.options == {'width': 32, 'dropout': .2, 'raw': True} and picker.freeze == 'none'
+    assert picker.options == {'width': 64, 'dropout': .2, 'raw': True, 'at': 'frames'} and picker.freeze == 'none'
     assert [m.p for m in picker.head.modules() if isinstance(m, nn.Dropout)] == [.2, .2]
 
 

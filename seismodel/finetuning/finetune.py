@@ -44,7 +44,7 @@ def start_model(
 def start_picker(
     from_run:str|None,    # folder of a pretrained model, or random
     preset:str|None=None, # with random: which model
-    width:int=32,         # of the head; 0: a linear probe
+    width:int=64,         # of the head; 0: a linear probe
     freeze:str='none',    # see `Picker`
 )->Picker:
     "A picker with a fresh head; raises `UserError` as `start_model` does"
@@ -105,12 +105,12 @@ def fine_plan(
     weights:str|None,  # their shares, such as '3,1'
     fraction:float|None, # of the labelled events; None: all
     freeze:str|None,   # see `Picker`; None: none
-    width:int|None,    # of the head; None: 32
+    width:int|None,    # of the head; None: 64
     augment:str|None,  # full or none; None: full
     noise:float|None=None, # fraction of the windows with noise added; None: that of `Augmentation`
 )->dict:
     "What config.json says of a fine-tuning run; raises `UserError` for what makes no sense"
-    fraction, freeze, width, augment = (usual if told is None else told for told, usual in ((fraction, 1.), (freeze, 'none'), (width, 32), (augment, 'full')))
+    fraction, freeze, width, augment = (usual if told is None else told for told, usual in ((fraction, 1.), (freeze, 'none'), (width, 64), (augment, 'full')))
     if not 0 < fraction <= 1: raise UserError(f"--fraction is {fraction}; it is a fraction of the labelled events, above 0 and at most 1.")
     if freeze not in FREEZE: raise UserError(f"--freeze is '{freeze}'; choose one of {', '.join(FREEZE)}.")
     if width < 0: raise UserError(f"--width is {width}; it must not be negative.")
@@ -180,7 +180,7 @@ def finetune(
     data_weights:str=None, # relative weights of the datasets, such as 3,1; equal if not given
     fraction:float=None, # of the labelled events of each dataset to train on, such as .1; all if not given
     freeze:str=None, # what does not learn: none (if not given), encoder, all (but the head), or gradual
-    width:int=None, # channels of the head, 32 if not given; 0 makes it linear: with --freeze all a linear probe
+    width:int=None, # channels of the head, 64 if not given; 0 makes it linear: with --freeze all a linear probe
     augment:str=None, # what happens to the training windows: full (if not given: real noise, rotation, polarity, lost components, gaps) or none
     noise:float=None, # fraction of the windows to which real noise is added; .5 if not given
     layer_decay:float=None, # factor of the learning rate from each stage of the network to the one before it; if not given .65 from a pretrained model, 1 from random weights and for reconstruction models

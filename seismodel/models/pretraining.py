@@ -376,11 +376,12 @@ def contrastive_size(
     conv:int,   # channels of the conv stack
     codes:int,  # dimension of a pair of code vectors, and of the targets
     blocks:int, # blocks a stage
+    heads:int=4, # memories of a block
     scale_logits:bool=True, # of the quantizer
 )->ContrastiveConfig:
     "A contrastive model of one size; everything else as published"
     encoder = ConvDownConfig(conv_features=conv, out_features=dim, codevector_dim=codes, target_features=codes, scale_logits=scale_logits)
-    return ContrastiveConfig(encoder, blocks=blocks)
+    return ContrastiveConfig(encoder, blocks=blocks, heads=heads)
 
 def masked_size(
     name:str, # of a contrastive preset
@@ -388,9 +389,9 @@ def masked_size(
 )->MaskedConfig:
     "Encoder and U-Net of a contrastive model with other objectives"
     c = CONTRASTIVE[name]
-    return MaskedConfig(c.encoder, blocks=c.blocks, **weights)
+    return MaskedConfig(c.encoder, blocks=c.blocks, heads=c.heads, **weights)
 
-CONTRASTIVE = {'tiny': contrastive_size(32, 64, 64, 1, scale_logits=False), 'small': contrastive_size(64, 256, 256, 2), 'base': contrastive_size(128, 256, 256, 3)}
+CONTRASTIVE = {'tiny': contrastive_size(32, 64, 64, 1, heads=2, scale_logits=False), 'small': contrastive_size(64, 256, 256, 2), 'base': contrastive_size(128, 256, 256, 3)}
 PRESETS = {
     'contrastive-tiny': Preset(CONTRASTIVE['tiny'], steps=300, batch_size=8, lr=3e-3, weight_decay=.1),
     'contrastive-small': Preset(CONTRASTIVE['small'], steps=6000, batch_size=256, lr=3e-3, weight_decay=.1),

@@ -121,10 +121,11 @@ class SeisModelPicker(StreamPicker):
     "A `Picker` in SeisBench's terms: streams in, probabilities of noise, P and S at 100 Hz out, and picks"
     def __init__(self,
         model:str|dict='contrastive-tiny', # a preset, or what `config_to_dict` makes of a configuration
-        width:int=32,                      # channels of the head
+        width:int=64,                      # channels of the head
         dropout:float=.2,                  # in the head, in training
         raw:bool=True,                     # the waveform beside the features
-        window:int|None=READ_WINDOW,              # samples that annotate reads in one pass; None: a whole stretch, however long
+        at:str='samples',                  # where the head works; files of version 0.1 do not say
+        window:int|None=READ_WINDOW,       # samples that annotate reads in one pass; None: a whole stretch, however long
         default_args:dict|None=None,       # of annotate and classify, such as {'P_threshold': .5}
     ):
         super().__init__(citation='seismodel: self-supervised pretraining of seismic waveform models', component_order=COMPONENTS,
@@ -132,7 +133,7 @@ class SeisModelPicker(StreamPicker):
                          labels=LABELS, default_args=default_args, grouping=Instruments())
         self.window = window
         self.model_config = config_to_dict(preset(model).model) if isinstance(model, str) else model
-        self.picker = picker_from_dict({'model': self.model_config, 'picker': dict(width=width, dropout=dropout, raw=raw)})
+        self.picker = picker_from_dict({'model': self.model_config, 'picker': dict(width=width, dropout=dropout, raw=raw, at=at)})
 
     def get_model_args(self):
         "What the constructor needs to build this model again"
