@@ -360,7 +360,9 @@ class Peer(torch.nn.Module):
         super().__init__()
         file = folder/f"peer-{'volpick' if name == 'phasenet' else name}.pt"
         saved = torch.load(file, map_location='cpu', weights_only=False)         # our own file
-        self.net, self.phases, self.components, self.peak = (saved[k] for k in ('net', 'phases', 'components', 'peak'))
+        self.net, self.peak = saved['net'], saved['peak']
+        for part in ('phases', 'components'):                                    # on the device, as a recording needs them
+            self.register_buffer(part, torch.tensor(saved[part]), persistent=False)
         if name != 'phasenet': return
         for part in self.net.modules():
             if hasattr(part, 'reset_parameters'): part.reset_parameters()
@@ -370,9 +372,9 @@ class Peer(torch.nn.Module):
     def logits(self, x):
         "(B, L, 3) normalised windows to (B, L, 3) of N, P, S, in float32"
         with torch.autocast(x.device.type, enabled=False):
-            x = x.float().transpose(1, 2)[:, self.components]
+            x = x.float().transpose(1, 2).index_select(1, self.components)
             if self.peak: x = x/(x.abs().amax(-1, keepdim=True) + 1e-10)
-            return self.net(x).transpose(1, 2)[..., self.phases]
+            return self.net(x).transpose(1, 2).index_select(-1, self.phases)
 
     def forward(self, batch, generator=None):
         x, (onset, known) = batch['x'], batch_onsets(batch)
@@ -490,7 +492,8 @@ class Events:
         x = self.noise[noise] + size[:, None, None]*self.waves[event[:, None], t].float()
         onset = self.onsets[event] - first[:, None]
         onset = onset.where((onset >= 0) & (onset < WINDOW), torch.nan)
-        status = torch.where(onset.isfinite(), STATUS.index('picked'), ABSENT).to(torch.int8)
+        there = onset.isfinite()
+        status = (there*STATUS.index('picked') + ~there*ABSENT).to(torch.int8)
         valid = torch.zeros(count, 2, dtype=torch.int32, device=device)
         valid[:, 1] = WINDOW
         none = torch.full((count,), torch.nan, device=device)
@@ -921,17 +924,17 @@ def write_csv(file, rows):
 
 
 def write_onsets(file, trials):
-    "A line for each onset, and each record of noise, of each trial: see `scored`"
+    "A line for each onset, and each record of noise, of each trial: see `scored`, and `seismodel.study.paired`"
     if not trials: return
-    keys = ('variant', 'windows', 'seed', 'way', 'fraction', 'fold', 'again')
     places = len(trials[0]['onsets'][0][5])
     columns = [f'{name}_{j}' for j in range(places) for name in ('residual', 'p', 's', 'any')]
     with gzip.open(file, 'wt', newline='', encoding='utf-8') as f:
         writer = csv.writer(f)
-        writer.writerow([*keys, 'phase', 'record', 'event', 'status', 'known', *columns])
+        arm = 'method', 'fraction', 'seed', 'fold', 'start'
+        writer.writerow([*arm, 'phase', 'record', 'event', 'status', 'known', *columns])
         for t in trials:
-            for *about, windows in t['onsets']:
-                writer.writerow([*(t[k] for k in keys), *about, *(v for w in windows for v in w)])
+            arm = f"{t['variant']} {t['way']}", t['fraction'], t['again'], t['fold'], t['start']
+            for *about, windows in t['onsets']: writer.writerow([*arm, *about, *(v for w in windows for v in w)])
 
 
 def write_tables(out):
@@ -967,10 +970,21 @@ def write_tables(out):
     return table
 
 
+def against(out, reference):
+    "Write study_scores.csv, study_gains.csv and study_detection.csv, and print the gains within 0.3 s"
+    from seismodel.study.paired import arm_scores, compare, detection, read_onsets
+    onsets = read_onsets(out/'onsets.csv.gz')
+    found = {'scores': arm_scores(onsets), 'gains': compare(onsets, reference), 'detection': detection(onsets).reset_index()}
+    for name, table in found.items(): table.round(5).to_csv(out/f'study_{name}.csv', index=False)
+    gains = found['gains']
+    if len(gains): print(gains[gains['metric'] == 'within 0.3 s'].round(3).to_string(index=False))
+
+
 def show(args):
     "Write the tables and print the last one"
     rows = write_tables(Path(args.out))
     if not rows: return print('no trial is scored yet')
+    if args.against: return against(Path(args.out), args.against)
     names = ('fraction', 'way', 'start', 'folds', *SCORES)
     def gain(r, phase):
         mean, low, high = (r[f'{phase}_gain_same{part}'] for part in ('', '_low', '_high'))
@@ -996,6 +1010,7 @@ if __name__ == '__main__':
     parser.add_argument('--best', action='store_true', help='a tenth of the events chooses the step of each picker')
     parser.add_argument('--take', help='folder with bundles of earlier results')
     parser.add_argument('--bring', help='folder for bundles of results, renewed every minute')
+    parser.add_argument('--against', help="table: compare all with this one, such as 'random plain', as the study does")
     parser.add_argument('--size', default='small', help='of the presets: tiny, small or base')
     parser.add_argument('--jobs', type=int, default=12, help='processes at once')
     parser.add_argument('--pretrainings', type=int, default=4, help='of them at most so many that pretrain')
