@@ -69,7 +69,7 @@ from seismodel.training.schedule import lr_at, parameter_groups
 from seismodel.training.trainer import optimizer_step, set_lr
 
 FOLDS, MANUAL, AUTOMATIC, ABSENT = 5, *map(STATUS.index, ('manual', 'automatic', 'absent'))
-LARGEST = 16 * 2**20     # bytes of a file of weights, or of a bundle that is brought
+LARGEST, BUNDLES = 16 * 2**20, 4     # bytes of a file of weights, or of a bundle that is brought; bundles of a call
 
 
 # ---------------------------------------------------------------- what is compared
@@ -856,35 +856,38 @@ def drive(args):
 
 
 def take(folder, out):
-    "Results of earlier calls; returns the names of the weights among them"
+    "Results of earlier calls; returns the names of the weights that were brought before, be they here or not"
     names = set()
     for file in sorted(Path(folder).glob('*.zip')) if folder else []:
         with zipfile.ZipFile(file) as z:
             for name in z.namelist():
+                if name == 'home.txt': names |= set(z.read(name).decode().split())
                 where = out/Path(name).parent.name/Path(name).name           # two levels, never outside
-                if name.endswith('.safetensors'): names.add(name)
-                if where.exists(): continue
+                if name == 'home.txt' or where.exists(): continue
                 where.parent.mkdir(parents=True, exist_ok=True)
                 where.write_bytes(z.read(name))
     return names
 
 
 def bring(out, folder, home):
-    "Bundle results, and weights that are not at home yet, so that no file exceeds `LARGEST`"
+    "Bundle results, and weights that are not at home yet: `BUNDLES` files of at most `LARGEST` bytes, the rest next time"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    bundles = sorted(folder.glob('weights-*.zip'))
+    there = home.union(*(zipfile.ZipFile(f).namelist() for f in bundles))
+    for file in [f for name in ('pretrained', 'pickers') for f in sorted((out/name).glob('*.safetensors'))]:
+        name = f'{file.parent.name}/{file.name}'
+        if name in there: continue
+        if not bundles or bundles[-1].stat().st_size + file.stat().st_size > .98*LARGEST:
+            if len(bundles) == BUNDLES: break
+            bundles.append(folder/f'weights-{len(bundles) + 1}.zip')
+        with zipfile.ZipFile(bundles[-1], 'a') as z: z.write(file, name)
+        there.add(name)
     with zipfile.ZipFile(folder/'results.part', 'w', zipfile.ZIP_DEFLATED) as z:
         for file in sorted(f for name in ('trials', 'pretrained', 'logs') for f in (out/name).glob('*')):
             if file.suffix in ('.json', '.txt'): z.write(file, f'{file.parent.name}/{file.name}')
+        z.writestr('home.txt', '\n'.join(sorted(there)))
     os.replace(folder/'results.part', folder/'results.zip')
-    bundles = sorted(folder.glob('weights-*.zip'), key=lambda f: int(f.stem.split('-')[1]))
-    there = home.union(*(zipfile.ZipFile(f).namelist() for f in bundles))
-    for name in ('pickers', 'pretrained'):
-        for file in sorted((out/name).glob('*.safetensors')):
-            if f'{name}/{file.name}' in there: continue
-            if not bundles or bundles[-1].stat().st_size + file.stat().st_size > .98*LARGEST:
-                bundles.append(folder/f'weights-{len(bundles) + 1}.zip')
-            with zipfile.ZipFile(bundles[-1], 'a') as z: z.write(file, f'{name}/{file.name}')
 
 
 # ---------------------------------------------------------------- tables

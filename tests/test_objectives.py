@@ -192,6 +192,7 @@ def test_results_go_home_in_bundles_and_come_back(tmp_path, monkeypatch):
     for k in range(3): (out/f'pretrained/s-{k}.safetensors').write_bytes(bytes([k])*400)
     (out/'trials/t.json').write_text('{}')
     monkeypatch.setattr(objectives, 'LARGEST', 1400)
+    monkeypatch.setattr(objectives, 'BUNDLES', 2)
     objectives.bring(out, tmp_path/'home', set())
     (out/'pickers/p.safetensors').write_bytes(b'p'*400)
     objectives.bring(out, tmp_path/'home', set())                                # again: only what is new
@@ -202,5 +203,12 @@ def test_results_go_home_in_bundles_and_come_back(tmp_path, monkeypatch):
     assert names == {'pickers/p.safetensors', *(f'pretrained/s-{k}.safetensors' for k in range(3))}
     assert {f.relative_to(tmp_path/'new'): f.read_bytes() for f in (tmp_path/'new').rglob('*.*')} == {
         f.relative_to(out): f.read_bytes() for f in out.rglob('*.*')}
+    (tmp_path/'few').mkdir()
+    (tmp_path/'home/results.zip').rename(tmp_path/'few/results.zip')             # the weights stay at home
+    assert objectives.take(tmp_path/'few', tmp_path/'newer') == names and not (tmp_path/'newer/pretrained').exists()
     objectives.bring(tmp_path/'new', tmp_path/'elsewhere', names)                # nothing that is at home already
     assert [f.name for f in (tmp_path/'elsewhere').iterdir()] == ['results.zip']
+    for k in range(3, 9): (out/f'pretrained/s-{k}.safetensors').write_bytes(bytes([k])*400)
+    objectives.bring(out, tmp_path/'more', names)
+    assert len(list((tmp_path/'more').glob('weights-*.zip'))) == 2               # no more than fit
+    assert len(objectives.take(tmp_path/'more', tmp_path/'newest')) < len(names) + 6

@@ -8,7 +8,7 @@ Docs: https://seismodel.github.io/seismodel/study/paired.html.md"""
 __all__ = ['ONSET_KEYS', 'ARM_KEYS', 'SHARES', 'ERRORS', 'read_onsets', 'onset_score', 'score_table', 'two_way_draws', 'chance',
            'holm', 'Margins', 'verdict', 'difference', 'compare', 'arm_scores', 'detection']
 
-# %% ../../nbs/study/03a_paired.ipynb #4ec636fd
+# %% ../../nbs/study/03a_paired.ipynb #3148fe99
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import pandas as pd
 from ..core import UserError
 from ..statistics import auc
 
-# %% ../../nbs/study/03a_paired.ipynb #6ec3518e
+# %% ../../nbs/study/03a_paired.ipynb #763e31ca
 ONSET_KEYS = ['record', 'event']
 ARM_KEYS = ['method', 'fraction', 'seed']
 
@@ -31,7 +31,7 @@ def read_onsets(
     if missing: raise UserError(f"'{file}' is no table of onsets: it has no column {min(missing)}.")
     return table
 
-# %% ../../nbs/study/03a_paired.ipynb #4b9610cf
+# %% ../../nbs/study/03a_paired.ipynb #e7625c9b
 SHARES = ('within 0.1 s', 'within 0.3 s', 'within 0.5 s')
 ERRORS = ('error up to 2 s', 'error up to 0.5 s')
 
@@ -54,9 +54,9 @@ def score_table(
     rows = onsets[(onsets['phase'] == phase) & (onsets['status'] == status)]
     windows = rows[[c for c in rows if c.startswith('residual_')]].to_numpy(float)
     scored = rows.assign(score=onset_score(windows, metric).mean(1))
-    return scored.pivot(index=ONSET_KEYS, columns=ARM_KEYS, values='score')
+    return scored.pivot(index=ONSET_KEYS, columns=ARM_KEYS, values='score').sort_index(axis=1)
 
-# %% ../../nbs/study/03a_paired.ipynb #ddf19b00
+# %% ../../nbs/study/03a_paired.ipynb #abc3ef20
 def two_way_draws(
     difference:np.ndarray, # (onsets, seeds)
     events:np.ndarray,     # (onsets,) which event
@@ -73,7 +73,7 @@ def two_way_draws(
     counts, chosen = draw(len(size)), draw(seeds)             # (draws, events), (draws, seeds)
     return (counts@summed*chosen).sum(1)/seeds/(counts@size)
 
-# %% ../../nbs/study/03a_paired.ipynb #3f8c20dd
+# %% ../../nbs/study/03a_paired.ipynb #8b020f69
 def chance(
     draws:np.ndarray, # (draws,) from `two_way_draws`
 )->float: # two-sided, never 0
@@ -92,7 +92,7 @@ def holm(
     out[order] = np.minimum(raised, 1.)
     return out
 
-# %% ../../nbs/study/03a_paired.ipynb #ead066f9
+# %% ../../nbs/study/03a_paired.ipynb #40f5806d
 @dataclass(frozen=True)
 class Margins:
     "What a verdict needs, in shares of the onsets"
@@ -127,7 +127,7 @@ def difference(
     if not paired.size: raise UserError(f'{one} and {other} have no onset and seed in common.')
     return paired.to_numpy(), paired.index.get_level_values('event').to_numpy()
 
-# %% ../../nbs/study/03a_paired.ipynb #e63cc1e7
+# %% ../../nbs/study/03a_paired.ipynb #7927af49
 def compare(
     onsets:pd.DataFrame, # from `read_onsets`
     reference:str,       # the method that all others are compared with
@@ -163,7 +163,7 @@ def _compare_one(scores, reference, others, fraction, draws, phase, metric):
                          events=len(set(events.tolist())), seeds=d.shape[1]))
     return rows
 
-# %% ../../nbs/study/03a_paired.ipynb #dd0a323d
+# %% ../../nbs/study/03a_paired.ipynb #f8a820be
 def arm_scores(
     onsets:pd.DataFrame, # from `read_onsets`
     draws:int=2000,      # of the bootstrap
