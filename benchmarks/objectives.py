@@ -10,24 +10,35 @@ for all their combinations:
 
     --plan 'spectrum:480 spectrum:480:1 random | plain decay.65 | .1 1 | 0 1 2'
 
-`spectrum:480:1` is the variant `spectrum` after 480,000 windows, with seed 1. Several `--plan` are worked off in
-their order; `VARIANTS` and `WAYS` below list the names, and `PLAN` is the plan if none is given.
+`spectrum:480:1` is the variant `spectrum` after 480,000 windows, with seed 1. A fifth part may name the seeds of
+fine-tuning; a line without ways only pretrains. Several `--plan` are worked off in their order; `models` and `WAYS`
+below list the names, and `PLAN` is the plan if none is given.
+
+The study of five folds is another plan over all labelled events, of which a tenth chooses the step of each picker:
+
+    python benchmarks/objectives.py prepare --labelled labelled --unlabelled unlabelled --every-split \
+        --peer volpick=FOLDER/phasenet --data data --packed packed
+    python benchmarks/objectives.py run --plan study --best --data packed --out results --take home --bring home
 
 Each trial is a process of its own, which is meant to share the GPU with others under NVIDIA MPS. A pretraining
 leaves pretrained/NAME.safetensors (float16) and .json, a fine-tuning trials/NAME.json. What is there is not run
 again, so the same command goes on after an interruption. `--small` tries everything on a CPU in a few minutes.
 
-The events of `train` and `dev` are divided into five folds; records of `test` do not leave `prepare`. The score
-has no threshold: the sample with the highest probability in a window around each manual onset of the fold.
-Needs torch, numpy and this package, not SeisBench or ObsPy.
+The events of `train` and `dev` are divided into five folds; records of `test` do not leave `prepare`, unless
+`--every-split` says so. The score has no threshold: the sample with the highest probability in a window around each
+onset of the fold. `run` needs torch, numpy and this package, not SeisBench or ObsPy; `packed` holds the arrays in a
+third of their size, and `--take` and `--bring` move results between a machine that is lent and one that stays.
 """
 import argparse
+import bz2
 import csv
+import gzip
 import json
 import math
 import os
 import sys
 import time
+import zipfile
 from collections import defaultdict
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, replace
@@ -43,22 +54,22 @@ from seismodel.data.prefetch import amplitudes, to_model
 from seismodel.data.sources import SyntheticSource
 from seismodel.data.store import quantize_samples
 from seismodel.data.store_reader import Store
-from seismodel.finetuning.heads import Picker
+from seismodel.finetuning.heads import LABELS, Picker, batch_onsets, found, label_curves, pick_loss
 from seismodel.models.encoders import BidirAutoregConfig
-from seismodel.models.pretraining import (MaskedConfig, ReconstructionConfig, build, config_to_dict,
+from seismodel.models.pretraining import (MaskedConfig, ReconstructionConfig, Step, build, config_to_dict,
                                           preset)
 from seismodel.signals.augment import Augmentation, fine_augment, pretrain_augment
-from seismodel.signals.noise import calm_bank, noise_bank
-from seismodel.signals.records import STATUS, WINDOW, Record
-from seismodel.signals.synthetic import SyntheticConfig
+from seismodel.signals.noise import EventsInNoise, calm_bank, noise_bank
+from seismodel.signals.records import SAMPLING_RATE, STATUS, WINDOW, Record
+from seismodel.signals.synthetic import SyntheticConfig, band_power
 from seismodel.training.config import TrainConfig
 from seismodel.training.cuda_graph import Replay, compile_blocks, mixed_precision, tensor_float32
 from seismodel.training.distributed import Ranks
 from seismodel.training.schedule import lr_at, parameter_groups
 from seismodel.training.trainer import optimizer_step, set_lr
 
-FOLDS, MANUAL, ABSENT = 5, STATUS.index('manual'), STATUS.index('absent')
-LARGEST = 16 * 2**20     # bytes of a file of weights
+FOLDS, MANUAL, AUTOMATIC, ABSENT = 5, *map(STATUS.index, ('manual', 'automatic', 'absent'))
+LARGEST, BUNDLES = 16 * 2**20, 4     # bytes of a file of weights, or of a bundle that is brought; bundles of a call
 
 
 # ---------------------------------------------------------------- what is compared
@@ -71,13 +82,14 @@ class Variant:
     weight_decay: float = .1
     batch: int = 256
     augment: bool = False        # as `pretrain --augment full`
+    data: str = 'windows'        # what it sees: windows, scrambled ones, or events in noise with their onsets
     control: str = 'random'      # random start of the same shapes
-    memory: float = 14           # GiB, about
+    memory: float = 9            # GiB, about
 
 
 def sequential(model, **more):
     "A variant with the sequential backbone, which needs more memory"
-    usual = dict(lr=2e-3, weight_decay=.01, batch=128, control='random-sequential', memory=20)
+    usual = dict(lr=2e-3, weight_decay=.01, batch=128, control='random-sequential', memory=14)
     return Variant(model, **{**usual, **more})
 
 
@@ -94,6 +106,8 @@ def models(size):
         'spectrum-aug': Variant(spectrum, augment=True),
         'spectrum-lr1e-3': Variant(spectrum, lr=1e-3),
         'spectrum-lr6e-3': Variant(spectrum, lr=6e-3),
+        'placebo': Variant(spectrum, data='scrambled'),
+        'supervised': Variant(spectrum, lr=2e-3, batch=128, data='events', memory=14),
         'joint': Variant(joint),
         'joint-aug': Variant(joint, augment=True),
         'joint-heavy': Variant(replace(joint, contrastive=1.)),
@@ -107,7 +121,8 @@ def models(size):
         'recon-learned': sequential(changed(mask_value='learned')),
         'recon-gelu': sequential(changed(activation='gelu'), control='random-mended'),
     }
-    starts = {'random': spectrum, 'random-sequential': recon, 'random-mended': replace(recon, encoder=mended)}
+    starts = {'random': spectrum, 'random-sequential': recon, 'random-mended': replace(recon, encoder=mended),
+              'volpick': None, 'phasenet': None}               # from the files of `prepare --peer`; fresh weights
     return variants, starts
 
 
@@ -121,6 +136,7 @@ class Way:
     layer_decay: float = 1. # of the learning rate, from one stage of the network to the one below
     average: float = 0.     # decay of the moving average of the weights; 0: the weights themselves
     noise: float = .5       # fraction of the windows with noise added
+    synthetic: float = 0.   # fraction of the windows that are synthetic events in real noise
     probe: bool = False     # a linear head without the waveform
 
 
@@ -140,6 +156,11 @@ WAYS = {
     'average': Way(average=.99),
     'decay.65-average': Way(layer_decay=.65, average=.99),
     'quiet': Way(noise=.25),
+    'plain+synthetic': Way(synthetic=.25),
+    'decay.65+synthetic': Way(layer_decay=.65, synthetic=.25),
+    'peer': Way(weight_decay=0.),                     # of published pickers and their control
+    'peer-lr3e-4': Way(weight_decay=0., lr=3e-4),
+    'as-it-is': Way(steps=0),
 }
 
 PLAN = (
@@ -155,6 +176,38 @@ PLAN = (
     'joint:1500 spectrum-aug:1500 spectrum:1500:1 | decay.65 plain | .1 | 0 1 2',
 )
 
+def study_plan(thousands=1000):
+    "The plan of the study: what matters most comes first, so that whatever time there is gives a table"
+    half, every, seeds = thousands//2, '| 0 1 2 3 4 |', range(3)
+    few = lambda starts, ways, again='0 1 2': f'{starts} | {ways} | .1 {every} {again}'
+    whole = lambda starts, ways: f'{starts} | {ways} | 1 {every} 0'
+    best = [f'spectrum:{thousands}:{seed}' for seed in seeds]
+    placebo, contrastive, supervised = f'placebo:{thousands}', f'contrastive:{thousands}', f'supervised:{half}'
+    spectrum, tokens = f'recon-spectrum:{half}', f'recon:{half}'
+    return (f"{' '.join(best)} {placebo} | | |",
+            'random | plain plain+synthetic | .1 | 0 | 0', 'volpick | as-it-is peer | 1 | 0 | 0',    # each kind once, early
+            f'{contrastive} {supervised} {spectrum} {tokens} | | |',
+            few('random', 'plain'), *(few(best[k], 'decay.65', k) for k in seeds),
+            whole('random', 'plain'), whole(best[0], 'decay.65'),
+            whole('volpick', 'as-it-is'), few('volpick', 'peer'),
+            few(placebo, 'decay.65'), few(supervised, 'decay.65'), few(contrastive, 'decay.65'),
+            few('random-sequential', 'low'), few(spectrum, 'low'),
+            few('random', 'plain-3000'),
+            whole(f'{contrastive} {supervised}', 'decay.65'), whole(spectrum, 'low'),
+            few('random', 'plain+synthetic'), *(few(best[k], 'decay.65+synthetic', k) for k in seeds),
+            few(tokens, 'low'), whole('volpick', 'peer'),
+            f"{' '.join(best[:2])} {placebo} {contrastive} {spectrum} {tokens} random random-sequential | probe | 1 | 0",
+            few('volpick', 'peer-lr3e-4'), few('phasenet', 'peer'))
+
+
+def whole_plan(texts):
+    "The lines of a plan, in which `study`, or `study:500` for a budget of 500,000 windows, stands for many"
+    lines = []
+    for text in texts:
+        name, _, thousands = text.partition(':')
+        lines += study_plan(*map(int, thousands.split())) if name == 'study' else [text]
+    return lines
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -165,6 +218,7 @@ class Trial:
     way: str = ''
     fraction: float = 1.
     fold: int = 0
+    again: int = 0          # seed of the fine-tuning: of events, head, random start and windows
 
     @property
     def start(self):
@@ -172,10 +226,13 @@ class Trial:
         return f'{self.variant}-{self.thousands}k-s{self.seed}' if self.thousands else self.variant
 
     @property
-    def name(self): return f'{self.start}--{self.way}--{self.fraction:g}--{self.fold}' if self.way else self.start
+    def name(self):
+        "Of its files"
+        if not self.way: return self.start
+        return f'{self.start}--{self.way}--{self.fraction:g}--{self.fold}' + f'--{self.again}'*bool(self.again)
 
     @property
-    def pretraining(self): return replace(self, way='', fraction=1., fold=0) if self.thousands else None
+    def pretraining(self): return replace(self, way='', fraction=1., fold=0, again=0) if self.thousands else None
 
     def file(self, out): return out/('trials' if self.way else 'pretrained')/f'{self.name}.json'
 
@@ -202,13 +259,14 @@ def trials_of(plan, variants, starts):
     trials = {}
     for line in plan:
         parts = [part.split() for part in line.split('|')]
-        if len(parts) != 4: sys.exit(f"'{line}' is no plan line: give STARTS | WAYS | FRACTIONS | FOLDS.")
+        if len(parts) == 4: parts.append(['0'])
+        if len(parts) != 5: sys.exit(f"'{line}' is no plan line: give STARTS | WAYS | FRACTIONS | FOLDS | SEEDS.")
         for way in parts[1]:
             if way not in WAYS: sys.exit(f"'{way}' is no way of fine-tuning: choose from {', '.join(WAYS)}.")
         some = [Trial(*start_of(text, variants, starts)) for text in parts[0]]
         found = [t for t in some if t.thousands]
-        found += [replace(t, way=way, fraction=float(f), fold=int(fold))
-                  for fold in parts[3] for f in parts[2] for way in parts[1] for t in some]
+        found += [replace(t, way=way, fraction=float(f), fold=int(fold), again=int(again))
+                  for again in parts[4] for fold in parts[3] for f in parts[2] for way in parts[1] for t in some]
         trials.update(dict.fromkeys(found))
     return list(trials)
 
@@ -216,10 +274,11 @@ def trials_of(plan, variants, starts):
 # ---------------------------------------------------------------- data
 
 def prepare(args):
-    "Write the records of two stores as plain arrays: labelled ones without `test`, unlabelled ones of `train`"
+    "Write the records of two stores as plain arrays: labelled ones, unlabelled ones of `train`; and published pickers"
     folder = Path(args.data)
     folder.mkdir(parents=True, exist_ok=True)
-    for kind, splits in (('labelled', ('train', 'dev')), ('unlabelled', ('train',))):
+    labelled = ('train', 'dev', 'test') if args.every_split else ('train', 'dev')
+    for kind, splits in (('labelled', labelled), ('unlabelled', ('train',))):
         store = Store(Path(getattr(args, kind)))
         with open(store.folder/'traces.csv', newline='', encoding='utf-8') as f: rows = list(csv.DictReader(f))
         keep = [i for i, split in enumerate(store.index['split']) if store.manifest['splits'][split] in splits]
@@ -228,15 +287,99 @@ def prepare(args):
         length = index['samples'].astype(np.int64)
         event = [row.get('source_id') or row['trace_name'] for row in rows]
         dataset = [row.get('trace_dataset') or '' for row in rows]
+        station = [f"{row.get('station_network_code') or ''}.{row.get('station_code') or ''}" for row in rows]
         table = np.zeros(len(keep), [('first', 'i8'), ('length', 'i8'), ('scale', 'f4', 3), ('onset', 'f8', 4),
-                                     ('status', 'i1', 2), ('event', f'U{max(map(len, event))}'), ('fold', 'i1')])
+                                     ('status', 'i1', 2), ('event', f'U{max(map(len, event))}'), ('fold', 'i1'),
+                                     ('tenth', 'i1'), ('dataset', f'U{max(map(len, dataset)) or 1}'),
+                                     ('station', 'U16'), ('trace', 'U80'), ('split', 'U5')])
         table['first'], table['length'], table['scale'] = np.cumsum(length) - length, length, index['scale']
         table['onset'] = np.stack([index[k] for k in ('p_onset', 's_onset', 'p_weak', 's_weak')], 1)
         table['status'] = np.stack([index['p_status'], index['s_status']], 1)
-        table['event'], table['fold'] = [event[i] for i in keep], folds_of(event, dataset)[keep]
+        table['event'], table['tenth'] = [event[i] for i in keep], tenths_of(event, dataset)[keep]
+        table['fold'] = table['tenth'] % FOLDS
+        table['dataset'], table['station'] = [dataset[i] for i in keep], [station[i] for i in keep]
+        table['trace'] = [rows[i]['trace_name'] for i in keep]
+        table['split'] = [store.manifest['splits'][k] for k in index['split']]
         np.save(folder/f'{kind}-samples.npy', np.concatenate(samples))
         np.save(folder/f'{kind}-table.npy', table)
+        names = ('trace', 'dataset', 'station', 'event', 'split', 'fold', 'tenth')
+        write_csv(folder/f'{kind}.csv', [{'record': i, **{k: row[k].item() for k in names}} for i, row in enumerate(table)])
         print(f'{kind}: {len(table)} records, {length.sum()/360000:.1f} h')
+    for text in args.peer or []: record_peer(folder, *text.split('=', 1))
+    if args.packed: pack_arrays(folder, Path(args.packed))
+
+
+def pack_arrays(folder, to):
+    "Copies of what `prepare` wrote: of samples the differences, high bytes apart from low ones, compressed"
+    to.mkdir(parents=True, exist_ok=True)
+    for file in sorted(folder.glob('*.npy')) + sorted(folder.glob('peer-*.pt')):
+        data = file.read_bytes()
+        if file.stem.endswith('samples'):
+            x = np.load(file)
+            step = np.diff(x, axis=0, prepend=np.zeros((1, 3), np.int16)).astype(np.int32)     # 32 bits: no sign is lost
+            step = (step + 2**15) % 2**16 - 2**15
+            even = ((step << 1) ^ (step >> 31)).astype(np.uint16)                              # small numbers of either sign
+            data = np.concatenate([(even >> 8).astype(np.uint8).T, even.astype(np.uint8).T]).tobytes()
+        (to/f'{file.name}.bz2').write_bytes(bz2.compress(data))
+    print(f"packed: {sum(f.stat().st_size for f in to.glob('*.bz2'))/2**20:.1f} MiB")
+
+
+def unpack_arrays(folder):
+    "What `pack_arrays` packed, beside the packed files"
+    for file in sorted(folder.glob('*.bz2')):
+        plain = file.with_suffix('')
+        if plain.exists(): continue
+        data, part = bz2.decompress(file.read_bytes()), plain.with_suffix('.part')
+        if plain.stem.endswith('samples'):
+            planes = np.frombuffer(data, np.uint8).reshape(6, -1).astype(np.uint16)
+            even = (planes[:3] << 8 | planes[3:]).T.astype(np.int32)
+            step = (even >> 1) ^ -(even & 1)
+            with open(part, 'wb') as f: np.save(f, np.cumsum(step, 0, dtype=np.int32).astype(np.int16))
+        else: part.write_bytes(data)
+        os.replace(part, plain)
+
+
+def record_peer(folder, name, stem):
+    "Record the network in SeisBench's files STEM.json… and STEM.pt…, so that it runs without SeisBench"
+    from seisbench.models import PhaseNet
+    about, weights = (next(Path(stem).parent.glob(f'{Path(stem).name}.{end}*')) for end in ('json', 'pt'))
+    options = json.loads(about.read_text(encoding='utf-8'))['model_args']
+    model = PhaseNet(**options)
+    model.load_state_dict(torch.load(weights, weights_only=True))
+    class Logits(torch.nn.Module):
+        def __init__(self): super().__init__(); self.net = model
+        def forward(self, x): return self.net(x, logits=True)
+    order = ['ZNE'.index(c) for c in options.get('component_order', 'ZNE')]
+    torch.save({'net': torch.fx.symbolic_trace(Logits()), 'phases': [model.labels.index(c) for c in LABELS],
+                'components': order, 'peak': model.norm == 'peak'}, folder/f'peer-{name}.pt')
+
+
+class Peer(torch.nn.Module):
+    "A published picker as `prepare` recorded it, in the place of a `Picker`; or its shapes with fresh weights"
+    def __init__(self, folder, name):
+        super().__init__()
+        file = folder/f"peer-{'volpick' if name == 'phasenet' else name}.pt"
+        saved = torch.load(file, map_location='cpu', weights_only=False)         # our own file
+        self.net, self.peak = saved['net'], saved['peak']
+        for part in ('phases', 'components'):                                    # on the device, as a recording needs them
+            self.register_buffer(part, torch.tensor(saved[part]), persistent=False)
+        if name != 'phasenet': return
+        for part in self.net.modules():
+            if hasattr(part, 'reset_parameters'): part.reset_parameters()
+
+    def set_progress(self, step, steps): "Nothing follows from the number of the step"
+
+    def logits(self, x):
+        "(B, L, 3) normalised windows to (B, L, 3) of N, P, S, in float32"
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.float().transpose(1, 2).index_select(1, self.components)
+            if self.peak: x = x/(x.abs().amax(-1, keepdim=True) + 1e-10)
+            return self.net(x).transpose(1, 2).index_select(-1, self.phases)
+
+    def forward(self, batch, generator=None):
+        x, (onset, known) = batch['x'], batch_onsets(batch)
+        z = self.logits(x)
+        return Step(pick_loss(z, label_curves(*onset.unbind(-1), x.shape[1]), known), found(z, onset))
 
 
 class Records:
@@ -316,27 +459,91 @@ def synthetic_records(out, device):
     return Records(q.reshape(R*L, 3), np.arange(R)*L, np.full(R, L), scale, *nothing, device)
 
 
-def folds_of(event, dataset):
-    "The fold of each record, 0 to 4: an event's records lie in one, and every dataset is spread over all of them"
+def events_part(number):
+    torch.set_num_threads(1)
+    made = EventsInNoise(torch.randn(1, WINDOW, 3), 50, number)
+    return made.waves, made.onsets
+
+
+def make_events(out, count, jobs):
+    "Write clean synthetic events as `EventsInNoise` has them"
+    if (out/'events-onsets.npy').exists(): return
+    with get_context('spawn').Pool(jobs) as pool: waves, onsets = zip(*pool.map(events_part, range(-(-count//50))))
+    np.save(out/'events.npy', np.concatenate(waves)[:count].astype(np.float16))
+    np.save(out/'events-onsets.npy', np.concatenate(onsets)[:count])
+
+
+class Events:
+    "Windows of synthetic events in real noise, put together on the device as `EventsInNoise` does on the host"
+    def __init__(self, out, noise, most, device):
+        self.waves = torch.as_tensor(np.load(out/'events.npy')[:most], device=device)
+        self.onsets = torch.as_tensor(np.load(out/'events-onsets.npy')[:most], device=device, dtype=torch.float32)
+        self.noise = noise.to(device)
+        level = np.sqrt(band_power(noise.numpy()[:, :1000], SAMPLING_RATE))
+        self.level = torch.as_tensor(level, device=device, dtype=torch.float32)
+
+    def draw(self, count, generator):
+        "`count` windows, as `fine_augment` takes them"
+        device, extra = self.noise.device, self.waves.shape[1] - WINDOW
+        u = torch.rand(4, count, generator=generator, device=device)
+        event, noise = ((v*n).long() for v, n in zip(u, (len(self.waves), len(self.noise))))
+        first, size = (u[2]*(extra + 1)).long(), self.level[noise]*10**((6*u[3] - 3)/20)        # within 3 dB
+        t = first[:, None] + torch.arange(WINDOW, device=device)
+        x = self.noise[noise] + size[:, None, None]*self.waves[event[:, None], t].float()
+        onset = self.onsets[event] - first[:, None]
+        onset = onset.where((onset >= 0) & (onset < WINDOW), torch.nan)
+        there = onset.isfinite()
+        status = (there*STATUS.index('picked') + ~there*ABSENT).to(torch.int8)
+        valid = torch.zeros(count, 2, dtype=torch.int32, device=device)
+        valid[:, 1] = WINDOW
+        none = torch.full((count,), torch.nan, device=device)
+        return {'p_onset': onset[:, 0], 's_onset': onset[:, 1], 'p_weak': none, 's_weak': none, 'p_status': status[:, 0],
+                's_status': status[:, 1], 'x': x, 'scale': torch.ones(count, 3, device=device), 'valid': valid}
+
+
+def scramble(x, generator):
+    """Windows (B, L, 3) with the spectra of `x` and random phases: one draw for a window, the same for its components, so
+    that they stay related as they were. Nothing begins in such a window."""
+    spectrum = torch.fft.rfft(x.float(), dim=1)
+    turn = 2*math.pi*torch.rand(x.shape[0], spectrum.shape[1], 1, generator=generator, device=x.device)
+    return torch.fft.irfft(spectrum*torch.polar(torch.ones_like(turn), turn), n=x.shape[1], dim=1)
+
+
+def tenths_of(event, dataset):
+    "The tenth of each record, 0 to 9: an event's records lie in one, and every dataset is spread over all of them"
     first = dict(zip(event[::-1], dataset[::-1]))
     order = sorted(first, key=lambda e: (first[e], crc32(e.encode())))
-    number = {e: k % FOLDS for k, e in enumerate(order)}
+    number = {e: k % (2*FOLDS) for k, e in enumerate(order)}
     return np.array([number[e] for e in event])
 
 
-def rows_to_learn(table, held, fraction):
-    "Records to learn from: a fraction of the events outside a fold, the same ones for every start and way"
+def folds_of(event, dataset):
+    "The fold of each record, 0 to 4, two tenths each"
+    return tenths_of(event, dataset) % FOLDS
+
+
+def rows_of_dev(table, held):
+    "Records that choose a picker's step where a fold is held back: the tenth after it"
+    return np.flatnonzero(table['tenth'] == held + 1)
+
+
+def rows_to_learn(table, held, fraction, seed=0, dev=False):
+    """Records to learn from: a fraction of the events outside a fold, and outside its dev records if there are any, the
+    same ones for every start and way"""
     learn, event = np.flatnonzero(table['fold'] != held), table['event'].tolist()
-    events = sorted({event[i] for i in learn}, key=lambda e: crc32(f'{held}/{e}'.encode()))
+    if dev: learn = np.setdiff1d(learn, rows_of_dev(table, held))
+    key = lambda e: crc32((f'{held}/{e}' + f'/{seed}'*bool(seed)).encode())
+    events = sorted({event[i] for i in learn}, key=key)
     kept = set(events[:math.ceil(fraction*len(events))])
     return np.array([i for i in learn if event[i] in kept])
 
 
 # ---------------------------------------------------------------- one trial
 
-def run(model, draw, c, device, compiled=False):
+def run(model, draw, c, device, compiled=False, look=None):
     """Train; `draw(generator)` makes a batch on the device. On a GPU a step with its windows and their augmentation is
-    one recording. Returns 20 rows of metrics and the seconds; averaged weights are put in place at the end."""
+    one recording. Returns 20 rows of metrics and the seconds; averaged weights are put in place at the end. `look(k)` is
+    called ten times along the run, after k steps."""
     ranks, stop_flag = Ranks(device), torch.zeros((), device=device)
     generator = torch.Generator(device).manual_seed(c.seed)
     torch.manual_seed(c.seed)
@@ -361,6 +568,7 @@ def run(model, draw, c, device, compiled=False):
                 replay, phase = (Replay(step, generator) if on_gpu else step), now
             set_lr(optimizer, lr_at(k, c))
             metrics, _ = replay(dummy)
+            if look and ((k + 1) % max(1, c.steps//10) == 0 or k + 1 == c.steps): look(k + 1)
             if (k + 1) % max(1, c.steps//20) == 0 or k + 1 == c.steps:
                 history.append({'step': k + 1, **{n: round(float(v), 5) for n, v in metrics.items()}})
                 if not math.isfinite(history[-1]['loss']): raise ArithmeticError(f'no finite loss in step {k + 1}')
@@ -381,22 +589,25 @@ def pretrain(trial, args, device):
     real, _ = records_of(Path(args.data), 'unlabelled', device)
     made = synthetic_records(out, device)
     whole = [torch.arange(len(r), device=device) for r in (real, made)]
-    change = None
-    if variant.augment: change = pretrain_augment(calm_bank([real], 16 if args.small else 256).to(device))
+    change, events = None, None
+    calm = calm_bank([real], 16 if args.small else 1024 if variant.data == 'events' else 256)
+    if variant.augment: change = pretrain_augment(calm.to(device))
     torch.manual_seed(trial.seed)
     model = build(variant.model).to(device).train()
+    if variant.data == 'events':
+        model, events = Picker(model).to(device).train(), Events(out, calm, 4000, device)
+        change = fine_augment(calm.to(device), Augmentation())
     def draw(generator):
+        if events: return to_model(change(amplitudes(events.draw(batch, generator)), generator))
         parts = real.draw(whole[0], batch - batch//4, generator), made.draw(whole[1], batch//4, generator)
         b = {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
         if change: b = change(amplitudes(b), generator)
+        if variant.data == 'scrambled':
+            b = amplitudes(b)
+            b['x'] = scramble(b['x'], generator)
         return to_model(b)['x']
     history, seconds = run(model, draw, c, device, compiled=device.type == 'cuda' and steps > 500)
-    weights = {k: v.detach().half().cpu().contiguous() if v.is_floating_point() else v.cpu()
-               for k, v in model.state_dict().items()}
-    file = out/'pretrained'/f'{trial.name}.safetensors'
-    save_file(weights, f'{file}.part')
-    if os.path.getsize(f'{file}.part') > LARGEST: print(f'{file.name} has more than {LARGEST} bytes')
-    os.replace(f'{file}.part', file)
+    keep(model, out/'pretrained'/f'{trial.name}.safetensors')
     return dict(start=trial.start, variant=trial.variant, seed=trial.seed, windows=steps*batch,
                 batch=batch, lr=variant.lr, augment=variant.augment, seconds=round(seconds, 1),
                 windows_per_second=round(steps*batch/seconds),
@@ -404,74 +615,146 @@ def pretrain(trial, args, device):
                 model=config_to_dict(variant.model))
 
 
+def keep(model, file):
+    "Write the weights as float16"
+    file.parent.mkdir(exist_ok=True)
+    weights = {k: v.detach().half().cpu().contiguous() if v.is_floating_point() else v.cpu()
+               for k, v in model.state_dict().items()}
+    save_file(weights, f'{file}.part')
+    if os.path.getsize(f'{file}.part') > LARGEST: print(f'{file.name} has more than {LARGEST} bytes')
+    os.replace(f'{file}.part', file)
+
+
 def gib(): return round(torch.cuda.max_memory_allocated()/2**30, 1) if torch.cuda.is_available() else 0
+
+
+def start_of_picker(trial, args, variants, starts):
+    "The network of a fine-tuning, before its first step, on the host"
+    way, out = WAYS[trial.way], Path(args.out)
+    torch.manual_seed(trial.fold + 100*trial.again)
+    if not trial.thousands and starts[trial.variant] is None: return Peer(Path(args.data), trial.variant)
+    net = build(variants[trial.variant].model if trial.thousands else starts[trial.variant])
+    supervised = trial.thousands and variants[trial.variant].data == 'events'
+    weights = load_file(out/'pretrained'/f'{trial.start}.safetensors') if trial.thousands else {}
+    weights = {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
+    if weights and not supervised: net.load_state_dict(weights)
+    torch.manual_seed(trial.fold + 100*trial.again)
+    picker = Picker(net, width=0 if way.probe else 32, raw=not way.probe, freeze=way.freeze)
+    if supervised and way.probe: weights = {k: v for k, v in weights.items() if not k.startswith('head.')}
+    if supervised: picker.load_state_dict(weights, strict=not way.probe)
+    return picker
+
+
+class Best:
+    "The weights with the lowest loss over dev windows, which stay the same"
+    def __init__(self, picker, r, rows, count, seed, device):
+        generator = torch.Generator(device).manual_seed(seed)
+        batch = to_model(amplitudes(r.draw(torch.as_tensor(rows, device=device), count, generator)))
+        self.batches = [{k: v[i:i + 32] for k, v in batch.items()} for i in range(0, count, 32)]
+        self.picker, self.device, self.loss, self.step, self.weights = picker, device, math.inf, 0, None
+
+    @torch.no_grad()
+    def look(self, step):
+        "Compare, and keep"
+        self.picker.eval()
+        with mixed_precision(self.device): losses = [self.picker(b).loss.float() for b in self.batches]
+        self.picker.train()
+        loss = float(torch.stack(losses).mean())
+        if loss >= self.loss: return
+        self.loss, self.step = loss, step
+        self.weights = {k: v.clone() for k, v in self.picker.state_dict().items()}
 
 
 def finetune(trial, args, device):
     "Fine-tune on a fraction of the events, and score on those of a fold"
     variants, starts = models(args.size)
-    way, out = WAYS[trial.way], Path(args.out)
-    torch.manual_seed(trial.fold)
-    net = build(variants[trial.variant].model if trial.thousands else starts[trial.variant])
-    if trial.thousands:
-        weights = load_file(out/'pretrained'/f'{trial.start}.safetensors')
-        net.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in weights.items()})
-    torch.manual_seed(trial.fold)
-    picker = Picker(net, width=0 if way.probe else 32, raw=not way.probe, freeze=way.freeze).to(device).train()
+    way, out, seed = WAYS[trial.way], Path(args.out), trial.fold + 100*trial.again
+    picker = start_of_picker(trial, args, variants, starts).to(device).train()
     labelled, table = records_of(Path(args.data), 'labelled', device)
-    labelled.rows = rows_to_learn(table, trial.fold, trial.fraction)
-    noise = noise_bank([labelled], count=16 if args.small else 256).to(device)
-    change = fine_augment(noise, replace(Augmentation(), noise=way.noise))
+    labelled.rows = rows_to_learn(table, trial.fold, trial.fraction, trial.again, args.best)
+    noise = noise_bank([labelled], count=16 if args.small else 256)
+    change = fine_augment(noise.to(device), replace(Augmentation(), noise=way.noise))
     here = torch.as_tensor(labelled.rows, device=device)
-    c = TrainConfig(steps=8 if args.small else way.steps, batch_size=4 if args.small else 32,
-                    lr=way.lr, seed=trial.fold, weight_decay=way.weight_decay, layer_decay=way.layer_decay,
-                    average=way.average)
+    c = TrainConfig(steps=min(way.steps, 8) if args.small else way.steps, batch_size=4 if args.small else 32,
+                    lr=way.lr, seed=seed, weight_decay=way.weight_decay, layer_decay=way.layer_decay, average=way.average)
+    events = Events(out, noise, 1000, device) if way.synthetic else None
+    made = round(way.synthetic*c.batch_size)
     def draw(generator):
-        return to_model(change(amplitudes(labelled.draw(here, c.batch_size, generator)), generator))
-    history, seconds = run(picker, draw, c, device)
-    score, onsets = scored(picker.eval(), labelled, table, trial.fold, device, 1 if args.small else 3)
+        b = labelled.draw(here, c.batch_size - made, generator)
+        other = events.draw(made, generator) if made else {}
+        b = {k: torch.cat([v, other[k]]) if made else v for k, v in b.items()}
+        return to_model(change(amplitudes(b), generator))
+    dev = rows_of_dev(table, trial.fold)
+    best = Best(picker, labelled, dev, 8 if args.small else 128, trial.fold, device) if args.best else None
+    history, seconds = run(picker, draw, c, device, look=best and best.look) if c.steps else ([{'loss': None}], 0.)
+    if best and best.weights: picker.load_state_dict(best.weights)
+    if trial.fraction == 1 and trial.fold == trial.again == 0 and not way.probe:
+        keep(picker, out/'pickers'/f'{trial.name}.safetensors')
+    onsets = scored(picker.eval(), labelled, table, trial.fold, device, 1 if args.small else 3)
     return dict(start=trial.start, variant=trial.variant, windows=1000*trial.thousands, seed=trial.seed, way=trial.way,
-                fraction=trial.fraction, fold=trial.fold, control=trial.control(variants), records=len(labelled.rows),
-                events=len(set(table['event'][labelled.rows])), steps=c.steps, seconds=round(seconds, 1), gib=gib(),
-                loss=history[-1]['loss'], **score, settings=asdict(way), onsets=onsets)
+                fraction=trial.fraction, fold=trial.fold, again=trial.again, control=trial.control(variants),
+                records=len(labelled.rows), events=len(set(table['event'][labelled.rows])), steps=c.steps,
+                best_step=best.step if best else c.steps, dev_loss=best.loss if best and best.weights else None,
+                seconds=round(seconds, 1), gib=gib(), loss=history[-1]['loss'], **summary(onsets), settings=asdict(way),
+                onsets=onsets)
 
 
 @torch.no_grad()
 def scored(picker, r, table, fold, device, places):
-    """Threshold-free scores: a window with the onset anywhere but in the first and last 5 s, the highest probability in
-    it. Returns means, and for each onset [phase, event, residuals in seconds]."""
-    onset, status = r.onset.cpu().numpy(), r.status.cpu().numpy()
-    score, onsets, loud, held = {}, [], [], np.flatnonzero(table['fold'] == fold)
+    """A window around each onset of a fold, anywhere in it but in the first and last 5 s, and windows of noise: the same
+    ones for every picker. Returns rows [phase p, s or n, record, event, status, known, windows]; `known` says whether the
+    picker learned from that station, and a window is [residual in seconds, highest probability of P, of S, of any]."""
+    onset, status, length = (v.cpu().numpy() for v in (r.onset, r.status, r.length))
+    held = np.flatnonzero(table['fold'] == fold)
     event = {e: k for k, e in enumerate(sorted(set(table['event'].tolist())))}
+    stations = set(table['station'][r.rows].tolist())
+    place = np.random.default_rng(0).uniform(0, 1, (len(table), 3, places))
     def highest(rows, first):
-        "Place and size of the highest P and S probability, (n, 2) each"
-        found = [(np.zeros((0, 2), int), np.zeros((0, 2)))]
+        "Samples of the highest P and S probability (n, 2), and highest probabilities of P, S and any phase (n, 3)"
+        found = [(np.zeros((0, 2), int), np.zeros((0, 3)))]
         size = 16 if device.type == 'cpu' else 128
         for k in range(0, len(rows), size):
             x = r.at(*(torch.as_tensor(v[k:k + size], device=device) for v in (rows, first)))
             with mixed_precision(device), tensor_float32(device): logits = picker.logits(to_model(x)['x'])
-            top, place = logits.float().softmax(-1)[..., 1:].max(1)
-            found.append((place.cpu().numpy(), top.cpu().numpy()))
+            p = logits.float().softmax(-1)
+            top, at = p[..., 1:].max(1)
+            top = torch.cat([top, 1 - p[..., :1].amin(1)], 1)
+            found.append((at.cpu().numpy(), top.cpu().numpy()))
         return [np.concatenate(v) for v in zip(*found)]
-    rng = np.random.default_rng(fold)
-    for k, phase in enumerate('ps'):
-        rows = held[(status[held, k] == MANUAL) & np.isfinite(onset[held, k])]
-        residual = np.zeros((len(rows), places))
+    out = []
+    def add(phase, rows, k):
+        "Rows of one kind"
+        windows = np.full((len(rows), places, 4), np.nan)
         for j in range(places):
-            first = np.rint(onset[rows, k] - rng.uniform(512, WINDOW - 512, len(rows))).astype(np.int64)
-            place, size = highest(rows, first)
-            residual[:, j] = (place[:, k] + first - onset[rows, k])/100
-            if k == 0: loud.append(size[:, 0])
-        for within in (.1, .3): score[f'{phase}{within}'] = round(float((abs(residual) <= within).mean()), 4)
-        score[f'{phase}_mae'] = round(float(np.minimum(abs(residual), 2).mean()), 4)
+            u = place[rows, k, j]
+            if k < 2: first = np.rint(onset[rows, k] - 512 - u*(WINDOW - 1024)).astype(np.int64)
+            else: first = (u*np.maximum(length[rows] - WINDOW, 0)).astype(np.int64)
+            at, windows[:, j, 1:] = highest(rows, first)
+            if k < 2: windows[:, j, 0] = (at[:, k] + first - onset[rows, k])/SAMPLING_RATE
+        for i, w in zip(rows.tolist(), windows):
+            said = STATUS[status[i, k]] if k < 2 else 'absent'
+            out.append([phase, i, event[table['event'][i]], said, int(table['station'][i] in stations),
+                        [[None if math.isnan(v) else round(v, 4) for v in one] for one in w.tolist()]])
+    for k, phase in enumerate('ps'):
+        add(phase, held[np.isin(status[held, k], (MANUAL, AUTOMATIC)) & np.isfinite(onset[held, k])], k)
+    add('n', held[(status[held] == ABSENT).all(1)], 2)
+    return out
+
+
+def summary(onsets):
+    "Shares of the manual onsets and capped errors from the rows of `scored`, and how well P stands out of noise"
+    mean = lambda v: round(float(v.mean()), 4) if v.size else None
+    score, quiet = {}, np.array([w[1] for row in onsets if row[0] == 'n' for w in row[5]])
+    for phase in 'ps':
+        rows = [row for row in onsets if row[0] == phase and row[3] == 'manual']
+        residual = np.array([w[0] for row in rows for w in row[5]], float)
+        score |= {f'{phase}{within}': mean(abs(residual) <= within) for within in (.1, .3, .5)}
+        score[f'{phase}_mae'] = mean(np.minimum(abs(residual), 2))
+        score[f'{phase}_mae0.5'] = mean(np.minimum(abs(residual), .5))
         score[f'{phase}_n'] = len(rows)
-        onsets += [[phase, event[e], *np.round(v, 3).tolist()] for e, v in zip(table['event'][rows].tolist(), residual)]
-    calm = held[(status[held] == ABSENT).all(1)]
-    length = r.length.cpu().numpy()
-    first = (rng.uniform(0, 1, len(calm))*np.maximum(length[calm] - WINDOW, 0)).astype(np.int64)
-    quiet = highest(calm, first)[1][:, 0]
-    score['p_auc'] = round(float((np.concatenate(loud)[:, None] > quiet).mean()), 4) if len(quiet) else None
-    return score, onsets
+        if phase == 'p': loud = np.array([w[1] for row in rows for w in row[5]])
+    score['p_auc'] = mean(loud[:, None] > quiet)
+    return score
 
 
 def work(trial, args):
@@ -499,17 +782,24 @@ def drive(args):
     "Start a process for each trial as soon as its start is there and its memory is free, in the order of the plan"
     begin, out = time.monotonic(), Path(args.out)
     variants, starts = models(args.size)
-    todo = trials_of(args.plan or PLAN, variants, starts)
+    todo = trials_of(whole_plan(args.plan or PLAN), variants, starts)
     for name in ('pretrained', 'trials', 'logs'): (out/name).mkdir(parents=True, exist_ok=True)
     (out/'finished').unlink(missing_ok=True)
+    unpack_arrays(Path(args.data))
+    home = take(args.take, out)
     make_synthetic(out, 40 if args.small else 2000, args.jobs)
+    if any('synthetic' in t.way or t.variant == 'supervised' for t in todo):
+        make_events(out, 50 if args.small else 4000, args.jobs)
     on_gpu = torch.cuda.is_available() and not args.small
     total = args.memory or (torch.cuda.mem_get_info()[1]/2**30 if on_gpu else 1000)
     done = {t.name for t in todo if t.file(out).exists()}
     todo = [t for t in todo if t.name not in done]
-    known = done | {f.stem for f in (out/'pretrained').glob('*.json')}
+    known = {f.stem for f in (out/'pretrained').glob('*.safetensors')}
+    lost = {t.start for t in todo if t.way and t.thousands and t.start in done and t.start not in known}
     say = lambda text: print(f'{time.monotonic() - begin:6.0f} s  {text}', flush=True)
     say(f'{len(todo)} trials to do, {len(done)} done before, {total:.0f} GiB')
+    if lost: say(f"the weights of {', '.join(sorted(lost))} are not here: --take a folder with their bundles")
+    brought = begin
     context, busy, tried = get_context('forkserver'), {}, defaultdict(int)
     failed, succeeded = [], 0
     context.set_forkserver_preload(['__main__'])       # imports everything once, without touching the GPU
@@ -518,7 +808,9 @@ def drive(args):
     def fits(t):
         used = sum(.6 + other.memory(variants) for other in busy.values())
         pretrainings = sum(not other.way for other in busy.values())
-        return (used + .6 + t.memory(variants) <= .94*total or not busy) and (t.way or pretrainings < args.pretrainings)
+        if t.way and pretrainings and len(busy) - pretrainings >= args.beside: return False
+        if not t.way and (pretrainings >= args.pretrainings or passed > args.pretrain_until): return False
+        return used + .6 + t.memory(variants) <= .94*total or not busy
     while todo or busy:
         passed = time.monotonic() - begin
         if passed > args.kill:
@@ -535,6 +827,9 @@ def drive(args):
             busy[process] = trial
         if not busy: break
         time.sleep(.2)
+        if args.bring and time.monotonic() - brought > 60:
+            bring(out, args.bring, home)
+            brought = time.monotonic()
         for process in [p for p in busy if not p.is_alive()]:
             process.join()
             trial = busy.pop(process)
@@ -555,8 +850,44 @@ def drive(args):
             context = get_context('spawn')               # in case that it was the fork
             if sum(tried.values()) >= 6: sys.exit('Six processes failed and none succeeded: see logs.')
     write_tables(out)
+    if args.bring: bring(out, args.bring, home)
     say(f'{len(todo)} trials left, {len(failed)} failed')
     (out/'finished').write_text(str(len(todo)), encoding='utf-8')
+
+
+def take(folder, out):
+    "Results of earlier calls; returns the names of the weights that were brought before, be they here or not"
+    names = set()
+    for file in sorted(Path(folder).glob('*.zip')) if folder else []:
+        with zipfile.ZipFile(file) as z:
+            for name in z.namelist():
+                if name == 'home.txt': names |= set(z.read(name).decode().split())
+                where = out/Path(name).parent.name/Path(name).name           # two levels, never outside
+                if name == 'home.txt' or where.exists(): continue
+                where.parent.mkdir(parents=True, exist_ok=True)
+                where.write_bytes(z.read(name))
+    return names
+
+
+def bring(out, folder, home):
+    "Bundle results, and weights that are not at home yet: `BUNDLES` files of at most `LARGEST` bytes, the rest next time"
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    bundles = sorted(folder.glob('weights-*.zip'))
+    there = home.union(*(zipfile.ZipFile(f).namelist() for f in bundles))
+    for file in [f for name in ('pretrained', 'pickers') for f in sorted((out/name).glob('*.safetensors'))]:
+        name = f'{file.parent.name}/{file.name}'
+        if name in there: continue
+        if not bundles or bundles[-1].stat().st_size + file.stat().st_size > .98*LARGEST:
+            if len(bundles) == BUNDLES: break
+            bundles.append(folder/f'weights-{len(bundles) + 1}.zip')
+        with zipfile.ZipFile(bundles[-1], 'a') as z: z.write(file, name)
+        there.add(name)
+    with zipfile.ZipFile(folder/'results.part', 'w', zipfile.ZIP_DEFLATED) as z:
+        for file in sorted(f for name in ('trials', 'pretrained', 'logs') for f in (out/name).glob('*')):
+            if file.suffix in ('.json', '.txt'): z.write(file, f'{file.parent.name}/{file.name}')
+        z.writestr('home.txt', '\n'.join(sorted(there)))
+    os.replace(folder/'results.part', folder/'results.zip')
 
 
 # ---------------------------------------------------------------- tables
@@ -565,17 +896,20 @@ SCORES = ('p0.1', 'p0.3', 's0.1', 's0.3', 'p_mae', 's_mae', 'p_auc')
 
 
 def hits(row, phase, within=.3):
-    "Share of the windows of each onset with the highest probability near it, by (fold, event, number)"
-    onsets = [o for o in row['onsets'] if o[0] == phase]
-    return {(row['fold'], o[1], k): np.mean(np.abs(o[2:]) <= within) for k, o in enumerate(onsets)}
+    "Share of the windows of each onset with the highest probability near it, by (fold, event, record)"
+    onsets = [o for o in row['onsets'] if o[0] == phase and o[3] == 'manual']
+    return {(row['fold'], o[2], o[1]): np.mean([abs(w[0]) <= within for w in o[5]]) for o in onsets}
 
 
 def difference(rows, others, phase):
     """Points within 0.3 s by which `rows` are above `others`, and the 95 % interval over events; None without a
     common fold"""
-    a, b = ({k: v for row in some for k, v in hits(row, phase).items()} for some in (rows, others))
+    a, b = defaultdict(list), defaultdict(list)                        # an onset: its hits with all seeds
+    for mean, some in ((a, rows), (b, others)):
+        for row in some:
+            for k, v in hits(row, phase).items(): mean[k].append(v)
     events = defaultdict(list)
-    for key in a.keys() & b.keys(): events[key[1]].append(a[key] - b[key])
+    for key in a.keys() & b.keys(): events[key[1]].append(np.mean(a[key]) - np.mean(b[key]))
     if not events: return None
     total, count = (np.array([f(v) for _, v in sorted(events.items())], float) for f in (sum, len))
     chosen = np.random.default_rng(0).integers(len(total), size=(2000, len(total)))
@@ -592,14 +926,30 @@ def write_csv(file, rows):
         writer.writerows(rows)
 
 
+def write_onsets(file, trials):
+    "A line for each onset, and each record of noise, of each trial: see `scored`, and `seismodel.study.paired`"
+    if not trials: return
+    places = len(trials[0]['onsets'][0][5])
+    columns = [f'{name}_{j}' for j in range(places) for name in ('residual', 'p', 's', 'any')]
+    with gzip.open(file, 'wt', newline='', encoding='utf-8') as f:
+        writer = csv.writer(f)
+        arm = 'method', 'fraction', 'seed', 'fold', 'start'
+        writer.writerow([*arm, 'phase', 'record', 'event', 'status', 'known', *columns])
+        for t in trials:
+            arm = f"{t['variant']} {t['way']}", t['fraction'], t['again'], t['fold'], t['start']
+            for *about, windows in t['onsets']: writer.writerow([*arm, *about, *(v for w in windows for v in w)])
+
+
 def write_tables(out):
-    "pretrained.csv and trials.csv, a line each, and table.csv: means over the folds, differences to the random start"
+    """pretrained.csv and trials.csv, a line each, onsets.csv.gz, and table.csv: means over folds and seeds, differences to
+    the random start"""
     pretrained = {f.stem: json.loads(f.read_text(encoding='utf-8')) for f in sorted((out/'pretrained').glob('*.json'))}
     trials = [json.loads(f.read_text(encoding='utf-8')) for f in sorted((out/'trials').glob('*.json'))]
     last = lambda p: {k: v for k, v in p['history'][-1].items() if k in ('loss', 'spectrum_mse', 'accuracy', 'mse')}
     plain = lambda d: {k: v for k, v in d.items() if not isinstance(v, (dict, list))}
     write_csv(out/'pretrained.csv', [{**plain(p), 'last': json.dumps(last(p))} for p in pretrained.values()])
     write_csv(out/'trials.csv', [plain(t) for t in trials])
+    write_onsets(out/'onsets.csv.gz', trials)
     groups = defaultdict(list)
     for t in trials: groups[t['fraction'], t['way'], t['start']].append(t)
     table = []
@@ -623,10 +973,21 @@ def write_tables(out):
     return table
 
 
+def against(out, reference):
+    "Write study_scores.csv, study_gains.csv and study_detection.csv, and print the gains within 0.3 s"
+    from seismodel.study.paired import arm_scores, compare, detection, read_onsets
+    onsets = read_onsets(out/'onsets.csv.gz')
+    found = {'scores': arm_scores(onsets), 'gains': compare(onsets, reference), 'detection': detection(onsets).reset_index()}
+    for name, table in found.items(): table.round(5).to_csv(out/f'study_{name}.csv', index=False)
+    gains = found['gains']
+    if len(gains): print(gains[gains['metric'] == 'within 0.3 s'].round(3).to_string(index=False))
+
+
 def show(args):
     "Write the tables and print the last one"
     rows = write_tables(Path(args.out))
     if not rows: return print('no trial is scored yet')
+    if args.against: return against(Path(args.out), args.against)
     names = ('fraction', 'way', 'start', 'folds', *SCORES)
     def gain(r, phase):
         mean, low, high = (r[f'{phase}_gain_same{part}'] for part in ('', '_low', '_high'))
@@ -642,12 +1003,22 @@ if __name__ == '__main__':
     parser.add_argument('what', choices=('prepare', 'run', 'table'))
     parser.add_argument('--labelled', help='prepare: packed store with picks')
     parser.add_argument('--unlabelled', help='prepare: packed store')
+    parser.add_argument('--every-split', action='store_true', help='prepare: labelled records of test as well')
+    parser.add_argument('--peer', action='append', help="prepare: NAME=STEM, a PhaseNet in SeisBench's STEM.json, STEM.pt")
+    parser.add_argument('--packed', help='prepare: folder for small copies of the arrays, which `run --data` takes as well')
     parser.add_argument('--data', default='data', help='folder of the arrays that prepare writes')
     parser.add_argument('--out', default='results', help='folder of the results')
-    parser.add_argument('--plan', action='append', help='STARTS | WAYS | FRACTIONS | FOLDS; may be given several times')
+    parser.add_argument('--plan', action='append', help='STARTS | WAYS | FRACTIONS | FOLDS | SEEDS, study, or '
+                        'study:THOUSANDS; may be given several times')
+    parser.add_argument('--best', action='store_true', help='a tenth of the events chooses the step of each picker')
+    parser.add_argument('--take', help='folder with bundles of earlier results')
+    parser.add_argument('--bring', help='folder for bundles of results, renewed every minute')
+    parser.add_argument('--against', help="table: compare all with this one, such as 'random plain', as the study does")
     parser.add_argument('--size', default='small', help='of the presets: tiny, small or base')
     parser.add_argument('--jobs', type=int, default=12, help='processes at once')
     parser.add_argument('--pretrainings', type=int, default=4, help='of them at most so many that pretrain')
+    parser.add_argument('--beside', type=int, default=100, help='fine-tunings at most while any process pretrains')
+    parser.add_argument('--pretrain-until', type=float, default=1e9, help='seconds after which no pretraining begins')
     parser.add_argument('--memory', type=float, help='GiB to share out; those of the GPU if not given')
     parser.add_argument('--until', type=float, default=1e9, help='seconds after which no trial begins')
     parser.add_argument('--kill', type=float, default=1e9, help='seconds after which those that run are stopped')

@@ -17,6 +17,8 @@ from seismodel.study.trial import (Trial, StudyConfig, CachedAnnotator, trial_re
                                    trial_windows, dev_score, candidates_of, score_trial, start_trial)
 from seismodel.data.sources import open_records
 from seismodel.cli import main
+from seismodel.core import UserError
+from seismodel.study.paired import compare, holm, read_onsets
 from seismodel.study.tables import RECORD_COLUMNS, TRIAL_COLUMNS, gains, gather_trials, plot_study, resample_events, results, table
 from seismodel.picking.evaluation import record_stream, score_records, summarise
 from seismodel.data.pack import pack
@@ -366,3 +368,55 @@ def test_the_threshold_comes_from_dev(store):
 
 def test_nothing_to_do():
     assert run_trials([], StudyConfig(('x',)), None) == {}
+
+
+def arm(method, skill, seed, fraction=.1, events=60, luck=0):
+    "Windows of an arm, of which a share is right"
+    rng = np.random.default_rng([seed, luck])
+    return pd.DataFrame([dict(method=method, fraction=fraction, seed=seed, fold=e % 5, phase=phase, record=2*e + k, event=e, status='manual',
+                              known=1, residual_0=float(rng.random() >= skill), residual_1=float(rng.random() >= skill), p_0=.9, p_1=.8)
+                         for e in range(events) for k in range(2) for phase in 'ps'])
+
+
+def test_a_gain_is_paired_by_onset_event_and_seed():
+    "By hand: every second event gains a half with one seed and nothing with the other"
+    base = arm('b', .5, 0)
+    other = pd.concat([base.assign(method='a', seed=seed, residual_0=np.where(base.event % 2 & (seed == 0), 0., 1.), residual_1=1.) for seed in (0, 1)])
+    onsets = pd.concat([base.assign(seed=seed, residual_0=1., residual_1=1.) for seed in (0, 1)] + [other])
+    row = compare(onsets, 'b').set_index(['phase', 'metric']).loc['p', 'within 0.3 s']
+    assert np.isclose(row.gain, .125) and row.low == 0 and row.high > .25 and row.verdict == 'open'     # both seeds may be the second one
+    assert (row.onsets, row.events, row.seeds) == (120, 60, 2)
+    shuffled = onsets.sample(frac=1, random_state=0)
+    pd.testing.assert_frame_equal(compare(shuffled, 'b'), compare(onsets, 'b'))
+
+
+def test_automatic_onsets_stand_apart_and_missing_ones_leave_the_pairs():
+    onsets = pd.concat([arm(m, s, seed) for m, s in (('a', .9), ('b', .6)) for seed in range(3)])
+    onsets.loc[onsets.event < 10, 'status'] = 'automatic'
+    onsets = onsets[~((onsets.method == 'a') & (onsets.event >= 50))]              # a fold that is not done
+    rows = {status: compare(onsets, 'b', status=status).set_index(['phase', 'metric']).loc['p', 'within 0.3 s'] for status in ('manual', 'automatic')}
+    assert {s: (r.onsets, r.events) for s, r in rows.items()} == {'manual': (80, 40), 'automatic': (20, 10)}
+    assert rows['manual'].verdict == 'ahead'
+
+
+def test_more_arms_ask_for_more():
+    "The same gain with the same luck, among arms that gain nothing: its p-value grows with their number"
+    few = pd.concat([arm(m, s, seed, luck=k) for k, (m, s) in enumerate((('b', .6), ('a', .72))) for seed in range(3)])
+    more = pd.concat([few, *(arm(f'c{k}', .6, seed, luck=5 + k) for k in range(6) for seed in range(3))])
+    p = [compare(t, 'b').set_index(['phase', 'metric', 'method']).p['p', 'within 0.1 s', 'a'] for t in (few, more)]
+    assert p[0] < p[1] <= 7*p[0] + 1e-9
+    assert compare(more, 'b', methods=['a']).p.tolist() == compare(few, 'b').p.tolist()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+def test_holm(p):
+    "Never smaller than alone, never larger than Bonferroni, in the same order"
+    raised = holm(np.array(p))
+    assert raised.shape == (len(p),) and (raised >= p).all() and (raised <= np.minimum(1, np.array(p)*len(p)) + 1e-12).all()
+    assert (np.diff(raised[np.argsort(p)]) >= 0).all()
+
+
+def test_a_table_of_other_columns_is_refused(tmp_path):
+    arm('a', .5, 0).drop(columns='event').to_csv(tmp_path/'onsets.csv.gz', index=False)
+    with pytest.raises(UserError, match='no column event'): read_onsets(tmp_path/'onsets.csv.gz')
