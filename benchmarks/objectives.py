@@ -93,6 +93,13 @@ def sequential(model, **more):
     return Variant(model, **{**usual, **more})
 
 
+def reshaped(model, heads, conv=None, dim=None, **more):
+    "A model of `spectrum` with other heads, other channels in the frontend, another width"
+    e = model.encoder
+    encoder = replace(e, conv_features=conv or e.conv_features, out_features=dim or e.out_features)
+    return replace(model, encoder=encoder, heads=heads, **more)
+
+
 def models(size):
     "The variants and the random starts of a size"
     find = lambda name: preset(f'{name}-{size}').model
@@ -121,7 +128,13 @@ def models(size):
         'recon-learned': sequential(changed(mask_value='learned')),
         'recon-gelu': sequential(changed(activation='gelu'), control='random-mended'),
     }
+    tiny = preset('spectrum-tiny').model
+    shapes = {'narrow': reshaped(spectrum, 2, 128), 'shallow': reshaped(spectrum, 2, 128, blocks=1),
+              'shallow-wide': reshaped(spectrum, 2, 128, 80, blocks=1), 'tiny': tiny,
+              'tiny-4-heads': reshaped(tiny, 4), 'tiny-narrow': reshaped(tiny, 2, 32)}
+    variants |= {name: Variant(model, control=f'random-{name}') for name, model in shapes.items()}
     starts = {'random': spectrum, 'random-sequential': recon, 'random-mended': replace(recon, encoder=mended),
+              **{f'random-{name}': model for name, model in shapes.items()},
               'volpick': None, 'phasenet': None}               # from the files of `prepare --peer`; fresh weights
     return variants, starts
 
@@ -138,6 +151,8 @@ class Way:
     noise: float = .5       # fraction of the windows with noise added
     synthetic: float = 0.   # fraction of the windows that are synthetic events in real noise
     probe: bool = False     # a linear head without the waveform
+    at: str = 'frames'      # where the head works
+    width: int = 64         # of the head
 
 
 WAYS = {
@@ -156,6 +171,9 @@ WAYS = {
     'average': Way(average=.99),
     'decay.65-average': Way(layer_decay=.65, average=.99),
     'quiet': Way(noise=.25),
+    'plain-samples': Way(at='samples', width=32),     # the head of version 0.1
+    'decay.65-samples': Way(layer_decay=.65, at='samples', width=32),
+    'decay.65-frames32': Way(layer_decay=.65, width=32),
     'plain+synthetic': Way(synthetic=.25),
     'decay.65+synthetic': Way(layer_decay=.65, synthetic=.25),
     'peer': Way(weight_decay=0.),                     # of published pickers and their control
@@ -197,6 +215,7 @@ def study_plan(thousands=1000):
             few('random', 'plain+synthetic'), *(few(best[k], 'decay.65+synthetic', k) for k in seeds),
             few(tokens, 'low'), whole('volpick', 'peer'),
             f"{' '.join(best[:2])} {placebo} {contrastive} {spectrum} {tokens} random random-sequential | probe | 1 | 0",
+            few(best[0], 'plain', '0'), whole(best[0], 'plain'),
             few('volpick', 'peer-lr3e-4'), few('phasenet', 'peer'))
 
 
@@ -639,7 +658,7 @@ def start_of_picker(trial, args, variants, starts):
     weights = {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
     if weights and not supervised: net.load_state_dict(weights)
     torch.manual_seed(trial.fold + 100*trial.again)
-    picker = Picker(net, width=0 if way.probe else 32, raw=not way.probe, freeze=way.freeze)
+    picker = Picker(net, width=0 if way.probe else way.width, raw=not way.probe, freeze=way.freeze, at=way.at)
     if supervised and way.probe: weights = {k: v for k, v in weights.items() if not k.startswith('head.')}
     if supervised: picker.load_state_dict(weights, strict=not way.probe)
     return picker
