@@ -19,6 +19,7 @@ import seismodel.study.trial as trials
 import seismodel.training.pretrain as pretraining
 import seismodel.finetuning.finetune as finetuning
 from seismodel.study.trial import Trial, StudyConfig, Candidate, trial_recipe, trial_windows, dev_score, score_trial, start_trial
+from seismodel.training.trainer import Augmented
 from seismodel.picking.evaluation import evaluate, pick_benchmark
 from seismodel.finetuning.finetune import finetune
 from seismodel.finetuning.heads import Picker
@@ -117,8 +118,9 @@ class Stop(Exception): pass
 def caught(monkeypatch):
     "What a command gives to `train`, which is not called"
     got = {}
-    def instead(model, data, dev, *args, augment=None, **kwargs):
-        got.update(model=model, data=data, dev=dev, augment=augment if augment else next((a for a in args if callable(a)), None))
+    def instead(model, data, dev, *args, **kwargs):
+        data, augment = data if isinstance(data, Augmented) else (data, None)
+        got.update(model=model, data=data, dev=dev, augment=augment)
         raise Stop
     for module in (finetuning, trials, pretraining): monkeypatch.setattr(module, 'train', instead)
     return got

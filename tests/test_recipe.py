@@ -37,7 +37,7 @@ from seismodel.training.batches import ResumableBatchSampler
 from seismodel.training.config import TrainConfig
 from seismodel.training.schedule import mix_seed, parameter_groups
 from seismodel.training.runlog import read_metrics
-from seismodel.training.trainer import train, validation_metrics
+from seismodel.training.trainer import Augmented, train, validation_metrics
 from seismodel.signals.records import Record
 from seismodel.signals.source import Source
 from seismodel.finetuning.window_labels import LabelSpec
@@ -333,7 +333,7 @@ def test_no_two_batches_are_augmented_alike_and_a_resumption_augments_the_same(w
         torch.manual_seed(0)
         model, seen = Picker(build(CONTRASTIVE)), []
         model.register_forward_pre_hook(lambda m, a: seen.append(sha1(a[0]['x'].numpy().tobytes()).hexdigest()) if m.training else None)
-        call = lambda: train(model, WindowDataset([OneRecord()], 72, window=1024), WindowDataset([OneRecord()], 4, window=1024), c, folder, resume=resume, augment=augment)
+        call = lambda: train(model, Augmented(WindowDataset([OneRecord()], 72, window=1024), augment), WindowDataset([OneRecord()], 4, window=1024), c, folder, resume=resume)
         with Watch(until=until).hooked():
             if until is None: call()
             else:
@@ -352,7 +352,7 @@ def test_each_window_of_a_batch_is_augmented_by_itself(tmp_path):
     model = Picker(build(CONTRASTIVE))
     model.register_forward_pre_hook(lambda m, a: seen.append(a[0]['x'].clone()) if m.training else None)
     augment = fine_augment(torch.zeros(0, 1024, 3), Augmentation(rotate=1., flip=.5, shift=1.))
-    train(model, WindowDataset([OneRecord()], 18, window=1024), WindowDataset([OneRecord()], 4, window=1024), config(steps=3, batch_size=6), tmp_path/'run', augment=augment)
+    train(model, Augmented(WindowDataset([OneRecord()], 18, window=1024), augment), WindowDataset([OneRecord()], 4, window=1024), config(steps=3, batch_size=6), tmp_path/'run')
     rows = [sha1(x.numpy().tobytes()).hexdigest() for batch in seen for x in batch]
     assert len(set(rows)) == 18
 
@@ -453,7 +453,8 @@ def told(monkeypatch):
     class Told(list): pass
     got = Told()
     got.given = []
-    def instead(model, data, dev, c, folder, extra=None, resume=False, ranks=None, augment=None):
+    def instead(model, data, dev, c, folder, extra=None, resume=False, ranks=None):
+        data, augment = data if isinstance(data, Augmented) else (data, None)
         got.append(c)
         got.given.append({'model': model, 'data': data, 'dev': dev, 'augment': augment})
         raise Stop

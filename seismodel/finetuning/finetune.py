@@ -28,7 +28,7 @@ from ..models.pretraining import (Pretrainer, build, config_from_dict, from_pret
                                           preset as find_preset)
 from ..files import is_filled
 from ..training.config import RESUMABLE_FIELDS, TrainConfig, check_config, train_from_dict
-from ..training.trainer import train
+from ..training.trainer import Augmented, train
 from ..data.windows import WindowDataset
 from ..signals.noise import EventsInNoise, noise_bank
 from ..data.sources import SyntheticSource, open_source, parse_weights, whole_path
@@ -193,7 +193,7 @@ def fine_run(
             print(f"{count_parameters(picker):,} parameters from {plan['from']}, {c.steps} steps of {c.batch_size} windows "
                   f"from {sum(real)} records{' and synthetic ones' if len(real) < len(records) else ''}, on {ranks.device}")
             if c.layer_decay < 1: print(f'each stage of the network learns at {c.layer_decay} times the rate of the one after it (--layer-decay 1: all at the same)')
-        train(picker, windows, dev, c, folder, {'finetune': plan, 'records': records}, resume, ranks, change)
+        train(picker, Augmented(windows, change), dev, c, folder, {'finetune': plan, 'records': records}, resume, ranks)
 
 # %% ../../nbs/finetuning/03_finetune.ipynb #1c1c5076
 def column_run(

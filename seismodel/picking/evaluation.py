@@ -139,7 +139,7 @@ def read_targets(
     "Targets of this data set; raises `UserError` where the file is none, or a trace in it is not known for certain"
     try: found = pd.read_csv(file, dtype={'trace_chunk': str})
     except (ValueError, OSError) as e: raise UserError(f"'{file}' cannot be read as a table: {reason(e)}") from None
-    for column in ('trace_name', 'trace_split', 'start_sample', 'end_sample'):
+    for column in ('start_sample', 'end_sample', 'trace_name', 'trace_split'):
         if column not in found: raise UserError(f"'{file}' is not a table of targets: it has no column {column}.")
     keys = [k for k in KEYS if k in found]
     known = table.drop_duplicates(list(KEYS)).groupby(keys).size().to_dict()

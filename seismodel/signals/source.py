@@ -96,7 +96,8 @@ class Source:
 
     def label(self, i: int) -> str:
         "What a record is called in messages"
-        return self.record(i).name
+        try: return self.record(i).name
+        except BadRecord as e: return e.args[0]
 
     def metadata(self,
         column: str,             # of the metadata
