@@ -29,10 +29,9 @@ from seismodel.data.windows import WindowDataset
 from seismodel.models.pretraining import build, preset
 from seismodel.data.store_reader import Store, StoreSource
 from seismodel.training.config import TrainConfig
-from seismodel.training.schedule import parameter_groups
 from seismodel.training.cuda_graph import Replay, compile_blocks, tensor_float32
 from seismodel.data.store import StoreWriter, finish
-from seismodel.training.trainer import train_step, training_batches, optimizer_step
+from seismodel.training.trainer import Run, train_step, training_batches, update_run
 from seismodel.signals.records import WINDOW, Record
 
 
@@ -56,17 +55,13 @@ class Trainer:
         self.ranks, on_gpu = Ranks(device), device.type == 'cuda'
         size = args.batch or preset(name).batch_size
         self.c = TrainConfig(steps=10**6, batch_size=size, lr=1e-4, workers=args.workers, device=args.device)
-        self.model = build(preset(name).model).to(device).train()
-        if args.compile: compile_blocks(self.model)
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, .1), lr=torch.tensor(1e-4, device=device) if on_gpu else 1e-4,
-                                           fused=True, capturable=on_gpu)
-        self.generator, self.done, self.told = torch.Generator(device), 0, torch.zeros((), device=device)
-        one = lambda inputs: optimizer_step(self.model, self.optimizer, [inputs], self.generator, self.c, self.ranks, self.told)
-        self.replay = Replay(one, self.generator) if on_gpu else None
+        self.run, self.done = Run(build(preset(name).model), self.c, Path(), self.ranks), 0
+        if args.compile: compile_blocks(self.run.model)
+        if on_gpu: self.run.replay = Replay(lambda inputs: update_run(self.run, [inputs]), self.run.generator)
 
     def step(self, batches):
         "One step; how many windows it took"
-        _, _, used = train_step(self.model, self.optimizer, batches, self.generator, self.done, self.c, self.ranks, self.told, self.replay)
+        _, _, used = train_step(self.run, batches, self.done)
         self.done += 1
         return sum(len(b['x']) for b in used)
 

@@ -61,6 +61,7 @@ from seismodel.models.pretraining import (MaskedConfig, ReconstructionConfig, St
 from seismodel.signals.augment import Augmentation, fine_augment, pretrain_augment
 from seismodel.signals.noise import EventsInNoise, calm_bank, noise_bank
 from seismodel.signals.records import SAMPLING_RATE, STATUS, WINDOW, Record
+from seismodel.signals.source import Source
 from seismodel.signals.synthetic import SyntheticConfig, band_power
 from seismodel.training.config import TrainConfig
 from seismodel.training.cuda_graph import Replay, compile_blocks, mixed_precision, tensor_float32
@@ -401,7 +402,7 @@ class Peer(torch.nn.Module):
         return Step(pick_loss(z, label_curves(*onset.unbind(-1), x.shape[1]), known), found(z, onset))
 
 
-class Records:
+class Records(Source):
     "Whole records on the device, from which windows are drawn there; a source too, for banks of noise"
     name = 'records'
 

@@ -89,10 +89,10 @@ def test_a_source_is_packed_once(quakes_folder, tmp_path):
     assert not (tmp_path/'store').exists()
 
 
-@pytest.mark.parametrize('command', ['finetune', 'finetune-window'])
-@pytest.mark.parametrize('option', [('--steps', '500'), ('--seed', '0'), ('--data', 'synthetic'), ('--out', 'other'), ('--fraction', '1'), ('--freeze', 'none')])
-def test_a_resumed_run_does_not_pretend_to_listen(command, option, tmp_path, capsys):
-    assert f'{option[0]} cannot change with --resume' in said([command, '--resume', tmp_path, *option], capsys)
+@pytest.mark.parametrize('option', [('--steps', '500'), ('--seed', '0'), ('--data', 'synthetic'), ('--out', 'other'), ('--fraction', '1'), ('--freeze', 'none'),
+                                    ('--from', 'random'), ('--column', 'trace_category')])
+def test_a_resumed_run_does_not_pretend_to_listen(option, tmp_path, capsys):
+    assert f'{option[0]} cannot change with --resume' in said(['finetune', '--resume', tmp_path, *option], capsys)
 
 
 def test_a_store_is_no_folder_to_evaluate_on(quakes_folder, tmp_path, capsys):

@@ -19,6 +19,8 @@ from fastcore.nbio import read_nb
 from nbdev.clean import clean_nb
 from nbdev.doclinks import nbdev_export
 
+from seismodel.cli import COMMANDS
+
 sys.path.insert(0, str(root/'tools'))
 from settings import write_pyproject
 
@@ -150,6 +152,29 @@ def test_defined_names_are_seen(tmp_path):
     "The check above sees functions, classes and constants, and no private name"
     (tmp_path/'fake.py').write_text('A, B = 1, 2\n_C = 3\n__all__ = []\ndef f(): g = 1\nclass D: x = 1\n', encoding='utf-8')
     assert list(defined_in(tmp_path/'fake.py')) == ['A', 'B', 'f', 'D']
+
+
+def long_lists(source, commands=()):
+    "Functions that take more than eight arguments, `self` and `cls` aside, and are no commands"
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) or node.name in commands: continue
+        names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs) if a.arg not in ('self', 'cls')]
+        if len(names) > 8: yield f'{node.name} takes {len(names)}'
+
+
+FEW_ARGUMENTS = ('signals', 'training', 'finetuning', 'study', 'data.sources', 'data.store_reader', 'data.windows', 'picking.evaluation')
+
+
+@pytest.mark.parametrize('module', [m for m in modules if m.startswith(FEW_ARGUMENTS)])
+def test_no_function_takes_more_than_eight_arguments(module):
+    "What travels together is one thing with a name, such as a run; commands have as many as they have options"
+    assert list(long_lists(modules[module].read_text(encoding='utf-8'), COMMANDS)) == []
+
+
+def test_long_lists_of_arguments_are_seen():
+    eight = 'a, b, c, d, e, f, g, h'
+    assert list(long_lists(f'def one({eight}): pass\nclass C:\n    def two(self, {eight}, *, i=1): pass\n    def three(self, {eight}): pass')) == ['two takes 9']
+    assert list(long_lists(f'def pick({eight}, i): pass', {'pick': None})) == []
 
 
 def yaml_head(source):

@@ -21,7 +21,6 @@ import seismodel.finetuning.finetune as finetuning
 import seismodel.models.infonce as infonce
 import seismodel.models.quantizer as quantizer
 import seismodel.training.trainer as trainer
-import seismodel.finetuning.classification as classification
 from seismodel.signals.augment import Augmentation, fine_augment
 from seismodel.models.blocks import HeadNorm
 from seismodel.study.trial import Trial, StudyConfig, Candidate, trial_recipe, trial_windows
@@ -38,8 +37,9 @@ from seismodel.training.batches import ResumableBatchSampler
 from seismodel.training.config import TrainConfig
 from seismodel.training.schedule import mix_seed, parameter_groups
 from seismodel.training.runlog import read_metrics
-from seismodel.training.trainer import train, validation_metrics
+from seismodel.training.trainer import Augmented, train, validation_metrics
 from seismodel.signals.records import Record
+from seismodel.signals.source import Source
 from seismodel.finetuning.window_labels import LabelSpec
 from seismodel.finetuning.classification import WindowModel
 
@@ -316,7 +316,7 @@ def test_every_look_at_dev_hides_the_same_frames(name, tmp_path, monkeypatch):
     for a, b in zip(model.parameters(), seldom.parameters()): assert torch.equal(a, b)
 
 
-class OneRecord:
+class OneRecord(Source):
     "A source with one record of one window: without augmentation every window is alike"
     name = 'one'
     def __len__(self): return 1
@@ -333,7 +333,7 @@ def test_no_two_batches_are_augmented_alike_and_a_resumption_augments_the_same(w
         torch.manual_seed(0)
         model, seen = Picker(build(CONTRASTIVE)), []
         model.register_forward_pre_hook(lambda m, a: seen.append(sha1(a[0]['x'].numpy().tobytes()).hexdigest()) if m.training else None)
-        call = lambda: train(model, WindowDataset([OneRecord()], 72, window=1024), WindowDataset([OneRecord()], 4, window=1024), c, folder, resume=resume, augment=augment)
+        call = lambda: train(model, Augmented(WindowDataset([OneRecord()], 72, window=1024), augment), WindowDataset([OneRecord()], 4, window=1024), c, folder, resume=resume)
         with Watch(until=until).hooked():
             if until is None: call()
             else:
@@ -352,7 +352,7 @@ def test_each_window_of_a_batch_is_augmented_by_itself(tmp_path):
     model = Picker(build(CONTRASTIVE))
     model.register_forward_pre_hook(lambda m, a: seen.append(a[0]['x'].clone()) if m.training else None)
     augment = fine_augment(torch.zeros(0, 1024, 3), Augmentation(rotate=1., flip=.5, shift=1.))
-    train(model, WindowDataset([OneRecord()], 18, window=1024), WindowDataset([OneRecord()], 4, window=1024), config(steps=3, batch_size=6), tmp_path/'run', augment=augment)
+    train(model, Augmented(WindowDataset([OneRecord()], 18, window=1024), augment), WindowDataset([OneRecord()], 4, window=1024), config(steps=3, batch_size=6), tmp_path/'run')
     rows = [sha1(x.numpy().tobytes()).hexdigest() for batch in seen for x in batch]
     assert len(set(rows)) == 18
 
@@ -453,11 +453,12 @@ def told(monkeypatch):
     class Told(list): pass
     got = Told()
     got.given = []
-    def instead(model, data, dev, c, folder, extra=None, resume=False, ranks=None, augment=None):
+    def instead(model, data, dev, c, folder, extra=None, resume=False, ranks=None):
+        data, augment = data if isinstance(data, Augmented) else (data, None)
         got.append(c)
         got.given.append({'model': model, 'data': data, 'dev': dev, 'augment': augment})
         raise Stop
-    for module in (pretraining, finetuning, classification): monkeypatch.setattr(module, 'train', instead)
+    for module in (pretraining, finetuning): monkeypatch.setattr(module, 'train', instead)
     return got
 
 
@@ -491,12 +492,12 @@ FINE = {'contrastive-tiny': (1e-3, .1), 'reconstruction-tiny': (2e-4, .005), 'sp
 def test_fine_tuning_follows_its_recipe(preset, told, quakes_folder, tmp_path):
     data = [str(quakes_folder)]
     with pytest.raises(Stop): finetuning.finetune('random', preset, data, device='cpu', augment='none', out=tmp_path/'run')
-    with pytest.raises(Stop): classification.finetune_window('random', preset, data, 'trace_category', device='cpu', out=tmp_path/'run')
+    with pytest.raises(Stop): finetuning.finetune('random', preset, data, 'trace_category', device='cpu', out=tmp_path/'run')
     says(told[0], 2000, 32, *FINE[preset])
     says(told[1], 500, 32, *FINE[preset])
     given = dict(steps=7, batch_size=6, lr=.5, weight_decay=.25, seed=3)
     with pytest.raises(Stop): finetuning.finetune('random', preset, data, device='cpu', augment='none', out=tmp_path/'run', **given)
-    with pytest.raises(Stop): classification.finetune_window('random', preset, data, 'trace_category', device='cpu', out=tmp_path/'run', **given)
+    with pytest.raises(Stop): finetuning.finetune('random', preset, data, 'trace_category', device='cpu', out=tmp_path/'run', **given)
     for c in told[2:]: assert {k: getattr(c, k) for k in given} == given
 
 
@@ -520,15 +521,14 @@ def test_seed_and_weights_reach_the_windows_and_the_model(command, told, tmp_pat
     two = [str(write_dataset(tmp_path/name, quake_records(24))) for name in 'ab']
     run = {'pretrain': lambda **more: pretraining.pretrain('contrastive-tiny', two, out=tmp_path/'run', **more),
            'finetune': lambda **more: finetuning.finetune('random', 'contrastive-tiny', two, augment='none', out=tmp_path/'run', **more),
-           'finetune_window': lambda **more: classification.finetune_window(
+           'finetune_window': lambda **more: finetuning.finetune(
                'random', 'contrastive-tiny', two, 'trace_category', out=tmp_path/'run', **more)}[command]
     for more in (TWO, TWO, {**TWO, 'seed': 4}):
         with pytest.raises(Stop): run(**more)
     first, again, other = told.given
     for given, seed in ((first, 3), (other, 4)):
         assert (len(given['data']), given['data'].seed, len(given['dev']), given['dev'].seed) == (42, seed, 5, seed)
-        share = getattr(given['data'], 'share', None)
-        np.testing.assert_allclose(np.diff(given['data'].upto, prepend=0) if share is None else share, [.75, .25])
+        np.testing.assert_allclose(given['data'].share, [.75, .25])
         assert given['augment'] is None
     weights = [torch.cat([p.detach().flatten() for p in given['model'].parameters()]) for given in told.given]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])

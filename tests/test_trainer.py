@@ -17,7 +17,7 @@ from seismodel.training.config import TrainConfig
 from seismodel.training.batches import sequential_batches, make_dataloader
 from seismodel.training.schedule import lr_at, parameter_groups, seed_step
 from seismodel.training.runlog import CLOCK, read_metrics
-from seismodel.training.trainer import validation_metrics, train, train_step
+from seismodel.training.trainer import Augmented, Run, validation_metrics, train, train_step
 from seismodel.data.windows import WindowDataset
 from seismodel.data.sources import SyntheticSource, open_source
 
@@ -92,7 +92,7 @@ def test_accumulation_averages_the_gradients():
     expected = math.sqrt(sum(((a + b)/2).square().sum().item() for a, b in zip(*gradients)))
     model.zero_grad()
     optimizer = torch.optim.AdamW(parameter_groups(model, .1), fused=True)
-    out, _, _ = train_step(model, optimizer, iter(batches), generator, 0, c, Ranks(device), torch.zeros((), device=device))
+    out, _, _ = train_step(Run(model, c, None, Ranks(device), optimizer=optimizer), iter(batches), 0)
     assert out['grad_norm'].item() == pytest.approx(expected, rel=1e-4)
 
 
@@ -190,7 +190,7 @@ def test_an_augmented_run_resumes_to_the_bit(workers, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, 'draw_run', lambda *a: None)
     def go(folder, resume=False):
         torch.manual_seed(0)
-        return train(build(CONTRASTIVE), windows(48), windows(4, 'dev'), c, folder, resume=resume, augment=fading)
+        return train(build(CONTRASTIVE), Augmented(windows(48), fading), windows(4, 'dev'), c, folder, resume=resume)
     real, calls = trainer.train_step, []
     def cut_off(*a, **k):
         if len(calls) == 5: raise ZeroDivisionError
@@ -209,9 +209,9 @@ def test_an_augmented_run_resumes_to_the_bit(workers, tmp_path, monkeypatch):
 def test_an_augmentation_that_fails_ends_the_run_with_its_error(tmp_path):
     def fails(batch, generator): raise ZeroDivisionError('in the augmentation')
     with pytest.raises(ZeroDivisionError, match='in the augmentation'):
-        train(build(CONTRASTIVE), windows(4), windows(4, 'dev'), TrainConfig(steps=1, batch_size=4, device='cpu'), tmp_path/'run', augment=fails)
+        train(build(CONTRASTIVE), Augmented(windows(4), fails), windows(4, 'dev'), TrainConfig(steps=1, batch_size=4, device='cpu'), tmp_path/'run')
     with pytest.raises(UserError, match='not a list; train without'):
-        train(build(CONTRASTIVE), list(windows(4)), windows(4, 'dev'), TrainConfig(steps=1, batch_size=4, device='cpu'), tmp_path/'other', augment=fading)
+        train(build(CONTRASTIVE), Augmented(list(windows(4)), fading), windows(4, 'dev'), TrainConfig(steps=1, batch_size=4, device='cpu'), tmp_path/'other')
 
 
 def test_a_device_that_is_not_there_is_named():

@@ -35,7 +35,7 @@ from ..models.pretraining import (build, config_from_dict, from_pretrained, read
 from ..files import write_atomically
 from ..training.config import RESUMABLE_FIELDS, TrainConfig, check_config, with_defaults
 from ..data.sources import SyntheticSource, open_records, open_source
-from ..training.trainer import train
+from ..training.trainer import Augmented, train
 
 # %% ../../nbs/study/02_trial.ipynb #82f74848
 class Candidate(NamedTuple):
@@ -232,7 +232,7 @@ def run_trial(
     c = trial_recipe(net, trial, common)
     windows, dev, change, records = trial_windows(trial, c, common)
     extra = {'cell': trial_settings(trial, common, c)['cell'], 'records': records}
-    train(net, windows, dev, c, part, extra, resume=(part/'config.json').exists(), augment=change)
+    train(net, Augmented(windows, change), dev, c, part, extra, resume=(part/'config.json').exists())
     if not (part/'best').is_dir(): raise TrainingError('the dev loss was never finite, so that there are no best weights')
     from seismodel.study.baselines import open_trained
     table = score_trial(open_trained(part/'best').to(pick_device(common.device)), common)

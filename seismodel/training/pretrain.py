@@ -26,7 +26,7 @@ from ..signals.noise import calm_bank, noise_bank
 from ..signals.records import WINDOW
 from .config import RESUMABLE_FIELDS, TrainConfig, check_config, train_from_dict
 from .distributed import Ranks, join_ranks
-from .trainer import train
+from .trainer import Augmented, train
 
 # %% ../../nbs/training/11_pretrain.ipynb #2240a29d
 def open_data(
@@ -196,4 +196,4 @@ def run_plan(
         print(f"{plan.preset}: {count_parameters(model):,} parameters, {c.steps} steps of {c.batch_size*c.accumulate} windows "
               f"from {', '.join(s.name for s in training)}, on {where}")
     change = plan_augment(plan, training, ranks.device)
-    train(model, windows, dev_windows, c, folder, {**plan.extra(), 'records': records}, resume, ranks, change)
+    train(model, Augmented(windows, change), dev_windows, c, folder, {**plan.extra(), 'records': records}, resume, ranks)
