@@ -21,9 +21,9 @@ class TrainConfig:
     steps: int = 300             # optimiser steps
     batch_size: int = 16         # windows in one forward pass, of all devices together
     accumulate: int = 1          # forward passes in one optimiser step
-    lr: float = 1e-3             # at the end of the warm-up
-    weight_decay: float = .1
-    betas: tuple[float, float] = (.9, .95)
+    lr: float = 1e-3             # peak learning rate, at the end of the warm-up
+    weight_decay: float = .1     # pull of the matrices towards 0, of AdamW
+    betas: tuple[float, float] = (.9, .95)  # decay of AdamW's means of gradient and squared gradient
     warmup: float = .1           # share of the steps
     clip: float = 1.             # largest norm of the gradient
     seed: int = 0                # of weights, data, masks, codes and negatives
@@ -31,7 +31,7 @@ class TrainConfig:
     workers: int|None = None     # processes that prepare windows; none on a CPU, up to 8 beside a GPU
     log_every: int = 10          # steps between two lines of metrics.jsonl
     validate_every: int = 100    # steps between two looks at the dev windows
-    validation_windows: int = 64
+    validation_windows: int = 64 # dev windows looked at each time
     checkpoint_every: int = 100  # steps between two checkpoints
     keep: int = 3                # checkpoints that stay
     skip_nonfinite: int = 0      # consecutive steps that may be passed over because loss or gradient is not finite
