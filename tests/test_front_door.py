@@ -1,6 +1,7 @@
 "The front door: names offered by the package without importing torch, and commands that answer without it"
 import ast
 import inspect
+import json
 import subprocess
 import sys
 from dataclasses import fields
@@ -164,3 +165,61 @@ def test_info_of_a_preset_gives_every_field_with_its_meaning(name, capsys):
     assert rows.keys() == {*names, *(f'train.{f.name}' for f in fields(TrainConfig))}
     assert [n for n, row in rows.items() if len(row) < 2] == [], 'fields without a meaning'
     assert rows['train.lr'][0] == str(p.lr) and rows['train.steps'][0] == str(p.steps) and rows['model.dropout'][0] == '0.0'
+
+
+# any field from the command line
+
+SHORT = ['pretrain', '--steps', '1', '--batch-size', '1', '--validation-windows', '1', '--device', 'cpu', '--window', '512']
+
+
+def read(folder): return json.loads((folder/'config.json').read_text(encoding='utf-8'))
+
+
+def test_fields_reach_the_run_and_its_config_makes_it_again(tmp_path, quakes_folder, capsys):
+    words = [*SHORT, '--preset', 'reconstruction-tiny', '--data', str(quakes_folder), '--data', 'synthetic', '--data-weights', '3,1',
+             '--augment', 'full', '--set', 'model.target=patch', '--set', 'train.warmup=.05', '--set', 'encoder.mask=.6', '--set', 'train.betas=.8,.9']
+    assert main([*words, '--out', str(tmp_path/'a')]) == 0
+    a = read(tmp_path/'a')
+    assert (a['model']['target'], a['model']['encoder']['mask'], a['train']['warmup'], a['train']['betas']) == ('patch', .6, .05, [.8, .9])
+    assert main(['pretrain', '--config', str(tmp_path/'a/config.json'), '--out', str(tmp_path/'b'), '--set', 'train.seed=1']) == 0
+    b = read(tmp_path/'b')
+    assert b['train'].pop('seed') == 1 and a['train'].pop('seed') == 0
+    assert b == a and b['data'] == [str(quakes_folder), 'synthetic'] and b['weights'] == [3., 1.] and b['window'] == 512 and b['augment']
+    assert main(['pretrain', '--resume', str(tmp_path/'b'), '--set', 'train.keep=1']) == 0
+    capsys.readouterr()
+    for more, says in ((['--set', 'train.seed=2'], 'seed was 1 and is 2'), (['--set', 'model.blocks=2'], 'leave --set model'),
+                       (['--config', str(tmp_path/'a/config.json')], 'leave --config away'), (['--set', 'train.bogus=2'], 'train.bogus')):
+        assert main(['pretrain', '--resume', str(tmp_path/'b'), *more]) == 2
+        assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('setting, says', [
+    ('train.warmpu=1', "'train.warmpu'; did you mean train.warmup?"), ('encoder.mask_lenght=25', 'did you mean model.encoder.mask_length?'),
+    ('mask_length=25', 'did you mean model.encoder.mask_length?'), ('lr=1', 'did you mean train.lr?'), ('xyzzy=1', 'seismodel info PRESET'),
+    ('encoder=4', "no field 'encoder'"), ('model.encoder=4', "no field 'model.encoder'"), ('train.warmup', 'write NAME=VALUE'), ('=3', 'write NAME=VALUE'),
+    ('encoder.mask_length=long', "'encoder.mask_length' is 'long'; it must be a whole number"), ('encoder.mask_length=2.5', 'a whole number'),
+    ('train.betas=.9', '2 values, each a number'), ('train.betas=.9,.8,.7', '2 values'), ('train.betas=.9,2', 'below 1'), ('train.tensorboard=2', 'true or false'),
+    ('model.method=masked', 'name a --preset'), ('encoder.mask_prob=7', 'mask_prob is a share'), ('train.steps=3', "'train.steps' is set twice"),
+    ('train.clip=-1', 'train.clip is -1'), ('encoder.pretraining=false', 'leave it True'), ('model.heads=3', 'multiple of heads')])
+def test_fields_that_cannot_be_are_refused_by_name(setting, says, tmp_path, capsys):
+    assert main([*SHORT, '--out', str(tmp_path/'run'), '--set', setting]) == 2
+    said = capsys.readouterr().err
+    assert says in said and len(said.splitlines()) == 1 and not (tmp_path/'run').exists()
+
+
+@pytest.mark.parametrize('text, says', [
+    ('{"modle": {}}', "has an entry 'modle'"), ('{"model": 3}', "'model' in"), ('[]', 'holds no object'), ('{', 'cannot be read'), (None, 'cannot be read'),
+    ('{"data": 3}', "'data' is 3"), ('{"window": "a"}', "'window' is 'a'"), ('{"augment": {"bogus": 1}}', "'augment.bogus'"),
+    ('{"train": {"bogus": 1}}', "'train.bogus'"), ('{"model": {"encoder": {"mask_prob": "x"}}}', "'encoder.mask_prob' is 'x'"),
+    ('{"model": {"method": "reconstruction"}}', "method is 'reconstruction'"), ('{"preset": "contrastive-huge"}', 'contrastive-huge')])
+def test_files_of_fields_that_cannot_be_are_refused(text, says, tmp_path, capsys):
+    if text is not None: (tmp_path/'fields.json').write_text(text, encoding='utf-8')
+    assert main(['pretrain', '--out', str(tmp_path/'run'), '--config', str(tmp_path/'fields.json')]) == 2
+    said = capsys.readouterr().err
+    assert says in said and len(said.splitlines()) == 1 and not (tmp_path/'run').exists()
+
+
+def test_options_are_named_as_they_are_typed(tmp_path, capsys):
+    for words, says in ((['--batch-size', '0'], '--batch-size is 0'), (['--workers', '-1'], '--workers is -1'), (['--validate-every', '0'], '--validate-every is 0')):
+        assert main(['pretrain', *words, '--out', str(tmp_path/'run')]) == 2
+        assert says in capsys.readouterr().err
