@@ -6,16 +6,21 @@ Docs: https://seismodel.github.io/seismodel/ground/core.html.md"""
 
 # %% auto #0
 __all__ = ['log', 'UserError', 'BadRecord', 'TrainingError', 'DamagedCheckpoint', 'Interrupted', 'check_choice', 'check_share',
-           'check_count', 'fits', 'kind_in_words', 'check_fields', 'pick_device', 'pick_devices', 'count_parameters']
+           'check_count', 'fits', 'kind_in_words', 'check_fields', 'pick_device', 'pick_devices', 'LineProgress',
+           'progress_bar', 'count_parameters']
 
 # %% ../nbs/ground/01_core.ipynb #2beda0fc
 import logging
+import sys
 from dataclasses import fields, is_dataclass
+from time import monotonic
 from types import UnionType
 from typing import get_args, get_origin
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm as auto_tqdm
+from tqdm.std import tqdm as text_tqdm
 
 from . import __version__
 
@@ -118,6 +123,34 @@ def pick_devices(
     if name != 'all' or not torch.cuda.is_available():
         return [pick_device('auto' if name == 'all' else name)]
     return [pick_device(f'cuda:{k}') for k in range(torch.cuda.device_count())]
+
+# %% ../nbs/ground/01_core.ipynb #bf3aa348
+class LineProgress(text_tqdm):
+    "tqdm for a file: lines, at most one per minute, and one at the end"
+    EVERY, said = 60., None   # seconds
+
+    def display(self, msg=None, pos=None):
+        "Called by tqdm whenever its bar would be drawn again"
+        now = monotonic()
+        if self.said is None: self.said = now          # the bar at its beginning says nothing
+        if now - self.said < self.EVERY: return
+        self.said = now
+        print(self, file=self.fp, flush=True)
+
+    def clear(self, *args, **kwargs): "There is no bar to make room on the screen"
+
+    def close(self):
+        if self.disable: return
+        if self.leave: print(self, file=self.fp, flush=True)
+        self.disable = True                            # so that tqdm writes nothing more
+
+def progress_bar(
+    items=None, # to go through; None: `update` moves it on
+    **how,      # for tqdm: total, desc, unit, …
+): # tqdm
+    "A bar on a terminal and in Jupyter; elsewhere lines"
+    if sys.stderr.isatty() or 'ipykernel' in sys.modules: return auto_tqdm(items, **how)
+    return LineProgress(items, **{'ncols': 0, **how})
 
 # %% ../nbs/ground/01_core.ipynb #2cb5e425
 def count_parameters(module:nn.Module, # any module

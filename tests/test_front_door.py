@@ -1,7 +1,9 @@
 "The front door: names offered by the package without importing torch, and commands that answer without it"
 import ast
 import inspect
+import io
 import json
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -15,6 +17,7 @@ from conftest import root
 from fastcore.docments import docments
 
 import seismodel
+from seismodel import core
 from seismodel.cli import COMMANDS, described, imported, main
 from seismodel.models.pretraining import PRESETS, build, preset
 from seismodel.options import FLAGS, definition, make_parser
@@ -223,3 +226,64 @@ def test_options_are_named_as_they_are_typed(tmp_path, capsys):
     for words, says in ((['--batch-size', '0'], '--batch-size is 0'), (['--workers', '-1'], '--workers is -1'), (['--validate-every', '0'], '--validate-every is 0')):
         assert main(['pretrain', *words, '--out', str(tmp_path/'run')]) == 2
         assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('command, more, plan', [('finetune', ['--width', '0', '--augment', 'none'], 'finetune'),
+                                                 ('finetune-window', ['--column', 'trace_category'], 'finetune_window')])
+def test_fields_reach_a_fine_tuning_run(command, more, plan, tmp_path, quakes_folder, capsys):
+    build(preset('contrastive-tiny').model).save_pretrained(tmp_path/'start')
+    words = [command, '--from', str(tmp_path/'start'), '--data', str(quakes_folder), *more, '--steps', '1', '--batch-size', '1', '--validation-windows', '1', '--device', 'cpu']
+    assert main([*words, '--set', 'train.warmup=.05', '--set', 'model.dropout=.1', '--out', str(tmp_path/'a')]) == 0
+    a = read(tmp_path/'a')
+    assert (a['train']['warmup'], a['train']['steps'], a['model']['dropout']) == (.05, 1, .1) and plan in a
+    capsys.readouterr()
+    assert main([*words[:words.index('--steps')], '--config', str(tmp_path/'a/config.json'), '--out', str(tmp_path/'b')]) == 0
+    assert 'gives the fields of model and recipe' in capsys.readouterr().out
+    b = read(tmp_path/'b')
+    assert b['train'] == a['train'] and b['model'] == a['model']
+    for wrong, says in (('train.warmpu=1', 'did you mean train.warmup?'), ('model.blocks=2', 'weight'), ('train.clip=x', 'a number'), ('train.steps=2', 'set twice')):
+        assert main([*words, '--set', wrong, '--out', str(tmp_path/'c')]) == 2
+        assert says in capsys.readouterr().err and not (tmp_path/'c').exists()
+    for wrong, says in (('train.warmup=1', 'warmup'), ('model.dropout=0', '--set model.dropout cannot change'), ('train.workers=x', 'a whole number'), ('train.bogus=1', 'bogus')):
+        assert main([command, '--resume', str(tmp_path/'a'), '--set', wrong]) == 2
+        assert says in capsys.readouterr().err
+    assert main([command, '--resume', str(tmp_path/'a'), '--set', 'train.keep=1']) == 0
+
+
+# progress in a file
+
+def test_without_a_terminal_progress_is_a_line_a_minute():
+    "400 steps, each with a new postfix, and minutes that pass by a clock of our own"
+    clock, file = [0.], io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(core, 'monotonic', lambda: clock[0])
+        bar = core.progress_bar(range(400), unit='step', file=file, mininterval=0)
+        for step in bar:
+            bar.set_postfix(loss=step)
+            clock[0] += .5                                             # 200 s
+            if step == 300: core.LineProgress.write('ALARM', file=file)
+    lines = file.getvalue().splitlines()
+    assert len(lines) == 5 and lines.index('ALARM') == 2 and '\r' not in file.getvalue() and len(file.getvalue()) < 500
+    assert '400/400' in lines[-1] and all('step' in line for line in lines if line != 'ALARM')
+
+
+def test_on_a_terminal_a_bar_moves(monkeypatch):
+    file = io.StringIO()
+    monkeypatch.setattr(sys, 'stderr', file)
+    file.isatty = lambda: True
+    for _ in core.progress_bar(range(3), mininterval=0): pass
+    assert file.getvalue().count('\r') >= 3
+
+
+def test_a_bar_that_is_switched_off_or_left_says_nothing():
+    file = io.StringIO()
+    for how in (dict(disable=True), dict(leave=False)):
+        for _ in core.progress_bar(range(3), file=file, **how): pass
+    assert not file.getvalue()
+
+
+def test_every_bar_of_the_package_is_this_one():
+    "No chapter draws its own, which would fill log files"
+    for path in (root/'seismodel').rglob('*.py'):
+        text = path.read_text(encoding='utf-8')
+        if path.name != 'core.py': assert not re.search(r'\btqdm\(|\btrange\(', text), path

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from ..training.distributed import join_ranks
 from ..core import BadRecord, UserError, count_parameters, pick_device
-from .finetune import fine_folder, fine_plan, fine_recipe, free_options, saved_run, start_model
+from .finetune import (fine_folder, fine_plan, fine_recipe, fine_settings, free_options, saved_run,
+                                            start_model)
 from .heads import FineTuned, WindowHead
 from ..data.windows import cut_window
 from ..signals.normalize import normalize_windows
@@ -29,6 +30,7 @@ from ..models.pretraining import (Pretrainer, Step, build, config_from_dict, loa
 from ..files import write_atomically
 from ..training.config import train_from_dict
 from ..data.sources import open_source
+from ..training.settings import apply_settings
 from ..training.trainer import train
 from ..signals.records import WINDOW
 from .window_labels import Labelled, LabelledWindows, LabelSpec, around_onset, label_sources
@@ -172,24 +174,28 @@ def finetune_window(
     validation_windows:int=None, # dev windows looked at each time; 64 if not given
     checkpoint_every:int=None, # steps between two checkpoints; 100 if not given
     tensorboard:bool=False, # write TensorBoard events into the run's folder
+    set_fields:Annotated[str, {'action': 'append'}]=None, # NAME=VALUE, any field that `seismodel info PRESET` lists, such as train.warmup=.05; may be given several times
+    config:Path=None, # a JSON file with fields under "model" and "train"; the config.json of a run is one
     out:Path=None, # the run's folder
     resume:Path=None, # the folder of such a run to go on with; needs nothing else
 )->Path: # the run's folder
     "Fine-tune a pretrained model to answer one question about a window, or go on with such a run"
     given = dict(steps=steps, batch_size=batch_size, lr=lr, weight_decay=weight_decay, seed=seed, device=device, workers=workers, validate_every=validate_every,
                  validation_windows=validation_windows, checkpoint_every=checkpoint_every, tensorboard=tensorboard or None)
+    changes, given = fine_settings(config, set_fields, given, resume)
     if resume:
         free = free_options({'from': from_run, 'preset': preset, 'data': data, 'column': column, 'classes': classes, 'data_weights': data_weights, 'fraction': fraction,
                              'freeze': freeze, **given, 'out': out})
         saved = saved_run(resume, 'finetune_window', f"'{resume}' is no run of `seismodel finetune-window`; resume it with the command that began it.")
         plan, folder, c = saved['finetune_window'], Path(resume), replace(train_from_dict(saved['train']), **free)
         start = build(config_from_dict(saved['model']))
+        apply_settings(start.config, changes)                                         # names and types
     else:
         plan = window_plan(from_run, preset, data, column, classes, data_weights, fraction, freeze)
         folder = fine_folder(out)
-        torch.manual_seed(seed or 0)
-        start = start_model(plan['from'], preset)
-        c = fine_recipe(start.config.method, **{**given, 'steps': 500 if steps is None else steps})
+        torch.manual_seed(given.get('seed', 0))
+        start = start_model(plan['from'], preset, changes)
+        c = fine_recipe(start.config.method, **{'steps': 500, **given})
     question, training, dev = label_sources(plan['data'], plan['column'], plan['classes'], plan['fraction'], c.seed)
     model = WindowModel(start, question, plan['freeze']).train()
     windows = LabelledWindows(training, c.steps*c.accumulate*c.batch_size, plan['weights'], c.seed)

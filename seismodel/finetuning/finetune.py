@@ -6,7 +6,7 @@ Docs: https://seismodel.github.io/seismodel/finetuning/finetune.html.md"""
 
 # %% auto #0
 __all__ = ['RECIPES', 'LAYER_DECAY', 'start_model', 'start_picker', 'fine_recipe', 'label_windows', 'with_real_noise',
-           'fine_plan', 'saved_run', 'fine_folder', 'free_options', 'fine_run', 'finetune']
+           'fine_plan', 'saved_run', 'fine_folder', 'fine_settings', 'free_options', 'fine_run', 'finetune']
 
 # %% ../../nbs/finetuning/03_finetune.ipynb #92f5df8c
 import json
@@ -18,12 +18,14 @@ import torch
 
 from ..signals.augment import Augmentation, fine_augment
 from ..training.distributed import join_ranks
-from ..core import UserError, count_parameters, log
+from ..core import UserError, check_fields, count_parameters, log
 from .events import subset_events
 from .heads import FREEZE, Picker, picker_from_dict
-from ..models.pretraining import Pretrainer, build, from_pretrained, preset as find_preset
+from ..models.pretraining import (Pretrainer, build, config_from_dict, from_pretrained, load_weights,
+                                          preset as find_preset)
 from ..files import is_filled
 from ..training.config import RESUMABLE_FIELDS, TrainConfig, check_config, train_from_dict
+from ..training.settings import apply_settings, read_settings
 from ..training.trainer import train
 from ..data.windows import WindowDataset
 from ..signals.noise import EventsInNoise, noise_bank
@@ -34,21 +36,28 @@ from ..signals.records import WINDOW
 def start_model(
     from_run:str|None,    # folder of a pretrained model, or random
     preset:str|None=None, # with random: which model
+    changes:dict|None=None, # fields to change, from `read_settings`
 )->Pretrainer:
     "A model to fine-tune; raises `UserError` where the start is not said, or is not there"
     if from_run is None: raise UserError('Say where to start: --from RUN for a pretrained model, or --from random --preset NAME for the control.')
     if from_run == 'random' and preset is None: raise UserError('--from random needs --preset NAME, to know which model.')
     if from_run != 'random' and preset is not None: raise UserError(f"--preset goes with --from random; '{from_run}' knows its own shapes.")
-    return build(find_preset(preset).model) if from_run == 'random' else from_pretrained(from_run)
+    start = build(find_preset(preset).model) if from_run == 'random' else from_pretrained(from_run)
+    config, _ = apply_settings(start.config, changes or {})
+    if config == start.config: return start
+    changed = build(config)
+    if from_run != 'random': load_weights(changed, start.state_dict(), from_run)
+    return changed
 
 def start_picker(
     from_run:str|None,    # folder of a pretrained model, or random
     preset:str|None=None, # with random: which model
     width:int=32,         # of the head; 0: a linear probe
     freeze:str='none',    # see `Picker`
+    changes:dict|None=None, # fields of the model to change, from `read_settings`
 )->Picker:
     "A picker with a fresh head; raises `UserError` as `start_model` does"
-    return Picker(start_model(from_run, preset), width=width, freeze=freeze).train()
+    return Picker(start_model(from_run, preset, changes), width=width, freeze=freeze).train()
 
 # %% ../../nbs/finetuning/03_finetune.ipynb #63c1fb79
 RECIPES = {'contrastive': dict(lr=1e-3, weight_decay=.1), 'reconstruction': dict(lr=2e-4, weight_decay=.005),
@@ -143,6 +152,22 @@ def fine_folder(
     if is_filled(Path(out)) and not (Path(out)/'config.json').is_file(): raise UserError(f"'{out}' is not empty and holds no run; name another --out.")
     return Path(out)
 
+def fine_settings(
+    config:Path|None, # as --config names it
+    words:list[str]|None, # as --set takes them
+    options:dict, # fields of the recipe with an option of their own; None: not given
+    resume:Path|None, # the run to go on with
+)->tuple[dict, dict]: # what `start_model` changes; the given fields of the recipe
+    "What was said about fields; raises `UserError` as `read_settings` does, and for what cannot change with --resume"
+    if resume and config: raise UserError("--resume goes on with the run's own settings; leave --config away.")
+    changes, others = read_settings(config, words, options)
+    if others: print(f"'{config}' gives the fields of model and recipe; start, data and labels are those of this command.")
+    shapes = [name for name in changes if not name.startswith('train.')]
+    if resume and shapes: raise UserError(f"--set {shapes[0]} cannot change with --resume: leave it away, or start a new run.")
+    given = {name.removeprefix('train.'): value for name, value in changes.items() if name.startswith('train.')}
+    check_fields(TrainConfig, {name: given[name] for name in given if hasattr(TrainConfig, name)})    # before one is used
+    return changes, given
+
 def free_options(
     told:dict, # name of an option -> its value, None where it was not given
 )->dict: # those given
@@ -196,6 +221,8 @@ def finetune(
     validation_windows:int=None, # dev windows looked at each time; 64 if not given
     checkpoint_every:int=None, # steps between two checkpoints; 100 if not given
     tensorboard:bool=False, # write TensorBoard events into the run's folder
+    set_fields:Annotated[str, {'action': 'append'}]=None, # NAME=VALUE, any field that `seismodel info PRESET` lists, such as train.warmup=.05; may be given several times
+    config:Path=None, # a JSON file with fields under "model" and "train"; the config.json of a run is one
     out:Path=None, # the run's folder
     resume:Path=None, # the folder of a fine-tuning run to go on with; needs nothing else
 )->Path: # the run's folder
@@ -203,17 +230,19 @@ def finetune(
     given = dict(steps=steps, batch_size=batch_size, lr=lr, weight_decay=weight_decay, seed=seed, device=device, workers=workers, validate_every=validate_every,
                  validation_windows=validation_windows, checkpoint_every=checkpoint_every, tensorboard=tensorboard or None,
                  layer_decay=layer_decay, average=average)
+    changes, given = fine_settings(config, set_fields, given, resume)
     if resume:
         free = free_options({'from': from_run, 'preset': preset, 'data': data, 'data_weights': data_weights, 'fraction': fraction, 'freeze': freeze, 'width': width,
                              'augment': augment, 'noise': noise, **given, 'out': out})
         saved = saved_run(resume, 'finetune', f"'{resume}' is not a fine-tuning run; go on with it by `seismodel pretrain --resume`.")
+        apply_settings(config_from_dict(saved['model']), changes)                     # names and types
         plan, folder, c = saved['finetune'], Path(resume), replace(train_from_dict(saved['train']), **free)
         picker = picker_from_dict(saved, plan['freeze']).train()
     else:
         plan = fine_plan(from_run, preset, data, data_weights, fraction, freeze, width, augment, noise)
         folder = fine_folder(out)
-        torch.manual_seed(seed or 0)
-        picker = start_picker(plan['from'], preset, plan['width'], plan['freeze'])
+        torch.manual_seed(given.get('seed', 0))
+        picker = start_picker(plan['from'], preset, plan['width'], plan['freeze'], changes)
         c = fine_recipe(picker.config.method, from_run != 'random', **given)
     fine_run(plan, picker, c, folder, bool(resume))
     print(f"picker  {folder}, for `seismodel pick --model` and `SeisModelPicker.from_pretrained`")

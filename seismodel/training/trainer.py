@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 
 from .checkpoints import differences, newest_checkpoint, read_checkpoint, restore, training_tensors, write_checkpoint
 from .distributed import Ranks, is_loss
-from ..core import Interrupted, TrainingError, UserError, pick_device
+from ..core import Interrupted, TrainingError, UserError, pick_device, progress_bar
 from .monitoring import FiniteWatch, alarms, healthy_at, skip_step_if_nonfinite
 from ..data.windows import WindowDataset
 from ..data.prefetch import SIGNALS, device_batches
@@ -386,7 +386,7 @@ def run_steps(model, optimizer, data, dev_batches, show, c, folder, about, at, l
     recorded = ranks.device.type == 'cuda' and c.accumulate == 1 and getattr(model, 'steady', True)
     replay = Replay(lambda inputs: optimizer_step(model, optimizer, [inputs], generator, c, ranks, stop_flag), generator) if recorded else None
     watch = FiniteWatch(folder, ranks.device, c.skip_nonfinite, at.withheld, ranks.gather, write=ranks.rank == 0)
-    bar = tqdm(range(at.step + 1, c.steps + 1), initial=at.step, total=c.steps, unit='step', disable=ranks.rank > 0)
+    bar = progress_bar(range(at.step + 1, c.steps + 1), initial=at.step, total=c.steps, unit='step', disable=ranks.rank > 0)
     since, done, saved = perf_counter(), at.step, at.step
     who = f'seismodel, rank {ranks.rank}' if ranks.rank else 'seismodel'
     words = f"{who}: Told to end, and no step ended in {PATIENCE:.0f} s: another rank is lost. The checkpoints are whole; go on with --resume {folder}"
