@@ -12,6 +12,7 @@ from textwrap import dedent
 from types import UnionType
 from typing import Annotated, get_args, get_origin
 
+import numpy as np
 import pytest
 from conftest import root
 from fastcore.docments import docments
@@ -19,6 +20,7 @@ from fastcore.docments import docments
 import seismodel
 from seismodel import core
 from seismodel.cli import COMMANDS, described, imported, main
+from seismodel.data.pack import pack
 from seismodel.models.pretraining import PRESETS, build, preset
 from seismodel.options import FLAGS, definition, make_parser
 from seismodel.training.config import TrainConfig
@@ -287,3 +289,29 @@ def test_every_bar_of_the_package_is_this_one():
     for path in (root/'seismodel').rglob('*.py'):
         text = path.read_text(encoding='utf-8')
         if path.name != 'core.py': assert not re.search(r'\btqdm\(|\btrange\(', text), path
+
+
+# several inputs
+
+def test_embed_and_inspect_take_several_data_sets(tmp_path, write_dataset, quake_records, capsys):
+    a, b = (write_dataset(tmp_path/name, quake_records(n)) for name, n in (('a', 8), ('b', 16)))
+    build(preset('reconstruction-tiny').model).save_pretrained(tmp_path/'model')
+    words = ['embed', str(tmp_path/'model'), str(a), str(b), '--device', 'cpu', '--out', str(tmp_path/'f.npz')]
+    assert main(words) == 0
+    both = np.load(tmp_path/'f.npz')
+    names = both['name'].tolist()
+    assert 'a/trace000' in names and 'b/trace000' in names and 'b/trace010' in names and 'a/trace010' not in names
+    assert both['features'].shape == (len(names), 64)
+    assert main([*words[:2], str(b), *words[4:]]) == 0
+    alone = np.load(tmp_path/'f.npz')
+    of_b = np.array([name.startswith('b/') for name in names])
+    assert alone['name'].tolist() == [name[2:] for name in names if name.startswith('b/')]
+    np.testing.assert_array_equal(both['features'][of_b], alone['features'])
+    (tmp_path/'x.mseed').write_bytes(b'1')
+    assert main([*words[:4], str(tmp_path/'x.mseed'), *words[4:]]) == 2
+    assert f"'{tmp_path/'x.mseed'}' means waveform files" in capsys.readouterr().err
+    pack([str(b)], tmp_path/'store')
+    capsys.readouterr()
+    assert main(['inspect', str(a), str(b), str(tmp_path/'store'), '--verify', '--out', str(tmp_path/'page.png')]) == 0
+    said = capsys.readouterr().out
+    assert 'store, a, b: 40 usable traces' in said and 'every checksum is right' in said and (tmp_path/'page.png').exists()
