@@ -7,6 +7,7 @@ if TYPE_CHECKING:   # for editors and type checkers: what `__getattr__` finds
     from .data.sources import open_dataset
     from .data.waveform import read_waveform
     from .finetuning.finetune import finetune
+    from .finetuning.load import load
     from .models.embedding import embed
     from .models.pretraining import PRESETS, build, from_pretrained
     from .picking.pick import pick
@@ -18,7 +19,7 @@ if TYPE_CHECKING:   # for editors and type checkers: what `__getattr__` finds
 _PUBLIC = {
     'PRESETS': 'models.pretraining', 'SeisModelPicker': 'picking.seisbench_model',
     'build': 'models.pretraining', 'embed': 'models.embedding', 'finetune': 'finetuning.finetune',
-    'from_pretrained': 'models.pretraining', 'normalize': 'signals.normalize',
+    'from_pretrained': 'models.pretraining', 'load': 'finetuning.load', 'normalize': 'signals.normalize',
     'open_dataset': 'data.sources', 'pick': 'picking.pick', 'pretrain': 'training.pretrain',
     'read_waveform': 'data.waveform',
 }

@@ -15,9 +15,8 @@ from typing import Annotated
 from fastcore.docments import docments
 
 from .core import UserError, count_parameters
-from .finetuning.classification import load_window_model
-from .finetuning.heads import load_picker
-from .models.pretraining import PRESETS, build, from_pretrained, read_config
+from .finetuning.load import load
+from .models.pretraining import PRESETS, build, read_config
 from .training.pretrain import recipe
 from .training.runlog import read_metrics
 
@@ -60,7 +59,6 @@ def describe_model(
     plan = config.get('finetune') or config.get('finetune_window') or config
     what = config.get('preset', config['model'].get('method'))
     if 'from' in plan: what = f"{'picker' if 'picker' in config else 'window model'} from {plan['from']}"
-    load = load_picker if 'picker' in config else load_window_model if 'question' in config else from_pretrained
     lines = [f'{what}: {count_parameters(load(run)):,} parameters']
     return lines + [f"data: {', '.join(plan['data'])}"] if 'data' in plan else lines
 

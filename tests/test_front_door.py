@@ -25,7 +25,7 @@ from seismodel.models.pretraining import PRESETS, build, preset
 from seismodel.options import FLAGS, definition, make_parser
 from seismodel.training.config import TrainConfig
 
-PUBLIC = ('PRESETS', 'SeisModelPicker', 'build', 'embed', 'finetune', 'from_pretrained', 'normalize', 'open_dataset',
+PUBLIC = ('PRESETS', 'SeisModelPicker', 'build', 'embed', 'finetune', 'from_pretrained', 'load', 'normalize', 'open_dataset',
           'pick', 'pretrain', 'read_waveform')
 
 
