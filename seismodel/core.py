@@ -6,16 +6,21 @@ Docs: https://seismodel.github.io/seismodel/ground/core.html.md"""
 
 # %% auto #0
 __all__ = ['log', 'UserError', 'BadRecord', 'TrainingError', 'DamagedCheckpoint', 'Interrupted', 'check_choice', 'check_share',
-           'check_count', 'fits', 'check_fields', 'pick_device', 'pick_devices', 'count_parameters']
+           'check_count', 'fits', 'kind_in_words', 'check_fields', 'pick_device', 'pick_devices', 'LineProgress',
+           'progress_bar', 'count_parameters']
 
 # %% ../nbs/ground/01_core.ipynb #2beda0fc
 import logging
+import sys
 from dataclasses import fields, is_dataclass
+from time import monotonic
 from types import UnionType
 from typing import get_args, get_origin
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm as auto_tqdm
+from tqdm.std import tqdm as text_tqdm
 
 from . import __version__
 
@@ -67,11 +72,24 @@ def fits(
     value, # from JSON
     kind,  # the type that a field was declared with, such as int, float|None or tuple[int, ...]
 )->bool:
-    "Whether a value may stand in a field; whole numbers are numbers too, and lists are tuples"
+    "Whether a value may stand in a field; whole numbers are numbers too, and lists are tuples of one type"
     if isinstance(kind, UnionType): return any(fits(value, k) for k in get_args(kind))
-    if get_origin(kind) in (tuple, list): return isinstance(value, (tuple, list)) and all(fits(v, get_args(kind)[0]) for v in value)
+    if get_origin(kind) in (tuple, list):
+        inner = get_args(kind)
+        if not isinstance(value, (tuple, list)) or not all(fits(v, inner[0]) for v in value): return False
+        return len(inner) < 2 or inner[-1] is ... or len(value) == len(inner)   # tuple[float, float] has two
     if is_dataclass(kind): return isinstance(value, (dict, kind))
     return isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+
+def kind_in_words(
+    kind, # the type that a field was declared with
+)->str:
+    "What a field may hold, for a message"
+    words = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'a word', type(None): 'none'}
+    inner = get_args(kind)
+    if isinstance(kind, UnionType): return ' or '.join(map(kind_in_words, inner))
+    if get_origin(kind) not in (tuple, list): return words.get(kind, 'an object with fields of its own')
+    return f"{'several' if len(inner) < 2 or inner[-1] is ... else len(inner)} values, each {kind_in_words(inner[0])}"
 
 def check_fields(
     cls,    # a dataclass
@@ -83,7 +101,7 @@ def check_fields(
     kinds = {f.name: f.type for f in fields(cls)}
     for name, value in values.items():
         if name not in kinds: raise UserError(f"config field '{where}{name}' is not known to seismodel {__version__}; was it saved by another version?")
-        if not fits(value, kinds[name]): raise UserError(f"config field '{where}{name}' is {value!r}; it must be {getattr(kinds[name], '__name__', kinds[name])}.")
+        if not fits(value, kinds[name]): raise UserError(f"config field '{where}{name}' is {value!r}; it must be {kind_in_words(kinds[name])}.")
 
 # %% ../nbs/ground/01_core.ipynb #485b88af
 def pick_device(
@@ -105,6 +123,34 @@ def pick_devices(
     if name != 'all' or not torch.cuda.is_available():
         return [pick_device('auto' if name == 'all' else name)]
     return [pick_device(f'cuda:{k}') for k in range(torch.cuda.device_count())]
+
+# %% ../nbs/ground/01_core.ipynb #bf3aa348
+class LineProgress(text_tqdm):
+    "tqdm for a file: lines, at most one per minute, and one at the end"
+    EVERY, said = 60., None   # seconds
+
+    def display(self, msg=None, pos=None):
+        "Called by tqdm whenever its bar would be drawn again"
+        now = monotonic()
+        if self.said is None: self.said = now          # the bar at its beginning says nothing
+        if now - self.said < self.EVERY: return
+        self.said = now
+        print(self, file=self.fp, flush=True)
+
+    def clear(self, *args, **kwargs): "There is no bar to make room on the screen"
+
+    def close(self):
+        if self.disable: return
+        if self.leave: print(self, file=self.fp, flush=True)
+        self.disable = True                            # so that tqdm writes nothing more
+
+def progress_bar(
+    items=None, # to go through; None: `update` moves it on
+    **how,      # for tqdm: total, desc, unit, …
+): # tqdm
+    "A bar on a terminal and in Jupyter; elsewhere lines"
+    if sys.stderr.isatty() or 'ipykernel' in sys.modules: return auto_tqdm(items, **how)
+    return LineProgress(items, **{'ncols': 0, **how})
 
 # %% ../nbs/ground/01_core.ipynb #2cb5e425
 def count_parameters(module:nn.Module, # any module

@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 
-from seismodel import cli
+from seismodel import info
 from seismodel.cli import main
 from seismodel.finetuning.heads import Picker
 from seismodel.data.pack import pack
@@ -67,8 +67,8 @@ def test_a_folder_below_a_file_is_named(tmp_path, capsys):
 
 
 def test_ctrl_c_where_nobody_listens(monkeypatch, capsys):
-    def interrupted(run=None): raise KeyboardInterrupt
-    monkeypatch.setitem(cli.COMMANDS, 'info', interrupted)
+    def interrupted(): raise KeyboardInterrupt
+    monkeypatch.setattr(info, 'info', interrupted)
     assert main(['info']) == 130 and 'stopped by Ctrl-C' in capsys.readouterr().err
 
 

@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Iterator, NamedTuple
 
 import numpy as np
-from tqdm.auto import tqdm
 
-from ..core import UserError
+from ..core import UserError, progress_bar
 from .channels import map_components, parse_components, rotation
 from .formats import (Block, Entry, blocks_of, decode, entries_of, format_of,
                                     printable)
@@ -472,7 +471,7 @@ def index_files(
     selection = selection or Selection()
     archive, entries = Archive([], {}, {}), {}
     files = [f for f in files if selection.passes(f)]
-    for file in tqdm(files, desc='headers', unit=' files', leave=False, disable=len(files) < 100):
+    for file in progress_bar(files, desc='headers', unit=' files', leave=False, disable=len(files) < 100):
         name = printable(file)
         try:
             stat = os.stat(file)

@@ -17,7 +17,6 @@ from typing import Annotated, Iterator, NamedTuple
 
 import numpy as np
 from fastcore.meta import delegates
-from tqdm.auto import tqdm
 
 from .archive import TICK, Notes, Selection, closed, interval, open_archive, spans_of
 from .store_reader import is_store
@@ -26,7 +25,7 @@ from .sources import (SeisBenchSource, draw_split, means_files, open_dataset, pa
 from .store import DTYPES, StoreWriter, finish
 from ..files import sha256
 from ..signals.records import COMPONENTS, SAMPLING_RATE, WINDOW, Record, check_record, recorded_mean
-from ..core import BadRecord, UserError
+from ..core import BadRecord, UserError, progress_bar
 
 # %% ../../nbs/data/05_pack.ipynb #91005f70
 class Item(NamedTuple):
@@ -252,7 +251,7 @@ def _copy(streams, writer):
     at, after = writer.position or (0, None)
     for k, stream in enumerate(streams):
         if k < at: continue
-        bar = tqdm(stream.items(after if k == at else None), unit=" traces", desc=stream.name)
+        bar = progress_bar(stream.items(after if k == at else None), unit=" traces", desc=stream.name)
         for item in bar:
             if item.record is None: writer.leave_out(k, item.name, item.why, item.position)
             else: writer.add(k, item.record, item.split, item.more, item.position)

@@ -6,8 +6,8 @@ Docs: https://seismodel.github.io/seismodel/finetuning/finetune.html.md"""
 
 # %% auto #0
 __all__ = ['RECIPES', 'LAYER_DECAY', 'PLANS', 'start_model', 'start_picker', 'fine_recipe', 'label_windows', 'with_real_noise',
-           'check_fine_options', 'split_names', 'fine_plan', 'saved_run', 'fine_folder', 'free_options', 'fine_run',
-           'column_run', 'new_fine_run', 'resume_fine_run', 'say_next', 'finetune']
+           'check_fine_options', 'split_names', 'fine_plan', 'saved_run', 'fine_folder', 'fine_settings',
+           'free_options', 'fine_run', 'column_run', 'new_fine_run', 'resume_fine_run', 'say_next', 'finetune']
 
 # %% ../../nbs/finetuning/03_finetune.ipynb #92f5df8c
 import json
@@ -19,15 +19,16 @@ import torch
 
 from ..signals.augment import Augmentation, fine_augment
 from ..training.distributed import join_ranks
-from ..core import UserError, count_parameters, log
+from ..core import UserError, check_fields, count_parameters, log
 from .events import subset_events
 from .heads import FREEZE, Picker, picker_from_dict
 from .classification import WindowModel
 from .window_labels import LabelledWindows, label_sources
-from ..models.pretraining import (Pretrainer, build, config_from_dict, from_pretrained,
+from ..models.pretraining import (Pretrainer, build, config_from_dict, from_pretrained, load_weights,
                                           preset as find_preset)
 from ..files import is_filled
 from ..training.config import RESUMABLE_FIELDS, TrainConfig, check_config, train_from_dict
+from ..training.settings import apply_settings, read_settings
 from ..training.trainer import Augmented, train
 from ..data.windows import WindowDataset
 from ..signals.noise import EventsInNoise, noise_bank
@@ -38,12 +39,18 @@ from ..signals.records import WINDOW
 def start_model(
     from_run:str|None,    # folder of a pretrained model, or random
     preset:str|None=None, # with random: which model
+    changes:dict|None=None, # fields to change, from `read_settings`
 )->Pretrainer:
     "A model to fine-tune; raises `UserError` where the start is not said, or is not there"
     if from_run is None: raise UserError('Say where to start: --from RUN for a pretrained model, or --from random --preset NAME for the control.')
     if from_run == 'random' and preset is None: raise UserError('--from random needs --preset NAME, to know which model.')
     if from_run != 'random' and preset is not None: raise UserError(f"--preset goes with --from random; '{from_run}' knows its own shapes.")
-    return build(find_preset(preset).model) if from_run == 'random' else from_pretrained(from_run)
+    start = build(find_preset(preset).model) if from_run == 'random' else from_pretrained(from_run)
+    config, _ = apply_settings(start.config, changes or {})
+    if config == start.config: return start
+    changed = build(config)
+    if from_run != 'random': load_weights(changed, start.state_dict(), from_run)
+    return changed
 
 def start_picker(
     from_run:str|None,    # folder of a pretrained model, or random
@@ -164,6 +171,22 @@ def fine_folder(
         raise UserError(f"'{out}' is not empty and holds no run; name another --out.")
     return Path(out)
 
+def fine_settings(
+    config: Path|None,       # as --config names it
+    words: list[str]|None,   # as --set takes them
+    options: dict,           # fields of the recipe with an option of their own; None: not given
+    resume: Path|None,       # the run to go on with
+) -> tuple[dict, dict]:      # what `start_model` changes; the given fields of the recipe
+    "What was said about fields; raises `UserError` as `read_settings` does, and for what cannot change with --resume"
+    if resume and config: raise UserError("--resume goes on with the run's own settings; leave --config away.")
+    changes, others = read_settings(config, words, options)
+    if others: print(f"'{config}' gives the fields of model and recipe; start, data and labels are those of this command.")
+    shapes = [name for name in changes if not name.startswith('train.')]
+    if resume and shapes: raise UserError(f"--set {shapes[0]} cannot change with --resume: leave it away, or start a new run.")
+    given = {name.removeprefix('train.'): value for name, value in changes.items() if name.startswith('train.')}
+    check_fields(TrainConfig, {name: given[name] for name in given if hasattr(TrainConfig, name)})    # before one is used
+    return changes, given
+
 def free_options(
     told: dict,  # name of an option -> its value, None where it was not given
 ) -> dict:       # those given
@@ -219,12 +242,13 @@ def column_run(
 # %% ../../nbs/finetuning/03_finetune.ipynb #6dbb7aa8
 def new_fine_run(
     plan: dict,    # from `fine_plan`
-    given: dict,   # fields of `TrainConfig`; None means not given
+    given: dict,   # fields of `TrainConfig`
     folder: Path,  # of the run
+    changes: dict, # fields of the model to change, from `fine_settings`
 ) -> None:
     "Build the model of a plan, and train it"
     torch.manual_seed(given.get('seed') or 0)
-    start = start_model(plan['from'], plan['preset'])
+    start = start_model(plan['from'], plan['preset'], changes)
     if 'column' in plan:
         steps = 500 if given.get('steps') is None else given['steps']
         column_run(plan, start, fine_recipe(start.config.method, **{**given, 'steps': steps}), folder)
@@ -240,6 +264,7 @@ def resume_fine_run(
     "Go on with a run, with the settings that it began with"
     saved = saved_run(folder)
     plan = next(saved[key] for key in PLANS if key in saved)
+    apply_settings(config_from_dict(saved['model']), {f'train.{name}': value for name, value in free.items()})   # their types
     c = replace(train_from_dict(saved['train']), **free)
     if 'column' in plan: column_run(plan, build(config_from_dict(saved['model'])), c, folder, resume=True)
     else: fine_run(plan, picker_from_dict(saved, plan['freeze']).train(), c, folder, resume=True)
@@ -276,6 +301,8 @@ def finetune(
     validation_windows:int=None, # dev windows looked at each time; 64 if not given
     checkpoint_every:int=None, # steps between two checkpoints; 100 if not given
     tensorboard:bool=False, # write TensorBoard events into the run's folder
+    set_fields:Annotated[str, {'action': 'append'}]=None, # NAME=VALUE, any field that `seismodel info PRESET` lists, such as train.warmup=.05; may be given several times
+    config:Path=None, # a JSON file with fields under "model" and "train"; the config.json of a run is one
     out:Path=None, # the run's folder
     resume:Path=None, # the folder of a fine-tuning run to go on with; needs nothing else
 )->Path: # the run's folder
@@ -286,6 +313,7 @@ def finetune(
                  workers=workers, validate_every=validate_every, validation_windows=validation_windows,
                  checkpoint_every=checkpoint_every, tensorboard=tensorboard or None,
                  layer_decay=layer_decay, average=average)
+    changes, given = fine_settings(config, set_fields, given, resume)
     if resume: resume_fine_run(Path(resume), free_options({**told, **given, 'out': out}))
-    else: new_fine_run(fine_plan(**told), given, fine_folder(out))
+    else: new_fine_run(fine_plan(**told), given, fine_folder(out), changes)
     return Path(resume or out)

@@ -86,26 +86,28 @@ def records_of_archive(
                     if len(part) >= 8 or not first: yield name, without_gaps(part), first + a*WINDOW
 
 def records_of(
-    sources: list,       # a data set, by folder or by name, a store, synthetic; or files, folders and patterns
+    sources: list,       # data sets, by folder or by name, stores, synthetic; or files, folders and patterns
     split: str,          # of a data set
     selection: Selection | None = None,   # of files; None: everything
 ):                       # yields (name, waveform (L, 3) at 100 Hz, its first sample in the record)
     "Every record of a source, one after the other; unusable ones are named and left out"
-    if means_files(sources[0]): return (yield from records_of_archive(sources, selection))
-    if sources[1:] or selection and selection.given:
-        raise UserError(f"'{sources[0]}' is a data set: give it alone, without options that choose from "
-                        'waveform files.')
-    dataset = open_source(sources[0], split)
-    for i in range(len(dataset)):
-        try: record = dataset.record(i)
-        except BadRecord as e: print(f'left out: {e}', file=sys.stderr)
-        else: yield record.name, record.waveform, 0
+    files = [source for source in sources if means_files(source)]
+    if len(files) == len(sources): return (yield from records_of_archive(sources, selection))
+    if files: raise UserError(f"'{files[0]}' means waveform files and others are data sets; embed them one after the other.")
+    if selection and selection.given:
+        raise UserError(f"'{sources[0]}' is a data set: leave the options away that choose from waveform files.")
+    for name in sources:
+        dataset, prefix = open_source(name, split), f'{Path(name).name}/' if sources[1:] else ''
+        for i in range(len(dataset)):
+            try: record = dataset.record(i)
+            except BadRecord as e: print(f'left out: {prefix}{e}', file=sys.stderr)
+            else: yield prefix + record.name, record.waveform, 0
 
 # %% ../../nbs/models/11_embedding.ipynb #cb94b23d
 @delegates(Selection)
 def embed(
     model:Path, # a run's folder, or one that save_pretrained wrote
-    sources:Annotated[str, {'opt': False, 'nargs': '+'}], # a data set, by folder or by name; or files, folders and patterns: an SDS archive, miniSEED, SAC, …
+    sources:Annotated[str, {'opt': False, 'nargs': '+'}], # data sets, by folder or by name; or files, folders and patterns: an SDS archive, miniSEED, SAC, …
     out:Path=Path('features.npz'), # the file to write
     split:str='train', # of a dataset: train, dev or test
     frames:bool=False, # keep one vector for every 40 ms instead of the mean over each window

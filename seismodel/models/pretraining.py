@@ -50,7 +50,7 @@ class ContrastiveConfig:
     dropout: float = 0.               # inside the blocks
     negatives: int = 100              # K, wrong answers beside each right one
     temperature: float = .1           # of InfoNCE; the quantizer has its own
-    diversity_weight: float = .1
+    diversity_weight: float = .1      # of the term that keeps all codes in use
 
 # %% ../../nbs/models/10_pretraining.ipynb #51708648
 @dataclass
@@ -59,12 +59,11 @@ class ReconstructionConfig:
     method: ClassVar[str] = 'reconstruction'
     encoder: BidirAutoregConfig = field(default_factory=BidirAutoregConfig)
     blocks: int = 24                  # mLSTM blocks, all at the frame rate
-    heads: int = 4
-    ff: float = 3.5
-    direction: str = 'per_head'
-    dropout: float = 0.
-    target: str = 'tokens'            # 'tokens': conv features, detached and normalised; 'patch': the frame's raw samples;
-                                      # 'spectrum': the bands of `spectrum_targets`
+    heads: int = 4                    # half of them read the window backwards in time
+    ff: float = 3.5                   # width of the feed-forward part over the width of the stage
+    direction: str = 'per_head'       # how a block sees both directions: per_head, shared or two_pass
+    dropout: float = 0.               # inside the blocks
+    target: str = 'tokens'            # predicted: tokens (conv features), patch (samples) or spectrum
 
 # %% ../../nbs/models/10_pretraining.ipynb #72279d77
 OBJECTIVES = ('spectrum', 'contrastive', 'tokens', 'patch')
@@ -77,10 +76,10 @@ class MaskedConfig:
     backbone: str = 'unet'            # or sequential
     blocks: int = 3                   # mLSTM blocks, of a stage or of all
     pooling: tuple[int, ...] = (4, 4) # of the U-Net: frames folded into one, on the way down
-    heads: int = 4
-    ff: float = 3.
-    direction: str = 'per_head'
-    dropout: float = 0.
+    heads: int = 4                    # half of them read the window backwards in time
+    ff: float = 3.                    # width of the feed-forward part over the width of the stage
+    direction: str = 'per_head'       # how a block sees both directions: per_head, shared or two_pass
+    dropout: float = 0.               # inside the blocks
     spectrum: float = 1.              # weight of the error of band powers, see `spectrum_targets`
     contrastive: float = 0.           # weight of InfoNCE with its diversity term
     tokens: float = 0.                # weight of the error of the encoder's own tokens

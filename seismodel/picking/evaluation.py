@@ -18,7 +18,6 @@ from typing import Callable
 import numpy as np
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
 
 from ..files import write_atomically
 from ..finetuning.classification import load_window_model, score_window_model
@@ -28,7 +27,7 @@ from ..data.channels import translate_components
 from ..statistics import ONSET_METRICS, auc, best_threshold, bootstrap, mcc
 from ..signals.records import COMPONENTS, SAMPLING_RATE, reason
 from ..signals.source import digest
-from ..core import UserError, pick_device
+from ..core import UserError, pick_device, progress_bar
 
 
 # %% ../../nbs/picking/04_evaluation.ipynb #3b106743
@@ -298,7 +297,7 @@ def score_records(
     onset = {p: onsets(table, p)*SAMPLING_RATE/column('trace_sampling_rate_hz', SAMPLING_RATE).to_numpy(float) for p in 'PS'}
     about = pd.DataFrame(dict(trace_name=trace_names(table), event=event_names(table), trace_dataset=column('trace_dataset', 'all'),
                               components=column('trace_components_present', COMPONENTS))).to_dict('records')
-    for i in tqdm(range(len(table)), disable=not progress, unit='record'):
+    for i in progress_bar(range(len(table)), disable=not progress, unit='record'):
         picks = model.classify(record_stream(dataset.get_waveforms(i)), P_threshold=threshold, S_threshold=threshold).picks
         at = {p: np.array([pick.peak_time.timestamp for pick in picks if pick.phase == p]) for p in 'PS'}
         if noise[i]: rows.append({**about[i], 'kind': 'noise', 'residual': np.nan, 'picks': len(picks)})

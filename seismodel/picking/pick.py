@@ -24,10 +24,9 @@ from typing import Annotated, Iterator
 import numpy as np
 import torch
 from fastcore.meta import delegates
-from tqdm.auto import tqdm
 
 from .. import __version__
-from ..core import UserError, pick_devices
+from ..core import UserError, pick_devices, progress_bar
 from ..data.archive import (DAY, TICK, Archive, Instrument, Notes, Selection, Span, interval,
                                     index_files, list_files)
 from ..data.formats import printable
@@ -161,7 +160,7 @@ def pick_each(
     days = [(i, *day) for i in archive.instruments for day in days_of(i)]
     days, done = days[share[0]::share[1]], []
     s = settings_of(model, args)
-    for instrument, date, pieces in tqdm(days, where, unit='day', disable=len(days) == 1):
+    for instrument, date, pieces in progress_bar(days, desc=where, unit='day', disable=len(days) == 1):
         folder = out/'days'/(instrument.name.rstrip('.') or '_')         # Windows takes no stop at the end
         table = folder/f'{date}.{day_key(archive, instrument, pieces, s.margin)}.json'
         figure = out/'figures'/f'{instrument.name}.{date}.png'

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from .trial import (Candidate, StudyConfig, Trial, candidates_of, complete_trial, refuse_others,
                                    run_trial, start_trial, trial_recipe, trial_settings)
 from .tables import gains, pack_study, plot_study, summary_table, table, trials_of
-from ..core import Interrupted, TrainingError, UserError, pick_devices
+from ..core import Interrupted, TrainingError, UserError, pick_devices, progress_bar
 from ..files import write_atomically
 from ..data.sources import whole_path
 from ..finetuning.heads import FREEZE
@@ -117,7 +117,7 @@ def run_trials(
 )->dict[str, str]: # name of a trial -> what went wrong
     "Every trial once; raises `Interrupted` when told to stop"
     configs = [replace(common, device=str(d)) for _ in range(jobs) for d in devices or [common.device]]
-    failed, bar = {}, tqdm(total=len(trials), unit='trial')
+    failed, bar = {}, progress_bar(total=len(trials), unit='trial')
     def note(trial, why):
         if why: failed[trial.name] = why; tqdm.write(f'{trial.name} failed: {why}')
         bar.update()

@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 
 from .checkpoints import differences, newest_checkpoint, read_checkpoint, restore, training_tensors, write_checkpoint
 from .distributed import Ranks, is_loss
-from ..core import Interrupted, TrainingError, UserError, pick_device
+from ..core import Interrupted, TrainingError, UserError, pick_device, progress_bar
 from .monitoring import FiniteWatch, alarms, healthy_at, skip_step_if_nonfinite
 from ..data.windows import WindowDataset
 from ..data.prefetch import SIGNALS, device_batches
@@ -472,7 +472,7 @@ def run_steps(
     c, ranks, at = run.c, run.ranks, run.at
     if worth_compiling(ranks.device, c.steps): compile_blocks(run.model)
     watch = FiniteWatch(run.folder, ranks.device, c.skip_nonfinite, at.withheld, ranks.gather, write=ranks.rank == 0)
-    bar = tqdm(range(at.step + 1, c.steps + 1), initial=at.step, total=c.steps, unit='step', disable=ranks.rank > 0)
+    bar = progress_bar(range(at.step + 1, c.steps + 1), initial=at.step, total=c.steps, unit='step', disable=ranks.rank > 0)
     run.saved, since, done = at.step, perf_counter(), at.step
     with recorded_update(run), Signals() as signals, words_when_hung(run), \
          training_batches(run.data, c, ranks, at.step, change) as batches:
