@@ -6,7 +6,7 @@ Docs: https://seismodel.github.io/seismodel/finetuning/calibration.html.md"""
 
 # %% auto #0
 __all__ = ['WITHIN', 'THRESHOLDS', 'COVERED', 'FEWEST', 'peak_sigma', 'peaks_of', 'labelled_curves', 'f1_of', 'choose_threshold',
-           'fit_uncertainty', 'uncertainty_of', 'coverage', 'calibrate', 'store_calibration']
+           'fit_uncertainty', 'uncertainty_of', 'coverage', 'calibrate', 'store_calibration', 'calibrate_run']
 
 # %% ../../nbs/finetuning/06_calibration.ipynb #8695669f
 import json
@@ -18,7 +18,7 @@ import torch
 
 from ..data.windows import WindowDataset
 from ..files import write_atomically
-from .heads import Picker, batch_onsets
+from .heads import Picker, batch_onsets, load_picker
 from ..signals.records import SAMPLING_RATE
 
 # %% ../../nbs/finetuning/06_calibration.ipynb #4ff95329
@@ -133,7 +133,9 @@ def calibrate(
     args, how = {}, {}
     for phase, (p, onset) in labelled_curves(picker, dev).items():
         if not np.isfinite(onset).any(): continue
-        args[f'{phase}_threshold'] = t = choose_threshold(p, onset)
+        t = choose_threshold(p, onset)
+        if not f1_of(p, onset, t): continue              # it finds nothing: there is no better threshold
+        args[f'{phase}_threshold'] = t
         sigma, residual, window = _residuals(p, onset, t)
         line = fit_uncertainty(sigma, residual)
         if line: args[f'{phase}_uncertainty'] = line
@@ -162,3 +164,12 @@ def store_calibration(
     config = json.loads(file.read_text(encoding='utf-8')) | {'default_args': args, 'calibration': how}
     text = json.dumps(config, indent=2)
     write_atomically(file, lambda part: part.write_text(text, encoding='utf-8'))
+
+def calibrate_run(
+    folder: Path,           # of a fine-tuning run that is through
+    dev: WindowDataset,     # its dev windows, of which four times as many are drawn
+    device='cpu',
+):
+    "Measure thresholds and uncertainties of a run on dev, and store them with it"
+    more = WindowDataset(dev.sources, 4*len(dev), dev.share, dev.seed, window=dev.window)
+    store_calibration(folder, *calibrate(load_picker(folder).to(device), more))

@@ -19,6 +19,7 @@ import torch
 from ..signals.augment import Augmentation, fine_augment
 from ..training.distributed import join_ranks
 from ..core import UserError, count_parameters, log
+from .calibration import calibrate_run
 from .events import subset_events
 from .heads import FREEZE, Picker, picker_from_dict
 from ..models.pretraining import Pretrainer, build, from_pretrained, preset as find_preset
@@ -171,6 +172,7 @@ def fine_run(
                   f"from {sum(real)} records{' and synthetic ones' if len(real) < len(records) else ''}, on {ranks.device}")
             if c.layer_decay < 1: print(f'each stage of the network learns at {c.layer_decay} times the rate of the one after it (--layer-decay 1: all at the same)')
         train(picker, windows, dev, c, folder, {'finetune': plan, 'records': records}, resume, ranks, change)
+        if ranks.rank == 0: calibrate_run(folder, dev, ranks.device)
 
 # %% ../../nbs/finetuning/03_finetune.ipynb #1ed32726
 def finetune(
