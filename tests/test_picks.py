@@ -19,7 +19,7 @@ from seismodel.data.archive import open_archive
 from seismodel.finetuning.calibration import fit_uncertainty, peak_sigma, store_calibration, uncertainty_of
 from seismodel.picking import pick as picking
 from seismodel.picking.amplitude import GAIN_ONLY, NO_EPOCH, is_clipped, measure
-from seismodel.picking.formats import FORMATS, hypoinverse_line
+from seismodel.picking.formats import PICK_FORMATS, hypoinverse_line
 from seismodel.picking.output import read_picks
 from seismodel.picking.pages import page_key
 from seismodel.picking.pick import check_settings, pick, pick_archive
@@ -240,7 +240,7 @@ def test_pages_follow_their_results(model, tmp_path):
 def test_all_formats_by_the_command(run, tmp_path, capsys):
     files = write_network(tmp_path/'in')
     words = ['pick', str(files), '--model', str(run), '--device', 'cpu', '--out', str(tmp_path/'out'), '--inventory', str(inventory_of(tmp_path, RESPONSE))]
-    assert main([*words, *(f'--format={name}' for name in FORMATS)]) == 0
+    assert main([*words, *(f'--format={name}' for name in PICK_FORMATS)]) == 0
     out, table = tmp_path/'out', read_picks(tmp_path/'out/picks.csv')
     assert len(pd.read_csv(out/'picks.pyocto.csv')) == len(pd.read_csv(out/'picks.gamma.csv')) == len(table) > 0
     assert set(pd.read_csv(out/'picks.pyocto.csv').station) <= set(pd.read_csv(out/'stations.pyocto.csv').id)

@@ -214,7 +214,7 @@ def pick_archive(
     args: dict,           # of `annotate` and `classify`, plain values
     figures: bool = False,  # a page for each instrument and day, in out/figures
     inventory: Path | None = None,     # StationXML, for amplitudes in m/s and mm
-    formats: tuple[str, ...] = (),     # for which programs to write picks, see `FORMATS`
+    formats: tuple[str, ...] = (),     # for which programs to write picks, see `PICK_FORMATS`
 ) -> tuple[Counter, dict]:  # how many picks of each phase; what was left out -> why
     "Pick every day that has not been picked yet; raises `UserError` where nothing can be used"
     settings = begin_picks(model, Path(out), args)
