@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 
 from .. import __version__
 from ..core import UserError, pick_devices
-from ..data.archive import (DAY, TICK, Archive, Instrument, Notes, Selection, Span, interval,
+from ..data.archive import (DAY, TICK, Archive, Instrument, Notes, Selection, interval,
                                     index_files, list_files)
 from ..data.formats import printable
 from ..files import is_filled, sha256, write_atomically
@@ -39,7 +39,7 @@ from .amplitude import measure
 from .formats import check_formats, write_format
 from .output import pick_rows, with_amplitude, write_picks, write_quakeml
 from .pages import draw_page, page_key
-from ..signals.records import COMPONENTS, reason
+from ..signals.records import COMPONENTS
 
 # %% ../../nbs/picking/02_pick.ipynb #2b68cccc
 def weights_checksum(
