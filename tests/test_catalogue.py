@@ -35,10 +35,13 @@ def run(model, tmp_path_factory):
     return folder
 
 
+def rows_of(table): return read_picks(table).fillna('').to_dict('records')
+
+
 def pick_files(model, source, out, args=ARGS, **kwargs):
     "Rows and what was left out, by file name or instrument"
     _, left = pick_archive(model, open_archive(source), out, args, **kwargs)
-    return read_picks(out/'picks.csv'), {name.rpartition('/')[2]: why for name, why in left.items()}
+    return rows_of(out/'picks.csv'), {name.rpartition('/')[2]: why for name, why in left.items()}
 
 
 def write_files(folder, n):
@@ -61,7 +64,7 @@ def test_command(run, tmp_path):
     files = write_files(tmp_path/'in', 2)
     done = seismodel('pick', files, '--model', run, '--out', tmp_path/'out', '--figures', '--device', 'cpu')
     assert done.returncode == 0, done.stderr
-    rows = read_picks(tmp_path/'out/picks.csv')
+    rows = rows_of(tmp_path/'out/picks.csv')
     assert tuple(rows[0]) == PICK_COLUMNS and {r['station'] for r in rows} == {'ST0', 'ST1'}
     assert f"{sum(r['phase'] == 'P' for r in rows)} P and {sum(r['phase'] == 'S' for r in rows)} S picks" in done.stdout
     events = obspy.read_events(str(tmp_path/'out/picks.xml'))
@@ -257,7 +260,7 @@ def network(folder, stations='AAA BBB', seconds=60, channels='HHZ HHN HHE', star
     return folder
 
 
-def times(out): return [(r['station'], r['phase'], r['time']) for r in read_picks(out/'picks.csv')]
+def times(out): return [(r['station'], r['phase'], r['time']) for r in rows_of(out/'picks.csv')]
 
 
 def test_options_say_which_part_of_an_archive(run, tmp_path, capsys):

@@ -147,9 +147,10 @@ def test_annotations_are_those_of_seisbench(model, tmp_path):
 
 
 @pytest.mark.parametrize('change, words', [(dict(sampling_rate=50), '50 Hz; choose a picker that reads 100 Hz'),
-                                           (dict(component_order='Z12H'), 'reads the component 1, 2, H')])
+                                           (dict(component_order='Z12H'), 'reads the component 1, 2, H'),
+                                           (dict(filter_args=('highpass',)), 'Other filters its stream first')])
 def test_pickers_that_read_something_else(change, words):
-    other = SimpleNamespace(**dict(name='Other', sampling_rate=100., component_order='ZNE') | change)
+    other = SimpleNamespace(**dict(name='Other', sampling_rate=100., component_order='ZNE', filter_args=None, filter_kwargs=None) | change)
     with pytest.raises(UserError, match=words): settings_of(other, {})
 
 
@@ -175,7 +176,7 @@ def same_in_every_layout(model, st, folder):
     for name, write in LAYOUTS.items():
         write(st, folder/name)
         pick_archive(model, open_archive(folder/name), folder/f'{name} out', ARGS)
-        rows[name] = [{k: v for k, v in row.items() if k not in ('file', 'probability')} for row in read_picks(folder/f'{name} out/picks.csv')]
+        rows[name] = [{k: v for k, v in row.items() if k not in ('file', 'probability')} for row in read_picks(folder/f'{name} out/picks.csv').fillna('').to_dict('records')]
     for name in rows: assert rows[name] == rows['whole'], name
     return rows['whole']
 

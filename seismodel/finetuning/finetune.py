@@ -20,6 +20,7 @@ import torch
 from ..signals.augment import Augmentation, fine_augment
 from ..training.distributed import join_ranks
 from ..core import UserError, check_fields, count_parameters, log
+from .calibration import calibrate_run
 from .events import subset_events
 from .heads import FREEZE, Picker, picker_from_dict
 from .classification import WindowModel
@@ -217,6 +218,7 @@ def fine_run(
                   f"from {sum(real)} records{' and synthetic ones' if len(real) < len(records) else ''}, on {ranks.device}")
             if c.layer_decay < 1: print(f'each stage of the network learns at {c.layer_decay} times the rate of the one after it (--layer-decay 1: all at the same)')
         train(picker, Augmented(windows, change), dev, c, folder, {'finetune': plan, 'records': records}, resume, ranks)
+        if ranks.rank == 0: calibrate_run(folder, dev, ranks.device)
 
 # %% ../../nbs/finetuning/03_finetune.ipynb #1c1c5076
 def column_run(

@@ -16,7 +16,7 @@ import torch
 
 from ..core import UserError
 from ..data.archive import TICK, Instrument, Span, spans_of
-from .seisbench_model import READ_WINDOW, SHORTEST, StreamPicker
+from .seisbench_model import CAUSAL, READ_WINDOW, SHORTEST, StreamPicker
 from ..signals.records import COMPONENTS, SAMPLING_RATE, recorded_mean
 
 # %% ../../nbs/picking/01a_pieces.ipynb #720e2e0e
@@ -58,7 +58,13 @@ def settings_of(
         raise UserError(f'{model.name} reads {model.sampling_rate} Hz; choose a picker that reads 100 Hz.')
     odd = sorted(set(model.component_order) - set(COMPONENTS))
     if odd: raise UserError(f"{model.name} reads the component {', '.join(odd)}; choose a picker of Z, N and E.")
-    args = {**model.default_args, **args, 'sampling_rate': SAMPLING_RATE}
+    if model.filter_args or model.filter_kwargs:
+        raise UserError(f'{model.name} filters its stream first, which pieces of a record do not allow; '
+                        'filter the archive, or use classify.')
+    usual = {'*_threshold': model._annotate_args.get('*_threshold', ('', .3))[1], **model.default_args, **args}
+    usual = {f'{phase}_threshold': usual['*_threshold'] for phase in 'PS'}
+    args = {**usual, **model.default_args, **args, 'sampling_rate': SAMPLING_RATE}
+    if not args.get('zerophase_resample', True): raise UserError(CAUSAL)
     if model.output_type == 'point':
         step = model._argdict_get_with_default(args, 'stride')
         return Settings(model.in_samples, step, model.in_samples, (0, 0), args)
