@@ -24,6 +24,7 @@ from .finetuning.finetune import finetune
 from .finetuning.heads import load_picker
 from .models.embedding import embed
 from .models.pretraining import PRESETS, build, from_pretrained, read_config
+from .picking.dataset import dataset
 from .picking.evaluation import evaluate
 from .picking.pick import pick
 from .study.run import study
@@ -57,7 +58,7 @@ def info(
 # %% ../nbs/reference/01_cli.ipynb #efda57be
 COMMANDS = {'pretrain': pretrain, 'info': info, 'plot': plot, 'embed': embed, 'finetune': finetune,
             'evaluate': evaluate, 'study': study, 'pick': pick, 'finetune-window': finetune_window, 'evaluate-window': evaluate_window,
-            'pack': pack, 'inspect': inspect}
+            'pack': pack, 'inspect': inspect, 'dataset': dataset}
 
 OLD_OPTIONS = {'--weights': '--data-weights', '--peer': '--baseline', '--from-run': '--from'}   # of version 0.1
 
