@@ -6,8 +6,7 @@ Docs: https://seismodel.github.io/seismodel/picking/evaluation.html.md"""
 
 # %% auto #0
 __all__ = ['KEYS', 'window_around', 'labelled', 'picks_of', 'task1_targets', 'task23_targets', 'targets', 'curves', 'predict',
-           'residuals', 'score_tasks', 'pick_benchmark', 'record_stream', 'score_records', 'found_within', 'summarise',
-           'evaluate']
+           'residuals', 'score_tasks', 'pick_benchmark', 'score_records', 'found_within', 'summarise', 'evaluate']
 
 # %% ../../nbs/picking/04_evaluation.ipynb #2f42ced0
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Callable
 import numpy as np
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
 
 from ..files import write_atomically
 from ..data.sources import PHASES, onsets, open_dataset, split_column
@@ -24,6 +22,7 @@ from ..data.channels import translate_components
 from ..statistics import ONSET_METRICS, auc, best_threshold, bootstrap, mcc
 from ..signals.records import COMPONENTS, SAMPLING_RATE
 from ..core import UserError, pick_device
+from .matching import match_records, pick_records
 
 
 # %% ../../nbs/picking/04_evaluation.ipynb #3b106743
@@ -219,19 +218,12 @@ def pick_benchmark(
     return score_tasks(dev, task1, task23, draws)
 
 # %% ../../nbs/picking/04_evaluation.ipynb #76cfb93c
-def record_stream(
-    waveform:np.ndarray, # (3, L) at 100 Hz, Z N E
-): # obspy.Stream
-    "A record as a stream that starts at time 0"
-    import obspy
-    return obspy.Stream([obspy.Trace(x, {'network': 'XX', 'station': 'REC', 'channel': f'HH{c}', 'sampling_rate': SAMPLING_RATE})
-                         for x, c in zip(waveform, COMPONENTS)])
-
 def score_records(
     model,  # with `classify`
     dataset,              # a SeisBench data set, or one split of it
     threshold:float=.3,   # that a peak must reach
     progress:bool=False,  # show a bar
+    found:list[dict]|None=None, # from `pick_records`; None: pick now
 )->pd.DataFrame: # trace_name, event, trace_dataset, components, kind (P, S or noise), residual (s), picks
     "Picks of whole records against their labels"
     dataset = dataset.copy()
@@ -243,10 +235,8 @@ def score_records(
     onset = {p: onsets(table, p)*SAMPLING_RATE/column('trace_sampling_rate_hz', SAMPLING_RATE).to_numpy(float) for p in 'PS'}
     about = pd.DataFrame(dict(trace_name=table['trace_name'], event=column('source_id', '').astype(str), trace_dataset=column('trace_dataset', 'all'),
                               components=column('trace_components_present', COMPONENTS))).to_dict('records')
-    for i in tqdm(range(len(table)), disable=not progress, unit='record'):
-        picks = model.classify(record_stream(dataset.get_waveforms(i)), P_threshold=threshold, S_threshold=threshold).picks
-        at = {p: np.array([pick.peak_time.timestamp for pick in picks if pick.phase == p]) for p in 'PS'}
-        if noise[i]: rows.append({**about[i], 'kind': 'noise', 'residual': np.nan, 'picks': len(picks)})
+    for i, at in enumerate(pick_records(model, dataset, threshold, progress) if found is None else found):
+        if noise[i]: rows.append({**about[i], 'kind': 'noise', 'residual': np.nan, 'picks': sum(map(len, at.values()))})
         for p in 'PS':
             if noise[i] or np.isnan(onset[p][i]): continue
             late = at[p] - onset[p][i]/SAMPLING_RATE
@@ -296,9 +286,12 @@ def evaluate(
     dataset.metadata['split'] = split_column(dataset.metadata, data)               # by event, as in training, where the table has none
     if split not in set(dataset.metadata['split']): raise UserError(f"'{data}' has no trace in the split '{split}'.")
     tables = {'tasks': pick_benchmark(net, dataset, targets or Path(out)/'targets', split, context)}
-    tables['records'] = score_records(net, dataset.get_split(split), threshold, progress=True)
+    records = dataset.get_split(split)
+    found = pick_records(net, records, threshold, progress=True)
+    tables['records'] = score_records(net, records, threshold, found=found)
+    tables['matches'] = match_records(found, records)                              # all events of a record, one to one
     tables['summary'] = summarise(tables['records'])
     Path(out).mkdir(parents=True, exist_ok=True)
     for name, table in tables.items(): write_atomically(Path(out)/f'{name}.csv', lambda part, table=table: table.to_csv(part, index=False))
-    for name in ('tasks', 'summary'): print(tables[name].round(3).to_string(index=False))
+    for name in ('tasks', 'summary', 'matches'): print(tables[name].round(3).to_string(index=False))
     return Path(out)
