@@ -8,7 +8,7 @@ Docs: https://seismodel.github.io/seismodel/picking/matching.html.md"""
 __all__ = ['match_picks', 'WindowLabels', 'score_window', 'score_windows', 'summarise_matches', 'peaks_of', 'labels_of',
            'record_stream', 'pick_records', 'match_records']
 
-# %% ../../nbs/picking/03a_matching.ipynb #21797694
+# %% ../../nbs/picking/03a_matching.ipynb #073e6407
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ from ..data.sources import onsets
 from ..signals.records import COMPONENTS, SAMPLING_RATE
 from ..signals.several_events import events_of_row, parse_zones
 
-# %% ../../nbs/picking/03a_matching.ipynb #26b6d8d1
+# %% ../../nbs/picking/03a_matching.ipynb #d4d50e1c
 def match_picks(
     picks: np.ndarray,  # (n,) samples
     onsets: np.ndarray,  # (m,) samples
@@ -35,7 +35,7 @@ def match_picks(
     near = away[i, j] <= within
     return i[near], j[near]
 
-# %% ../../nbs/picking/03a_matching.ipynb #9874759c
+# %% ../../nbs/picking/03a_matching.ipynb #9b1ca36f
 class WindowLabels(NamedTuple):
     "What is known of a window"
     events: np.ndarray     # (A, 2) P and S in samples, NaN where there is none
@@ -73,7 +73,7 @@ def score_windows(
             for k, (p, w) in enumerate(zip(picks, labels)) for row in score_window(p, w, t)]
     return pd.DataFrame(rows, columns=['window', 'within', 'phase', 'order', 'found', 'residual'])
 
-# %% ../../nbs/picking/03a_matching.ipynb #0c53f038
+# %% ../../nbs/picking/03a_matching.ipynb #a7d59901
 def summarise_matches(
     table: pd.DataFrame,  # from `score_windows`
     hours: float,  # that all windows last together
@@ -92,7 +92,7 @@ def summarise_matches(
                          false_per_hour=false/hours))
     return pd.DataFrame(rows)
 
-# %% ../../nbs/picking/03a_matching.ipynb #e7a48355
+# %% ../../nbs/picking/03a_matching.ipynb #173828b0
 def peaks_of(
     curve: np.ndarray,  # (L,) probability of a phase
     threshold: float = .3,
@@ -102,7 +102,7 @@ def peaks_of(
     stretches = trigger_onset(curve, threshold, threshold/2)
     return np.array([first + curve[first:last + 1].argmax() for first, last in stretches], float)
 
-# %% ../../nbs/picking/03a_matching.ipynb #9c536d87
+# %% ../../nbs/picking/03a_matching.ipynb #411a778d
 def labels_of(
     dataset,  # a SeisBench data set
 ) -> list[WindowLabels]:  # of each record, samples at 100 Hz
@@ -121,7 +121,7 @@ def labels_of(
         out.append(WindowLabels(events, tuple(zones), round(float(row.get('trace_npts', 0))*factor)))
     return out
 
-# %% ../../nbs/picking/03a_matching.ipynb #020db57c
+# %% ../../nbs/picking/03a_matching.ipynb #ea6bc722
 def record_stream(
     waveform: np.ndarray,  # (3, L) at 100 Hz, Z N E
 ):  # obspy.Stream
