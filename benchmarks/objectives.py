@@ -50,6 +50,7 @@ from seismodel.models.pretraining import (MaskedConfig, ReconstructionConfig, bu
 from seismodel.signals.augment import Augmentation, fine_augment, pretrain_augment
 from seismodel.signals.noise import calm_bank, noise_bank
 from seismodel.signals.records import STATUS, WINDOW, Record
+from seismodel.signals.source import Source
 from seismodel.signals.synthetic import SyntheticConfig
 from seismodel.training.config import TrainConfig
 from seismodel.training.cuda_graph import Replay, compile_blocks, mixed_precision, tensor_float32
@@ -239,7 +240,7 @@ def prepare(args):
         print(f'{kind}: {len(table)} records, {length.sum()/360000:.1f} h')
 
 
-class Records:
+class Records(Source):
     "Whole records on the device, from which windows are drawn there; a source too, for banks of noise"
     name = 'records'
 

@@ -10,11 +10,12 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from seismodel.cli import main
-from seismodel.finetuning.events import EventSubset, events_of
+from seismodel.finetuning.events import event_rows, subset_events
 from seismodel.picking.evaluation import evaluate
 from seismodel.finetuning.finetune import fine_plan, fine_recipe, fine_run, finetune, label_windows, start_picker, with_real_noise
 from seismodel.finetuning.heads import load_picker
 from seismodel.signals.noise import EventsInNoise
+from seismodel.signals.source import Source
 from seismodel.models.pretraining import build, preset
 from seismodel.training.runlog import read_metrics
 from seismodel.data.sources import open_source
@@ -30,21 +31,21 @@ def folder(tmp_path_factory, write_dataset, quake_records):
 
 def test_events_of_a_data_set(folder):
     source = open_source(str(folder), 'train')
-    events = events_of(source)
+    events = source.events()
     assert len(events) == len(source) == 24 and len(set(events)) == 12 and all(e.startswith('event') for e in events)
-    share = EventSubset(source, .25)
-    assert len(share) == 6 and len(set(share.events)) == 3
+    share = subset_events(source, .25)
+    assert len(share) == 6 and len(set(share.events())) == 3
     for i in range(6): assert np.array_equal(share.record(i).waveform, source.record(share.rows[i]).waveform)
-    assert events_of(open_source('synthetic', 'train'))[:2] == ['0', '1']
+    assert open_source('synthetic', 'dev').events()[:2] == ['1', '4']
 
 
 def test_a_store_and_its_data_set_share_alike(folder, tmp_path):
     "The same events, the same share, the same waveforms' onsets, packed or not; and a machine without SeisBench can fine-tune from it"
     assert main(['pack', str(folder), '--out', str(tmp_path/'store')]) == 0
     plain, packed = open_source(str(folder), 'train'), open_source(str(tmp_path/'store'), 'train')
-    a, b = EventSubset(plain, .3), EventSubset(packed, .3)
-    named = lambda share: sorted((e, round(float(share.record(i).p_onset), 2)) for i, e in enumerate(share.events) if np.isfinite(share.record(i).p_onset))
-    assert len(a) == len(b) and named(a) == named(b) and len(set(a.events)) < len(a)
+    a, b = subset_events(plain, .3), subset_events(packed, .3)
+    named = lambda share: sorted((e, round(float(share.record(i).p_onset), 2)) for i, e in enumerate(share.events()) if np.isfinite(share.record(i).p_onset))
+    assert len(a) == len(b) and named(a) == named(b) and len(set(a.events())) < len(a)
     code = ('import sys; sys.modules["seisbench"] = sys.modules["obspy"] = None; from seismodel.finetuning.finetune import finetune; '
             'finetune("random", "contrastive-tiny", [sys.argv[1]], fraction=.5, steps=2, batch_size=4, validation_windows=4, device="cpu", out=sys.argv[2])')
     done = subprocess.run([sys.executable, '-c', code, tmp_path/'store', tmp_path/'run'], capture_output=True, text=True)
@@ -70,16 +71,15 @@ def test_an_unlabelled_phase_is_masked_on_the_way(tmp_path, write_dataset, quake
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=40), st.floats(.01, 1), st.floats(.01, 1), st.integers(0, 5))
 def test_shares_are_nested_whole_and_never_empty(events, a, b, seed):
-    class Source:
-        name = 'toy'
+    class Toy(Source):
         def __len__(self): return len(events)
-    source = Source()
-    source.events = events
-    small, large = EventSubset(source, min(a, b), seed), EventSubset(source, max(a, b), seed)
+        def metadata(self, column, default=None): return [str(e) for e in events]
+    source = Toy()
+    small, large = (subset_events(source, f, seed) for f in (min(a, b), max(a, b)))
     assert small.rows and set(small.rows) <= set(large.rows)
-    assert sorted(small.rows) == [i for i, e in enumerate(events) if str(e) in small.events]      # whole events
-    assert len(set(small.events)) == int(np.ceil(min(a, b)*len(set(events))))
-    assert EventSubset(source, 1., seed).rows == list(range(len(events)))
+    assert sorted(small.rows) == [i for i, e in enumerate(events) if str(e) in small.events()]      # whole events
+    assert len(set(small.events())) == int(np.ceil(min(a, b)*len(set(events))))
+    assert event_rows(source, 1., seed) == list(range(len(events)))
 
 
 @pytest.mark.parametrize('name', ['contrastive-tiny', 'reconstruction-tiny'])
@@ -121,7 +121,7 @@ def test_random_starts_learn_alike(folder, tmp_path, capsys):
 
 
 def test_a_run_is_a_new_one_unless_it_is_said_to_go_on(folder, tmp_path):
-    plan, c = fine_plan('random', 'contrastive-tiny', [str(folder)], None, None, None, None, 'none'), fine_recipe('contrastive', **SMALL)
+    plan, c = fine_plan(from_run='random', preset='contrastive-tiny', data=[str(folder)], augment='none'), fine_recipe('contrastive', **SMALL)
     fine_run(plan, start_picker('random', 'contrastive-tiny'), c, tmp_path/'run')
     assert [row['step'] for row in read_metrics(tmp_path/'run')] == [1, 3] and load_picker(tmp_path/'run')
     with pytest.raises(UserError, match='holds a run already'): fine_run(plan, start_picker('random', 'contrastive-tiny'), c, tmp_path/'run')

@@ -18,18 +18,16 @@ from seisbench.util import ClassifyOutput, Pick, PickList
 import seismodel.study.trial as trials
 import seismodel.training.pretrain as pretraining
 import seismodel.finetuning.finetune as finetuning
-import seismodel.finetuning.classification as classification
 from seismodel.study.trial import Trial, StudyConfig, Candidate, trial_recipe, trial_windows, dev_score, score_trial, start_trial
 from seismodel.picking.evaluation import evaluate, pick_benchmark
-from seismodel.finetuning.events import events_of
 from seismodel.finetuning.finetune import finetune
 from seismodel.finetuning.heads import Picker
 from seismodel.signals.noise import EventsInNoise
 from seismodel.data.pack import pack
 from seismodel.models.pretraining import build, preset
 from seismodel.data.sources import SyntheticSource, draw_split, open_records, open_source
-from seismodel.finetuning.window_labels import LabelSpec, column_of
-from seismodel.finetuning.classification import WindowModel, evaluate_window, finetune_window
+from seismodel.finetuning.window_labels import LabelSpec
+from seismodel.finetuning.classification import WindowModel
 
 EVENTS = 20
 SPLITS = ('train', 'train', 'dev', 'test')
@@ -122,7 +120,7 @@ def caught(monkeypatch):
     def instead(model, data, dev, *args, augment=None, **kwargs):
         got.update(model=model, data=data, dev=dev, augment=augment if augment else next((a for a in args if callable(a)), None))
         raise Stop
-    for module in (finetuning, classification, trials, pretraining): monkeypatch.setattr(module, 'train', instead)
+    for module in (finetuning, trials, pretraining): monkeypatch.setattr(module, 'train', instead)
     return got
 
 
@@ -169,7 +167,7 @@ def test_a_share_is_of_training_events_and_so_is_its_noise(form, data, caught, b
     run_until_training(finetune, 'random', 'contrastive-tiny', data[form], fraction=.4, steps=50, batch_size=8, validation_windows=60, device='cpu', out=tmp_path/'run')
     training = met(caught['data'], 200)
     if form != 'two': check(form, training, met(caught['dev'], 60), .4)        # two draws, one of each data set
-    for source in caught['data'].sources: assert set(source.events if hasattr(source, 'events') else events_of(source)) <= {f'nc{e}' for e in training}
+    for source in caught['data'].sources: assert set(source.events()) <= {f'nc{e}' for e in training}
     bank = next(cell.cell_contents for cell in caught['augment'].__closure__ if isinstance(cell.cell_contents, torch.Tensor))
     assert bank.shape[0] > 0 and set(heard(bank)) <= training <= events_in(form, 'train')
 
@@ -177,7 +175,7 @@ def test_a_share_is_of_training_events_and_so_is_its_noise(form, data, caught, b
 @forms
 def test_window_models_learn_from_training_events_alone(form, data, caught, tmp_path):
     "And the label of each window is that of its event"
-    run_until_training(finetune_window, 'random', 'contrastive-tiny', data[form], 'kind', steps=50, batch_size=8, validation_windows=60, device='cpu', out=tmp_path/'run')
+    run_until_training(finetune, 'random', 'contrastive-tiny', data[form], 'kind', steps=50, batch_size=8, validation_windows=60, device='cpu', out=tmp_path/'run')
     check(form, met(caught['data'], 200), met(caught['dev'], 60))
     for windows in (caught['data'], caught['dev']):
         items = [windows[n] for n in range(60)]
@@ -208,8 +206,8 @@ def test_events_are_known_by_their_own_names(form, data):
         for split in ('train', 'dev', 'test'):
             source = open_source(name, split)
             events = heard(np.stack([source.record(i).waveform[:4096] for i in range(len(source))]))
-            assert events_of(source) == [f'nc{e}' for e in events]
-            assert column_of(source, 'kind') == ['ab'[e % 2] for e in events]
+            assert source.events() == [f'nc{e}' for e in events]
+            assert source.metadata('kind') == ['ab'[e % 2] for e in events]
             assert set(events) == events_in(form, split)
 
 
@@ -278,7 +276,7 @@ def test_a_window_model_is_scored_on_the_split_alone(form, data, brisk, tmp_path
     for name in data[form][:1]:
         for split in ('test', 'dev'):
             asked.clear()
-            evaluate_window(str(tmp_path/'run'), name, split, device='cpu', out=tmp_path/split)
+            evaluate(str(tmp_path/'run'), name, split, device='cpu', out=tmp_path/split)
             assert set(asked) == events_in(form, split)
             table = pd.read_csv(tmp_path/split/'answers.csv')
             assert table['event'].tolist() == [f'nc{e}' for e in asked] and table['truth'].tolist() == ['ab'[e % 2] for e in asked]

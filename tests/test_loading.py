@@ -24,6 +24,7 @@ from seismodel.data.pack import pack
 from seismodel.data.sources import SyntheticSource, open_source
 from seismodel.data.store import StoreWriter, finish
 from seismodel.signals.records import STATUS, Record
+from seismodel.signals.source import Source
 from seismodel.core import BadRecord, UserError
 
 root = Path(__file__).parents[1]
@@ -110,7 +111,7 @@ def test_dead_windows_are_flat_windows(window, at, kind, moves):
 @pytest.mark.parametrize('raw', [False, True])
 def test_a_window_depends_on_nothing_but_its_number(mixed, raw):
     "Any order, any company, twice the same, from another start: bit for bit"
-    class Plain:
+    class Plain(Source):
         name = 'plain'
         def __len__(self): return 6
         def record(self, i):
@@ -216,7 +217,7 @@ def test_device_batches(mixed):
     endless.close()
     assert not set(threading.enumerate()) - before       # one of the loaders above may still be ending a thread of its own
 
-    class Broken:
+    class Broken(Source):
         name = 'broken'
         def __len__(self): return 3
         def record(self, i): raise RuntimeError('the disk is gone')

@@ -13,12 +13,13 @@ from seismodel.signals.noise import EventsInNoise, mirrored, noise_bank, quiet
 from seismodel.data.sources import open_source
 from seismodel.signals.records import STATUS, Record
 from seismodel.core import BadRecord
+from seismodel.signals.source import Source
 
 ABSENT, PICKED = STATUS.index('absent'), STATUS.index('picked')
 OFF = Augmentation(rotate=0., flip=0., flip_one=0., shift=0., noise=0., drop=0., gap=0.)
 
 
-class Numbered:
+class Numbered(Source):
     "Records of noise whose north component is n times the vertical one, n the record's number, with a step of a million at P"
     def __init__(self, length, first=0, bad=(), kind='event', samples=5000, p=3000.):
         self.length, self.first, self.bad, self.kind, self.samples, self.p, self.name = length, first, bad, kind, samples, p, f'from {first}'

@@ -21,7 +21,6 @@ import seismodel.finetuning.finetune as finetuning
 import seismodel.models.infonce as infonce
 import seismodel.models.quantizer as quantizer
 import seismodel.training.trainer as trainer
-import seismodel.finetuning.classification as classification
 from seismodel.signals.augment import Augmentation, fine_augment
 from seismodel.models.blocks import HeadNorm
 from seismodel.study.trial import Trial, StudyConfig, Candidate, trial_recipe, trial_windows
@@ -40,6 +39,7 @@ from seismodel.training.schedule import mix_seed, parameter_groups
 from seismodel.training.runlog import read_metrics
 from seismodel.training.trainer import train, validation_metrics
 from seismodel.signals.records import Record
+from seismodel.signals.source import Source
 from seismodel.finetuning.window_labels import LabelSpec
 from seismodel.finetuning.classification import WindowModel
 
@@ -316,7 +316,7 @@ def test_every_look_at_dev_hides_the_same_frames(name, tmp_path, monkeypatch):
     for a, b in zip(model.parameters(), seldom.parameters()): assert torch.equal(a, b)
 
 
-class OneRecord:
+class OneRecord(Source):
     "A source with one record of one window: without augmentation every window is alike"
     name = 'one'
     def __len__(self): return 1
@@ -457,7 +457,7 @@ def told(monkeypatch):
         got.append(c)
         got.given.append({'model': model, 'data': data, 'dev': dev, 'augment': augment})
         raise Stop
-    for module in (pretraining, finetuning, classification): monkeypatch.setattr(module, 'train', instead)
+    for module in (pretraining, finetuning): monkeypatch.setattr(module, 'train', instead)
     return got
 
 
@@ -491,12 +491,12 @@ FINE = {'contrastive-tiny': (1e-3, .1), 'reconstruction-tiny': (2e-4, .005), 'sp
 def test_fine_tuning_follows_its_recipe(preset, told, quakes_folder, tmp_path):
     data = [str(quakes_folder)]
     with pytest.raises(Stop): finetuning.finetune('random', preset, data, device='cpu', augment='none', out=tmp_path/'run')
-    with pytest.raises(Stop): classification.finetune_window('random', preset, data, 'trace_category', device='cpu', out=tmp_path/'run')
+    with pytest.raises(Stop): finetuning.finetune('random', preset, data, 'trace_category', device='cpu', out=tmp_path/'run')
     says(told[0], 2000, 32, *FINE[preset])
     says(told[1], 500, 32, *FINE[preset])
     given = dict(steps=7, batch_size=6, lr=.5, weight_decay=.25, seed=3)
     with pytest.raises(Stop): finetuning.finetune('random', preset, data, device='cpu', augment='none', out=tmp_path/'run', **given)
-    with pytest.raises(Stop): classification.finetune_window('random', preset, data, 'trace_category', device='cpu', out=tmp_path/'run', **given)
+    with pytest.raises(Stop): finetuning.finetune('random', preset, data, 'trace_category', device='cpu', out=tmp_path/'run', **given)
     for c in told[2:]: assert {k: getattr(c, k) for k in given} == given
 
 
@@ -520,15 +520,14 @@ def test_seed_and_weights_reach_the_windows_and_the_model(command, told, tmp_pat
     two = [str(write_dataset(tmp_path/name, quake_records(24))) for name in 'ab']
     run = {'pretrain': lambda **more: pretraining.pretrain('contrastive-tiny', two, out=tmp_path/'run', **more),
            'finetune': lambda **more: finetuning.finetune('random', 'contrastive-tiny', two, augment='none', out=tmp_path/'run', **more),
-           'finetune_window': lambda **more: classification.finetune_window(
+           'finetune_window': lambda **more: finetuning.finetune(
                'random', 'contrastive-tiny', two, 'trace_category', out=tmp_path/'run', **more)}[command]
     for more in (TWO, TWO, {**TWO, 'seed': 4}):
         with pytest.raises(Stop): run(**more)
     first, again, other = told.given
     for given, seed in ((first, 3), (other, 4)):
         assert (len(given['data']), given['data'].seed, len(given['dev']), given['dev'].seed) == (42, seed, 5, seed)
-        share = getattr(given['data'], 'share', None)
-        np.testing.assert_allclose(np.diff(given['data'].upto, prepend=0) if share is None else share, [.75, .25])
+        np.testing.assert_allclose(given['data'].share, [.75, .25])
         assert given['augment'] is None
     weights = [torch.cat([p.detach().flatten() for p in given['model'].parameters()]) for given in told.given]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])

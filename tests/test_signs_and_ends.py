@@ -9,7 +9,8 @@ from seismodel.study.tables import RECORD_COLUMNS, TRIAL_COLUMNS, gains
 from seismodel.picking.evaluation import residuals, task1_targets, task23_targets
 from seismodel.finetuning.finetune import fine_recipe, label_windows
 from seismodel.finetuning.heads import batch_onsets
-from seismodel.data.windows import WindowDataset, cut_window
+from seismodel.data.windows import WindowDataset
+from seismodel.signals.source import Source, cut_window
 from seismodel.signals.noise import EventsInNoise, quiet
 from seismodel.signals.normalize import normalize
 from seismodel.data.pack import pack
@@ -17,7 +18,7 @@ from seismodel.data.sources import open_source
 from seismodel.signals.records import STATUS, WINDOW, Record
 
 
-class Ramp:
+class Ramp(Source):
     "A source with one record whose every sample says where it lies: a random walk, so that normalising keeps the order of windows apart"
     name = 'ramp'
     def __init__(self, samples): self.samples, self.x = samples, np.random.default_rng(samples).standard_normal((samples, 3)).astype(np.float32)

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from seismodel.data.windows import WindowDataset, cut_window
+from seismodel.data.windows import WindowDataset
+from seismodel.signals.source import Source, cut_window
 from seismodel.data.sources import SyntheticSource, open_source
 from seismodel.data.waveform import read_waveform
 from seismodel.signals.records import Record, check_record
@@ -325,7 +326,7 @@ def test_one_usable_record_is_found_and_none_is_an_error(quakes_folder):
     assert one_sentence(error)
 
 
-class Needle:
+class Needle(Source):
     "A large source with one usable record"
     name = 'needle'
     def __len__(self): return 5000
@@ -342,7 +343,7 @@ def test_a_needle_is_found():
     assert max(data[n]['redrawn'].item() for n in range(6)) > 1000
 
 
-class Silence:
+class Silence(Source):
     "A source whose records move in their last second only"
     name = 'silence'
     def __len__(self): return 3

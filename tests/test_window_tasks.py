@@ -1,4 +1,4 @@
-"seismodel finetune-window and evaluate-window: which rows have a label, which piece of a record, resuming, stores, mistakes"
+"seismodel finetune --column and evaluate: which rows have a label, which piece of a record, resuming, stores, mistakes"
 import json
 import math
 import subprocess
@@ -12,16 +12,18 @@ from hypothesis import given, settings, strategies as st
 from sklearn.metrics import f1_score
 
 from seismodel.cli import main
-from seismodel.finetuning.events import EventSubset
-from seismodel.data.windows import cut_window
+from seismodel.signals.source import cut_window
 from seismodel.models.pretraining import build, preset
 from seismodel.training.runlog import read_metrics
 from seismodel.data.sources import open_source
 from seismodel.signals.records import Record
 from seismodel.core import UserError
-from seismodel.finetuning.window_labels import (LabelledWindows, LabelSpec, around_onset, column_of,
+from seismodel.finetuning.window_labels import (LabelledWindows, LabelSpec, around_onset,
                                                 label_sources)
-from seismodel.finetuning.classification import WindowModel, answers, evaluate_window, finetune_window, load_window_model, score
+from seismodel.finetuning.classification import WindowModel, answers, load_window_model, score
+from seismodel.finetuning.finetune import finetune
+from seismodel.finetuning.load import load
+from seismodel.picking.evaluation import evaluate
 
 SMALL = dict(steps=2, batch_size=2, validation_windows=2, device='cpu')
 
@@ -49,15 +51,15 @@ def test_a_store_says_what_its_data_set_says(folder, store):
         for where in (folder, store):
             source = open_source(str(where), 'train')
             names = [source.record(i).name for i in range(len(source))]
-            said.append(dict(zip(names, column_of(source, column))))
+            said.append(dict(zip(names, source.metadata(column))))
         assert said[0] == said[1] and len(said[0]) == 24, column
     a, b = (label_sources([str(where)], 'source_magnitude', None, .4, 0)[1][0] for where in (folder, store))
-    assert sorted(zip(a.events, a.y)) == sorted(zip(b.events, b.y)) and 0 < len(a) < 16
+    assert sorted(zip(a.events(), a.y)) == sorted(zip(b.events(), b.y)) and 0 < len(a) < 16
 
 
 def test_rows_without_a_label_are_never_drawn(folder):
     question, training, dev = label_sources([str(folder)], 'trace_p_polarity', ['up', 'down'], 1., 0)
-    cells = column_of(open_source(str(folder), 'train'), 'trace_p_polarity')
+    cells = open_source(str(folder), 'train').metadata('trace_p_polarity')
     assert [cells[i] for i in training[0].rows] == [question.classes[int(k)] for k in training[0].y]
     assert len(training[0]) == sum(c in ('up', 'down') for c in cells) == 12 and question.shares == [.5, .5]
     windows = LabelledWindows(training, 64, seed=3)
@@ -142,9 +144,9 @@ def test_from_a_pretrained_model_to_scores(column, where, folder, store, tmp_pat
     trunk = build(preset('reconstruction-tiny').model)
     trunk.save_pretrained(tmp_path/'pre')
     data, run = str(folder if where == 'folder' else store), tmp_path/'run'
-    assert main(['finetune-window', '--from', str(tmp_path/'pre'), '--data', data, '--column', column, '--fraction', '.5', '--freeze', 'all', '--steps', '2',
+    assert main(['finetune', '--from', str(tmp_path/'pre'), '--data', data, '--column', column, '--fraction', '.5', '--freeze', 'all', '--steps', '2',
                  '--batch-size', '2', '--validation-windows', '2', '--device', 'cpu', '--out', str(run)]) == 0
-    assert main(['evaluate-window', str(run), '--device', 'cpu']) == 0
+    assert main(['evaluate', str(run), '--device', 'cpu']) == 0
     assert 'baseline' in capsys.readouterr().out
     model, config = load_window_model(run), json.loads((run/'config.json').read_text(encoding='utf-8'))
     for name, w in model.backbone.state_dict().items(): assert torch.equal(w, trunk.backbone.state_dict()[name])
@@ -155,12 +157,12 @@ def test_from_a_pretrained_model_to_scores(column, where, folder, store, tmp_pat
     assert list(scores.metric) == (['accuracy', 'macro F1'] if column == 'trace_category' else ['RMSE', 'MAE', 'R²'])
 
 
-def label_rows(data, column): return [c for c in column_of(open_source(data, 'test'), column) if c]
+def label_rows(data, column): return [c for c in open_source(data, 'test').metadata(column) if c]
 
 
 def test_a_store_needs_no_seisbench(store, tmp_path):
-    code = ('import sys; sys.modules["seisbench"] = sys.modules["obspy"] = None; from seismodel.finetuning.classification import finetune_window; '
-            'finetune_window("random", "contrastive-tiny", [sys.argv[1]], "trace_category", steps=1, batch_size=2, validation_windows=2, device="cpu", out=sys.argv[2])')
+    code = ('import sys; sys.modules["seisbench"] = sys.modules["obspy"] = None; from seismodel.finetuning.finetune import finetune; '
+            'finetune("random", "contrastive-tiny", [sys.argv[1]], "trace_category", steps=1, batch_size=2, validation_windows=2, device="cpu", out=sys.argv[2])')
     done = subprocess.run([sys.executable, '-c', code, store, tmp_path/'run'], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -169,22 +171,23 @@ def test_resumed_run_is_the_undisturbed_one(folder, tmp_path, monkeypatch):
     import seismodel.training.trainer as trainer
     args = dict(from_run='random', preset='contrastive-tiny', data=[str(folder)], column='source_magnitude', fraction=.5, steps=3, batch_size=2, validation_windows=2,
                 checkpoint_every=1, device='cpu')
-    whole = finetune_window(**args, out=tmp_path/'whole')
+    whole = finetune(**args, out=tmp_path/'whole')
     real, calls = trainer.train_step, []
     def cut_off(*a, **k):
         if len(calls) == 2: raise KeyboardInterrupt
         calls.append(1)
         return real(*a, **k)
     monkeypatch.setattr(trainer, 'train_step', cut_off)
-    with pytest.raises(KeyboardInterrupt): finetune_window(**args, out=tmp_path/'cut')
+    with pytest.raises(KeyboardInterrupt): finetune(**args, out=tmp_path/'cut')
     monkeypatch.setattr(trainer, 'train_step', real)
-    finetune_window(resume=tmp_path/'cut')
+    finetune(resume=tmp_path/'cut')
     a, b = load_window_model(whole), load_window_model(tmp_path/'cut')
     assert a.question == b.question and all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
 
 
 @pytest.mark.parametrize('args, words', [
-    ([], '--column'),
+    (['--column', 'trace_category', '--width', '8'], '--width is for pickers'),
+    (['--classes', 'noise,earthquake'], '--classes goes with --column'),
     (['--column', 'trace_kategory'], 'trace_category'),
     (['--column', 'trace_category', '--classes', 'noise'], 'at least two'),
     (['--column', 'trace_category', '--classes', 'noise,explosion'], "'explosion'"),
@@ -197,21 +200,37 @@ def test_resumed_run_is_the_undisturbed_one(folder, tmp_path, monkeypatch):
 ])
 def test_mistakes(args, words, folder, tmp_path, capsys):
     data = [] if '--data' in args else ['--data', str(folder)]
-    assert main(['finetune-window', '--from', 'random', '--preset', 'contrastive-tiny', *data, *args, '--out', str(tmp_path/'run')]) == 2
+    assert main(['finetune', '--from', 'random', '--preset', 'contrastive-tiny', *data, *args, '--out', str(tmp_path/'run')]) == 2
     said = capsys.readouterr().err
     assert words in said and said.count('\n') == 1 and not (tmp_path/'run').exists()
 
 
 def test_folders_of_other_runs_are_refused(folder, tmp_path, capsys):
     build(preset('contrastive-tiny').model).save_pretrained(tmp_path/'pre')
-    assert main(['evaluate-window', str(tmp_path/'pre'), '--data', str(folder)]) == 2
-    assert 'seismodel finetune-window --from' in capsys.readouterr().err
-    assert main(['finetune-window', '--resume', str(tmp_path/'pre')]) == 2
-    assert 'no run of' in capsys.readouterr().err
+    assert main(['evaluate', str(tmp_path/'pre'), '--data', str(folder)]) == 2
+    assert 'seismodel finetune --from' in capsys.readouterr().err
+    assert main(['finetune', '--resume', str(tmp_path/'pre')]) == 2
+    assert 'not a fine-tuning run' in capsys.readouterr().err
     model = WindowModel(build(preset('contrastive-tiny').model), LabelSpec('trace_category', ['earthquake', 'noise'], [.5, .5]))
     model.save_pretrained(tmp_path/'alone')
-    with pytest.raises(UserError, match='--data'): evaluate_window(tmp_path/'alone')
-    with pytest.raises(UserError, match="split 'holdout'"): evaluate_window(tmp_path/'alone', str(folder), 'holdout')
+    with pytest.raises(UserError, match='--data'): evaluate(tmp_path/'alone')
+    with pytest.raises(UserError, match="split 'holdout'"): evaluate(tmp_path/'alone', str(folder), 'holdout')
+
+
+def test_the_old_names_still_work(folder, tmp_path, capsys):
+    "With a sentence that says the new ones; and without a column, the old command learns no picks"
+    words = ['--from', 'random', '--preset', 'contrastive-tiny', '--data', str(folder), '--steps', '1', '--batch-size', '2', '--validation-windows', '2', '--device', 'cpu']
+    assert main(['finetune-window', *words, '--out', str(tmp_path/'none')]) == 2 and not (tmp_path/'none').exists()
+    assert 'with --column NAME' in capsys.readouterr().err
+    assert main(['finetune-window', *words, '--column', 'trace_category', '--out', str(tmp_path/'run')]) == 0
+    assert 'finetune-window is called finetune --column NAME now; the old name still works' in capsys.readouterr().err
+    assert main(['evaluate-window', str(tmp_path/'run'), '--out', str(tmp_path/'scores'), '--device', 'cpu']) == 0
+    assert 'evaluate-window is called evaluate now' in capsys.readouterr().err
+    assert sorted(f.name for f in (tmp_path/'scores').iterdir()) == ['answers.csv', 'answers.png', 'scores.csv']
+    for option in (['--threshold', '.5'], ['--context', '3000'], ['--targets', str(tmp_path)]):
+        assert main(['evaluate', str(tmp_path/'run'), *option]) == 2
+        assert f'{option[0]} is for pickers' in capsys.readouterr().err
+    assert type(load(tmp_path/'run')) is WindowModel and load(tmp_path/'run').question.column == 'trace_category'
 
 
 def test_on_real_data(real_data):

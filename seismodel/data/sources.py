@@ -6,8 +6,8 @@ Docs: https://seismodel.github.io/seismodel/data/sources.html.md"""
 
 # %% auto #0
 __all__ = ['PHASES', 'NEEDED', 'SyntheticSource', 'onsets', 'statuses', 'draw_split', 'split_column', 'unusable', 'trace_names',
-           'component_codes', 'of_split', 'refusals', 'make_quick', 'SeisBenchSource', 'metadata_of', 'check_files',
-           'open_folder', 'open_published', 'published', 'published_names', 'open_dataset', 'whole_path', 'means_files',
+           'component_codes', 'of_split', 'refusals', 'make_quick', 'SeisBenchSource', 'check_files', 'open_folder',
+           'open_published', 'published', 'published_names', 'open_dataset', 'whole_path', 'means_files',
            'parse_weights', 'open_source', 'write_synthetic', 'open_records']
 
 # %% ../../nbs/data/02_sources.ipynb #2e3bc429
@@ -24,15 +24,17 @@ from zlib import crc32
 import numpy as np
 
 from .channels import zne_orders
-from .store_reader import Store, StoreRecords, StoreSource, is_store
+from .store_reader import (Store, StoreRecords, StoreSource, columns_of, is_store,
+                                         no_column, read_column)
 from ..signals.synthetic import SyntheticConfig, synthesize
 from ..signals.records import (COMPONENTS, SAMPLING_RATE, STATUS, WINDOW, Record,
                                        check_record, reason)
 from ..signals.resample import resample
+from ..signals.source import Source, digest
 from ..core import BadRecord, UserError, log
 
 # %% ../../nbs/data/02_sources.ipynb #01b4c195
-class SyntheticSource:
+class SyntheticSource(Source):
     "The generator of `seismodel.signals.synthetic` as a source; the three splits are disjoint streams"
     name = "synthetic"
 
@@ -57,9 +59,15 @@ class SyntheticSource:
         self._ahead = {i: Record(np.asarray(x, np.float32), float(p), float(s), str(k), status(p), status(s))
                        for i, x, p, s, k in rows}
 
+    def prefetch_windows(self, i, u, window): self.prefetch(sorted(set(i.tolist())))
+
     def record(self, i:int) -> Record:
         if i not in self._ahead: self.prefetch([i])
         return self._ahead.pop(i)
+
+    def label(self, i): return str(3 * i + self.first)
+    def fingerprint(self): return digest(self.seed, self.first, self.config)
+
 
 # %% ../../nbs/data/02_sources.ipynb #d2ac7e55
 PHASES = {"P": "p P P1 Pg Pn Pb PmP pP pwP".split(), "S": "s S S1 Sg Sn Sb SmS".split()}
@@ -140,9 +148,12 @@ def unusable(
 def trace_names(
     metadata, # SeisBench metadata, a pandas DataFrame
 ): # pandas Series of str
-    "What each trace is called, by its place where it has no name"
+    "What each trace is called: its name, and its chunk where there are several; by its row where it has no name"
     places = [f"row {k}" for k in range(len(metadata))]
-    return metadata["trace_name"].where(metadata["trace_name"].notna(), places).astype(str)
+    names = metadata["trace_name"].where(metadata["trace_name"].notna(), places).astype(str)
+    if "trace_chunk" not in metadata: return names
+    chunks = metadata["trace_chunk"].astype(str)
+    return names.where(chunks == "", names + " in chunk " + chunks)
 
 def component_codes(
     metadata, # SeisBench metadata, a pandas DataFrame
@@ -194,8 +205,8 @@ def make_quick(
     data.cache, data.metadata_cache = ("full", True) if small else (None, False)
 
 # %% ../../nbs/data/02_sources.ipynb #fca0743f
-class SeisBenchSource:
-    "A SeisBench data set or one split of it; `left_out` maps a reason to the names of the traces that were not taken"
+class SeisBenchSource(Source):
+    "A SeisBench data set or one split of it"
 
     def __init__(self,
         dataset,                  # a seisbench.data.WaveformDataset; it is copied
@@ -215,6 +226,8 @@ class SeisBenchSource:
         if self.left_out: log.warning("%s%s: %s", name, where, self.reasons())
         self.rows, self.splits = np.flatnonzero(keep), splits[keep]            # of the data set's own table
         self.names = names[keep].tolist()
+        row = "level_0" if "level_0" in table else "index"                     # SeisBench's: the row in the chunk's file
+        self.chunks, self.places = (table[k][keep].to_numpy() for k in ("trace_chunk", row))
         self._labels(table[keep])
         make_quick(data, keep)
         self.data, self.checked = data, np.zeros(len(self.names), bool)        # a record is checked once
@@ -233,10 +246,25 @@ class SeisBenchSource:
                          for why, names in self.left_out.items())
 
     def __len__(self): return len(self.names)
+    def label(self, i): return self.names[i]
+    def has_phase_labels(self): return any(map(any, self.status))
 
-    def has_phase_labels(self) -> bool:
-        "Whether P or S was looked for on any record, found or not"
-        return any(map(any, self.status))
+    def metadata(self, column, default=None):
+        "Read from the files by row; SeisBench's own table has forgotten which text a number was"
+        tables = {chunk: Path(self.data.path)/f"metadata{chunk}.csv" for chunk in sorted(set(self.chunks))}
+        columns = {chunk: columns_of(table) for chunk, table in tables.items()}
+        there = [chunk for chunk in tables if column in columns[chunk]]
+        if not there and default is None: raise no_column(self.name, column, list(dict.fromkeys(sum(columns.values(), []))))
+        cells = np.full(len(self), "" if there else default, object)
+        for chunk in there:
+            here = self.chunks == chunk
+            cells[here] = read_column(tables[chunk], column)[self.places[here].astype(int)]
+        return cells.tolist()
+
+    def fingerprint(self):
+        "Of names, places, labels, sampling rates, and the sizes of the files"
+        sizes = [(f.name, f.stat().st_size) for f in sorted(Path(self.data.path).glob("waveforms*.hdf5"))]
+        return digest(self.names, self.rows, *self.onset, self.status, self.rate, sizes)
 
     def record(self, i:int) -> Record:
         try: x = self.data.get_waveforms(int(i)).T                             # (3, L) -> (L, 3) at the original rate
@@ -247,18 +275,6 @@ class SeisBenchSource:
         if not self.checked[i]: check_record(record, self.window)
         self.checked[i] = True
         return record
-
-# %% ../../nbs/data/02_sources.ipynb #5b1e7a03
-def metadata_of(
-    source:SeisBenchSource,
-): # pandas DataFrame: a row for each record, all columns, text as it stands in the files
-    "The metadata of a source's records, read again: a source keeps the columns that reading needs"
-    import pandas as pd
-    read = lambda chunk: pd.read_csv(Path(source.data.path)/f"metadata{chunk}.csv", dtype=str, keep_default_na=False)
-    chunks = source.data.metadata["trace_chunk"]                               # names may come again in another chunk
-    table = pd.concat([read(chunk).assign(trace_chunk=chunk) for chunk in sorted(set(chunks))])
-    table = table.drop_duplicates(["trace_name", "trace_chunk"]).set_index(["trace_name", "trace_chunk"])
-    return table.loc[list(zip(source.names, chunks))].reset_index()
 
 # %% ../../nbs/data/02_sources.ipynb #e692f79c
 NEEDED = {"trace_name": {"trace_name"},                                        # what is needed -> where it may stand
@@ -386,7 +402,7 @@ def open_source(
     where:str,         # "synthetic", a store, the folder of a SeisBench data set, or the name of a published one ("ETHZ")
     split:str="train", # "train", "dev" or "test"
     window:int=WINDOW, # samples of a window
-): # a source: `name`, `len()`, `record(i)`
+) -> Source:
     "Open a source of records. Everything that can be wrong with `where` raises `UserError`."
     if str(where) == "synthetic": return SyntheticSource(split=split, config=SyntheticConfig(samples=window))
     folder = Path(where).expanduser()

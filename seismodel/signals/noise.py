@@ -16,6 +16,7 @@ import torch
 from .synthetic import SyntheticConfig, band_power, synthesize
 from .records import SAMPLING_RATE, STATUS, WINDOW, Record
 from .normalize import flat
+from .source import Source
 from ..core import BadRecord
 
 # %% ../../nbs/signals/07_noise.ipynb #e88ca7f0
@@ -98,7 +99,7 @@ def calm_bank(
     return unit_rms(bank)
 
 # %% ../../nbs/signals/07_noise.ipynb #a6e0a67e
-class EventsInNoise:
+class EventsInNoise(Source):
     "Synthetic events in real noise as a source; record i depends on (seed, i), on the noise and on the number of events"
     name = "synthetic"
 

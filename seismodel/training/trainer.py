@@ -6,9 +6,9 @@ Docs: https://seismodel.github.io/seismodel/training/trainer.html.md"""
 
 # %% auto #0
 __all__ = ['PATIENCE', 'LOST', 'inputs_of', 'validation_metrics', 'training_batches', 'update_averages', 'averaged_weights',
-           'optimizer_step', 'train_step', 'set_lr', 'log_row', 'Signals', 'last_words', 'Progress', 'init_or_resume',
-           'save_state', 'export_weights', 'tolerate_write_error', 'train', 'check_fit', 'draw_run', 'run_steps',
-           'validate_run', 'write_row']
+           'optimizer_step', 'train_step', 'set_lr', 'log_row', 'Signals', 'last_words', 'Progress',
+           'data_fingerprints', 'changed_data', 'init_or_resume', 'save_state', 'export_weights',
+           'tolerate_write_error', 'train', 'check_fit', 'draw_run', 'run_steps', 'validate_run', 'write_row']
 
 # %% ../../nbs/training/10_trainer.ipynb #07577e0d
 import math
@@ -19,6 +19,7 @@ import sys
 import threading
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from time import monotonic, perf_counter
 from typing import Callable
@@ -257,6 +258,22 @@ class Progress:
         if ranks.rank: parts = []
         self.bad_traces, self.redrawn = {k: v for met, _ in parts for k, v in met.items()}, sum(n for _, n in parts)
 
+# %% ../../nbs/training/10_trainer.ipynb #1ca01ef6
+def data_fingerprints(
+    **datasets: Dataset,  # split -> windows
+) -> dict:                # split -> [name of a source, its fingerprint], for those windows that come from sources
+    "What a run writes down of its data"
+    return {split: [[s.name, s.fingerprint()] for s in data.sources]
+            for split, data in datasets.items() if isinstance(data, WindowDataset)}
+
+def changed_data(
+    saved: dict,      # from `data_fingerprints`, when the run began; empty for runs of version 0.1
+    now: dict,        # likewise, today
+) -> list[str]:       # names of the sources that differ
+    "Compare two sets of fingerprints"
+    return [f'{(was or new)[0]} ({split})' for split in saved
+            for was, new in zip_longest(saved[split], now.get(split, [])) if was != new]
+
 # %% ../../nbs/training/10_trainer.ipynb #a7c39955
 def init_or_resume(
     folder:Path, # of the run
@@ -279,7 +296,12 @@ def init_or_resume(
     saved = {**saved, 'train': with_defaults(saved['train'], TrainConfig())}
     config = getattr(model, 'config', None)
     if is_dataclass(config): saved['model'] = with_defaults(saved['model'], config)
-    differ = differences(saved, about, RESUMABLE_FIELDS)
+    changed = changed_data(saved.pop('fingerprints', {}), about['fingerprints'])
+    if changed:
+        raise UserError(f"The data of the run in '{folder}' have changed since it began: {', '.join(changed)} "
+                        "has other records, labels or file sizes. Restore the data, or start a new run.")
+    now = {k: v for k, v in about.items() if k != 'fingerprints'}
+    differ = differences(saved, now, RESUMABLE_FIELDS)
     if differ: raise UserError(f"The run in '{folder}' had other settings: {'; '.join(differ)}. Resume it with its own, or start a new run.")
     restore(checkpoint.tensors, model, optimizer, checkpoint.path)
     at = Progress(**checkpoint.state['progress'])
@@ -329,7 +351,8 @@ def train(
     check_config(c)
     ranks, folder = ranks or Ranks(pick_device(c.device)), Path(folder)
     check_fit(c, data, folder, resume, ranks)
-    about = {'model': asdict(model.config) if is_dataclass(getattr(model, 'config', None)) else {}, 'train': asdict(c), **(extra or {})}
+    about = {'model': asdict(model.config) if is_dataclass(getattr(model, 'config', None)) else {}, 'train': asdict(c), **(extra or {}),
+             'fingerprints': data_fingerprints(train=data, dev=dev)}
     model.to(ranks.device).train()
     model.average, model.draws = ranks.average, ranks.draws     # for means over an uneven number of things, and the draws of the whole batch
     on_gpu = ranks.device.type == 'cuda'
