@@ -25,7 +25,7 @@ COMMANDS = {   # name -> module and function
     'pretrain': 'training.pretrain:pretrain', 'info': 'info:info', 'plot': 'training.plots:plot',
     'embed': 'models.embedding:embed', 'finetune': 'finetuning.finetune:finetune',
     'evaluate': 'picking.evaluation:evaluate', 'study': 'study.run:study', 'pick': 'picking.pick:pick',
-    'pack': 'data.pack:pack', 'inspect': 'data.inspection:inspect',
+    'pack': 'data.pack:pack', 'inspect': 'data.inspection:inspect', 'dataset': 'picking.dataset:dataset',
 }
 
 def described(

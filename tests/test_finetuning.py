@@ -228,7 +228,7 @@ def test_resume_refuses_what_is_no_fine_tuning_run(tmp_path, capsys):
 def test_evaluate_writes_tables(folder, tmp_path, capsys):
     run = finetune('random', 'contrastive-tiny', [str(folder)], out=tmp_path/'run', **SMALL)
     assert main(['evaluate', str(run), '--data', str(folder), '--out', str(tmp_path/'e'), '--device', 'cpu']) == 0
-    assert sorted(f.name for f in (tmp_path/'e').iterdir()) == ['records.csv', 'summary.csv', 'targets', 'tasks.csv']
+    assert sorted(f.name for f in (tmp_path/'e').iterdir()) == ['matches.csv', 'records.csv', 'summary.csv', 'targets', 'tasks.csv']
     tasks, summary = pd.read_csv(tmp_path/'e/tasks.csv'), pd.read_csv(tmp_path/'e/summary.csv')
     assert len(tasks) == 13 and {'found within 0.1 s', 'disturbed'} <= set(summary.metric)
     assert '1 detection' in capsys.readouterr().out

@@ -20,7 +20,8 @@ from seismodel.cli import main
 from seismodel.core import UserError
 from seismodel.study.paired import compare, holm, read_onsets
 from seismodel.study.tables import RECORD_COLUMNS, TRIAL_COLUMNS, gains, gather_trials, plot_study, resample_events, results, table
-from seismodel.picking.evaluation import record_stream, score_records, summarise
+from seismodel.picking.evaluation import score_records, summarise
+from seismodel.picking.matching import record_stream
 from seismodel.data.pack import pack
 from seismodel.study.baselines import EQTransformerBaseline, BaselinePicker, fresh_baseline, open_trained
 from seismodel.models.pretraining import build, preset

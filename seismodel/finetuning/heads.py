@@ -6,8 +6,8 @@ Docs: https://seismodel.github.io/seismodel/finetuning/heads.html.md"""
 
 # %% auto #0
 __all__ = ['LABELS', 'SIGMA', 'AT', 'FREEZE', 'PRETRAINING_ONLY', 'to_samples', 'ConvNorm', 'PickHead', 'WindowHead',
-           'label_curves', 'batch_onsets', 'pick_loss', 'FineTuned', 'Picker', 'found', 'picker_from_dict',
-           'load_picker']
+           'label_curves', 'batch_onsets', 'pick_loss', 'in_zones', 'pick_targets', 'FineTuned', 'Picker', 'found',
+           'picker_from_dict', 'load_picker']
 
 # %% ../../nbs/finetuning/01_heads.ipynb #44d1b57a
 import json
@@ -99,15 +99,16 @@ class WindowHead(nn.Module):
 
 # %% ../../nbs/finetuning/01_heads.ipynb #01bfac9e
 def label_curves(
-    p_onset:Tensor,    # (B,) sample of the P onset in the window, NaN where there is none
-    s_onset:Tensor,    # (B,) likewise for S
+    p_onset:Tensor,    # (B,) sample of the P onset in the window, NaN where there is none; (B, A) of A events
+    s_onset:Tensor,    # likewise for S
     samples:int,       # L
     sigma:float=SIGMA, # standard deviation of a bump, samples
 )->Tensor: # (B, L, 3) probabilities of noise, P and S, summing to 1
     "Gaussian bumps at the onsets, as SeisBench's `ProbabilisticLabeller` makes them"
-    onset = torch.stack([p_onset, s_onset], -1)[:, None]                                     # (B, 1, 2)
+    onset = torch.stack([p_onset, s_onset], -1).view(len(p_onset), -1, 1, 2)                  # (B, A, 1, 2)
     time = torch.arange(samples, device=onset.device, dtype=onset.dtype)[:, None]            # (L, 1)
-    y = torch.exp(-(time - onset).square()/(2*sigma**2)).nan_to_num(0.)                      # (B, L, 2)
+    bumps = torch.exp(-(time - onset).square()/(2*sigma**2)).nan_to_num(0.)                  # (B, A, L, 2)
+    y = bumps.amax(1)                                                                        # (B, L, 2)
     y = y/y.sum(-1, keepdim=True).clamp_min(1.)
     return torch.cat([1 - y.sum(-1, keepdim=True), y], -1)
 
@@ -124,14 +125,41 @@ def batch_onsets(
 def pick_loss(
     logits:Tensor, # (B, L, 3) of noise, P and S
     labels:Tensor, # (B, L, 3) from `label_curves`
-    known:Tensor,  # (B, 2) bool, whether P and S were labelled; where not, `labels` must hold no bump
+    known:Tensor,  # (B, 2) bool, whether P and S were labelled, or (B, L, 2) at each sample; where not, `labels` must hold no bump
 )->Tensor: # 0-d, mean over the samples of all windows with any label
     "Cross-entropy over the classes that the labels tell apart: an unlabelled phase and noise count as one"
     log_p = logits.float().log_softmax(-1)
-    apart = F.pad(known, (1, 0))[:, None]                                                    # (B, 1, 3), never noise
+    known = known if known.ndim == 3 else known[:, None]                                     # (B, 1 or L, 2)
+    apart = F.pad(known, (1, 0))                                                             # (B, 1 or L, 3), never noise
     rest = log_p.masked_fill(apart, -math.inf).logsumexp(-1)                                 # (B, L)
     loss = -(labels[..., 0]*rest + (labels*log_p*apart).sum(-1))
-    return (loss.mean(1)*known.any(1)).sum()/known.any(1).sum().clamp_min(1)
+    labelled = known.any(2).any(1)                                                           # (B,)
+    return (loss.mean(1)*labelled).sum()/labelled.sum().clamp_min(1)
+
+# %% ../../nbs/finetuning/01_heads.ipynb #39a6b3e6
+def in_zones(
+    zones:Tensor,  # (B, 2, Z, 2) first and last of each zone in which P, and S, may be without a label, samples; NaN: no zone
+    samples:int,   # L
+)->Tensor: # (B, L, 2) bool
+    "Where P and S are not labelled"
+    time = torch.arange(samples, device=zones.device, dtype=zones.dtype)
+    first, last = zones.unbind(-1)                                                           # (B, 2, Z)
+    inside = (time >= first[..., None]) & (time < last[..., None])                           # (B, 2, Z, L)
+    return inside.any(2).transpose(1, 2)
+
+# %% ../../nbs/finetuning/01_heads.ipynb #f9586a66
+def pick_targets(
+    batch:dict,  # see `batch_onsets`; perhaps events (B, A, 2), P and S of each, and unlabelled (B, 2, Z, 2), see `in_zones`
+    samples:int, # L
+)->tuple[Tensor, Tensor]: # labels (B, L, 3), and known: (B, 2), or (B, L, 2) where there are zones
+    "What `pick_loss` needs of a batch"
+    onset, known = batch_onsets(batch)
+    events = batch['events'] if 'events' in batch else onset[:, None]                        # (B, A, 2)
+    labels = label_curves(*events.masked_fill(~known[:, None], math.nan).unbind(-1), samples)
+    if 'unlabelled' not in batch: return labels, known
+    known = known[:, None] & ~in_zones(batch['unlabelled'], samples)                         # (B, L, 2)
+    y = labels[..., 1:]*known
+    return torch.cat([1 - y.sum(-1, keepdim=True), y], -1), known
 
 # %% ../../nbs/finetuning/01_heads.ipynb #397c0452
 FREEZE = ('none', 'encoder', 'all', 'gradual')
@@ -188,14 +216,14 @@ class Picker(FineTuned):
         return self.head(self.features(x), x)
 
     def forward(self,
-        batch:dict, # x (B, L, 3), p_onset and s_onset (B,) samples, and p_status, s_status (B,) int, 0 where a phase was not labelled
+        batch:dict, # x (B, L, 3), and labels as `pick_targets` reads them
         generator:torch.Generator|None=None, # not used: nothing is drawn but dropout
     )->Step:
         "Cross-entropy of the picks that are labelled, and how many were found"
-        x, (onset, known) = batch['x'], batch_onsets(batch)
+        x, (onset, _) = batch['x'], batch_onsets(batch)
         features = self.features(x)
         logits = self.head(features, x)
-        loss = pick_loss(logits, label_curves(*onset.unbind(-1), x.shape[1]), known)
+        loss = pick_loss(logits, *pick_targets(batch, x.shape[1]))
         return Step(loss, {**found(logits, onset), 'feature_variance': feature_variance(features).detach()})
 
     def save_pretrained(self, folder, extra=None):

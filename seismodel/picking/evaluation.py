@@ -7,8 +7,8 @@ Docs: https://seismodel.github.io/seismodel/picking/evaluation.html.md"""
 # %% auto #0
 __all__ = ['KEYS', 'STAMP', 'window_around', 'labelled', 'picks_of', 'task1_targets', 'task23_targets', 'metadata_digest',
            'check_stamp', 'read_targets', 'targets', 'curves', 'predict', 'residuals', 'event_names', 'score_tasks',
-           'pick_benchmark', 'record_stream', 'score_records', 'found_within', 'summarise', 'is_window_model',
-           'evaluate_column', 'evaluate']
+           'pick_benchmark', 'score_records', 'found_within', 'summarise', 'is_window_model', 'evaluate_column',
+           'evaluate']
 
 # %% ../../nbs/picking/04_evaluation.ipynb #2f42ced0
 import json
@@ -27,7 +27,8 @@ from ..data.channels import translate_components
 from ..statistics import ONSET_METRICS, auc, best_threshold, bootstrap, mcc
 from ..signals.records import COMPONENTS, SAMPLING_RATE, reason
 from ..signals.source import digest
-from ..core import UserError, pick_device, progress_bar
+from ..core import UserError, pick_device
+from .matching import match_records, pick_records
 
 
 # %% ../../nbs/picking/04_evaluation.ipynb #3b106743
@@ -273,19 +274,12 @@ def pick_benchmark(
     return score_tasks(dev, task1, task23, draws)
 
 # %% ../../nbs/picking/04_evaluation.ipynb #76cfb93c
-def record_stream(
-    waveform:np.ndarray, # (3, L) at 100 Hz, Z N E
-): # obspy.Stream
-    "A record as a stream that starts at time 0"
-    import obspy
-    return obspy.Stream([obspy.Trace(x, {'network': 'XX', 'station': 'REC', 'channel': f'HH{c}', 'sampling_rate': SAMPLING_RATE})
-                         for x, c in zip(waveform, COMPONENTS)])
-
 def score_records(
     model,  # with `classify`
     dataset,              # a SeisBench data set, or one split of it
     threshold:float=.3,   # that a peak must reach
     progress:bool=False,  # show a bar
+    found:list[dict]|None=None, # from `pick_records`; None: pick now
 )->pd.DataFrame: # trace_name, event, trace_dataset, components, kind (P, S or noise), residual (s), picks
     "Picks of whole records against their labels"
     dataset = dataset.copy()
@@ -297,10 +291,8 @@ def score_records(
     onset = {p: onsets(table, p)*SAMPLING_RATE/column('trace_sampling_rate_hz', SAMPLING_RATE).to_numpy(float) for p in 'PS'}
     about = pd.DataFrame(dict(trace_name=trace_names(table), event=event_names(table), trace_dataset=column('trace_dataset', 'all'),
                               components=column('trace_components_present', COMPONENTS))).to_dict('records')
-    for i in progress_bar(range(len(table)), disable=not progress, unit='record'):
-        picks = model.classify(record_stream(dataset.get_waveforms(i)), P_threshold=threshold, S_threshold=threshold).picks
-        at = {p: np.array([pick.peak_time.timestamp for pick in picks if pick.phase == p]) for p in 'PS'}
-        if noise[i]: rows.append({**about[i], 'kind': 'noise', 'residual': np.nan, 'picks': len(picks)})
+    for i, at in enumerate(pick_records(model, dataset, threshold, progress) if found is None else found):
+        if noise[i]: rows.append({**about[i], 'kind': 'noise', 'residual': np.nan, 'picks': sum(map(len, at.values()))})
         for p in 'PS':
             if noise[i] or np.isnan(onset[p][i]): continue
             late = at[p] - onset[p][i]/SAMPLING_RATE
@@ -375,9 +367,12 @@ def evaluate(
     if split not in set(dataset.metadata['split']): raise UserError(f"'{data}' has no trace in the split '{split}'.")
     if not any(np.isfinite(onsets(dataset.metadata, p)).any() for p in PHASES): raise UserError(f"'{data}' has no P or S pick to compare with.")
     tables = {'tasks': pick_benchmark(net, dataset, targets or out/'targets', split, context)}
-    tables['records'] = score_records(net, dataset.get_split(split), .3 if threshold is None else threshold, progress=True)
+    records, threshold = dataset.get_split(split), .3 if threshold is None else threshold
+    found = pick_records(net, records, threshold, progress=True)
+    tables['records'] = score_records(net, records, threshold, found=found)
+    tables['matches'] = match_records(found, records)                              # all events of a record, one to one
     tables['summary'] = summarise(tables['records'])
     out.mkdir(parents=True, exist_ok=True)
     for name, table in tables.items(): write_atomically(out/f'{name}.csv', lambda part, table=table: table.to_csv(part, index=False))
-    for name in ('tasks', 'summary'): print(tables[name].round(3).to_string(index=False))
+    for name in ('tasks', 'summary', 'matches'): print(tables[name].round(3).to_string(index=False))
     return out

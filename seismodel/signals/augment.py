@@ -6,8 +6,8 @@ Docs: https://seismodel.github.io/seismodel/signals/augment.html.md"""
 
 # %% auto #0
 __all__ = ['ONSETS', 'PRETRAIN_AUGMENTATION', 'uniform', 'moved', 'at', 'random_window', 'shift_time', 'drop_components',
-           'flip_polarity', 'rotate_horizontals', 'add_noise', 'add_gaps', 'sometimes', 'Augmentation', 'fine_augment',
-           'scale_components', 'pretrain_augment']
+           'flip_polarity', 'rotate_horizontals', 'add_noise', 'add_gaps', 'merge_events', 'stack_events', 'sometimes',
+           'Augmentation', 'fine_augment', 'scale_components', 'pretrain_augment']
 
 # %% ../../nbs/signals/06_augment.ipynb #fa0d786a
 from dataclasses import dataclass
@@ -38,6 +38,11 @@ def moved(
     for name in (n for n in ONSETS if n in batch):
         onset = batch[name] + by
         new[name] = torch.where((onset >= 0) & (onset < length), onset, torch.nan)
+    if "events" in batch:                                          # (B, A, 2): P and S of each
+        onset = batch["events"] + by[:, None, None]
+        new["events"] = torch.where((onset >= 0) & (onset < length), onset, torch.nan)
+    if "unlabelled" in batch:                                      # (B, 2, Z, 2): first and last of each zone
+        new["unlabelled"] = (batch["unlabelled"] + by[:, None, None, None]).clamp(0, length)
     return new | {"valid": (batch["valid"] + by[:, None]).clamp(0, length).to(batch["valid"].dtype)}
 
 # %% ../../nbs/signals/06_augment.ipynb #1e8f06a6
@@ -122,7 +127,53 @@ def add_gaps(batch:dict, generator:torch.Generator,
         lost = gap(batch[name], slice(None))
         new[name] = torch.where(lost, torch.nan, batch[name])
         status = name.replace("_onset", "_status")
-        if status != name: new[status] = torch.where(lost, STATUS.index("unlabelled"), batch[status]).to(batch[status].dtype)
+        if status != name and "unlabelled" not in batch:
+            new[status] = torch.where(lost, STATUS.index("unlabelled"), batch[status]).to(batch[status].dtype)
+    if "events" in batch:
+        inside = gap(batch["events"], (slice(None), None, None))
+        new["events"] = torch.where(inside, torch.nan, batch["events"])
+    if "unlabelled" in batch:
+        zone = torch.stack([first - 50, first + length + 50], -1)              # bumps reach out of the gap
+        zone = torch.where(hit[:, None], zone, torch.nan)[:, None, None].expand(-1, 2, -1, -1)
+        new["unlabelled"] = torch.cat([batch["unlabelled"], zone.to(batch["unlabelled"].dtype)], 2)
+    return {**batch, **new}
+
+# %% ../../nbs/signals/06_augment.ipynb #89e7e6ba
+def merge_events(
+    a:torch.Tensor, # (B, A, 2) P and S of each event, NaN where there is none
+    b:torch.Tensor, # (B, A, 2)
+) -> tuple[torch.Tensor, torch.Tensor]: # (B, A, 2) of both in order of time; (B,) bool, whether all have found room
+    "Events of two windows as those of one"
+    both = torch.cat([a, b], 1)                                                # (B, 2A, 2)
+    first = both.nan_to_num(torch.inf).amin(-1)                                # (B, 2A), infinite where there is none
+    order = first.argsort(dim=1, stable=True)[:, :a.shape[1]]
+    return both.gather(1, order[..., None].expand(-1, -1, 2)), first.isfinite().sum(1) <= a.shape[1]
+
+# %% ../../nbs/signals/06_augment.ipynb #145cb587
+def stack_events(batch:dict, generator:torch.Generator,
+    share:float=.2, # of the windows
+    quieter_db:float=20., # the other window is made quieter than this one by up to so much
+) -> dict:
+    "Another window of the batch on top, with its events; the batch has `events` and `unlabelled`"
+    x = batch["x"]
+    order = torch.rand(len(x), generator=generator, device=x.device).argsort()
+    other = torch.empty_like(order).scatter_(0, order, order.roll(1))          # never a window itself
+    events, room = merge_events(batch["events"], batch["events"][other])
+    hit = (uniform(x, generator) < share) & room
+    ratio = 10 ** (-quieter_db * uniform(x, generator) / 20)
+    spread = lambda v: (v - v.mean(1, keepdim=True)).square().mean((1, 2)).sqrt()
+    size = ratio * spread(x) / spread(x[other]).clamp(min=torch.finfo(torch.float32).tiny)
+    there = (x != x[:, :1]).any(1, keepdim=True) & valid_mask(batch["valid"], x.shape[1])     # not into missing components
+    new = {"x": torch.where(hit[:, None, None] & there, x + size[:, None, None] * x[other], x),
+           "events": torch.where(hit[:, None, None], events, batch["events"])}
+    zones = torch.where(hit[:, None, None, None], batch["unlabelled"][other], torch.nan)
+    new["unlabelled"] = torch.cat([batch["unlabelled"], zones], 2)
+    for k, name in enumerate(("p", "s")):
+        own, theirs = batch[f"{name}_status"], batch[f"{name}_status"][other]
+        status = torch.where((own > 0) & (theirs > 0), torch.maximum(own, theirs), 0)
+        new[f"{name}_status"] = torch.where(hit, status, own).to(own.dtype)
+        onset, new_one = batch[f"{name}_onset"], batch[f"{name}_onset"][other]
+        new[f"{name}_onset"] = torch.where(hit & onset.isnan(), new_one, onset)
     return {**batch, **new}
 
 # %% ../../nbs/signals/06_augment.ipynb #4b6e1694
