@@ -69,7 +69,10 @@ def fits(
 )->bool:
     "Whether a value may stand in a field; whole numbers are numbers too, and lists are tuples"
     if isinstance(kind, UnionType): return any(fits(value, k) for k in get_args(kind))
-    if get_origin(kind) in (tuple, list): return isinstance(value, (tuple, list)) and all(fits(v, get_args(kind)[0]) for v in value)
+    if get_origin(kind) in (tuple, list):
+        kinds = get_args(kind)
+        fixed = get_origin(kind) is tuple and kinds[-1] is not Ellipsis     # tuple[float, float] has two
+        return isinstance(value, (tuple, list)) and all(fits(v, kinds[0]) for v in value) and (not fixed or len(value) == len(kinds))
     if is_dataclass(kind): return isinstance(value, (dict, kind))
     return isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
 
