@@ -30,6 +30,7 @@ from .study.run import study
 from .training.plots import plot
 from .training.pretrain import pretrain
 from .training.runlog import read_metrics
+from .training.verify import verify
 
 # %% ../nbs/reference/01_cli.ipynb #4a462459
 def info(
@@ -57,7 +58,7 @@ def info(
 # %% ../nbs/reference/01_cli.ipynb #efda57be
 COMMANDS = {'pretrain': pretrain, 'info': info, 'plot': plot, 'embed': embed, 'finetune': finetune,
             'evaluate': evaluate, 'study': study, 'pick': pick, 'finetune-window': finetune_window, 'evaluate-window': evaluate_window,
-            'pack': pack, 'inspect': inspect}
+            'pack': pack, 'inspect': inspect, 'verify': verify}
 
 OLD_OPTIONS = {'--weights': '--data-weights', '--peer': '--baseline', '--from-run': '--from'}   # of version 0.1
 

@@ -1,6 +1,7 @@
 "Damage is seen: a bit that flipped in weights, a store or a table is refused in a sentence, and a kill leaves what can be used"
 import json
 import logging
+import pickle
 import shutil
 from pathlib import Path
 from unittest.mock import patch
@@ -10,10 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
+from seismodel.cli import main
 from seismodel.core import UserError
+from seismodel.data.store import StoreWriter, finish
+from seismodel.data.store_reader import Store, StoreRecords, StoreSource
 from seismodel.files import sealed_tensors
 from seismodel.models.encoders import BidirAutoregConfig
 from seismodel.models.pretraining import ReconstructionConfig, build, from_pretrained, read_model
+from seismodel.signals.records import STATUS, Record
 
 SMALL = ReconstructionConfig(BidirAutoregConfig(d_model=8), blocks=1, ff=1.)
 OTHER = ReconstructionConfig(BidirAutoregConfig(d_model=16), blocks=1, ff=1.)
@@ -83,3 +88,77 @@ def test_weights_of_0_1_still_load(tmp_path):
     file = tmp_path/'model.safetensors'
     file.write_bytes(save(load(file.read_bytes())))                      # no checksum, no configuration
     assert all(torch.equal(w, model.state_dict()[n]) for n, w in from_pretrained(tmp_path).state_dict().items())
+
+
+# stores
+
+def trace(k):
+    "Noise, with an onset"
+    x = np.random.default_rng(k).standard_normal((700 + 100*k, 3)).astype(np.float32)
+    return Record(x, 300. + k, np.nan, f'trace{k}', STATUS.index('manual'), STATUS.index('unlabelled'))
+
+
+@pytest.fixture(scope='module')
+def packed(tmp_path_factory):
+    "A store of six traces in three files"
+    folder = tmp_path_factory.mktemp('packed')/'store'
+    plan = dict(dtype='int16', window=512, shard_samples=2400, sources=[dict(name='quakes', where='', weight=None, files=[])])
+    with StoreWriter(folder, plan) as writer:
+        for k in range(6): writer.add(0, trace(k), ('train', 'dev')[k == 5], {'station_code': 'KIEV'}, k + 1)
+        finish(writer)
+    return folder
+
+
+def everything(folder):
+    "All that a run may read of a store"
+    store = Store(folder)
+    source = StoreSource(store, 'train', 512)
+    windows = source.windows(np.random.default_rng(0).random((100, 2)), 512)
+    whole = [store.record(k) for k in range(len(store))]
+    table = StoreRecords(store, 'train').metadata
+    return windows, whole, table
+
+
+def test_bits_of_a_store_are_never_used_silently(packed, tmp_path):
+    "132 flips in all of its files: each ends in a sentence, at opening or at the first reading, and none in a traceback"
+    rng, seen = np.random.default_rng(1), 0
+    files = sorted(f.name for f in packed.iterdir() if f.name != '.lock')
+    assert len(files) == 7
+    shutil.copytree(packed, tmp_path/'store')
+    for k in range(132):
+        file = tmp_path/'store'/files[k % len(files)]
+        whole = file.read_bytes()
+        low, high = (0, 128) if k % 3 == 0 else (0, len(whole))     # headers are small and would be missed
+        file.write_bytes(flipped(whole, int(rng.integers(8*low, 8*min(high, len(whole))))))
+        with pytest.raises(UserError) as e: everything(tmp_path/'store')
+        assert '\n' not in str(e.value) and 'store' in str(e.value)
+        seen += 1
+        file.write_bytes(whole)
+    assert seen == 132
+    everything(tmp_path/'store')
+
+
+def test_a_good_trace_of_a_damaged_file_is_read(packed, tmp_path):
+    "Samples are checked trace by trace; verify checks the whole"
+    shutil.copytree(packed, tmp_path/'store')
+    file = tmp_path/'store/samples-00000.npy'
+    file.write_bytes(flipped(file.read_bytes(), 8*(128 + 6*800)))           # in the second trace
+    store = Store(tmp_path/'store')
+    assert store.record(0).waveform.shape == (700, 3)
+    with pytest.raises(UserError, match='trace trace1 is damaged'): store.record(1)
+    with pytest.raises(UserError, match='trace trace1 is damaged'): pickle.loads(pickle.dumps(store)).record(1)
+
+
+def test_verify(packed, tmp_path, capsys):
+    shutil.copytree(packed, tmp_path/'store')
+    build(SMALL).save_pretrained(tmp_path/'model')
+    paths = [str(tmp_path/'store'), str(tmp_path/'model'), str(tmp_path/'model/model.safetensors')]
+    assert main(['verify', *paths]) == 0
+    assert capsys.readouterr().out.count('good') == 3
+    for file in (tmp_path/'store/samples-00002.npy', tmp_path/'model/model.safetensors'):
+        file.write_bytes(flipped(file.read_bytes(), 8*file.stat().st_size - 9))
+    assert main(['verify', *paths]) == 2
+    out = capsys.readouterr()
+    assert out.out.count('DAMAGED') == 3 and 'samples-00002.npy' in out.out and '3 of the parts' in out.err
+    assert main(['verify', str(tmp_path)]) == 2
+    assert 'nothing to verify' in capsys.readouterr().err
