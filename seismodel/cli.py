@@ -19,6 +19,7 @@ from . import __version__
 from .core import Interrupted, TrainingError, UserError, count_parameters
 from .data.inspection import inspect
 from .data.pack import pack
+from .files import check_json
 from .finetuning.classification import evaluate_window, finetune_window, load_window_model
 from .finetuning.finetune import finetune
 from .finetuning.heads import load_picker
@@ -48,7 +49,8 @@ def info(
     if 'data' in plan: print(f"data: {', '.join(plan['data'])}")
     rows = read_metrics(run) if (Path(run)/'metrics.jsonl').exists() else []
     if not rows: return
-    print(f"step {rows[-1]['step']} of {config['train']['steps']}")
+    train = check_json(config.get('train'), dict(steps=int), Path(run)/'config.json, field train')
+    print(f"step {rows[-1]['step']} of {train['steps']}")
     dev = [r for r in rows if 'dev_loss' in r]
     for name, value in (dev or rows)[-1].items():
         if (name.startswith('dev_') or name == 'loss') and value is not None: print(f'  {name:24} {value:.4g}')

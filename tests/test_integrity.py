@@ -13,12 +13,20 @@ from safetensors.torch import load, save
 
 from seismodel.cli import main
 from seismodel.core import UserError
+from seismodel.data.sources import SyntheticSource
 from seismodel.data.store import StoreWriter, finish
 from seismodel.data.store_reader import Store, StoreRecords, StoreSource
+from seismodel.data.windows import WindowDataset
 from seismodel.files import sealed_tensors
 from seismodel.models.encoders import BidirAutoregConfig
 from seismodel.models.pretraining import ReconstructionConfig, build, from_pretrained, read_model
+from seismodel.picking.pick import check_settings
 from seismodel.signals.records import STATUS, Record
+from seismodel.training.checkpoints import newest_checkpoint
+from seismodel.training.config import TrainConfig
+from seismodel.training.pretrain import pretrain
+from seismodel.training.runlog import lock_run, read_metrics
+from seismodel.training.trainer import train
 
 SMALL = ReconstructionConfig(BidirAutoregConfig(d_model=8), blocks=1, ff=1.)
 OTHER = ReconstructionConfig(BidirAutoregConfig(d_model=16), blocks=1, ff=1.)
@@ -160,5 +168,79 @@ def test_verify(packed, tmp_path, capsys):
     assert main(['verify', *paths]) == 2
     out = capsys.readouterr()
     assert out.out.count('DAMAGED') == 3 and 'samples-00002.npy' in out.out and '3 of the parts' in out.err
-    assert main(['verify', str(tmp_path)]) == 2
+    (tmp_path/'empty').mkdir()
+    assert main(['verify', str(tmp_path/'empty')]) == 2
     assert 'nothing to verify' in capsys.readouterr().err
+
+
+# what is read from JSON, and who may write
+
+def resumed(run, change):
+    "The sentence that a changed config.json of a run ends in"
+    file = run/'config.json'
+    before = file.read_text(encoding='utf-8')
+    config = json.loads(before)
+    change(config)
+    file.write_text(json.dumps(config), encoding='utf-8')
+    try:
+        with pytest.raises(UserError) as e: pretrain(resume=run)
+    finally: file.write_text(before, encoding='utf-8')
+    return str(e.value)
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('run')/'run'
+    with patch('seismodel.training.trainer.draw_run'):
+        pretrain('contrastive-tiny', window=512, steps=1, batch_size=2, validation_windows=2, device='cpu', out=folder)
+    return folder
+
+
+@pytest.mark.parametrize('path, value, says', [
+    ('window', 0, 'window'), ('model.pooling', [0, 4], 'pooling'), ('train.betas', [.9], 'betas'), ('train.betas', [.9, 1.], 'betas'), ('data', 3, 'data'),
+    ('model.blocks', 0, 'blocks'), ('train.steps', 'x', 'steps')])
+def test_a_field_that_cannot_be(path, value, says, run):
+    def change(config):
+        *parts, last = path.split('.')
+        for part in parts: config = config[part]
+        config[last] = value
+    assert says in resumed(run, change)
+
+
+@pytest.mark.parametrize('content', [b'[1, 2]', b'\xff\xfe', b'{', b'['*20_000])
+def test_files_that_hold_something_else(content, run, tmp_path):
+    for name, read in (('config.json', read_model), ('config.json', lambda f: pretrain(resume=f)), ('metrics.jsonl', read_metrics)):
+        shutil.copytree(run, tmp_path/'run', dirs_exist_ok=True)
+        (tmp_path/'run'/name).write_bytes(content + b'\n')
+        with pytest.raises(UserError, match=name): read(tmp_path/'run')
+
+
+def test_damaged_settings_of_picks(tmp_path):
+    (tmp_path/'settings.json').write_bytes(b'\xff')
+    with pytest.raises(UserError, match='settings.json.*is not valid JSON'): check_settings({'model': 'a'}, tmp_path)
+
+
+def test_who_is_refused_a_folder_has_written_nothing(run):
+    before = {f: f.read_bytes() for f in run.rglob('*') if f.is_file() and f.name != '.lock'}
+    lock = lock_run(run)
+    try:
+        with pytest.raises(UserError, match='Another process is training'): pretrain(resume=run)
+        (run/'config.json').rename(run/'aside')             # a new run into the same folder, before the other has written its config.json
+        with pytest.raises(UserError, match='Another process is training'):
+            train(build(SMALL), WindowDataset([SyntheticSource(0)], 99, window=512), WindowDataset([SyntheticSource(1)], 2, window=512), TrainConfig(steps=1, batch_size=2, device='cpu'), run)
+        assert not (run/'config.json').exists()
+    finally:
+        lock.release()
+        if (run/'aside').exists(): (run/'aside').rename(run/'config.json')
+    assert before == {f: f.read_bytes() for f in run.rglob('*') if f.is_file() and f.name != '.lock'}
+
+
+def test_another_machine_is_named(run, capsys):
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        newest_checkpoint(run)
+    finally: torch.set_num_threads(threads)
+    assert f'CPU threads {threads} then, {threads + 1} now' in capsys.readouterr().out
+    newest_checkpoint(run)
+    assert capsys.readouterr().out == ''

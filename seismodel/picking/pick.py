@@ -31,7 +31,7 @@ from ..core import UserError, pick_devices
 from ..data.archive import (DAY, TICK, Archive, Instrument, Notes, Selection, Span, interval,
                                     index_files, list_files)
 from ..data.formats import printable
-from ..files import write_atomically
+from ..files import read_json, write_atomically
 from .output import pick_rows, plot_picks, write_picks, write_quakeml
 from ..signals.records import COMPONENTS, SAMPLING_RATE
 
@@ -55,7 +55,7 @@ def check_settings(
         if out.is_dir() and any(out.iterdir()): raise UserError(f"'{out}' is not empty and holds no picks; name another --out.")
         out.mkdir(parents=True, exist_ok=True)
         return write_atomically(file, lambda part: part.write_text(json.dumps(settings, indent=2), encoding='utf-8'))
-    before = json.loads(file.read_text(encoding='utf-8'))
+    before = read_json(file, cure='restore it, or name another --out')
     for name in settings:
         if before.get(name) != settings[name]:
             raise UserError(f"'{out}' holds picks made with {name} {before.get(name)!r}, not {settings[name]!r}; name another --out.")

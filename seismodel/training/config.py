@@ -71,6 +71,7 @@ def check_config(
         if getattr(c, name) < 1: raise UserError(f"{name} is {getattr(c, name)}; it must be at least 1.")
     for name in ('lr', 'clip'):
         if not 0 < getattr(c, name) < math.inf: raise UserError(f"{name} is {getattr(c, name)}; it must be above 0.")
+    if not all(0 <= b < 1 for b in c.betas): raise UserError(f"betas is {c.betas}; each of the two must be at least 0, and below 1.")
     if not 0 < c.layer_decay <= 1: raise UserError(f"layer_decay is {c.layer_decay}; it must be above 0, and at most 1.")
     if not 0 <= c.average < 1: raise UserError(f"average is {c.average}; it must be at least 0, and below 1.")
     if not 0 <= c.warmup <= 1: raise UserError(f"warmup is {c.warmup}; it is a share of the steps, from 0 to 1.")

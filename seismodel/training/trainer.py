@@ -42,7 +42,7 @@ from .batches import (ResumableBatchSampler, sequential_batches, make_dataloader
 from .schedule import lr_at, mix_seed, parameter_groups, seed_step
 from .cuda_graph import (Replay, run_eager, compile_blocks, mixed_precision,
                                            tensor_float32, worth_compiling)
-from .runlog import CLOCK, RunLog, read_metrics, write_bad_traces
+from .runlog import CLOCK, RunLog, lock_run, read_metrics, write_bad_traces
 
 # %% ../../nbs/training/10_trainer.ipynb #2a1759ad
 def inputs_of(
@@ -340,9 +340,14 @@ def train(
     alone = replace(c, workers=0)                              # the dev windows are read sooner than workers begin
     dev_batches = make_dataloader(dev, sequential_batches(dev, c.batch_size), alone, ranks.device)
     show = next(iter(dev_batches))['x'].to(ranks.device)       # read before anything is written: bad data shows here
-    at = init_or_resume(folder, model, optimizer, about, resume, ranks)
-    ranks.same_weights(model)
-    log = RunLog(folder, at.step, c.tensorboard) if ranks.rank == 0 else None
+    lock = lock_run(folder) if ranks.rank == 0 else None       # first of all: who is refused has written nothing
+    try:
+        at = init_or_resume(folder, model, optimizer, about, resume, ranks)
+        ranks.same_weights(model)
+        log = RunLog(folder, at.step, c.tensorboard, lock) if ranks.rank == 0 else None
+    except BaseException:
+        if lock: lock.release()
+        raise
     try:
         # the kill may have come between checkpoint and weights
         if resume and ranks.rank == 0: export_weights(folder, model, optimizer, at, about, data)
