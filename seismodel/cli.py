@@ -26,6 +26,7 @@ COMMANDS = {   # name -> module and function
     'embed': 'models.embedding:embed', 'finetune': 'finetuning.finetune:finetune',
     'evaluate': 'picking.evaluation:evaluate', 'study': 'study.run:study', 'pick': 'picking.pick:pick',
     'pack': 'data.pack:pack', 'inspect': 'data.inspection:inspect', 'dataset': 'picking.dataset:dataset',
+    'verify': 'training.verify:verify',
 }
 
 def described(

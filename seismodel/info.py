@@ -15,6 +15,7 @@ from typing import Annotated
 from fastcore.docments import docments
 
 from .core import UserError, count_parameters
+from .files import check_json
 from .finetuning.load import load
 from .models.pretraining import PRESETS, build, read_config
 from .training.pretrain import recipe
@@ -70,7 +71,8 @@ def describe_run(
     lines = describe_model(run, config)
     rows = read_metrics(run) if (Path(run)/'metrics.jsonl').exists() else []
     if not rows: return '\n'.join(lines)
-    lines.append(f"step {rows[-1]['step']} of {config['train']['steps']}")
+    train = check_json(config.get('train'), dict(steps=int), Path(run)/'config.json, field train')
+    lines.append(f"step {rows[-1]['step']} of {train['steps']}")
     last = ([r for r in rows if 'dev_loss' in r] or rows)[-1]
     shown = {name: value for name, value in last.items() if name.startswith('dev_') or name == 'loss'}
     lines += [f'  {name:24} {value:.4g}' for name, value in shown.items() if value is not None]

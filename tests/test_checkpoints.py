@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import save
 
-from seismodel.training.checkpoints import (BLANK, FORMAT, checkpoint_files, verify_checksum,
-                                            differences, newest_checkpoint, read_checkpoint,
-                                            restore, write_checksum, training_tensors, write_checkpoint)
+from seismodel.files import BLANK, verify_checksum, write_checksum
+from seismodel.training.checkpoints import (FORMAT, checkpoint_files, differences, newest_checkpoint, read_checkpoint,
+                                            restore, training_tensors, write_checkpoint)
 from seismodel.core import DamagedCheckpoint, UserError
 from seismodel.models.encoders import BidirAutoregConfig
 from seismodel.models.pretraining import ReconstructionConfig, build

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from safetensors.torch import load, save
 from torch import nn
 from torch.nn import functional as F
 
@@ -139,6 +140,8 @@ def test_takes_the_pretrained_weights(name, tmp_path):
     picker.save_pretrained(tmp_path/'picker')
     torch.testing.assert_close(load_picker(tmp_path/'picker').logits(x), picker.logits(x), rtol=0, atol=0)
     with pytest.raises(UserError): from_pretrained(tmp_path/'picker')    # not a pretraining model any more
+    weights = tmp_path/'picker/model.safetensors'
+    weights.write_bytes(save(load(weights.read_bytes())))    # as version 0.1 wrote them: config.json alone describes them
     config = json.loads((tmp_path/'picker/config.json').read_text(encoding='utf-8'))
     config['picker']['width'] = 48
     (tmp_path/'picker/config.json').write_text(json.dumps(config), encoding='utf-8')

@@ -213,7 +213,7 @@ def test_stores_that_cannot_be_opened(tmp_path, quakes_folder):
     assert 'manifest.json' in spoilt('half_manifest', lambda f: os.truncate(f/'manifest.json', 300))
     assert 'newer' in spoilt('newer', edit(version=99))
     assert 'no store' in spoilt('other', edit(format='another'))
-    assert 'has no splits' in spoilt('lacking', lambda f: (f/'manifest.json').write_text('{"format": "seismodel-store", "version": 1, "dtype": "int16"}', encoding='utf-8'))
+    assert "no field 'splits'" in spoilt('lacking', lambda f: (f/'manifest.json').write_text('{"format": "seismodel-store", "version": 1, "dtype": "int16"}', encoding='utf-8'))
     assert 'does not belong' in spoilt('foreign', lambda f: np.save(f/'index.npy', np.zeros((48, 3))))
     assert 'not finished' in spoilt('unfinished', lambda f: (f/'manifest.json').rename(f/'plan.json'))
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load, save
 
 from seismodel.models.encoders import BidirAutoregConfig, ConvDownConfig
 from seismodel.models.pretraining import (ContrastiveConfig, ReconstructionConfig, build,
@@ -73,12 +74,18 @@ def test_a_saved_model_is_the_same_model(config, tmp_path):
     assert json.loads((tmp_path/'config.json').read_text(encoding='utf-8'))['note'] == 'kept'
 
 
+def unsealed(folder):
+    "Weights as version 0.1 wrote them: only config.json says which model they belong to"
+    (folder/'model.safetensors').write_bytes(save(load((folder/'model.safetensors').read_bytes())))
+
+
 @pytest.mark.parametrize('file, content, says', [
     ('model.safetensors', b'', 'truncated'), ('model.safetensors', b'\x00'*100, 'truncated'), ('model.safetensors', None, 'missing'),
-    ('config.json', b'{', 'not valid JSON'), ('config.json', b'[]', "no field 'model'"), ('config.json', b'{"model": {"method": "guess"}}', "'guess'"),
+    ('config.json', b'{', 'not valid JSON'), ('config.json', b'[]', 'no object'), ('config.json', b'{}', "no field 'model'"), ('config.json', b'{"model": {"method": "guess"}}', "'guess'"),
     ('config.json', b'{"model": {"method": "reconstruction", "encoder": {"width": 3}}}', 'encoder.width'), ('config.json', None, 'missing')])
 def test_a_damaged_model_is_refused_in_one_sentence(file, content, says, tmp_path):
     build(TOKENS).save_pretrained(tmp_path)
+    unsealed(tmp_path)
     (tmp_path/file).unlink()
     if content is not None: (tmp_path/file).write_bytes(content)
     with pytest.raises(UserError, match=says) as e: from_pretrained(tmp_path)
@@ -96,6 +103,7 @@ def test_truncated_weights_are_refused_wherever_the_cut(tmp_path):
 def test_weights_of_another_shape_are_named(tmp_path):
     build(TOKENS).save_pretrained(tmp_path/'a')
     build(PATCH).save_pretrained(tmp_path/'b')
+    unsealed(tmp_path/'b')
     (tmp_path/'a/model.safetensors').write_bytes((tmp_path/'b/model.safetensors').read_bytes())
     with pytest.raises(UserError, match=r"'head.1.(weight|bias)' has shape"): from_pretrained(tmp_path/'a')
 

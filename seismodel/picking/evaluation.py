@@ -139,7 +139,8 @@ def read_targets(
     "Targets of this data set; raises `UserError` where the file is none, or a trace in it is not known for certain"
     try: found = pd.read_csv(file, dtype={'trace_chunk': str})
     except (ValueError, OSError) as e: raise UserError(f"'{file}' cannot be read as a table: {reason(e)}") from None
-    for column in ('start_sample', 'end_sample', 'trace_name', 'trace_split'):
+    own = ('trace_type',) if file.stem == 'task1' else ('phase_label', 'phase_onset')
+    for column in ('start_sample', 'end_sample', 'trace_name', 'trace_split', *own):
         if column not in found: raise UserError(f"'{file}' is not a table of targets: it has no column {column}.")
     keys = [k for k in KEYS if k in found]
     known = table.drop_duplicates(list(KEYS)).groupby(keys).size().to_dict()
@@ -365,7 +366,7 @@ def evaluate(
     net = open_picker(model).to(pick_device(device))
     dataset.metadata['split'] = split_column(dataset.metadata, data)               # by event, as in training, where the table has none
     if split not in set(dataset.metadata['split']): raise UserError(f"'{data}' has no trace in the split '{split}'.")
-    if not any(np.isfinite(onsets(dataset.metadata, p)).any() for p in PHASES): raise UserError(f"'{data}' has no P or S pick to compare with.")
+    if not any(np.isfinite(onsets(dataset.metadata, p)).any() for p in PHASES): raise UserError(f"'{data}' has no P and no S pick: there is nothing to score.")
     tables = {'tasks': pick_benchmark(net, dataset, targets or out/'targets', split, context)}
     records, threshold = dataset.get_split(split), .3 if threshold is None else threshold
     found = pick_records(net, records, threshold, progress=True)

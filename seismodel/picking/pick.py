@@ -33,7 +33,7 @@ from ..core import UserError, pick_devices, progress_bar
 from ..data.archive import (DAY, TICK, Archive, Instrument, Notes, Selection, interval,
                                     index_files, list_files)
 from ..data.formats import printable
-from ..files import is_filled, sha256, write_atomically
+from ..files import is_filled, read_json, sha256, write_atomically
 from .amplitude import measure
 from .formats import check_formats, write_format
 from .output import pick_rows, with_amplitude, write_picks, write_quakeml
@@ -63,7 +63,7 @@ def check_settings(
         beside = out/f'.settings.{uuid.uuid4().hex}.part'
         beside.write_text(text, encoding='utf-8')
         os.replace(beside, file)
-    before, settings = json.loads(file.read_text(encoding='utf-8')), json.loads(text)
+    before, settings = read_json(file, cure='restore it, or name another --out'), json.loads(text)
     for name in settings:
         if before.get(name) == settings[name]: continue
         raise UserError(f"'{out}' holds picks made with {name} {before.get(name)!r}, "

@@ -9,20 +9,16 @@ __all__ = ['Baseline', 'PhaseNetBaseline', 'detection_labels', 'EQTransformerBas
            'open_trained']
 
 # %% ../../nbs/study/01_baselines.ipynb #9790babc
-import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 from seisbench.models import EQTransformer, PhaseNet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import __version__
 from ..finetuning.heads import LABELS, found, batch_onsets, load_picker, label_curves, pick_loss
 from ..picking.seisbench_model import Instruments, SeisModelPicker, StreamPicker
-from ..models.pretraining import Step, load_weights, read_model
-from ..files import write_atomically
+from ..models.pretraining import Step, load_weights, read_model, write_model
 from ..signals.records import COMPONENTS, SAMPLING_RATE, WINDOW
 from ..core import UserError
 
@@ -57,12 +53,7 @@ class Baseline(nn.Module):
 
     def save_pretrained(self, folder, extra=None):
         "Write `model.safetensors` and `config.json`, which says that this is a baseline, and which"
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
-        config = {'seismodel': __version__, 'model': {}, 'peer': type(self.net).__name__, **(extra or {})}
-        write_atomically(folder/'config.json', lambda p: p.write_text(json.dumps(config, indent=2), encoding='utf-8'))
-        write_atomically(folder/'model.safetensors', lambda p: p.write_bytes(save(weights)))
+        write_model(folder, {'model': {}, 'peer': type(self.net).__name__, **(extra or {})}, self.state_dict())
 
 # %% ../../nbs/study/01_baselines.ipynb #1818f79f
 class PhaseNetBaseline(Baseline):

@@ -46,7 +46,7 @@ from .batches import (ResumableBatchSampler, sequential_batches, make_dataloader
 from .schedule import lr_at, mix_seed, parameter_groups, seed_step
 from .cuda_graph import (Replay, run_eager, compile_blocks, mixed_precision,
                                            tensor_float32, worth_compiling)
-from .runlog import CLOCK, RunLog, read_metrics, write_bad_traces
+from .runlog import CLOCK, RunLog, lock_run, read_metrics, write_bad_traces
 
 # %% ../../nbs/training/10_trainer.ipynb #2a1759ad
 def inputs_of(
@@ -415,9 +415,14 @@ def train(
     alone = replace(c, workers=0)                              # the dev windows are read sooner than workers begin
     run.dev = make_dataloader(dev, sequential_batches(dev, c.batch_size), alone, ranks.device)
     run.show = next(iter(run.dev))['x'].to(ranks.device)       # read before anything is written: bad data shows here
-    init_or_resume(run, resume)
-    ranks.same_weights(model)
-    if ranks.rank == 0: run.log = RunLog(folder, run.at.step, c.tensorboard)
+    lock = lock_run(folder) if ranks.rank == 0 else None       # first of all: who is refused has written nothing
+    try:
+        init_or_resume(run, resume)
+        ranks.same_weights(model)
+        if ranks.rank == 0: run.log = RunLog(folder, run.at.step, c.tensorboard, lock)
+    except BaseException:
+        if lock: lock.release()
+        raise
     try:
         with clear_sentences(run), tensor_float32(ranks.device):
             if resume and ranks.rank == 0: export_weights(run)  # the kill may have come between checkpoint and weights

@@ -1,0 +1,147 @@
+#!/usr/bin/env python
+"""Trains each method for a long time while everything goes wrong: killed at random, a full disk, a folder that cannot be written.
+
+    python scripts/soak.py OUT                                         2,000 steps of each method, killed about every 30 s: an hour or two
+    python scripts/soak.py OUT --steps 60 --every 6 --settle 20 --methods contrastive-tiny       a short one
+
+Asserted for each method: the run that was killed ends in the same weights, metrics and progress, bit for bit, as the one that was left alone;
+after the first `--settle` steps, memory stays within 20 MB and the number of open files is constant; a disk that was full for a while costs a
+checkpoint and nothing else; where the folder cannot be written, the run ends in a sentence. Linux: memory and files are read from /proc.
+"""
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+METHODS = ('contrastive-tiny', 'reconstruction-tiny', 'spectrum-tiny', 'joint-tiny')
+CHILD = '''
+import errno, os, sys
+from seismodel import cli, files
+if os.environ.get('SOAK_FULL'):                        # from one step to another no checkpoint fits on the disk
+    import seismodel.training.checkpoints as c
+    real, first, last = c.write_atomically, *map(int, os.environ['SOAK_FULL'].split(','))
+    def full(path, write):
+        if first <= int(path.stem[5:]) < last: raise OSError(errno.ENOSPC, 'No space left on device', str(path))
+        return real(path, write)
+    c.write_atomically = full
+sys.exit(cli.main(sys.argv[1:]))
+'''
+
+
+def start(words, **environment):
+    "A process of its own, with its loader processes in one group"
+    return subprocess.Popen([sys.executable, '-c', CHILD, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env={**os.environ, **environment}, start_new_session=True)
+
+
+def kill(process):
+    "Process and loader processes, at once"
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def steps_done(run):
+    "By the last whole line of the metrics"
+    file = run/'metrics.jsonl'
+    lines = file.read_bytes().split(b'\n')[:-1] if file.exists() else []
+    return json.loads(lines[-1])['step'] if lines else 0
+
+
+def usage(pid):
+    "Memory of the process that it shares with nobody, MB; its open files"
+    try: status, files = Path(f'/proc/{pid}/status').read_text(), len(os.listdir(f'/proc/{pid}/fd'))
+    except OSError: return None
+    found = [line for line in status.splitlines() if line.startswith('RssAnon')]
+    return (int(found[0].split()[1])/1000, files) if found else None
+
+
+def undisturbed(words, run, settle):
+    "To the end; memory and open files, twice a second once the run has settled"
+    process, seen = start([*words, '--out', run]), []
+    while process.poll() is None:
+        if steps_done(run) >= settle and (now := usage(process.pid)): seen.append((steps_done(run), *now))
+        time.sleep(.5)
+    assert process.returncode == 0, process.communicate()[0]
+    return seen
+
+
+def disturbed(words, run, every, rng, full):
+    "To the end, through kills and a full disk; how many kills"
+    kills = 0
+    while True:
+        again = (run/'config.json').exists()
+        process = start(['pretrain', '--resume', run] if again else [*words, '--out', run], SOAK_FULL=full)
+        try:
+            text, _ = process.communicate(timeout=rng.uniform(.3*every, 1.7*every))
+            assert process.returncode in (0, 1), text
+            if process.returncode == 0: return kills
+            assert 'last checkpoint' in text, text          # the disk was full at the very end
+            full = ''
+        except subprocess.TimeoutExpired:
+            kill(process)
+            kills += 1
+
+
+def read_only(run):
+    "A folder that cannot be written: a sentence, and nothing lost"
+    if os.geteuid() == 0: return 'not tried: root may write everywhere'
+    modes = {f: f.stat().st_mode for f in [run, *run.rglob('*')] if f.is_dir()}
+    for f in modes: f.chmod(0o555)
+    try:
+        process = start(['pretrain', '--resume', run])
+        text, _ = process.communicate()
+    finally:
+        for f, mode in modes.items(): f.chmod(mode)
+    assert process.returncode == 2 and 'Traceback' not in text, text
+    return text.strip().splitlines()[-1]
+
+
+def same(a, b):
+    "Weights, moments, progress and metrics, but for the clock"
+    from seismodel.training.checkpoints import checkpoint_files, read_checkpoint
+    from seismodel.training.runlog import CLOCK, read_metrics
+    left, right = (read_checkpoint(checkpoint_files(f)[0]) for f in (a, b))
+    rows = [[{k: v for k, v in r.items() if k not in CLOCK} for r in read_metrics(f)] for f in (a, b)]
+    assert left.state['progress'] == right.state['progress'] and rows[0] == rows[1]
+    assert left.tensors.keys() == right.tensors.keys() and all(torch.equal(t, right.tensors[n]) for n, t in left.tensors.items())
+    assert (a/'model.safetensors').read_bytes() == (b/'model.safetensors').read_bytes()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('out', type=Path)
+    parser.add_argument('--methods', default=','.join(METHODS))
+    parser.add_argument('--steps', type=int, default=2000)
+    parser.add_argument('--every', type=float, default=30., help='seconds between two kills, on average')
+    parser.add_argument('--settle', type=int, default=200, help='steps before memory and files are watched')
+    parser.add_argument('--workers', type=int, default=2)
+    parser.add_argument('--device', default='cpu')
+    parser.add_argument('--seed', type=int, default=0)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    for method in args.methods.split(','):
+        rng, whole, killed = random.Random(args.seed), args.out/f'{method}-whole', args.out/f'{method}-killed'
+        for run in (whole, killed): shutil.rmtree(run, ignore_errors=True)
+        words = ['pretrain', '--preset', method, '--window', 1024, '--batch-size', 4, '--steps', args.steps, '--workers', args.workers, '--device', args.device,
+                 '--log-every', 5, '--checkpoint-every', max(args.steps//100, 2), '--validate-every', max(args.steps//10, 10), '--validation-windows', 4]
+        seen = undisturbed(words, whole, args.settle)
+        full = f'{args.steps//3},{args.steps//3 + max(args.steps//20, 4)}'
+        kills = disturbed(words, killed, args.every, rng, full)
+        same(whole, killed)
+        memory, files = [m for _, m, _ in seen], {n for _, _, n in seen}
+        said = read_only(killed)
+        print(f'{method}: {args.steps} steps, {kills} kills, disk full at steps {full}: bit-equal; read-only: {said}')
+        print(f'  memory {min(memory):.0f} to {max(memory):.0f} MB in {len(memory)} looks, open files {sorted(files)}', flush=True)
+        first = memory[0]
+        assert max(abs(m - first) for m in memory) <= 20, 'memory is not level'
+
+
+if __name__ == '__main__': main()

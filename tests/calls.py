@@ -1,0 +1,144 @@
+"Calls of `seismodel` with any options, on files that are whole, missing, wrong or damaged: for test_fuzz.py and scripts/fuzz.py"
+import contextlib
+import csv
+import io
+import json
+import shutil
+import traceback
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+from hypothesis import strategies as st
+
+from seismodel.cli import COMMANDS, main, parser_of
+from seismodel.data.sources import open_records, write_synthetic
+
+NUMBERS = ['-1', '0', '1', '2', '0.5', '1e-3', 'nan', 'inf', 'x', '', '1,2', '-0.1', '512']
+WORDS = ['', 'x', 'train', 'dev', 'test', 'none', 'full', 'all', 'random', 'contrastive-tiny', 'reconstruction-tiny', 'spectrum-tiny', 'synthetic',
+         'int16', 'float16', 'P', 'S', '1,1', '2024-02-30', '2024-02-28', 'CH', '*', 'trace_category', 'trace_p_arrival_sample', 'up,down', 'PhaseNet', 'PhaseNet:none', '\udcff', 'ä b']
+FEW = {'steps': '1', 'batch_size': '2', 'validation_windows': '2', 'window': '512', 'device': 'cpu', 'workers': '0', 'jobs': '1'}
+VALUES = [None, [], {}, -1, 0, 1, 'x', '', 1e9, .5, True, [0, 4], [.9], ['a'], {'a': 1}]
+
+
+def quietly(call):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()): return call()
+
+
+def make_world(folder):
+    "A data set, others without splits or picks, a store, a waveform file, and a run of each kind, one or two steps long"
+    import obspy, pandas as pd
+    write_synthetic(folder/'data', dict(train=3, dev=2, test=2), samples=3000)
+    for name, drop in (('no_split', 'split'), ('no_picks', 'trace_p_arrival_sample,trace_s_arrival_sample'), ('no_events', 'source_id')):
+        shutil.copytree(folder/'data', folder/name)
+        table = pd.read_csv(folder/name/'metadata.csv')
+        table.drop(columns=drop.split(',')).to_csv(folder/name/'metadata.csv', index=False)
+    obspy.read().write(str(folder/'waves.mseed'), format='MSEED')
+    (folder/'empty').mkdir()
+    (folder/'note.txt').write_text('a note', encoding='utf-8')
+    few = ['--steps', '1', '--batch-size', '2', '--validation-windows', '2', '--device', 'cpu']
+    run = lambda *words: quietly(lambda: main([str(w) for w in words]))
+    codes = [run('pack', folder/'data', '--window', '512', '--out', folder/'store'),
+             run('pretrain', '--preset', 'contrastive-tiny', '--window', '512', *few, '--out', folder/'run'),
+             run('finetune', '--from', folder/'run', '--data', folder/'data', *few, '--out', folder/'picker'),
+             run('finetune-window', '--from', folder/'run', '--data', folder/'data', '--column', 'trace_p_arrival_sample', *few, '--out', folder/'windows'),
+             run('pick', folder/'waves.mseed', '--model', folder/'picker', '--out', folder/'picks')]
+    return codes
+
+
+def paths():
+    return st.sampled_from(['data', 'no_split', 'no_picks', 'no_events', 'store', 'waves.mseed', 'empty', 'note.txt', 'run', 'picker', 'windows', 'picks',
+                            'nothing', 'run/model.safetensors', 'run/checkpoints/step-00000001.safetensors', 'run/best', '.', 'data/metadata.csv'])
+
+
+def option(action):
+    "Words of one option: its name where it has one, and a value that may fit"
+    name = action.option_strings[-1:]
+    if action.nargs == 0: return st.just(name)
+    if action.dest in FEW: value = st.sampled_from([FEW[action.dest]]*6 + ['-1', '0', 'x', 'cuda:9', ''])
+    elif action.dest in ('data', 'sources', 'where', 'from_run', 'model', 'run', 'runs', 'paths', 'resume', 'targets', 'inventory'):
+        value = paths() | st.sampled_from(WORDS)
+    elif action.dest == 'out': value = st.sampled_from(['out', 'out', 'out', 'run', 'picks', 'note.txt', 'note.txt/x', 'out.png'])
+    else: value = st.sampled_from(NUMBERS + WORDS)
+    return value.map(lambda v: [*name, v])
+
+
+@st.composite
+def calls(draw):
+    "Words after `seismodel`"
+    name = draw(st.sampled_from([*COMMANDS]))
+    words, actions = [name], [a for a in parser_of(name)._actions if a.dest not in ('help', 'pdb', 'xtra')]
+    for a in actions:
+        needed = not a.option_strings or a.dest in FEW or a.dest in ('data', 'from_run', 'out', 'column')
+        if draw(st.integers(0, 9)) < (9 if needed else 1): words += draw(option(a))
+    return words
+
+
+@st.composite
+def damages(draw):
+    "What is done to which file: the number of the file, a kind, a number for the place, a value"
+    return draw(st.tuples(st.integers(0, 999), st.sampled_from(['nothing', 'field', 'field', 'empty', 'cut', 'bit', 'latin', 'list', 'column']),
+                          st.integers(0, 10**6), st.sampled_from(VALUES)))
+
+
+def change_json(text, place, value):
+    "Another value in one field, somewhere"
+    what, found = json.loads(text), []
+    def walk(x):
+        for k in (x if isinstance(x, dict) else range(len(x)) if isinstance(x, list) else ()):
+            found.append((x, k))
+            walk(x[k])
+    walk(what)
+    x, k = found[place % len(found)]
+    x[k] = value
+    return json.dumps(what)
+
+
+def change_table(text, place, value):
+    "Another value in one cell, or a column less"
+    rows = list(csv.reader(io.StringIO(text)))
+    k = place % len(rows[0])
+    if value is None: rows = [row[:k] + row[k + 1:] for row in rows]
+    else: rows[-1][k] = str(value)
+    out = io.StringIO()
+    csv.writer(out).writerows(rows)
+    return out.getvalue()
+
+
+def damage(file, kind, place, value):
+    blob = file.read_bytes()
+    if kind == 'empty': new = b''
+    elif kind == 'cut': new = blob[:place % max(len(blob), 1)]
+    elif kind == 'bit' and blob: new = np.frombuffer(blob, np.uint8).copy(); new[place % len(blob)] ^= 1 << place % 8; new = new.tobytes()
+    elif kind == 'latin': new = blob[:20] + b'\xff\xfe' + blob[20:]
+    elif kind == 'list': new = b'[1, 2]'
+    elif file.suffix == '.json' and kind != 'nothing': new = change_json(blob.decode(), place, value).encode()
+    elif file.suffix == '.csv' and kind != 'nothing': new = change_table(blob.decode(), place, value).encode()
+    else: return
+    file.write_bytes(new)
+
+
+def files_of(world):
+    "What may be damaged, each kind alike"
+    return sorted(f for f in world.rglob('*') if f.is_file() and f.suffix in ('.json', '.csv', '.npy', '.safetensors', '.jsonl', '.hdf5', '.mseed'))
+
+
+def call(world, files, words, how):
+    "Damage a file, call, mend it; the traceback, or None where there was a sentence or a result"
+    number, *rest = how
+    file = files[number % len(files)]
+    before = file.read_bytes()
+    damage(file, *rest)
+    open_records.cache_clear()
+    error = None
+    try:
+        with patch('seismodel.training.trainer.draw_run', lambda *a: None), \
+             patch('seismodel.picking.evaluation.bootstrap', lambda metric, table, draws: (metric(table), 0., 0.)):   # seconds each
+            quietly(lambda: main(words))
+    except SystemExit: pass
+    except Exception: error = traceback.format_exc()
+    if file.parent.exists(): file.write_bytes(before)
+    for out in ('out', 'out.png'):
+        shutil.rmtree(world/out, ignore_errors=True)
+        (world/out).unlink(missing_ok=True) if (world/out).is_file() else None
+    return error
