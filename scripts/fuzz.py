@@ -46,7 +46,7 @@ def main():
                 frames = [line.strip() for line in error.splitlines() if 'seismodel/' in line]
                 key = error.splitlines()[-1][:90], frames[-1].rpartition('seismodel/')[2]
                 faults[key] += 1
-                if key not in first: print(f'\n{count[0]}: seismodel {words} with {files[how[0] % len(files)].relative_to(world)} {how[1:]}\n{error}', flush=True)
+                if key not in first: print(f'\n{count[0]}: seismodel {words} damaged by {how}\n{error}', flush=True)
                 first.setdefault(key, words)
             if count[0] % 50 == 0:                                       # as at the beginning, whatever calls have written
                 print(f'{count[0]} calls, {sum(faults.values())} tracebacks, {time.perf_counter() - start:.0f} s', flush=True)

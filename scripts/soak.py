@@ -75,8 +75,11 @@ def undisturbed(words, run, settle):
 
 def disturbed(words, run, every, rng, full):
     "To the end, through kills and a full disk; how many kills"
-    kills = 0
+    kills, before = 0, -1
     while True:
+        newest = max([int(f.stem[5:]) for f in run.glob('checkpoints/step-*.safetensors')], default=0)
+        if newest == before: every *= 1.5                       # a slow machine: it had not come to the next checkpoint
+        before = newest
         again = (run/'config.json').exists()
         process = start(['pretrain', '--resume', run] if again else [*words, '--out', run], SOAK_FULL=full)
         try:

@@ -63,9 +63,29 @@ def option(action):
     return value.map(lambda v: [*name, v])
 
 
+GOOD = [f'pretrain --data {d} FEW --window 512 --out out' for d in ('store', 'data', 'no_split', 'synthetic')] + [
+    *(f'finetune --from run --data {d} FEW --out out' for d in ('data', 'no_picks', 'no_events', 'store')),
+    'finetune --from random --preset spectrum-tiny --data store FEW --out out',
+    'finetune-window --from run --data data --column trace_p_arrival_sample FEW --out out', 'finetune-window --from run --data store --column trace_category FEW --out out',
+    *(f'evaluate picker --data {d} --device cpu --out out' for d in ('data', 'no_split', 'no_picks', 'no_events')), 'evaluate-window windows --data data --device cpu',
+    'evaluate-window windows --device cpu --out out', 'pick waves.mseed --model picker --device cpu --out out', 'pick waves.mseed --model picker --device cpu --out picks',
+    'pack data waves.mseed --window 512 --out out', 'pack no_split --out store', 'inspect store --window 512 --out out.png', 'inspect data --out out.png',
+    'embed run store --split test --device cpu --out out', 'embed run waves.mseed --device cpu --out out', *(f'info {r}' for r in ('run', 'picker', 'windows', 'run/best')),
+    'plot run --out out', 'plot run picker --out out', 'verify store run picker windows',
+    *3*['pretrain --resume run', 'finetune --resume picker', 'finetune-window --resume windows']]
+TRAIN = '--steps 1 --batch-size 2 --validation-windows 2 --device cpu'
+
+
 @st.composite
 def calls(draw):
-    "Words after `seismodel`"
+    "Words after `seismodel`: a good call, perhaps with one option more or one word changed, or any options of a command"
+    if draw(st.integers(0, 2)):
+        words = draw(st.sampled_from(GOOD)).replace('FEW', TRAIN).split()
+        how = draw(st.sampled_from(['as it is', 'as it is', 'one more', 'changed']))
+        actions = [a for a in parser_of(words[0])._actions if a.option_strings and a.dest not in ('help', 'pdb', 'xtra')]
+        if how == 'one more' and actions: words += draw(option(draw(st.sampled_from(actions))))
+        if how == 'changed' and len(words) > 1: words[draw(st.integers(1, len(words) - 1))] = draw(paths() | st.sampled_from(WORDS + NUMBERS))
+        return words
     name = draw(st.sampled_from([*COMMANDS]))
     words, actions = [name], [a for a in parser_of(name)._actions if a.dest not in ('help', 'pdb', 'xtra')]
     for a in actions:
@@ -126,7 +146,8 @@ def files_of(world):
 def call(world, files, words, how):
     "Damage a file, call, mend it; the traceback, or None where there was a sentence or a result"
     number, *rest = how
-    file = files[number % len(files)]
+    named = [f for f in files if any((world/w) in (f, *f.parents) for w in words[1:] if w not in ('', '.') and '/' not in w)]
+    file = (named or files)[number % len(named or files)]          # rather a file that the call will read
     before = file.read_bytes()
     damage(file, *rest)
     open_records.cache_clear()
