@@ -5,8 +5,9 @@
     python scripts/soak.py OUT --steps 60 --every 6 --settle 20 --methods contrastive-tiny       a short one
 
 Asserted for each method: the run that was killed ends in the same weights, metrics and progress, bit for bit, as the one that was left alone;
-after the first `--settle` steps, memory stays within 20 MB and the number of open files is constant; a disk that was full for a while costs a
-checkpoint and nothing else; where the folder cannot be written, the run ends in a sentence. Linux: memory and files are read from /proc.
+after the first `--settle` steps, memory stays within 20 MB of its first look; a disk that was full for a while costs a checkpoint and nothing
+else; where the folder cannot be written, the run ends in a sentence. The numbers of open files are printed, not asserted: they rise for the
+moment of a validation, and fall when the loader processes end. Linux: memory and files are read from /proc.
 """
 import argparse
 import json
