@@ -31,7 +31,7 @@ from seismodel.data.store_reader import Store, StoreSource
 from seismodel.training.config import TrainConfig
 from seismodel.training.cuda_graph import Replay, compile_blocks, tensor_float32
 from seismodel.data.store import StoreWriter, finish
-from seismodel.training.trainer import Run, train_step, training_batches, update_run
+from seismodel.training.trainer import TrainingRun, train_step, training_batches, update_run
 from seismodel.signals.records import WINDOW, Record
 
 
@@ -55,7 +55,7 @@ class Trainer:
         self.ranks, on_gpu = Ranks(device), device.type == 'cuda'
         size = args.batch or preset(name).batch_size
         self.c = TrainConfig(steps=10**6, batch_size=size, lr=1e-4, workers=args.workers, device=args.device)
-        self.run, self.done = Run(build(preset(name).model), self.c, Path(), self.ranks), 0
+        self.run, self.done = TrainingRun(build(preset(name).model), self.c, Path(), self.ranks), 0
         if args.compile: compile_blocks(self.run.model)
         if on_gpu: self.run.replay = Replay(lambda inputs: update_run(self.run, [inputs]), self.run.generator)
 

@@ -41,6 +41,7 @@ TESTS = {
     'models/masked_mse': ['masked_mse', 'recipe'],
     'data/sources': ['signs_and_ends', 'waveforms', 'leakage'],
     'data/windows': ['signs_and_ends', 'waveforms', 'loading'],
+    'signals/source': ['sources', 'signs_and_ends', 'waveforms'],
     'signals/noise': ['noise', 'signs_and_ends', 'leakage'],
     'training/config': ['recipe', 'trainer'],
     'training/schedule': ['recipe', 'trainer'],

@@ -17,7 +17,7 @@ from seismodel.training.config import TrainConfig
 from seismodel.training.batches import sequential_batches, make_dataloader
 from seismodel.training.schedule import lr_at, parameter_groups, seed_step
 from seismodel.training.runlog import CLOCK, read_metrics
-from seismodel.training.trainer import Augmented, Run, validation_metrics, train, train_step
+from seismodel.training.trainer import Augmented, TrainingRun, validation_metrics, train, train_step
 from seismodel.data.windows import WindowDataset
 from seismodel.data.sources import SyntheticSource, open_source
 
@@ -92,7 +92,7 @@ def test_accumulation_averages_the_gradients():
     expected = math.sqrt(sum(((a + b)/2).square().sum().item() for a, b in zip(*gradients)))
     model.zero_grad()
     optimizer = torch.optim.AdamW(parameter_groups(model, .1), fused=True)
-    out, _, _ = train_step(Run(model, c, None, Ranks(device), optimizer=optimizer), iter(batches), 0)
+    out, _, _ = train_step(TrainingRun(model, c, None, Ranks(device), optimizer=optimizer), iter(batches), 0)
     assert out['grad_norm'].item() == pytest.approx(expected, rel=1e-4)
 
 

@@ -115,19 +115,25 @@ def check_fine_options(
     told: dict,  # name of an option -> what was typed, of those that were given
 ) -> None:
     "Raises `UserError` for the first option that makes no sense, or does not go with another"
-    fraction, noise, classes = (told.get(k) for k in ('fraction', 'noise', 'classes'))
-    if not told.get('data'): raise UserError('Say which labels, with --data FOLDER.')
-    if fraction is not None and not 0 < fraction <= 1: raise UserError(f'--fraction is {fraction}; it is a fraction of the labelled events, above 0 and at most 1.')
-    if told.get('freeze', 'none') not in FREEZE: raise UserError(f"--freeze is '{told['freeze']}'; choose one of {', '.join(FREEZE)}.")
-    if told.get('width', 0) < 0: raise UserError(f"--width is {told['width']}; it must not be negative.")
-    if told.get('augment', 'full') not in ('full', 'none'): raise UserError(f"--augment is '{told['augment']}'; choose full or none.")
-    if noise is not None and told.get('augment') == 'none': raise UserError('--noise says how often noise is added, and --augment none adds none; leave one of them out.')
-    if noise is not None and not 0 <= noise <= 1: raise UserError(f'--noise is {noise}; it is a fraction of the windows, from 0 to 1.')
-    if 'column' not in told and classes is not None: raise UserError('--classes goes with --column NAME, the column that has them.')
-    if classes is not None and len(set(names := split_names(classes))) < max(2, len(names)) or classes is not None and '' in split_names(classes):
-        raise UserError(f"--classes is '{classes}'; give at least two different names with commas between.")
+    def refuse(wrong, sentence):
+        if wrong: raise UserError(sentence)
+    fraction, noise = told.get('fraction', 1.), told.get('noise', 0.)
+    freeze, augment = told.get('freeze', 'none'), told.get('augment', 'full')
+    names, column = split_names(told.get('classes', 'a,b')), 'column' in told
+    refuse(not told.get('data'), 'Say which labels, with --data FOLDER.')
+    refuse(not 0 < fraction <= 1, f'--fraction is {fraction}; it is a fraction of the labelled events, '
+                                  'above 0 and at most 1.')
+    refuse(freeze not in FREEZE, f"--freeze is '{freeze}'; choose one of {', '.join(FREEZE)}.")
+    refuse(told.get('width', 0) < 0, f"--width is {told.get('width')}; it must not be negative.")
+    refuse(augment not in ('full', 'none'), f"--augment is '{augment}'; choose full or none.")
+    refuse('noise' in told and augment == 'none', '--noise says how often noise is added, and --augment none '
+                                                  'adds none; leave one of them out.')
+    refuse(not 0 <= noise <= 1, f'--noise is {noise}; it is a fraction of the windows, from 0 to 1.')
+    refuse('classes' in told and not column, '--classes goes with --column NAME, the column that has them.')
+    refuse(len(set(names)) < 2 or '' in names, f"--classes is '{told.get('classes')}'; give at least two "
+                                               'different names with commas between.')
     for name in ('width', 'augment', 'noise'):
-        if 'column' in told and name in told: raise UserError(f'--{name} is for pickers; leave it out with --column.')
+        refuse(column and name in told, f'--{name} is for pickers; leave it out with --column.')
 
 def split_names(
     text: str,    # with commas between

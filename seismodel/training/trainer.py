@@ -6,8 +6,8 @@ Docs: https://seismodel.github.io/seismodel/training/trainer.html.md"""
 
 # %% auto #0
 __all__ = ['PATIENCE', 'LOST', 'inputs_of', 'validation_metrics', 'Augmented', 'training_batches', 'Progress', 'make_optimizer',
-           'Run', 'update_averages', 'averaged_weights', 'optimizer_step', 'train_step', 'update_run', 'set_lr',
-           'log_row', 'Signals', 'last_words', 'data_fingerprints', 'changed_data', 'init_or_resume', 'check_settings',
+           'TrainingRun', 'update_averages', 'averaged_weights', 'optimizer_step', 'train_step', 'update_run', 'set_lr',
+           'log_row', 'Signals', 'last_words', 'data_fingerprints', 'changed_data', 'init_or_resume', 'check_resumed',
            'save_state', 'export_weights', 'tolerate_write_error', 'train', 'clear_sentences', 'check_fit', 'draw_run',
            'run_steps', 'recorded_update', 'words_when_hung', 'log_step', 'save_step', 'stop_run', 'validate_run',
            'write_row']
@@ -140,7 +140,7 @@ def make_optimizer(
     return torch.optim.AdamW(groups, lr=lr(), betas=c.betas, fused=True, capturable=on_gpu)
 
 @dataclass
-class Run:
+class TrainingRun:
     "A run in memory: what its steps change, and where they are written down"
     model: nn.Module                    # forward(x, generator) gives (loss, metrics); set_progress; save_pretrained
     c: TrainConfig
@@ -222,7 +222,7 @@ def optimizer_step(
 
 # %% ../../nbs/training/10_trainer.ipynb #63dfb08f
 def train_step(
-    run: Run,
+    run: TrainingRun,
     batches,    # iterator over batches
     step: int,  # steps done
 ):              # measures, means over the forward passes; numbers for `FiniteWatch`; the batches
@@ -325,7 +325,7 @@ def changed_data(
 
 # %% ../../nbs/training/10_trainer.ipynb #a7c39955
 def init_or_resume(
-    run: Run,      # fresh
+    run: TrainingRun,      # fresh
     resume: bool,  # or a new one
 ) -> None:
     "Open a run's folder, new or to go on in; raises `UserError` where it does not fit"
@@ -339,14 +339,14 @@ def init_or_resume(
         if first: print(f"'{run.folder}' has no checkpoint yet: the run starts over.")
         return
     checkpoint = read_checkpoint(Path(found))
-    check_settings(run, checkpoint.state['settings'])
+    check_resumed(run, checkpoint.state['settings'])
     restore(checkpoint.tensors, run.model, run.optimizer, checkpoint.path)
     run.at = Progress(**checkpoint.state['progress'])
     if first: print(f'Going on from step {run.at.step}, {checkpoint.path.name}.')
     else: run.at.bad_traces, run.at.redrawn = {}, 0
 
-def check_settings(
-    run: Run,
+def check_resumed(
+    run: TrainingRun,
     saved: dict,  # the settings in a checkpoint, perhaps of an older version
 ) -> None:
     "Raise `UserError` where a run goes on with other data or other settings"
@@ -365,7 +365,7 @@ def check_settings(
 
 
 # %% ../../nbs/training/10_trainer.ipynb #263d78cf
-def save_state(run: Run):
+def save_state(run: TrainingRun):
     "Write the checkpoint of this step, the weights for `from_pretrained` and the bad traces; raises OSError"
     run.log.sync()
     state = {'step': run.at.step, 'progress': asdict(run.at), 'settings': run.about}
@@ -373,7 +373,7 @@ def save_state(run: Run):
     export_weights(run)
     run.saved = run.at.step
 
-def export_weights(run: Run):
+def export_weights(run: TrainingRun):
     "The weights for `from_pretrained` and the bad traces: both follow from the checkpoint, and are made again when a run is resumed"
     with averaged_weights(run.optimizer): run.model.save_pretrained(run.folder, run.extra)
     write_bad_traces(run.folder, run.data, run.at.bad_traces, run.at.redrawn)
@@ -411,7 +411,7 @@ def train(
     config = getattr(model, 'config', None)
     about = {'model': asdict(config) if is_dataclass(config) else {}, 'train': asdict(c), **(extra or {}),
              'fingerprints': data_fingerprints(train=data, dev=dev)}
-    run = Run(model, c, folder, ranks, about, data=data)
+    run = TrainingRun(model, c, folder, ranks, about, data=data)
     alone = replace(c, workers=0)                              # the dev windows are read sooner than workers begin
     run.dev = make_dataloader(dev, sequential_batches(dev, c.batch_size), alone, ranks.device)
     run.show = next(iter(run.dev))['x'].to(ranks.device)       # read before anything is written: bad data shows here
@@ -437,7 +437,7 @@ def train(
 # %% ../../nbs/training/10_trainer.ipynb #a83c0148
 @contextmanager
 def clear_sentences(
-    run: Run,
+    run: TrainingRun,
 ):
     "Inside, errors of loader processes and of other ranks become sentences"
     try: yield
@@ -470,7 +470,7 @@ def draw_run(model, show, folder):
 
 # %% ../../nbs/training/10_trainer.ipynb #cc87273a
 def run_steps(
-    run: Run,
+    run: TrainingRun,
     change: Callable|None,  # what is done to the training windows, see `Augmented`
 ) -> None:
     "From where the run stands to its end"
@@ -501,13 +501,13 @@ def run_steps(
 
 # %% ../../nbs/training/10_trainer.ipynb #e3f3ef29
 @contextmanager
-def recorded_update(run: Run):
+def recorded_update(run: TrainingRun):
     "On a GPU, with one forward pass a step, the update is recorded, and replayed from then on"
     recorded = run.ranks.device.type == 'cuda' and run.c.accumulate == 1 and getattr(run.model, 'steady', True)
     run.replay = Replay(lambda inputs: update_run(run, [inputs]), run.generator) if recorded else None
     with closing(run.replay) if recorded else nullcontext(): yield
 
-def words_when_hung(run: Run):
+def words_when_hung(run: TrainingRun):
     "A context: with several ranks, the sentence for one that waits for a lost rank"
     if run.ranks.world == 1: return nullcontext()
     who = f'seismodel, rank {run.ranks.rank}' if run.ranks.rank else 'seismodel'
@@ -516,7 +516,7 @@ def words_when_hung(run: Run):
 
 # %% ../../nbs/training/10_trainer.ipynb #90665dbf
 def log_step(
-    run: Run,
+    run: TrainingRun,
     row: dict,       # from `log_row`
     validate: bool,  # look at the dev windows too
     bar,             # tqdm's
@@ -528,7 +528,7 @@ def log_step(
     write_row(run, row, bar)
 
 def save_step(
-    run: Run,
+    run: TrainingRun,
     watch: FiniteWatch,  # knows how many updates were withheld
 ) -> None:
     "The checkpoint of this step, with what all ranks know; on rank 0, and by policy without where the disk is full"
@@ -539,7 +539,7 @@ def save_step(
     with tolerate_write_error(run.c, f'The checkpoint of step {run.at.step}'): save_state(run)
 
 def stop_run(
-    run: Run,
+    run: TrainingRun,
     caught: int,  # number of the signal; 0 where another rank got it
 ) -> None:
     "Raise `Interrupted`"
@@ -550,7 +550,7 @@ def stop_run(
 
 # %% ../../nbs/training/10_trainer.ipynb #7267127a
 def validate_run(
-    run: Run,   # with the weights that are to be judged
+    run: TrainingRun,   # with the weights that are to be judged
     row: dict,  # of this step; gets the dev measures
 ) -> None:
     "Validate, keep the best weights, and draw for TensorBoard"
@@ -563,7 +563,7 @@ def validate_run(
     if run.log.events: log_pictures(run.log.events, run.model, run.show, row['step'])
 
 def write_row(
-    run: Run,
+    run: TrainingRun,
     row: dict,  # of this step
     bar,        # tqdm's
 ) -> None:
