@@ -11,8 +11,9 @@ from unittest.mock import patch
 import numpy as np
 from hypothesis import strategies as st
 
-from seismodel.cli import COMMANDS, main, parser_of
+from seismodel.cli import COMMANDS, OLD_COMMANDS, described, main
 from seismodel.data.sources import open_records, write_synthetic
+from seismodel.options import make_parser
 
 NUMBERS = ['-1', '0', '1', '2', '0.5', '1e-3', 'nan', 'inf', 'x', '', '1,2', '-0.1', '512']
 WORDS = ['', 'x', 'train', 'dev', 'test', 'none', 'full', 'all', 'random', 'contrastive-tiny', 'reconstruction-tiny', 'spectrum-tiny', 'synthetic',
@@ -44,6 +45,12 @@ def make_world(folder):
              run('finetune-window', '--from', folder/'run', '--data', folder/'data', '--column', 'trace_p_arrival_sample', *few, '--out', folder/'windows'),
              run('pick', folder/'waves.mseed', '--model', folder/'picker', '--out', folder/'picks')]
     return codes
+
+
+def options_of(name):
+    "The options of a command, of today or of 0.1"
+    name = OLD_COMMANDS.get(name, (name, name))[0]
+    return [a for a in make_parser(f'seismodel {name}', described(name))._actions if a.dest not in ('help', 'quiet')]
 
 
 def paths():
@@ -82,12 +89,12 @@ def calls(draw):
     if draw(st.integers(0, 2)):
         words = draw(st.sampled_from(GOOD)).replace('FEW', TRAIN).split()
         how = draw(st.sampled_from(['as it is', 'as it is', 'one more', 'changed']))
-        actions = [a for a in parser_of(words[0])._actions if a.option_strings and a.dest not in ('help', 'pdb', 'xtra')]
+        actions = [a for a in options_of(words[0]) if a.option_strings]
         if how == 'one more' and actions: words += draw(option(draw(st.sampled_from(actions))))
         if how == 'changed' and len(words) > 1: words[draw(st.integers(1, len(words) - 1))] = draw(paths() | st.sampled_from(WORDS + NUMBERS))
         return words
     name = draw(st.sampled_from([*COMMANDS]))
-    words, actions = [name], [a for a in parser_of(name)._actions if a.dest not in ('help', 'pdb', 'xtra')]
+    words, actions = [name], options_of(name)
     for a in actions:
         needed = not a.option_strings or a.dest in FEW or a.dest in ('data', 'from_run', 'out', 'column')
         if draw(st.integers(0, 9)) < (9 if needed else 1): words += draw(option(a))
