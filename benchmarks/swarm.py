@@ -9,7 +9,8 @@ import torch
 
 from seismodel.finetuning.heads import Picker
 from seismodel.models.pretraining import build, preset
-from seismodel.picking.matching import WindowLabels, peaks_of, score_windows, summarise_matches
+from seismodel.finetuning.calibration import peaks_of
+from seismodel.picking.matching import WindowLabels, score_windows, summarise_matches
 from seismodel.signals.normalize import normalize
 from seismodel.signals.several_events import synthesize_swarm
 
@@ -48,7 +49,7 @@ def score(picker, windows, threshold):
     "Matched picks of windows"
     x = normalize(torch.from_numpy(windows.waveforms))
     p = torch.cat([picker.logits(part).softmax(-1) for part in x.split(16)]).numpy()
-    picks = [{phase: peaks_of(q[:, k], threshold) for k, phase in ((1, 'P'), (2, 'S'))} for q in p]
+    picks = [{phase: peaks_of(q[:, k], threshold)[:, 0] for k, phase in ((1, 'P'), (2, 'S'))} for q in p]
     labels = [WindowLabels(e, samples=x.shape[1]) for e in windows.events]
     return summarise_matches(score_windows(picks, labels), x.shape[0]*x.shape[1]/360_000)
 

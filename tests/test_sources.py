@@ -170,7 +170,7 @@ def test_published_targets_must_say_which_chunk_they_mean(chunks, tmp_path):
     data = opened(chunks)
     for name, table in zip(('task1', 'task23'), targets(data, tmp_path/'t')): table.drop(columns='trace_chunk').to_csv(tmp_path/f'{name}.csv', index=False)
     with pytest.raises(UserError, match='which 2 chunks of the data have; it needs a column trace_chunk'): targets(data, tmp_path)
-    table.assign(trace_name='nowhere').to_csv(tmp_path/'task1.csv', index=False)
+    table.assign(trace_name='nowhere', trace_type='noise').to_csv(tmp_path/'task1.csv', index=False)
     with pytest.raises(UserError, match='names the trace nowhere in chunk A, which the data do not have'): targets(data, tmp_path)
 
 
