@@ -121,7 +121,8 @@ def everything(folder):
     "All that a run may read of a store"
     store = Store(folder)
     source = StoreSource(store, 'train', 512)
-    windows = source.windows(np.random.default_rng(0).random((100, 2)), 512)
+    u = np.random.default_rng(0).random((100, 2))
+    windows = source.windows(source.choose(u[:, 0]), u[:, 1], 512)
     whole = [store.record(k) for k in range(len(store))]
     table = StoreRecords(store, 'train').metadata
     return windows, whole, table

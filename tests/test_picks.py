@@ -16,7 +16,7 @@ from obspy.core.inventory import Channel, Inventory, Network, Response, Station
 from seismodel.cli import main
 from seismodel.core import UserError
 from seismodel.data.archive import open_archive
-from seismodel.finetuning.calibration import fit_uncertainty, peak_sigma, store_calibration, uncertainty_of
+from seismodel.finetuning.calibration import fit_uncertainty, peak_sigma, peaks_of, store_calibration, uncertainty_of
 from seismodel.picking import pick as picking
 from seismodel.picking.amplitude import GAIN_ONLY, NO_EPOCH, is_clipped, measure
 from seismodel.picking.formats import PICK_FORMATS, hypoinverse_line
@@ -259,3 +259,19 @@ def test_hypoinverse_columns():
     assert (at(18, 29), float(at(42, 46)), at(47, 48), at(50, 50), at(112, 113)) == ('202412312359', 5.68, 'ES', '3', '10')
     line = hypoinverse_line({**row, 'phase': 'P', 'channel': 'HHZ', 'uncertainty': .02})
     assert (at(14, 15), at(17, 17), float(at(30, 34)), at(42, 50).strip()) == ('IP', '0', 5.68, '')
+
+
+@pytest.mark.parametrize('threshold', [.1, .3, .7])
+def test_peaks_are_those_of_obspy(threshold):
+    "`trigger_onset` as oracle, with stretches that begin or end with the curve"
+    from obspy.signal.trigger import trigger_onset
+    rng = np.random.default_rng(0)
+    found = 0
+    for n in (1, 2, 50, 3000):
+        p = np.convolve(rng.random(n + 8), np.ones(9)/9, 'valid')**2*1.8
+        want = [(a + p[a:b + 1].argmax(), p[a:b + 1].max(), b - a) for a, b in trigger_onset(p, threshold, threshold/2)]
+        got = peaks_of(p, threshold)
+        assert got.shape == (len(want), 3)
+        np.testing.assert_array_equal(got, np.array(want).reshape(-1, 3))
+        found += len(want)
+    assert found > 3

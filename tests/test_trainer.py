@@ -261,7 +261,7 @@ def test_a_run_of_version_0_1_goes_on(tmp_path):
     whole = (folder/'model.safetensors').read_bytes()
     newest, first = checkpoint_files(folder)
     newest.unlink()
-    path, tensors, state = read_checkpoint(first)
+    path, tensors, state, *_ = read_checkpoint(first)
     for field in ('layer_decay', 'average'): del state['settings']['train'][field]
     del state['settings']['model']['encoder']['activation']
     write_checkpoint(folder, tensors, state)
