@@ -58,7 +58,7 @@ def steps_done(run):
 
 def usage(pid):
     "Memory of the process that it shares with nobody, MB; its open files"
-    try: status, files = Path(f'/proc/{pid}/status').read_text(), len(os.listdir(f'/proc/{pid}/fd'))
+    try: status, files = Path(f'/proc/{pid}/status').read_text(encoding='utf-8'), len(os.listdir(f'/proc/{pid}/fd'))
     except OSError: return None
     found = [line for line in status.splitlines() if line.startswith('RssAnon')]
     return (int(found[0].split()[1])/1000, files) if found else None

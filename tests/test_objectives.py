@@ -190,7 +190,7 @@ def test_results_go_home_in_bundles_and_come_back(tmp_path, monkeypatch):
     out = tmp_path/'out'
     for name in ('trials', 'pretrained', 'logs', 'pickers'): (out/name).mkdir(parents=True)
     for k in range(3): (out/f'pretrained/s-{k}.safetensors').write_bytes(bytes([k])*400)
-    (out/'trials/t.json').write_text('{}')
+    (out/'trials/t.json').write_text('{}', encoding='utf-8')
     monkeypatch.setattr(objectives, 'LARGEST', 1400)
     monkeypatch.setattr(objectives, 'BUNDLES', 2)
     objectives.bring(out, tmp_path/'home', set())

@@ -184,7 +184,7 @@ def same_in_every_layout(model, st, folder):
 
 
 def test_every_layout_gives_the_same_picks(model, tmp_path):
-    st = record(1500)
+    st = record(700)
     st[0].trim(T0 + .02)
     assert len(same_in_every_layout(model, st, tmp_path)) > 100
 
