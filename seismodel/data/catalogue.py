@@ -25,7 +25,7 @@ import numpy as np
 
 from ..core import UserError, progress_bar
 from .archive import list_files
-from .formats import code, format_of, printable
+from .formats import code, first_format, format_of, printable
 from ..signals.records import reason
 
 # %% ../../nbs/data/09_catalogue.ipynb #c4d183e2
@@ -84,14 +84,8 @@ BULLETINS = (*NAMED, 'NLLOC_HYP', 'HYPODDPHA', 'IMS10BULLETIN', 'GSE2', 'MCHEDR'
 def bulletin_format(
     path: str,  # of a file
 ) -> str | None:  # one of `BULLETINS`, or None
-    "Which of the formats a file has, from its content"
-    from obspy.core.util.base import buffered_load_entry_point
-    for name in BULLETINS:
-        is_format = buffered_load_entry_point('obspy', f'obspy.plugin.event.{name}', 'isFormat')
-        try:
-            if is_format(str(path)): return name
-        except Exception: continue         # written for another format
-    return None
+    "Which of the formats of bulletins a file has"
+    return first_format(path, 'event', BULLETINS)
 
 # %% ../../nbs/data/09_catalogue.ipynb #f06d8f66
 POLARITIES = {**dict.fromkeys(('positive', 'up', 'u', 'c', '+', 'pu'), 'positive'),

@@ -10,7 +10,7 @@ __all__ = ['PICK_FORMATS', 'WEIGHTS', 'check_formats', 'site_of', 'sites_in', 'w
 
 # %% ../../nbs/picking/03a_formats.ipynb #b4b83bf4
 import csv
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 
 from ..core import UserError
@@ -52,13 +52,8 @@ def _write_csv(path, columns, rows):
     "A table, replaced whole"
     def write(part):
         with open(part, 'w', newline='', encoding='utf-8') as f:
-            csv.writer(f).writerows([columns, *rows] if isinstance(rows, list) else _after(columns, rows))
+            csv.writer(f).writerows(chain([columns], rows))
     write_atomically(path, write)
-
-def _after(first, rows):
-    "A row before others"
-    yield first
-    yield from rows
 
 # %% ../../nbs/picking/03a_formats.ipynb #db4decb8
 def write_pyocto(
