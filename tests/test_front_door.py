@@ -205,11 +205,18 @@ def test_fields_reach_the_run_and_its_config_makes_it_again(tmp_path, quakes_fol
     ('encoder.mask_length=long', "'encoder.mask_length' is 'long'; it must be a whole number"), ('encoder.mask_length=2.5', 'a whole number'),
     ('train.betas=.9', '2 values, each a number'), ('train.betas=.9,.8,.7', '2 values'), ('train.betas=.9,2', 'below 1'), ('train.tensorboard=2', 'true or false'),
     ('model.method=masked', 'name a --preset'), ('encoder.mask_prob=7', 'mask_prob is a share'), ('train.steps=3', "'train.steps' is set twice"),
-    ('train.clip=-1', 'train.clip is -1'), ('encoder.pretraining=false', 'leave it True'), ('model.heads=3', 'multiple of heads')])
+    ('train.clip=-1', 'train.clip is -1'), ('encoder.pretraining=false', 'leave it True'), ('model.heads=3', 'multiple of heads'),
+    ('encoder.mask_prob=0', "'model.encoder.mask_prob' is 0, which hides no frame")])
 def test_fields_that_cannot_be_are_refused_by_name(setting, says, tmp_path, capsys):
     assert main([*SHORT, '--out', str(tmp_path/'run'), '--set', setting]) == 2
     said = capsys.readouterr().err
     assert says in said and len(said.splitlines()) == 1 and not (tmp_path/'run').exists()
+
+
+@pytest.mark.parametrize('preset, field', [('reconstruction-tiny', 'mask'), ('joint-tiny', 'mask_prob')])
+def test_masks_that_hide_nothing_are_refused(preset, field, tmp_path, capsys):
+    assert main([*SHORT, '--preset', preset, '--out', str(tmp_path/'run'), '--set', f'encoder.{field}=0']) == 2
+    assert f"'model.encoder.{field}' is 0" in capsys.readouterr().err and not (tmp_path/'run').exists()
 
 
 @pytest.mark.parametrize('text, says', [
