@@ -19,7 +19,7 @@ from fastcore.docments import docments
 
 import seismodel
 from seismodel import core
-from seismodel.cli import COMMANDS, described, imported, main
+from seismodel.cli import COMMANDS, call_quietly, described, imported, main
 from seismodel.data.pack import pack
 from seismodel.models.pretraining import PRESETS, build, preset
 from seismodel.options import FLAGS, definition, make_parser
@@ -151,6 +151,19 @@ def test_quiet_prints_the_result_alone(tmp_path, monkeypatch, capfd):
     assert main([*words, '--batch-size', '0']) == 2            # what is wrong is still said
     out, err = capfd.readouterr()
     assert not out and 'batch' in err
+
+
+def test_quiet_reaches_the_processes_of_a_command(capfd):
+    "Such as those of `pick --device all`; afterwards they are heard again"
+    def command(code=0):
+        subprocess.run([sys.executable, '-c', 'import sys; print(1); print(2, file=sys.stderr); sys.exit(int(sys.argv[1]))', str(code)], check=True)
+        return 'result'
+    call_quietly(command, {})
+    assert capfd.readouterr() == ('result\n', '')
+    with pytest.raises(subprocess.CalledProcessError): call_quietly(command, {'code': 1})
+    assert capfd.readouterr() == ('', '')
+    command()
+    assert capfd.readouterr() == ('1\n', '2\n')
 
 
 def test_info_describes_several_and_names_the_ones_it_cannot(tmp_path, capsys):
