@@ -139,12 +139,12 @@ def pick_records(
                     for phase in 'PS'})
     return out
 
+# %% ../../nbs/picking/03c_matching.ipynb #37bc454e
 def match_records(
     found: list[dict],  # from `pick_records`
-    dataset,  # the same data set
+    labels: list[WindowLabels],  # of the same records, from `labels_of`
 ) -> pd.DataFrame:  # see `summarise_matches`
     "Picks of whole records against all of their onsets, one to one"
-    labels = labels_of(dataset)
     picks = [{phase: SAMPLING_RATE*t for phase, t in record.items()} for record in found]
     hours = sum(w.samples for w in labels)/SAMPLING_RATE/3600
     return summarise_matches(score_windows(picks, labels), hours)
