@@ -257,14 +257,15 @@ def find_fault(
     "Why kernels must not be used"
     if find_spec('triton') is None: return 'Triton is not installed'
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else str(device)
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+    plain = torch.autocast(device.type, enabled=False)
+    with torch.inference_mode(False), torch.enable_grad(), plain:
         try: error = solve()
         except Exception as e:   # a compiler or driver that cannot do it says so in many ways
             said = ''.join(str(e).splitlines()[:1])[:120]
             return f'the kernels cannot run on {name} ({type(e).__name__}: {said})'
     if error < bound: return ''
-    return (f'the kernels are off by {error:.1e} on {name}; a fault of the Triton compiler is likely, '
-            'and 3.7.1 or later may mend it')
+    return (f'the kernels are off by {error:.1e} on {name}; a fault of the Triton compiler is '
+            'likely, and 3.7.1 or later may mend it')
 
 # %% ../../nbs/kernels/04_fused.ipynb #7fbba87b
 verdicts: dict[tuple, bool] = {}          # name and kind of problem -> whether the kernels solve it
@@ -285,7 +286,7 @@ def passes_check(
 def constant_when_compiled(
     f: Callable,   # of plain values
 ) -> Callable:     # the same
-    "As `torch.compiler.assume_constant_result`, which would import the compiler, and Triton with it, at once"
+    "As `torch.compiler.assume_constant_result`, which would import compiler and Triton at once"
     f._dynamo_marked_constant = True
     return f
 

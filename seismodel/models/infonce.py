@@ -141,7 +141,7 @@ def contrastive_mean(
 # %% ../../nbs/models/07_infonce.ipynb #27908db0
 def contrastive_sums(
     predictions: Tensor,  # (B, T, D) output of the context network
-    quantized: MaskedCodes,  # of the frames at `indices`, from `quantize_masked`; vectors (B, M, D): the targets
+    quantized: MaskedCodes,  # of the frames at `indices`; vectors (B, M, D): the targets
     indices: Tensor,  # (B, M) int64 frame numbers from `masked_frames`
     valid: Tensor,  # (B, M) bool, which are masked
     n_negatives: int = 100,  # K
@@ -155,7 +155,8 @@ def contrastive_sums(
     masked, kernels = valid.sum().to(usage.dtype), kernels_for(predictions)
     if kernels and kernels.take(predictions, targets, n_negatives):
         loss, hits, counted, collided = kernels.fused_info_nce_sums(
-            predictions, targets, codes, indices, valid, usage.shape[1], n_negatives, temperature, generator)
+            predictions, targets, codes, indices, valid, usage.shape[1], n_negatives, temperature,
+            generator)
         return ContrastiveSums(loss, usage, masked, counted, hits, collided)
     valid = valid & (valid.sum(1, keepdim=True) > 1)        # a lone masked frame has no negative
     picks = negatives(valid, n_negatives, generator)        # (B, M, K)
@@ -180,10 +181,12 @@ def contrastive_loss(
     targets, codes, logits = quantized
     if predictions.shape != targets.shape or any(t.shape[:2] != mask.shape for t in quantized):
         shapes = [tuple(t.shape) for t in (predictions, mask, *quantized)]
-        raise ValueError('shapes differ: predictions {}, mask {}, targets {}, codes {}, logits {}'.format(*shapes))
+        names = 'predictions {}, mask {}, targets {}, codes {}, logits {}'
+        raise ValueError('shapes differ: ' + names.format(*shapes))
     mask = mask & (mask.sum(1, keepdim=True) > 1)           # a lone masked frame has no negative
     indices, valid = masked_frames(mask, most)              # (B, M) both
     at = [gather_frames(z, indices) for z in (targets, codes)]
     masked = MaskedCodes(*at, soft_usage(logits, mask))
-    sums = contrastive_sums(predictions, masked, indices, valid, n_negatives, temperature, generator)
+    sums = contrastive_sums(predictions, masked, indices, valid, n_negatives, temperature,
+                            generator)
     return contrastive_mean(sums, n_negatives, diversity_weight)

@@ -211,8 +211,9 @@ def infonce_loss(
     most = max_masked(mask.shape[1], k.mask_prob, k.mask_length, k.mask_mode)
     indices, valid = masked_frames(mask, most)
     with draws():
-        quantized = encoder.masked_targets(clean, indices, valid, generator)     # nothing at visible frames
-        sums = contrastive_sums(predictions, quantized, indices, valid, c.negatives, c.temperature, generator)
+        quantized = encoder.masked_targets(clean, indices, valid, generator)    # of hidden frames
+        sums = contrastive_sums(predictions, quantized, indices, valid, c.negatives, c.temperature,
+                                generator)
     taken = code_usage(quantized.codes, k.num_codevectors_per_group, valid).float()
     *sums, taken = all_reduce_mean(average, [*sums, taken])
     out = contrastive_mean(ContrastiveSums(*sums), c.negatives, c.diversity_weight)     # taken is (G, V)

@@ -259,7 +259,7 @@ def predict_tasks(
     folder: str|Path,       # of the targets, see `targets`
     split: str = 'test',    # that is scored
     context: int|None = None,  # samples that the model sees, see `predict`
-) -> list[pd.DataFrame]:    # predictions of task 1 on the split; of tasks 2 and 3 on dev; of these on the split
+) -> list[pd.DataFrame]:    # predictions of task 1; of tasks 2 and 3 on dev; of these on the split
     "What a picker says about the targets of a data set, with the event of each trace"
     table, parts = dataset.metadata, []
     events = event_names(table)
@@ -268,7 +268,8 @@ def predict_tasks(
         known = dict(zip(zip(*(table[k] for k in keys)), events))
         for s in splits:
             part = t[t['trace_split'] == s]
-            if not len(part): raise UserError(f"the targets in '{folder}' have no window in the split '{s}'.")
+            if not len(part):
+                raise UserError(f"the targets in '{folder}' have no window in the split '{s}'.")
             part = part.assign(event=[known.get(k) for k in zip(*(part[k] for k in keys))])
             parts.append(predict(model, dataset, part, context))
     return parts
@@ -364,8 +365,9 @@ def open_labelled(
     for name in names:
         dataset = open_dataset(name)
         table = dataset.metadata
-        table['split'] = split_column(table, name)     # by event, as in training, where the table has none
-        if split not in set(table['split']): raise UserError(f"'{name}' has no trace in the split '{split}'.")
+        table['split'] = split_column(table, name)     # where it has none, by event as in training
+        if split not in set(table['split']):
+            raise UserError(f"'{name}' has no trace in the split '{split}'.")
         if not any(np.isfinite(onsets(table, p)).any() for p in PHASES):
             raise UserError(f"'{name}' has no P and no S pick: there is nothing to score.")
         short = Path(name).name
@@ -374,6 +376,7 @@ def open_labelled(
         found[short] = dataset
     return found
 
+# %% ../../nbs/picking/04_evaluation.ipynb #29e376a3
 def score_picker(
     model,                  # any picker of SeisBench's kind
     sets: dict,             # from `open_labelled`
@@ -387,7 +390,8 @@ def score_picker(
     for name, dataset in sets.items():
         several = len(sets) > 1
         own = lambda t: t.assign(event=name + '/' + t['event']) if several else t
-        tasks.append(map(own, predict_tasks(model, dataset, folder/name if several else folder, split, context)))
+        where = folder/name if several else folder
+        tasks.append(map(own, predict_tasks(model, dataset, where, split, context)))
         part = dataset.get_split(split)
         picks = pick_records(model, part, threshold, progress=True)
         records.append(own(score_records(model, part, threshold, found=picks)))
@@ -418,9 +422,11 @@ def evaluate(
     sets, out = open_labelled(names, split), Path(out or 'evaluation')
     from seismodel.picking.seisbench_model import open_picker
     net = open_picker(model).to(pick_device(device))
-    tables = score_picker(net, sets, Path(targets or out/'targets'), split, .3 if threshold is None else threshold, context)
+    threshold = .3 if threshold is None else threshold
+    tables = score_picker(net, sets, Path(targets or out/'targets'), split, threshold, context)
     out.mkdir(parents=True, exist_ok=True)
     for name, table in tables.items():
-        write_atomically(out/f'{name}.csv', lambda part, table=table: table.to_csv(part, index=False))
+        write = lambda part, table=table: table.to_csv(part, index=False)
+        write_atomically(out/f'{name}.csv', write)
     for name in ('tasks', 'summary', 'matches'): print(tables[name].round(3).to_string(index=False))
     return out

@@ -27,7 +27,8 @@ from tqdm.auto import tqdm
 from .trial import (Candidate, StudyConfig, Trial, candidates_of, complete_trial, refuse_others,
                                    run_trial, start_trial, trial_recipe, trial_settings)
 from .tables import gains, pack_study, plot_study, summary_table, table, trials_of
-from ..core import Interrupted, TrainingError, UserError, check_fields, pick_devices, progress_bar
+from ..core import (Interrupted, TrainingError, UserError, check_fields, pick_devices,
+                            progress_bar)
 from ..files import write_atomically
 from ..data.sources import whole_path
 from ..finetuning.heads import FREEZE
@@ -194,16 +195,18 @@ def study_changes(
     words:list[str]|None, # as --set takes them
     candidates:list[Candidate],
 )->dict: # whole name of a field -> value
-    "What is set for every trial; raises `UserError` for what cannot be read, or has an option of its own"
+    "What is set for every trial; raises `UserError` for what a study has an option for"
     changes, _ = read_settings(None, words, {})
-    given = {name.removeprefix('train.'): v for name, v in changes.items() if name.startswith('train.')}
+    given = {name.removeprefix('train.'): value for name, value in changes.items()
+             if name.startswith('train.')}
     for name in [name for name in given if name in OWN_OPTIONS]:
-        raise UserError(f"--set train.{name} is for a single run; in a study use {OWN_OPTIONS[name]}.")
+        raise UserError(f"--set train.{name} is for one run; in a study use {OWN_OPTIONS[name]}.")
     check_fields(TrainConfig, given, 'train.')
     ours = [m for m in candidates if m.start != 'peer']
     for name in changes:
         if not name.startswith('train.') and not ours:
-            raise UserError(f"--set {name} is for our models, and there are only baselines; leave it out.")
+            raise UserError(f"--set {name} is for our models, and there are only baselines; "
+                            "leave it out.")
     return changes
 
 # %% ../../nbs/study/04_run.ipynb #7636ea59

@@ -93,7 +93,7 @@ class StudyConfig:
     freeze: str = 'none'   # of our models, see `Picker`
     layer_decay: float|None = None # of our models, see `TrainConfig`; None: as in `finetune`
     average: float = 0.    # of our models, see `TrainConfig`
-    changes: dict = field(default_factory=dict) # whole name of a field, of the recipe or of our models -> value
+    changes: dict = field(default_factory=dict) # name of a field of recipe or models -> value
 
 # %% ../../nbs/study/02_trial.ipynb #52eb1577
 class Trial(NamedTuple):
@@ -110,16 +110,17 @@ def start_trial(
     freeze:str='none', # of our models, see `Picker`
     changes:dict|None=None, # whole name of a field of our models -> value
 )->nn.Module: # in training mode; takes batches with labels
-    "The network of a trial, before its first step: pretrained and random ones differ in nothing but their weights"
+    "The network of a trial before its first step; pretrained and random ones differ in weights alone"
     torch.manual_seed(trial.seed)
     where = trial.candidate.source
     if trial.candidate.start == 'peer':
-        from seismodel.study.baselines import fresh_baseline   # brings SeisBench, which takes seconds: only for those who need it
+        from seismodel.study.baselines import fresh_baseline   # brings SeisBench: takes seconds
         return fresh_baseline(where).train()
     saved, weights = read_model(where)
     config, _ = apply_settings(config_from_dict(saved['model']), changes or {})
     model = build(config)
-    if trial.candidate.start == 'pretrained': load_weights(model, weights, Path(where)/'model.safetensors')
+    file = Path(where)/'model.safetensors'
+    if trial.candidate.start == 'pretrained': load_weights(model, weights, file)
     return Picker(model, freeze=freeze).train()
 
 # %% ../../nbs/study/02_trial.ipynb #f9870292
@@ -131,11 +132,12 @@ def trial_recipe(
     common:StudyConfig,
 )->TrainConfig: # checked
     "How a trial is trained"
-    told = {name.removeprefix('train.'): v for name, v in common.changes.items() if name.startswith('train.')}
+    told = {name.removeprefix('train.'): value for name, value in common.changes.items()
+            if name.startswith('train.')}
     if trial.candidate.lr is not None: told['lr'] = trial.candidate.lr       # of this method alone
-    told = dict(steps=common.steps, batch_size=common.batch_size, seed=trial.seed, device=common.device,
-                workers=common.workers, validate_every=max(1, common.steps//10), checkpoint_every=250, keep=1,
-                validation_windows=common.validation_windows) | told
+    told = dict(steps=common.steps, batch_size=common.batch_size, seed=trial.seed,
+                device=common.device, workers=common.workers, validate_every=max(1, common.steps//10),
+                checkpoint_every=250, keep=1, validation_windows=common.validation_windows) | told
     if isinstance(net, Picker):
         own = dict(layer_decay=common.layer_decay, average=common.average)
         return fine_recipe(net.config.method, trial.candidate.start == 'pretrained', **own, **told)
@@ -208,7 +210,7 @@ def trial_settings(
     about = {'method': trial.candidate.name, 'start': trial.candidate.start, 'weights': weights, 'share': trial.fraction, 'data': counts, 'synthetic': common.synthetic,
              'augment': asdict(Augmentation()) if common.augment == 'full' else None, 'threshold': common.threshold}
     if common.freeze != 'none' and trial.candidate.start != 'peer': about['freeze'] = common.freeze
-    shapes = {name: value for name, value in common.changes.items() if not name.startswith('train.')}
+    shapes = {name: v for name, v in common.changes.items() if not name.startswith('train.')}
     if shapes and trial.candidate.start != 'peer': about['model'] = shapes
     return json.loads(json.dumps({'cell': about, 'train': asdict(c)}))
 
@@ -216,7 +218,8 @@ def in_common(
     settings:dict, # from `trial_settings`
 )->dict:
     "What all trials of a study must agree on"
-    own = {'cell': ('method', 'start', 'weights', 'share', 'freeze', 'model'), 'train': ('lr', 'weight_decay', 'seed', 'layer_decay', 'average')}
+    own = {'cell': ('method', 'start', 'weights', 'share', 'freeze', 'model'),
+           'train': ('lr', 'weight_decay', 'seed', 'layer_decay', 'average')}
     return {part: {k: v for k, v in settings[part].items() if k not in own[part]} for part in own}
 
 def refuse_others(

@@ -123,11 +123,12 @@ def change_model(
 def check_masks(model:ModelConfig):
     "Raises `UserError` for an encoder that hides no frame: there would be nothing to predict"
     if not model.encoder.pretraining:
-        raise UserError("'model.encoder.pretraining' is False, but a run needs the encoder's masks; leave it True.")
+        raise UserError("'model.encoder.pretraining' is False, but a run needs the encoder's masks; "
+                        "leave it True.")
     name = 'mask' if hasattr(model.encoder, 'mask') else 'mask_prob'
     if getattr(model.encoder, name) == 0:
-        raise UserError(f"'model.encoder.{name}' is 0, which hides no frame, and there would be nothing to "
-                        "predict; give a share above 0.")
+        raise UserError(f"'model.encoder.{name}' is 0, which hides no frame, and there would be "
+                        "nothing to predict; give a share above 0.")
 
 # %% ../../nbs/training/01a_settings.ipynb #f0f6ce29
 def apply_settings(
