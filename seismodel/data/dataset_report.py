@@ -93,7 +93,7 @@ def describe_built(
     noise = sum(r['trace_category'] == 'noise' for r in rows)
     events = {e for r in rows for e in events_in(r)}
     several = sum(len(events_in(r)) > 1 for r in rows)
-    status = Counter(r.get(f'trace_{p}_status', 'not said') for r in rows for p in 'PS'
+    status = Counter(r.get(f'trace_{p}_status', 'of unknown status') for r in rows for p in 'PS'
                      if f'trace_{p}_arrival_sample' in r)
     lines = [f'{built.folder} piece {built.piece}: {len(rows):,} records of '
              f'{len(events):,} events, {several:,} records with two events or more',

@@ -160,7 +160,7 @@ def _draw_confusion(ax, table, question):
     names = question.classes
     counts = confusion_matrix(table['truth'], table['answer'], labels=names)
     fraction = counts/counts.sum(1, keepdims=True).clip(1)
-    ax.imshow(fraction, cmap='Blues', vmin=0, vmax=1)
+    ax.imshow(fraction, cmap='Blues', vmin=0, vmax=1, aspect='auto')
     for (r, k), n in np.ndenumerate(counts) if len(counts) <= 12 else ():
         ax.text(k, r, n, ha='center', va='center', color='w' if fraction[r, k] > .5 else 'k')
     places = range(len(names))

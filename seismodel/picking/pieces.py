@@ -49,7 +49,7 @@ class Settings(NamedTuple):
         "Samples that a piece reads beyond each of its ends"
         return self.window + AROUND
 
-AROUND = 6000        # samples beside a piece in which a peak may begin or end
+AROUND = 6000        # samples beyond a piece in which a peak may begin or end
 
 # %% ../../nbs/picking/01a_pieces.ipynb #2c7f334f
 def settings_of(
