@@ -38,14 +38,12 @@ def gain_table(
     arms:list[Arm],
 )->pd.DataFrame: # as `compare`, with the method of the reference
     "All comparisons that the study is about"
-    method = {arm.name: arm.method for arm in arms}
-    there = set(onsets['method'])
-    probe = lambda arm: arm.folds == 1
-    plain = [a.method for a in arms if not probe(a)]
-    wanted = {method['random']: plain}                                  # reference -> methods
+    method, there = {arm.name: arm.method for arm in arms}, set(onsets['method'])
+    plain = [a.method for a in arms if a.folds > 1]                     # no probes
+    wanted = {method.get('random'): plain}                              # reference -> methods
     for arm in arms:
         if arm.control in ('random', arm.name): continue
-        wanted.setdefault(method[arm.control], []).append(arm.method)
+        wanted.setdefault(method.get(arm.control), []).append(arm.method)
     found = [compare(onsets, reference, methods).assign(reference=reference)
              for reference, methods in wanted.items() if reference in there]
     for reference in (a.method for a in arms if a.way.budget == 0 and a.method in there):
@@ -159,12 +157,14 @@ def arm_overview(
     reports:dict[str, pd.DataFrame], # from `read_reports`
     arms:list[Arm],
     fraction:float, # of the labelled events
-)->pd.DataFrame: # rows: titles; columns: P and S within 0.1, 0.3, 0.5 s, gains of both
+)->pd.DataFrame: # rows: titles; columns: windows of pretraining, trials, P and S within 0.1, 0.3, 0.5 s, gains
     "Scores and gains of each arm at one fraction; 'not run' where there is none"
     scores, gains, rows = reports['scores'], reports['gains'], {}
     for arm in arms:
         if not (arm.whole if fraction == 1 else arm.few): continue
-        row = {}
+        run = _only(reports['arms'], method=arm.method, fraction=fraction)
+        row = {'windows': f'{run.windows:,}' if run is not None and run.windows else '',
+               'trials': NOT_RUN if run is None or not run.done else f'{run.done} of {run.trials}'}
         for phase in 'ps':
             for metric in SHARES:
                 found = _only(scores, method=arm.method, fraction=fraction, phase=phase, metric=metric)
