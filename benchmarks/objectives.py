@@ -21,7 +21,7 @@ from pathlib import Path
 
 from seismodel.core import UserError
 from seismodel.models.pretraining import preset
-from seismodel.study.arms import DECAY, LOW, PLAIN, PROBE, FoldTrial, Start, Variant, Way, study_variants
+from seismodel.study.arms import DECAY, LOW_RATE, PLAIN, PROBE, FoldTrial, Start, Variant, Way, study_variants
 from seismodel.study.arrays import open_splits, save_array, write_records
 from seismodel.study.fold_run import FOREVER, begin_folds, manual_where_unsaid, run_fold_trials, write_fold_tables
 from seismodel.study.fold_trial import FoldStudy
@@ -76,7 +76,7 @@ def random_starts(size):
 
 GENTLE = dict(layer_decay=.65, freeze='gradual')
 WAYS = {way.name: way for way in (
-    PLAIN, DECAY, LOW, PROBE,
+    PLAIN, DECAY, LOW_RATE, PROBE,
     Way('plain-3000', budget=3),
     Way('gradual', freeze='gradual'),
     Way('lr3e-4', lr=3e-4),

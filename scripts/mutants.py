@@ -58,6 +58,10 @@ TESTS = {
     'study/trial': ['recipe', 'study', 'leakage'],
     'study/tables': ['signs_and_ends', 'study'],
     'study/run': ['study'],
+    'study/folds': ['folds', 'leakage'],
+    'study/fold_scores': ['folds', 'leakage'],
+    'study/fold_trial': ['folds', 'leakage'],
+    'study/fold_run': ['folds'],
 }
 
 

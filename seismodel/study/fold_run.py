@@ -279,7 +279,7 @@ def bring_bundles(
         if name in there: continue
         if not bundles or bundles[-1].stat().st_size + file.stat().st_size > .98*LARGEST:
             if len(bundles) == BUNDLES: break
-            bundles.append(folder/f'weights-{len(bundles) + 1}.zip')
+            bundles.append(folder/f'weights-{len(there):03}.zip')       # no call uses a number again
         with zipfile.ZipFile(bundles[-1], 'a') as z: z.write(file, name)
         there.add(name)
     def write(part):
