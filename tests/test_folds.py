@@ -173,9 +173,9 @@ def test_a_trial_scores_manual_onsets_apart_from_automatic_ones(arrays):
     "Weak ones never; a dev event chooses the step; the same windows for every picker; whether a station was known"
     s = FoldStudy(arrays, arrays/'out', steps=4, batch_size=4, device='cpu')
     start = study_arms('tiny')[0].start
-    said = [finetune_fold(FoldTrial(start, way, fold=1), s, torch.device('cpu')) for way in (Way('some', synthetic=.25), AS_IT_IS)]
+    said = [finetune_fold(FoldTrial(start, way, .2, 1), s, torch.device('cpu')) for way in (Way('some', synthetic=.25), AS_IT_IS)]
     table, rows = np.load(arrays/'labelled-table.npy'), said[0]['onsets']
-    sides = fold_sides(table['event'].tolist(), event_parts(table['event'].tolist(), table['dataset'].tolist()), 1)
+    sides = fold_sides(table['event'].tolist(), event_parts(table['event'].tolist(), table['dataset'].tolist()), 1, .2)
     held = np.isin(np.arange(40), sides.test)
     expected = [('p', i, STATUS[table['status'][i, 0]]) for i in np.flatnonzero(held & np.isfinite(table['onset'][:, 0]))]
     assert [(r[0], r[1], r[3]) for r in rows if r[0] == 'p'] == expected
