@@ -39,7 +39,7 @@ TESTS = {
     'models/quantizer': ['quantizer', 'infonce', 'recipe'],
     'models/infonce': ['infonce', 'quantizer', 'recipe'],
     'models/masked_mse': ['masked_mse', 'recipe'],
-    'models/spectrum': ['spectrum', 'objectives'],
+    'models/spectrum': ['spectrum', 'folds'],
     'data/archive': ['archive', 'pieces'],
     'data/channels': ['archive'],
     'data/pick_checks': ['dataset'],
