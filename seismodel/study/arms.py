@@ -25,7 +25,7 @@ class Variant:
     weight_decay: float = .1
     batch: int = 256             # windows a step
     augment: bool = False        # as `pretrain --augment full`
-    data: str = 'windows'        # what it sees: windows, scrambled ones, or events in noise with their onsets
+    data: str = 'windows'        # windows, scrambled ones, or events in noise with onsets
     budget: float = 1.           # of the windows of the study
     memory: float = 9            # GiB of a GPU, about
 
@@ -50,7 +50,7 @@ class Way:
 class Start:
     "Weights before fine-tuning"
     name: str               # of the variant, or of the published picker
-    variant: Variant|None = None # how it is pretrained, or the shapes of a random start; None: a published picker
+    variant: Variant|None = None # or the shapes of a random start; None: published
     windows: int = 0        # that pretraining sees; 0: none, the weights are random or published
     seed: int = 0           # of pretraining
     fresh: bool = False     # the shapes of a published picker with random weights
@@ -61,6 +61,7 @@ class Start:
         if self.windows: return f'{self.name}-{self.windows/1000:g}k-s{self.seed}'
         return self.name + '-fresh'*self.fresh
 
+# %% ../../nbs/study/07_arms.ipynb #cd1174b7
 @dataclass(frozen=True)
 class FoldTrial:
     "A pretraining (no way), or a fine-tuning with its scores"
@@ -85,7 +86,9 @@ class FoldTrial:
         "What must have been run before; None: nothing"
         return FoldTrial(self.start) if self.start.windows and self.way else None
 
-    def file(self, out:Path): return out/('trials' if self.way else 'pretrained')/f'{self.name}.json'
+    def file(self, out:Path):
+        "Its result"
+        return out/('trials' if self.way else 'pretrained')/f'{self.name}.json'
 
     @property
     def memory(self):
@@ -94,7 +97,7 @@ class FoldTrial:
         if not self.way: return variant.memory
         return 7 if variant and variant.batch < 256 and variant.data == 'windows' else 4
 
-# %% ../../nbs/study/07_arms.ipynb #d6e732b0
+# %% ../../nbs/study/07_arms.ipynb #426baf6b
 PLAIN, DECAY = Way('plain'), Way('decay.65', layer_decay=.65)
 LOW_RATE = Way('low', lr=2e-4, weight_decay=.005)               # the recipe of reconstruction
 PEER = Way('peer', weight_decay=0.)                        # of published pickers
@@ -118,7 +121,7 @@ class Arm:
     @property
     def method(self): return FoldTrial(self.start, self.way).method
 
-# %% ../../nbs/study/07_arms.ipynb #426baf6b
+# %% ../../nbs/study/07_arms.ipynb #38ea0d92
 def study_variants(
     size:str, # tiny, small or base
 )->dict[str, Variant]: # name -> variant
@@ -132,6 +135,7 @@ def study_variants(
             'recon': Variant(replace(recon, target='tokens'), **slow),
             'recon-spectrum': Variant(replace(recon, target='spectrum'), **slow)}
 
+# %% ../../nbs/study/07_arms.ipynb #652b4919
 def study_arms(
     size:str='small',            # of the models
     windows:int=1_000_000,       # that pretraining sees
@@ -158,7 +162,7 @@ def study_arms(
              Arm('reconstruction-spectrum', 'reconstruction of spectra', seen('recon-spectrum'), **sequential)]
     return arms + probe_arms(arms)
 
-# %% ../../nbs/study/07_arms.ipynb #38ea0d92
+# %% ../../nbs/study/07_arms.ipynb #b3aef1a3
 def baseline_arms(
     name:str, # of a published picker
 )->list[Arm]:
@@ -173,15 +177,16 @@ def probe_arms(
     arms:list[Arm],
 )->list[Arm]: # with all labels of one fold
     "Linear probes, and the head alone, on frozen features"
-    found, wanted = [], ('random', 'best', 'placebo', 'contrastive', 'reconstruction', 'random-sequential')
+    found, wanted = [], ('random', 'best', 'placebo', 'contrastive', 'reconstruction',
+                         'random-sequential')
     for arm in (a for a in arms if a.name in wanted):
         for way, said in ((PROBE, 'linear probe'), (HEAD_ONLY, 'head alone')):
-            found.append(replace(arm, name=f'{arm.name}-{way.name}', title=f'{arm.title}, {said}', way=way,
-                                 control=f'{arm.control}-{way.name}', few=False, whole=True, folds=1,
-                                 pretrainings=1))
+            found.append(replace(arm, name=f'{arm.name}-{way.name}', title=f'{arm.title}, {said}',
+                                 way=way, control=f'{arm.control}-{way.name}', few=False,
+                                 whole=True, folds=1, pretrainings=1))
     return found
 
-# %% ../../nbs/study/07_arms.ipynb #e9be829d
+# %% ../../nbs/study/07_arms.ipynb #6e4bfa02
 @dataclass(frozen=True)
 class Grid:
     "How often each arm is trained"
@@ -206,11 +211,12 @@ def plan_folds(
     grid:Grid=Grid(),
 )->list[FoldTrial]: # pretrainings first
     "All trials of a study, each once"
-    tuned = [t for fraction in grid.fractions for arm in arms for t in arm_trials(arm, grid, fraction)]
+    tuned = [t for fraction in grid.fractions for arm in arms
+             for t in arm_trials(arm, grid, fraction)]
     trials = [*(t.pretraining for t in tuned if t.pretraining), *tuned]
     return list({t.name: t for t in trials}.values())
 
-# %% ../../nbs/study/07_arms.ipynb #6e4bfa02
+# %% ../../nbs/study/07_arms.ipynb #79b4b02c
 def choose_arms(
     arms:list[Arm],
     text:str|None, # names with commas between; None: all

@@ -125,6 +125,7 @@ def write_continuous(
     write_atomically(folder/'analyst.json', lambda part: part.write_text(text, encoding='utf-8'))
     return table
 
+# %% ../../nbs/study/06_arrays.ipynb #0ad4e680
 def centre(instrument, span):
     "Median of each component over a stretch; 0 where a component is missing"
     x = instrument.read(span, 0, span.count)
@@ -135,7 +136,7 @@ def typical(x):
     "Median size of the samples of each component"
     return np.median(np.abs(x), 0)
 
-# %% ../../nbs/study/06_arrays.ipynb #0ad4e680
+# %% ../../nbs/study/06_arrays.ipynb #a1e9b004
 def analyst_rows(
     table:np.ndarray, # from `write_continuous`
     file:Path,        # table of picks
@@ -148,11 +149,13 @@ def analyst_rows(
             sample = (pick.time - int(row['start']))/10**7
             if row['station'] != f'{pick.network}.{pick.station}': continue
             if 0 <= sample < row['length']:
-                found.append(dict(row=k, phase=pick.phase[0].upper(), sample=sample, event=pick.event))
-    if not found: raise UserError(f"No pick of '{file}' lies in the continuous data: compare stations and times.")
+                found.append(dict(row=k, phase=pick.phase[0].upper(), sample=sample,
+                                  event=pick.event))
+    if not found: raise UserError(f"No pick of '{file}' lies in the continuous data: "
+                                    'compare stations and times.')
     return found
 
-# %% ../../nbs/study/06_arrays.ipynb #24b2d5b9
+# %% ../../nbs/study/06_arrays.ipynb #912b9dc6
 def sample_planes(
     x:np.ndarray, # (N,) int16 or int32
 )->np.ndarray: # (itemsize, N) uint8
@@ -172,7 +175,7 @@ def samples_of_planes(
     step = even >> 1 ^ -(even & 1)
     return np.cumsum(step).astype({2: np.int16, 4: np.int32}[len(planes)])
 
-# %% ../../nbs/study/06_arrays.ipynb #d44aee9f
+# %% ../../nbs/study/06_arrays.ipynb #6024fe9c
 def pack_arrays(
     folder:Path, # with arrays
     to:Path,     # that gets packed copies
@@ -186,9 +189,11 @@ def pack_arrays(
             x = np.load(file)
             head = np.array([x.itemsize, len(x)], np.int64).tobytes()
             data = head + b''.join(sample_planes(x[:, k]).tobytes() for k in range(3))
-        write_atomically(to/f'{file.name}.bz2', lambda part, data=data: part.write_bytes(bz2.compress(data)))
+        packed = bz2.compress(data)
+        write_atomically(to/f'{file.name}.bz2', lambda part, b=packed: part.write_bytes(b))
     return sum((to/f'{file.name}.bz2').stat().st_size for file in files)
 
+# %% ../../nbs/study/06_arrays.ipynb #5f5461f3
 def unpack_arrays(
     folder:Path, # with packed copies
     to:Path,     # that gets the arrays

@@ -87,6 +87,7 @@ def check_folds(a:dict):
     if a['device'] == 'all': raise UserError('--device is all; a study by folds runs on one device.')
     pick_device(a['device'])
 
+# %% ../../nbs/study/12_command.ipynb #701df023
 def fold_arrays(a:dict, data:FoldData, out:Path)->Path:
     "The folder of the arrays, unpacked and complete"
     given = a['arrays'] and Path(a['arrays'])
@@ -97,7 +98,7 @@ def fold_arrays(a:dict, data:FoldData, out:Path)->Path:
     prepare_arrays(data, folder)
     return folder
 
-# %% ../../nbs/study/12_command.ipynb #701df023
+# %% ../../nbs/study/12_command.ipynb #19b2c09e
 def study_by_folds(
     a:dict, # parameters of `study`
 )->Path: # the study's folder
@@ -128,6 +129,7 @@ def say_packed(arrays, out):
     print(f"arrays  {arrays}\npacked  {out/'packed'}, {size/2**20:.1f} MiB")
     return out
 
+# %% ../../nbs/study/12_command.ipynb #b908b84e
 def train_folds(trials, s, a, home):
     "Run the trials that are not done; returns the names of those that failed"
     begin_folds(s, trials, a['jobs'])
@@ -150,7 +152,7 @@ def report_folds(out, arms, grid):
     print(arm_overview(reports, arms, min(grid.fractions)).to_string())
     print(f"reports  {out}/folds_*.csv\nfigure  {out/'figure.png'}")
 
-# %% ../../nbs/study/12_command.ipynb #b908b84e
+# %% ../../nbs/study/12_command.ipynb #dd5379f5
 def study(
     folds:int=None, # parts of the labelled events that take turns as test: the study by folds; without it one split is scored
     from_run:Annotated[str, {'action': 'append'}]=None, # one split: NAME=RUN, a pretrained run to fine-tune, with its control from random weights; may be given several times

@@ -81,7 +81,8 @@ class DeviceRecords(Source):
         batch = dict(zip(('p_onset', 's_onset', 'p_weak', 's_weak'), onset.unbind(1)))
         batch |= dict(zip(('p_status', 's_status'), self.status[r].unbind(1)))
         x = torch.where(there[..., None], x, 0.)
-        return {**batch, 'x': x, 'scale': torch.ones(len(r), 3, device=r.device), 'valid': valid.int()}
+        ones = torch.ones(len(r), 3, device=r.device)
+        return {**batch, 'x': x, 'scale': ones, 'valid': valid.int()}
 
 # %% ../../nbs/study/06a_device_records.ipynb #855dde61
 def read_records(
@@ -115,6 +116,7 @@ def spread(work, parts, jobs):
     if jobs == 1 or len(parts) == 1: return [work(part) for part in parts]
     with get_context('spawn').Pool(jobs) as pool: return pool.map(work, parts)
 
+# %% ../../nbs/study/06a_device_records.ipynb #3f4cd05e
 def make_generated(
     folder:Path,   # of the results
     records:int,   # of the generator
@@ -130,11 +132,12 @@ def make_generated(
         save_array(folder/'synthetic-samples.npy', samples.reshape(-1, 3))
         save_array(folder/'synthetic-table.npy', table)
     if not events or (folder/'events-onsets.npy').exists(): return
-    waves, onsets = (np.concatenate(v)[:events] for v in zip(*spread(events_part, range(-(-events//50)), jobs)))
+    parts = spread(events_part, range(-(-events//50)), jobs)
+    waves, onsets = (np.concatenate(v)[:events] for v in zip(*parts))
     save_array(folder/'events-waves.npy', waves)
     save_array(folder/'events-onsets.npy', onsets)
 
-# %% ../../nbs/study/06a_device_records.ipynb #ecca259c
+# %% ../../nbs/study/06a_device_records.ipynb #9ef65ed3
 class DeviceEvents:
     "Windows of synthetic events in real noise"
     def __init__(self,
@@ -169,10 +172,11 @@ class DeviceEvents:
         p, s = (there*picked + ~there*absent).to(torch.int8).unbind(1)
         valid = torch.tensor([0, WINDOW], dtype=torch.int32, device=device).repeat(count, 1)
         none = torch.full((count,), torch.nan, device=device)
-        return {'p_onset': onset[:, 0], 's_onset': onset[:, 1], 'p_weak': none, 's_weak': none, 'p_status': p,
-                's_status': s, 'x': x, 'scale': torch.ones(count, 3, device=device), 'valid': valid}
+        ones = torch.ones(count, 3, device=device)
+        return {'p_onset': onset[:, 0], 's_onset': onset[:, 1], 'p_weak': none, 's_weak': none,
+                'p_status': p, 's_status': s, 'x': x, 'scale': ones, 'valid': valid}
 
-# %% ../../nbs/study/06a_device_records.ipynb #2d814e34
+# %% ../../nbs/study/06a_device_records.ipynb #988e4dc7
 def scramble_phases(
     x:Tensor, # (B, L, 3)
     generator:torch.Generator, # on its device

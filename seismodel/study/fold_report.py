@@ -47,7 +47,8 @@ def gain_table(
     found = [compare(onsets, reference, methods).assign(reference=reference)
              for reference, methods in wanted.items() if reference in there]
     for reference in (a.method for a in arms if a.way.budget == 0 and a.method in there):
-        found.append(compare(repeat_published(onsets, reference), reference, plain).assign(reference=reference))
+        beside = repeat_published(onsets, reference)
+        found.append(compare(beside, reference, plain).assign(reference=reference))
     found = [table for table in found if len(table)]
     return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
 
@@ -63,7 +64,7 @@ def station_table(
 def pick_table(
     picks:pd.DataFrame, # picks.csv.gz
 )->pd.DataFrame: # method, fraction, phase, metric, value, low, high, onsets, seeds
-    "Shares found by picks at thresholds chosen on dev; noise disturbed, and false picks an hour of noise"
+    "Shares found by picks at thresholds chosen on dev; noise disturbed, false picks an hour of it"
     found = arm_scores(picks)
     if len(found): found = found[found['metric'].isin(SHARES)]
     rows = []
@@ -75,21 +76,22 @@ def pick_table(
                  {**about, 'metric': 'false picks an hour', 'value': noise['picks'].sum()/hours}]
     return pd.concat([found, pd.DataFrame(rows)], ignore_index=True)
 
+# %% ../../nbs/study/11_fold_report.ipynb #be54b606
 def hour_table(
     stretches:pd.DataFrame, # stretches.csv
 )->pd.DataFrame: # method, fraction, instrument, hours, trials; picks an hour, all and unconfirmed
     "Picks an hour of continuous data, means over trials"
     if not len(stretches): return pd.DataFrame()
-    rate = stretches.assign(picks=(stretches['p_picks'] + stretches['s_picks'])/stretches['hours'],
-                            unconfirmed=(stretches['p_unconfirmed'] + stretches['s_unconfirmed'])/stretches['hours'])
-    parts = rate.groupby(['method', 'fraction', 'instrument'])
+    rate = lambda name: (stretches[f'p_{name}'] + stretches[f's_{name}'])/stretches['hours']
+    rates = stretches.assign(picks=rate('picks'), unconfirmed=rate('unconfirmed'))
+    parts = rates.groupby(['method', 'fraction', 'instrument'])
     return parts.agg(hours=('hours', 'first'), trials=('fold', 'size'), picks=('picks', 'mean'),
                      unconfirmed=('unconfirmed', 'mean')).reset_index()
 
 def analyst_table(
     analyst:pd.DataFrame, # analyst.csv
 )->pd.DataFrame: # method, fraction, phase, picks, trials; found, within 0.5 s
-    "Share of the analyst picks with a pick within a second; with the highest probability within half of one"
+    "Share of analyst picks with a pick within a second; with the highest probability within half"
     if not len(analyst): return pd.DataFrame()
     said = analyst.assign(found=analyst['residual'].notna(), near=analyst['highest'].abs() <= .5,
                           pick=analyst['station'] + analyst['event'].astype(str))
@@ -97,8 +99,9 @@ def analyst_table(
     return parts.agg(picks=('pick', 'nunique'), trials=('found', 'size'), found=('found', 'mean'),
                      highest_near=('near', 'mean')).reset_index()
 
-# %% ../../nbs/study/11_fold_report.ipynb #9ee48e68
-REPORTS = ('arms', 'scores', 'automatic', 'stations', 'gains', 'detection', 'picks', 'continuous', 'analyst')
+# %% ../../nbs/study/11_fold_report.ipynb #01e7ae0a
+REPORTS = ('arms', 'scores', 'automatic', 'stations', 'gains', 'detection', 'picks', 'continuous',
+           'analyst')
 
 def progress_table(
     arms:list[Arm],
@@ -116,6 +119,7 @@ def progress_table(
                              windows=arm.start.windows, done=done, trials=len(trials)))
     return pd.DataFrame(rows)
 
+# %% ../../nbs/study/11_fold_report.ipynb #8926783b
 def write_reports(
     out:Path, # of the study, with the tables of `write_fold_tables`
     arms:list[Arm],
@@ -131,7 +135,8 @@ def write_reports(
     for name in REPORTS:
         table = found[name].round(5)
         if not len(table): continue                            # a page shows it as not run
-        write_atomically(out/f'folds_{name}.csv', lambda part, table=table: table.to_csv(part, index=False))
+        write = lambda part, table=table: table.to_csv(part, index=False)
+        write_atomically(out/f'folds_{name}.csv', write)
     return found
 
 def detection_table(onsets):
@@ -142,22 +147,24 @@ def detection_table(onsets):
     if not (kinds == 2).any(): return pd.DataFrame()
     return detection(scored[kinds == 2]).reset_index()
 
+# %% ../../nbs/study/11_fold_report.ipynb #83eacf9f
 def read_reports(
     folder:str|Path, # with folds_NAME.csv
 )->dict[str, pd.DataFrame]: # by the names of `REPORTS`; empty where there is no such file
     "The reports of a study, as far as they are there; raises `UserError` where none is"
     files = {name: Path(folder)/f'folds_{name}.csv' for name in REPORTS}
-    if not any(f.exists() for f in files.values()): raise UserError(f"'{folder}' holds no report of a study by folds.")
+    if not any(f.exists() for f in files.values()):
+        raise UserError(f"'{folder}' holds no report of a study by folds.")
     return {name: pd.read_csv(f) if f.exists() else pd.DataFrame() for name, f in files.items()}
 
-# %% ../../nbs/study/11_fold_report.ipynb #83eacf9f
+# %% ../../nbs/study/11_fold_report.ipynb #5d45e875
 NOT_RUN = 'not run'
 
 def arm_overview(
     reports:dict[str, pd.DataFrame], # from `read_reports`
     arms:list[Arm],
     fraction:float, # of the labelled events
-)->pd.DataFrame: # rows: titles; columns: windows of pretraining, trials, P and S within 0.1, 0.3, 0.5 s, gains
+)->pd.DataFrame: # rows: titles; columns: windows, trials, shares of P and S, gains
     "Scores and gains of each arm at one fraction; 'not run' where there is none"
     scores, gains, rows = reports['scores'], reports['gains'], {}
     for arm in arms:
@@ -167,15 +174,18 @@ def arm_overview(
                'trials': NOT_RUN if run is None or not run.done else f'{run.done} of {run.trials}'}
         for phase in 'ps':
             for metric in SHARES:
-                found = _only(scores, method=arm.method, fraction=fraction, phase=phase, metric=metric)
-                row[f'{phase.upper()} {metric}'] = NOT_RUN if found is None else f'{100*found.value:.1f}'
+                found = _only(scores, method=arm.method, fraction=fraction, phase=phase,
+                              metric=metric)
+                said = NOT_RUN if found is None else f'{100*found.value:.1f}'
+                row[f'{phase.upper()} {metric}'] = said
         for phase in 'ps':
-            found = _only(gains, method=arm.method, fraction=fraction, phase=phase, metric='within 0.3 s',
-                          reference='random plain')
+            found = _only(gains, method=arm.method, fraction=fraction, phase=phase,
+                          metric='within 0.3 s', reference='random plain')
             row[f'{phase.upper()} gain, 0.3 s'] = '' if found is None else said_gain(found)
         rows[arm.title] = row
     return pd.DataFrame(rows).T
 
+# %% ../../nbs/study/11_fold_report.ipynb #60118a2b
 def _only(table, **keys):
     "The one row with these values; None where there is none"
     for name, value in keys.items():
@@ -188,7 +198,7 @@ def said_gain(
     "A gain in points with its interval and its verdict"
     return f'{100*row.gain:+.1f} [{100*row.low:+.1f}, {100*row.high:+.1f}] {row.verdict}'
 
-# %% ../../nbs/study/11_fold_report.ipynb #ebebe491
+# %% ../../nbs/study/11_fold_report.ipynb #2f68087b
 def plot_gains(
     reports:dict[str, pd.DataFrame], # from `read_reports`
     arms:list[Arm],
@@ -201,12 +211,14 @@ def plot_gains(
     fig, axs = plt.subplots(1, 2, figsize=(8, .3*len(arms) + 1.2), sharey=True, layout='constrained')
     for ax, phase in zip(axs, 'ps'):
         for k, arm in enumerate(arms):
-            row = _only(reports['gains'], method=arm.method, fraction=fraction, phase=phase, metric=metric,
-                        reference='random plain')
+            row = _only(reports['gains'], method=arm.method, fraction=fraction, phase=phase,
+                        metric=metric, reference='random plain')
             if row is None: ax.text(0, k, f' {NOT_RUN}', va='center', color='.5')
-            else: ax.errorbar(100*row.gain, k, xerr=[[100*(row.gain - row.low)], [100*(row.high - row.gain)]],
-                              fmt='o', color='C0', capsize=2)
-        for points, style in ((0, '-'), (3, '--'), (-3, '--')): ax.axvline(points, color='.7', lw=1, ls=style, zorder=0)
+            else:
+                ends = [[100*(row.gain - row.low)], [100*(row.high - row.gain)]]
+                ax.errorbar(100*row.gain, k, xerr=ends, fmt='o', color='C0', capsize=2)
+        for points, style in ((0, '-'), (3, '--'), (-3, '--')):
+            ax.axvline(points, color='.7', lw=1, ls=style, zorder=0)
         ax.set(title=f'{phase.upper()} {metric}', xlabel='points above random weights')
     axs[0].set_yticks(range(len(arms)), [arm.title for arm in arms])
     axs[0].invert_yaxis()

@@ -55,6 +55,7 @@ class FoldData:
         return dict(labelled=[*map(name, self.labelled)], unlabelled=[*map(name, self.unlabelled)],
                     baselines=[n for n, _ in self.baselines], continuous=[*map(name, self.continuous)])
 
+# %% ../../nbs/study/10_fold_run.ipynb #848b9302
 def prepare_arrays(
     data:FoldData,
     folder:Path, # of the arrays
@@ -66,10 +67,12 @@ def prepare_arrays(
         if data.labelled: refuse_change(read_json(done), data.kept, folder)
         return
     if not data.labelled or not data.unlabelled:
-        raise UserError(f"'{folder}' holds no arrays yet: name labelled data with --data and others with --unlabelled.")
+        raise UserError(f"'{folder}' holds no arrays yet: name labelled data with --data "
+                        'and others with --unlabelled.')
     labelled = write_records(folder, 'labelled', open_splits(data.labelled))
     save_array(folder/'labelled-table.npy', manual_where_unsaid(labelled))
-    check_unlabelled(labelled, write_records(folder, 'unlabelled', open_splits(data.unlabelled, ('train',))))
+    others = open_splits(data.unlabelled, ('train',))
+    check_unlabelled(labelled, write_records(folder, 'unlabelled', others))
     for name, stem in data.baselines: record_baseline(folder, name, stem)
     if data.continuous: write_continuous(folder, data.continuous, data.analyst)
     write_atomically(done, lambda part: part.write_text(json.dumps(data.kept), encoding='utf-8'))
@@ -81,7 +84,7 @@ def refuse_change(saved, wanted, where):
             raise UserError(f"'{where}' is of a study with {name} {saved.get(name)}, not {value}; "
                             'give the same settings, or another --out.')
 
-# %% ../../nbs/study/10_fold_run.ipynb #72f92bcc
+# %% ../../nbs/study/10_fold_run.ipynb #8dc25ec7
 def manual_where_unsaid(
     table:np.ndarray, # of `write_records`
 )->np.ndarray: # the same, changed in place
@@ -92,13 +95,14 @@ def manual_where_unsaid(
         status = table['status'][rows]
         unsaid = int((status == picked).sum())
         if not unsaid: continue
-        if (status > picked).any(): log.warning('%s: %d onsets without a status do not score', name, unsaid)
+        if (status > picked).any():
+            log.warning('%s: %d onsets without a status do not score', name, unsaid)
         else:
             log.warning('%s does not say how its onsets were picked: all count as manual', name)
             table['status'][rows] = np.where(status == picked, manual, status)
     return table
 
-# %% ../../nbs/study/10_fold_run.ipynb #ad8078b8
+# %% ../../nbs/study/10_fold_run.ipynb #58249525
 PRETRAININGS = 4             # at once
 LARGEST_SHARE = .94          # of a GPU's memory that is given out
 CONTEXT = .6                 # GiB that a process needs besides
@@ -142,7 +146,7 @@ class Workers:
         for p in self.busy: p.join()
         return len(self.busy)
 
-# %% ../../nbs/study/10_fold_run.ipynb #8ed8c0a5
+# %% ../../nbs/study/10_fold_run.ipynb #3cd67dc7
 class Schedule:
     "What is to do, in the order of the plan"
     def __init__(self, trials, s, stop_after):
@@ -173,7 +177,7 @@ class Schedule:
         return trial
 
     def note(self, trial, code):
-        "A process ended: with a result, or with none, and then it is tried once more. Returns what to say"
+        "A process ended, with a result, or without: then it is tried once more. Returns what to say"
         if trial.file(self.s.out).exists():
             if not trial.way: self.weights.add(trial.name)
             self.note_time(trial)
@@ -186,13 +190,14 @@ class Schedule:
         lines = file.read_text(encoding='utf-8').strip().splitlines() if file.exists() else []
         return f"{trial.name} failed ({code}): {lines[-1] if lines else 'no output'}"
 
+# %% ../../nbs/study/10_fold_run.ipynb #edb8c0c4
 def said_of(trial, s):
     "A line for a trial that is done"
     row = read_json(trial.file(s.out))
     shown = ('p0.3', 's0.3', 'seconds', 'windows_per_second', 'gib')
     return f'{trial.name}  ' + '  '.join(f'{k} {row[k]}' for k in shown if k in row)
 
-# %% ../../nbs/study/10_fold_run.ipynb #3cd67dc7
+# %% ../../nbs/study/10_fold_run.ipynb #c5de313f
 def run_fold_trials(
     trials:list[FoldTrial], # from `plan_folds`
     s:FoldStudy,
@@ -221,7 +226,7 @@ def run_fold_trials(
                           f'{len(plan.done)} of {len(trials)} trials done; the same command goes on.')
     return plan
 
-# %% ../../nbs/study/10_fold_run.ipynb #9411b3c2
+# %% ../../nbs/study/10_fold_run.ipynb #67f4c9ae
 def check_fold_settings(
     s:FoldStudy,
     size:str, # of the models
@@ -241,11 +246,12 @@ def begin_folds(
     "Make what the trials need beside the arrays: records and events of the generator"
     (s.out/'trials').mkdir(parents=True, exist_ok=True)
     windows = max([t.start.windows for t in trials], default=0)
-    events = any(t.way and t.way.synthetic or t.start.windows and t.start.variant.data == 'events' for t in trials)
+    events = any(t.way and t.way.synthetic or t.start.windows and t.start.variant.data == 'events'
+                 for t in trials)
     most = lambda n: min(n, max(50, windows//4))
     make_generated(s.out, most(2000), most(4000)*events, jobs)
 
-# %% ../../nbs/study/10_fold_run.ipynb #3fffa79a
+# %% ../../nbs/study/10_fold_run.ipynb #c324d54a
 LARGEST = 16*2**20           # bytes of a bundle
 BUNDLES = 4                  # of weights in one call
 
@@ -265,6 +271,7 @@ def take_bundles(
                 where.write_bytes(z.read(name))
     return names
 
+# %% ../../nbs/study/10_fold_run.ipynb #33b259d2
 def bring_bundles(
     out:Path,     # of the study
     folder:Path,  # for bundles
@@ -274,7 +281,8 @@ def bring_bundles(
     folder.mkdir(parents=True, exist_ok=True)
     bundles = sorted(folder.glob('weights-*.zip'))
     there = home.union(*(zipfile.ZipFile(f).namelist() for f in bundles))
-    for file in [f for name in ('pretrained', 'pickers') for f in sorted((out/name).glob('*.safetensors'))]:
+    for file in [f for name in ('pretrained', 'pickers')
+                 for f in sorted((out/name).glob('*.safetensors'))]:
         name = f'{file.parent.name}/{file.name}'
         if name in there: continue
         if not bundles or bundles[-1].stat().st_size + file.stat().st_size > .98*LARGEST:
@@ -284,12 +292,13 @@ def bring_bundles(
         there.add(name)
     def write(part):
         with zipfile.ZipFile(part, 'w', zipfile.ZIP_DEFLATED) as z:
-            for file in sorted(f for name in ('trials', 'pretrained', 'logs') for f in (out/name).glob('*')):
+            names = ('trials', 'pretrained', 'logs')
+            for file in sorted(f for name in names for f in (out/name).glob('*')):
                 if file.suffix in ('.json', '.txt'): z.write(file, f'{file.parent.name}/{file.name}')
             z.writestr('home.txt', '\n'.join(sorted(there)))
     write_atomically(folder/'results.zip', write)
 
-# %% ../../nbs/study/10_fold_run.ipynb #33b259d2
+# %% ../../nbs/study/10_fold_run.ipynb #9b82358e
 ARM_COLUMNS = ('method', 'fraction', 'seed', 'fold', 'start')
 
 def write_lines(file, columns, lines, opener=open):
@@ -301,6 +310,7 @@ def write_lines(file, columns, lines, opener=open):
             writer.writerows(lines)
     write_atomically(file, write)
 
+# %% ../../nbs/study/10_fold_run.ipynb #3d886629
 def write_fold_tables(
     out:Path, # of the study
 )->int: # trials in the tables
@@ -316,13 +326,15 @@ def write_fold_tables(
     windows = [f'{name}_{j}' for j in range(places) for name in ('residual', 'p', 's', 'any')]
     about = ('phase', 'record', 'event', 'status', 'known')
     write_lines(out/'onsets.csv.gz', [*ARM_COLUMNS, *about, *windows],
-                ([*arm(t), *o[:5], *(v for w in o[5] for v in w)] for t in trials for o in t['onsets']), gzip.open)
+                ([*arm(t), *o[:5], *(v for w in o[5] for v in w)] for t in trials for o in t['onsets']),
+                gzip.open)
     write_lines(out/'picks.csv.gz', [*ARM_COLUMNS, *about, 'residual_0', 'picks', 'seconds'],
                 ([*arm(t), *row] for t in trials for row in t['picks']), gzip.open)
     heard = [t for t in trials if 'continuous' in t]
     columns = ('instrument', 'hours', 'p_picks', 'p_unconfirmed', 's_picks', 's_unconfirmed')
     write_lines(out/'stretches.csv', [*ARM_COLUMNS, *columns],
-                ([*arm(t), *(r[k] for k in columns)] for t in heard for r in t['continuous']['stretches']))
+                ([*arm(t), *(r[k] for k in columns)] for t in heard
+                 for r in t['continuous']['stretches']))
     write_lines(out/'analyst.csv', [*ARM_COLUMNS, 'station', 'phase', 'event', 'residual', 'highest'],
                 ([*arm(t), *r] for t in heard for r in t['continuous']['analyst']))
     return len(trials)

@@ -44,7 +44,7 @@ def phase_probabilities(
 PLACES = 3                   # windows around each onset
 
 def highest(picker, records, rows, first):
-    "Samples of the highest P and S probability (n, 2), and highest probabilities of P, S and either (n, 3)"
+    "Samples of the highest P and S (n, 2), and highest probabilities of P, S and either (n, 3)"
     size = 16 if records.first.device.type == 'cpu' else 128
     at, top = [np.zeros((0, 2), int)], [np.zeros((0, 3))]
     for k in range(0, len(rows), size):
@@ -54,6 +54,7 @@ def highest(picker, records, rows, first):
         at.append(where.cpu().numpy())
     return np.concatenate(at), np.concatenate(top)
 
+# %% ../../nbs/study/08_fold_scores.ipynb #b908fbd5
 def window_rows(
     picker,           # in evaluation mode
     records:DeviceRecords,
@@ -73,7 +74,7 @@ def window_rows(
         if phase < 2: out[:, j, 0] = (at[:, phase] + first - onset[rows, phase])/SAMPLING_RATE
     return out
 
-# %% ../../nbs/study/08_fold_scores.ipynb #3b189df3
+# %% ../../nbs/study/08_fold_scores.ipynb #3ded493c
 @dataclass(frozen=True)
 class Labels:
     "What is known of the records of a study, on the host"
@@ -103,6 +104,7 @@ def scored_rows(
     there = np.isin(status[:, phase], (MANUAL, AUTOMATIC)) & np.isfinite(labels.onset[rows, phase])
     return rows[there]
 
+# %% ../../nbs/study/08_fold_scores.ipynb #b8735bc2
 def score_onsets(
     picker,
     records:DeviceRecords,
@@ -119,7 +121,7 @@ def score_onsets(
             out.append([phase, i, int(labels.event[i]), said, int(labels.known[i]), w])
     return out
 
-# %% ../../nbs/study/08_fold_scores.ipynb #98612f57
+# %% ../../nbs/study/08_fold_scores.ipynb #a3a21605
 def onset_summary(
     onsets:list[list], # from `score_onsets`
 )->dict: # p0.1, p0.3, p0.5, p_mae, p_mae0.5, p_n, the same for S, p_auc; None where there is nothing
@@ -137,7 +139,7 @@ def onset_summary(
         if phase == 'p': loud = np.array([w[1] for row in rows for w in row[5]])
     return score | {'p_auc': mean(loud[:, None] > quiet)}
 
-# %% ../../nbs/study/08_fold_scores.ipynb #8ecace0d
+# %% ../../nbs/study/08_fold_scores.ipynb #a02b424c
 def record_curves(
     picker,
     records:DeviceRecords,
@@ -158,7 +160,7 @@ def record_curves(
             count[a:b] += 1
     return total/count.clip(1)
 
-# %% ../../nbs/study/08_fold_scores.ipynb #a02b424c
+# %% ../../nbs/study/08_fold_scores.ipynb #b6787a8a
 def choose_on_dev(
     picker,
     records:DeviceRecords,
@@ -174,13 +176,14 @@ def choose_on_dev(
         chosen[phase] = choose_threshold(shown, onset[said])
     return chosen
 
+# %% ../../nbs/study/08_fold_scores.ipynb #cefe82c6
 def score_picks(
     picker,
     records:DeviceRecords,
     labels:Labels,
     rows:np.ndarray, # records of test
     thresholds:dict, # from `choose_on_dev`
-)->list[list]: # phase, record, event, status, known, residual in s or None, picks, seconds of the record
+)->list[list]: # phase, record, event, status, known, residual (s) or None, picks, seconds
     "Picks of whole records against their labels: of each onset the nearest one; of noise how many"
     out = []
     kinds = {k: set(scored_rows(labels, rows, k).tolist()) for k in range(3)}
@@ -197,15 +200,15 @@ def score_picks(
         if i in kinds[2]: out.append(['n', *about('absent'), None, sum(map(len, peaks)), seconds])
     return out
 
-# %% ../../nbs/study/08_fold_scores.ipynb #cefe82c6
+# %% ../../nbs/study/08_fold_scores.ipynb #c95f146d
 CONFIRMED = 1.               # seconds between a pick and that of an analyst
-ANALYST_REACH = 500                 # samples on either side in which the highest probability is looked for
+ANALYST_REACH = 500                 # samples on either side of an analyst pick
 
 def score_stretch(
     curve:np.ndarray,    # (L, 2), from `record_curves`
     thresholds:dict,
     analyst:list[dict],  # phase and sample of each pick in this stretch
-)->tuple[dict, list]: # hours, picks and unconfirmed picks; phase, event, residuals of pick and of highest in s
+)->tuple[dict, list]: # hours and picks; phase, event, residuals (s) of pick and of highest
     "Picks of one stretch"
     about, rows = {'hours': round(len(curve)/SAMPLING_RATE/3600, 4)}, []
     for k, phase in enumerate('ps'):
@@ -222,6 +225,7 @@ def score_stretch(
         about |= {f'{phase}_picks': len(at), f'{phase}_unconfirmed': int(alone.sum())}
     return about, rows
 
+# %% ../../nbs/study/08_fold_scores.ipynb #25b7a1f8
 def score_continuous(
     picker,
     records:DeviceRecords, # of `continuous`

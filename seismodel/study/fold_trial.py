@@ -75,7 +75,8 @@ def record_baseline(
         model = PhaseNet(**options)
         model.load_state_dict(torch.load(files[1][0], weights_only=True, map_location='cpu'))
     except (TypeError, RuntimeError, KeyError):
-        raise UserError(f"'{stem}' holds no PhaseNet, and other published pickers cannot be fine-tuned here.") from None
+        raise UserError(f"'{stem}' holds no PhaseNet; other published pickers "
+                        'cannot be fine-tuned here.') from None
     order = ['ZNE'.index(c) for c in options.get('component_order', 'ZNE')]
     saved = {'net': torch.fx.symbolic_trace(Logits(model)), 'peak': model.norm == 'peak',
              'phases': [model.labels.index(c) for c in LABELS], 'components': order}
@@ -127,6 +128,7 @@ def tensor_rate_optimizer(model, c, device):
     groups = [{**g, 'lr': lr()} for g in parameter_groups(model, c.weight_decay, c.layer_decay)]
     return torch.optim.AdamW(groups, lr=lr(), betas=c.betas, fused=True, capturable=on_gpu)
 
+# %% ../../nbs/study/09_fold_trial.ipynb #7bddb2d0
 def train_on_device(
     model,          # a `Pretrainer`, a `Picker` or a `RecordedPicker`, in training mode
     draw,           # function of a generator on the device that makes a batch
@@ -140,8 +142,10 @@ def train_on_device(
     torch.manual_seed(c.seed)
     optimizer = tensor_rate_optimizer(model, c, device)
     def step(_):
-        metrics, counts = optimizer_step(model, optimizer, [draw(generator)], generator, c, ranks, stop_flag)
-        return {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in metrics.items()}, counts
+        parts = [draw(generator)]
+        metrics, counts = optimizer_step(model, optimizer, parts, generator, c, ranks, stop_flag)
+        still = lambda v: v.detach() if isinstance(v, torch.Tensor) else v
+        return {k: still(v) for k, v in metrics.items()}, counts
     recorded = Recorded(step, generator, device)
     history, dummy = [], torch.zeros(1, device=device)
     with tensor_float32(device):
@@ -160,6 +164,7 @@ def train_on_device(
         for p, state in optimizer.state.items(): p.copy_(state.get('average', p))
     return history
 
+# %% ../../nbs/study/09_fold_trial.ipynb #c946f1e5
 class Recorded:
     "A step, on a GPU as a recording that is made anew when another part of the model is frozen"
     def __init__(self, step, generator, device):
@@ -180,7 +185,7 @@ class Recorded:
         torch.cuda.synchronize()
         self.replay.close()
 
-# %% ../../nbs/study/09_fold_trial.ipynb #c946f1e5
+# %% ../../nbs/study/09_fold_trial.ipynb #e40eaf32
 def pretraining_windows(
     start:Start,
     s:FoldStudy,
@@ -189,10 +194,12 @@ def pretraining_windows(
 ): # function of a generator that draws a batch
     "What a start sees"
     real, _ = read_records(s.data, 'unlabelled', device)
-    calm = calm_bank([real], min(1024 if start.variant.data == 'events' else 256, 8*batch)).to(device)
+    most = 1024 if start.variant.data == 'events' else 256
+    calm = calm_bank([real], min(most, 8*batch)).to(device)
     if start.variant.data == 'events':
-        events, change = DeviceEvents(s.out, calm.cpu(), 4000, device), fine_augment(calm, Augmentation())
-        return lambda generator: to_model(change(amplitudes(events.draw(batch, generator)), generator))
+        events = DeviceEvents(s.out, calm.cpu(), 4000, device)
+        change = fine_augment(calm, Augmentation())
+        return lambda g: to_model(change(amplitudes(events.draw(batch, g)), g))
     made, _ = read_records(s.out, 'synthetic', device)
     whole = [torch.arange(len(r), device=device) for r in (real, made)]
     change = pretrain_augment(calm) if start.variant.augment else None
@@ -206,7 +213,7 @@ def pretraining_windows(
         return to_model(b)['x']
     return draw
 
-# %% ../../nbs/study/09_fold_trial.ipynb #5a061619
+# %% ../../nbs/study/09_fold_trial.ipynb #ae9fb43a
 def pretrain_start(
     start:Start,
     s:FoldStudy,
@@ -227,11 +234,12 @@ def pretrain_start(
     history = train_on_device(model, draw, c, device)
     seconds = time.perf_counter() - begin
     keep_weights(model, s.out/'pretrained'/f'{start.label}.safetensors')
-    return dict(start=start.label, variant=start.name, seed=start.seed, windows=c.steps*batch, batch=batch,
-                lr=v.lr, augment=v.augment, data=v.data, seconds=round(seconds, 1), gib=gpu_memory(),
+    return dict(start=start.label, variant=start.name, seed=start.seed, windows=c.steps*batch,
+                batch=batch, lr=v.lr, augment=v.augment, data=v.data, seconds=round(seconds, 1), gib=gpu_memory(),
                 windows_per_second=round(c.steps*batch/seconds), history=history,
                 parameters=sum(p.numel() for p in model.parameters()), model=config_to_dict(v.model))
 
+# %% ../../nbs/study/09_fold_trial.ipynb #99f424a8
 def keep_weights(model, file):
     "Weights as float16"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -243,7 +251,7 @@ def gpu_memory():
     "GiB at most, so far"
     return round(torch.cuda.max_memory_allocated()/2**30, 1) if torch.cuda.is_available() else 0
 
-# %% ../../nbs/study/09_fold_trial.ipynb #ae9fb43a
+# %% ../../nbs/study/09_fold_trial.ipynb #85c003d1
 def fold_picker(
     trial:FoldTrial,
     s:FoldStudy,
@@ -251,7 +259,8 @@ def fold_picker(
     "The network of a fine-tuning before its first step"
     start, way, seed = trial.start, trial.way, trial.fold + 100*trial.seed
     torch.manual_seed(seed)
-    if start.variant is None: return RecordedPicker(s.data/f'baseline-{start.name}.pt', start.fresh).train()
+    if start.variant is None:
+        return RecordedPicker(s.data/f'baseline-{start.name}.pt', start.fresh).train()
     net = build(start.variant.model)
     weights = load_file(s.out/'pretrained'/f'{start.label}.safetensors') if start.windows else {}
     weights = {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
@@ -260,11 +269,12 @@ def fold_picker(
     torch.manual_seed(seed)
     width = 0 if way.probe else way.width
     picker = Picker(net, width=width, raw=not way.probe, freeze=way.freeze, at=way.at)
-    if supervised and way.probe: weights = {k: v for k, v in weights.items() if not k.startswith('head.')}
+    if supervised and way.probe:
+        weights = {k: v for k, v in weights.items() if not k.startswith('head.')}
     if supervised: picker.load_state_dict(weights, strict=not way.probe)
     return picker.train()
 
-# %% ../../nbs/study/09_fold_trial.ipynb #872e70b9
+# %% ../../nbs/study/09_fold_trial.ipynb #c5bcf325
 class LowestLoss:
     "The weights with the lowest loss over dev windows"
     def __init__(self,
@@ -279,13 +289,15 @@ class LowestLoss:
         chosen = torch.as_tensor(rows, device=device)
         batch = to_model(amplitudes(records.draw(chosen, count, generator)))
         self.batches = [{k: v[i:i + 32] for k, v in batch.items()} for i in range(0, count, 32)]
-        self.picker, self.device, self.loss, self.step, self.weights = picker, device, math.inf, 0, None
+        self.picker, self.device = picker, device
+        self.loss, self.step, self.weights = math.inf, 0, None
 
     @torch.no_grad()
     def look(self, step):
         "Compare, and keep"
         self.picker.eval()
-        with mixed_precision(self.device): losses = [self.picker(b).loss.float() for b in self.batches]
+        with mixed_precision(self.device):
+            losses = [self.picker(b).loss.float() for b in self.batches]
         self.picker.train()
         loss = float(torch.stack(losses).mean())
         if loss >= self.loss: return
@@ -296,7 +308,7 @@ class LowestLoss:
         "Put them in place, if there are any"
         if self.weights: self.picker.load_state_dict(self.weights)
 
-# %% ../../nbs/study/09_fold_trial.ipynb #85c003d1
+# %% ../../nbs/study/09_fold_trial.ipynb #c209bab3
 def fine_windows(
     trial:FoldTrial,
     s:FoldStudy,
@@ -327,7 +339,7 @@ def fold_recipe(trial, s):
                        seed=trial.fold + 100*trial.seed, weight_decay=way.weight_decay,
                        layer_decay=way.layer_decay, average=way.average)
 
-# %% ../../nbs/study/09_fold_trial.ipynb #c5bcf325
+# %% ../../nbs/study/09_fold_trial.ipynb #6553a3f5
 def finetune_fold(
     trial:FoldTrial,
     s:FoldStudy,
@@ -351,9 +363,11 @@ def finetune_fold(
                  way=trial.way.name, fraction=trial.fraction, fold=trial.fold, seed=trial.seed,
                  records=len(sides.train), events=len({events[i] for i in sides.train}),
                  steps=c.steps if learned else 0, best_step=best.step, loss=history[-1]['loss'],
-                 dev_loss=best.loss if best.weights else None, seconds=round(seconds, 1), gib=gpu_memory())
+                 dev_loss=best.loss if best.weights else None, seconds=round(seconds, 1),
+                 gib=gpu_memory())
     return about | fold_results(picker.eval(), s, records, labels_of_fold(table, sides), sides)
 
+# %% ../../nbs/study/09_fold_trial.ipynb #456820a9
 def fold_results(picker, s, records, labels, sides):
     "All scores of a picker"
     thresholds = choose_on_dev(picker, records, labels, sides.dev)
@@ -366,7 +380,7 @@ def fold_results(picker, s, records, labels, sides):
     analyst = json.loads((s.data/'analyst.json').read_text(encoding='utf-8'))
     return found | {'continuous': score_continuous(picker, continuous, table, analyst, thresholds)}
 
-# %% ../../nbs/study/09_fold_trial.ipynb #45f3177a
+# %% ../../nbs/study/09_fold_trial.ipynb #85ad29d5
 def run_fold_trial(
     trial:FoldTrial,
     s:FoldStudy,

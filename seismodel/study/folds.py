@@ -57,6 +57,7 @@ def fold_sides(
     check_sides(sides, events)
     return sides
 
+# %% ../../nbs/study/05_folds.ipynb #ecd18cf4
 def check_sides(
     sides:Sides,
     events:list[str], # event of each record
@@ -64,12 +65,12 @@ def check_sides(
     "Raise `UserError` unless each side has events, and none is on two of them"
     held = {name: {events[i] for i in rows} for name, rows in sides._asdict().items()}
     for name, there in held.items():
-        if not there: raise UserError(f'A fold has no event for {name}: give more labelled events, or fewer --folds.')
+        if not there: raise UserError(f'A fold has no event for {name}: give more events, or fewer --folds.')
     for one, other in (('train', 'test'), ('dev', 'test'), ('train', 'dev')):
         both = held[one] & held[other]
         if both: raise UserError(f"Event '{min(both)}' is in {one} and in {other} of one fold.")
 
-# %% ../../nbs/study/05_folds.ipynb #1626b8cf
+# %% ../../nbs/study/05_folds.ipynb #45319a92
 def check_unlabelled(
     labelled:np.ndarray,   # table of `write_arrays`, with fields event, named and checksum
     unlabelled:np.ndarray, # likewise
@@ -77,8 +78,10 @@ def check_unlabelled(
     "Raise `UserError` where pretraining would see a labelled event or its samples"
     names = [set(t['event'][t['named']].tolist()) for t in (labelled, unlabelled)]
     if both := names[0] & names[1]:
-        raise UserError(f"Event '{min(both)}' has records in --data and in --unlabelled; take it out of --unlabelled.")
+        raise UserError(f"Event '{min(both)}' has records in --data and in --unlabelled; "
+                        'take it out of --unlabelled.')
     sums = [set(t['checksum'].tolist()) for t in (labelled, unlabelled)]
     if both := sums[0] & sums[1]:
         trace = unlabelled['trace'][unlabelled['checksum'] == min(both)][0]
-        raise UserError(f"Trace '{trace}' of --unlabelled has the samples of a labelled one; take it out.")
+        raise UserError(f"Trace '{trace}' of --unlabelled has the samples of a labelled one; "
+                        'take it out.')
