@@ -114,7 +114,7 @@ def study_by_folds(
         names = tuple(read_json(arrays/'made-of.json')['baselines'])
         arms = choose_arms(study_arms(a['size'], a['windows'], names), a['arms'])
         s = FoldStudy(arrays, out, a['folds'], a['steps'], a['batch_size'], a['device'])
-        check_fold_settings(s, a['size'])
+        check_fold_settings(s, a['size'], a['windows'])
         if a['only'] == 'prepare': return say_packed(arrays, out)
         left = [] if a['only'] == 'report' else train_folds(plan_folds(arms, grid), s, a, home)
         if a['only'] != 'train': report_folds(out, arms, grid)

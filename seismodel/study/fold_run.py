@@ -167,7 +167,8 @@ class Schedule:
 
     def ready(self, trial):
         "Whether its start is there, and time is left"
-        if self.passed + 1.2*self.slowest[bool(trial.way)] > self.stop_after: return False
+        ends = self.passed + 1.2*self.slowest[bool(trial.way)]
+        if self.passed > 30 and ends > self.stop_after: return False
         return not trial.pretraining or trial.start.label in self.weights
 
     def next(self, workers):
@@ -229,11 +230,12 @@ def run_fold_trials(
 # %% ../../nbs/study/10_fold_run.ipynb #67f4c9ae
 def check_fold_settings(
     s:FoldStudy,
-    size:str, # of the models
+    size:str,    # of the models
+    windows:int, # that a pretraining sees
 ):
     "Write settings.json, or compare with what is there"
     table = s.data/'labelled-table.npy'
-    wanted = {**s.kept, 'size': size, 'records': crc32(table.read_bytes())}
+    wanted = {**s.kept, 'size': size, 'windows': windows, 'records': crc32(table.read_bytes())}
     file = s.out/'settings.json'
     if file.exists(): return refuse_change(read_json(file), wanted, s.out)
     write_atomically(file, lambda part: part.write_text(json.dumps(wanted), encoding='utf-8'))
@@ -253,7 +255,7 @@ def begin_folds(
 
 # %% ../../nbs/study/10_fold_run.ipynb #c324d54a
 LARGEST = 16*2**20           # bytes of a bundle
-BUNDLES = 4                  # of weights in one call
+BUNDLES = 3                  # of weights in one call: with the results less than 64 MiB
 
 def take_bundles(
     folder:Path, # with bundles of earlier calls
