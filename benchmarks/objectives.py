@@ -12,7 +12,7 @@ the labelled events and folds, and stands for all their combinations:
 
 `spectrum:480:1` is the variant `spectrum` after 480,000 windows, with seed 1. A fifth part may name the seeds of
 fine-tuning; a line without ways only pretrains. `variants` and `WAYS` below list the names, and `PLAN` is the plan
-behind the page "What a budget buys". Records of `test` do not leave `prepare`.
+behind the page "Pretraining budget and gain". Records of `test` do not leave `prepare`.
 """
 import argparse
 import sys
