@@ -54,7 +54,7 @@ from seismodel.data.prefetch import amplitudes, to_model
 from seismodel.data.sources import SyntheticSource
 from seismodel.data.store import quantize_samples
 from seismodel.data.store_reader import Store
-from seismodel.finetuning.heads import LABELS, Picker, batch_onsets, found, label_curves, pick_loss
+from seismodel.finetuning.heads import LABELS, Picker, batch_events, found, pick_loss, pick_targets
 from seismodel.models.encoders import BidirAutoregConfig
 from seismodel.models.pretraining import (MaskedConfig, ReconstructionConfig, Step, build, config_to_dict,
                                           preset)
@@ -397,9 +397,8 @@ class Peer(torch.nn.Module):
             return self.net(x).transpose(1, 2).index_select(-1, self.phases)
 
     def forward(self, batch, generator=None):
-        x, (onset, known) = batch['x'], batch_onsets(batch)
-        z = self.logits(x)
-        return Step(pick_loss(z, label_curves(*onset.unbind(-1), x.shape[1]), known), found(z, onset))
+        z = self.logits(batch['x'])
+        return Step(pick_loss(z, *pick_targets(batch, z.shape[1])), found(z, batch_events(batch)[0]))
 
 
 class Records(Source):

@@ -26,6 +26,7 @@ from ..data.sources import PHASES, onsets, open_dataset, split_column, trace_nam
 from ..data.channels import translate_components
 from ..statistics import ONSET_METRICS, auc, best_threshold, bootstrap, mcc
 from ..signals.records import COMPONENTS, SAMPLING_RATE, reason
+from ..signals.several_events import event_numbers
 from ..signals.source import digest
 from ..core import UserError, pick_device
 from .matching import match_records, pick_records
@@ -53,6 +54,8 @@ def labelled(
 )->np.ndarray: # (traces,) bool
     "Whether the phase was looked for: there is a pick of it, or the record is noise"
     here = np.isfinite(onsets(metadata, phase))
+    if f'trace_{phase}_unlabelled_samples' in metadata:          # the data set says where nobody looked
+        return ~(metadata[f'trace_{phase}_unlabelled_samples'].fillna('').astype(str) != '').to_numpy()
     if 'trace_category' in metadata: return here | metadata['trace_category'].astype(str).str.lower().eq('noise').to_numpy()
     return here | ~np.isfinite(onsets(metadata, 'P' if phase == 'S' else 'S'))      # no picks at all: noise, by the benchmark's rule
 
@@ -66,6 +69,8 @@ def picks_of(
     table = dataset.metadata
     factor = SAMPLING_RATE/table['trace_sampling_rate_hz'].to_numpy(float) if 'trace_sampling_rate_hz' in table else np.ones(len(table))
     columns = [(c, phase, name) for phase, names in PHASES.items() for name in names if (c := f'trace_{name}_arrival_sample') in table]
+    columns += [(c, phase, f'{phase}{n}') for n in event_numbers(table) for phase in PHASES      # of further events
+                if (c := f'trace_{phase}{n}_arrival_sample') in table]
     at = {c: pd.to_numeric(table[c], errors='coerce').to_numpy(float)*factor for c, _, _ in columns}
     known = {phase: labelled(table, phase) for phase in PHASES}
     for i in range(len(table)):
