@@ -199,6 +199,7 @@ def marked_records(rates=(100., 50.), samples=6000):
                'trace_component_order': 'ZNE', 'trace_category': 'earthquake', 'trace_S_unlabelled_samples': '100:150 3000:3100' if k % 3 == 1 else ''}
         for n, (p, s) in enumerate(np.sort(rng.choice(np.arange(500, 5500, 40), 2*count, replace=False)).reshape(-1, 2)):
             for phase, at, size in (('P', p, MARKS[n]), ('S', s, -MARKS[n])):
+                if (k, n, phase) == (5, 0, 'P'): continue              # a P was picked, but not of its own event
                 x[0, at] = size
                 row[f"trace_{phase}{n + 1 if n else ''}_arrival_sample"] = at
         yield row, x
@@ -229,7 +230,7 @@ def test_all_onsets_reach_a_batch(marked):
             if s == s: assert x[w, int(s)] < -5
         assert at[w].isfinite().sum() == (x[w].abs() > 5).sum()
         seen += int(at[w].isfinite().sum())
-    assert seen > 60
+    assert seen > 45
     assert (batch['p_status'] >= 2).all()
 
 
@@ -245,7 +246,7 @@ def test_a_store_says_what_the_data_set_says(marked):
     assert store.subset([0, 3, 6]).most(4096) == (1, 0)
     one = store.subset([0, 1, 3])
     torch.testing.assert_close(torch.from_numpy(one.windows(np.array([1]), np.array([.5]), 4096).events),
-                               torch.from_numpy(store.windows(np.array([1]), np.array([.5]), 4096).events), equal_nan=True)
+                               torch.from_numpy(store.windows(np.array([1]), np.array([.5]), 4096).events[:, :2]), equal_nan=True)
     before = data.fingerprint()
     data.arrivals['last'][-1] += 1
     assert data.fingerprint() != before
@@ -300,13 +301,14 @@ def test_stacked_pairs_do_not_depend_on_ranks():
 def test_no_onset_where_nothing_was_added():
     "An onset of the other window that would lie in the zeros beside a short record is left out"
     batch = swarm_batch(2)
-    batch['valid'] = torch.tensor([[0, 300], [0, 600]])
-    batch['x'][0, 300:] = 0
+    batch['valid'] = torch.tensor([[150, 300], [0, 600]])
+    batch['x'][0, :150] = batch['x'][0, 300:] = 0
     batch['events'][0] = nan
     batch['events'][1, :3] = torch.tensor([[100., 200.], [250., 350.], [400., 500.]])
     stacked = stack_events(batch, torch.Generator().manual_seed(0), share=1.)
-    assert stacked['events'][0].isfinite().sum() == 3 and stacked['events'][0].nan_to_num(0).max() < 300
-    assert not stacked['x'][0, 300:].any()
+    found = stacked['events'][0]
+    assert found[found.isfinite()].tolist() == [200., 250.]
+    assert not stacked['x'][0, 300:].any() and not stacked['x'][0, :150].any()
 
 
 def test_a_peak_at_any_event_counts():
