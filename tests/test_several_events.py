@@ -217,7 +217,7 @@ def marked(tmp_path_factory, write_dataset):
 def test_all_onsets_reach_a_batch(marked):
     "Each lies where its sample lies, those of a table, those of a store alike; none is missing"
     batches = [WindowDataset([source], 40, seed=3).batch(range(40)) for source in marked]
-    for name in ('events', 'unlabelled', 'p_onset', 's_status', 'record'):
+    for name in ('events', 'unlabelled', 'p_onset', 'p_status', 's_status', 'record'):
         torch.testing.assert_close(*(b[name] for b in batches), rtol=0, atol=0, equal_nan=True)
     batch = batches[0]
     assert batch['events'].shape == (40, 3, 2) and batch['unlabelled'].shape == (40, 2, 2, 2)
