@@ -14,6 +14,7 @@ from seismodel.data.store_reader import Store
 from seismodel.data.windows import WindowDataset
 from seismodel.finetuning.heads import Picker, found, in_zones, label_curves, pick_loss, pick_targets
 from seismodel.models.pretraining import build, preset
+from seismodel.picking.evaluation import picks_of
 from seismodel.picking.matching import WindowLabels, match_picks, score_windows, summarise_matches
 from seismodel.signals.augment import add_gaps, random_window, shift_time, stack_events
 from seismodel.signals.several_events import MOST_EVENTS, pad_events, synthesize_swarm
@@ -251,6 +252,16 @@ def test_a_store_says_what_the_data_set_says(marked):
     data.arrivals['last'][-1] += 1
     assert data.fingerprint() != before
     data.arrivals['last'][-1] -= 1
+
+
+def test_targets_see_every_event(marked):
+    "The benchmark's windows are drawn around all onsets, so that one of noise has none of a second event; a zone makes a phase unknown"
+    data, _ = marked
+    from seismodel.data.sources import open_dataset
+    for k, (row, npts, arrivals, known) in enumerate(picks_of(open_dataset(data.data.path))):
+        want = sorted((t, phase) for event in data.record(k).all_events() for t, phase in zip(event, 'PS') if t == t)
+        assert [(t, phase) for t, phase, _ in arrivals] == want
+        assert known['P'] and known['S'] == (k % 3 != 1)
 
 
 def test_one_event_a_record_is_what_it_was(quakes_folder, tmp_path):

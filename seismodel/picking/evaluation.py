@@ -22,7 +22,7 @@ import torch
 from ..files import write_atomically
 from ..finetuning.classification import load_window_model, score_window_model
 from ..models.pretraining import read_config
-from ..data.sources import PHASES, onsets, open_dataset, split_column, trace_names
+from ..data.sources import PHASES, later_events, onsets, open_dataset, split_column, trace_names
 from ..data.channels import translate_components
 from ..statistics import ONSET_METRICS, auc, best_threshold, bootstrap, mcc
 from ..signals.records import COMPONENTS, SAMPLING_RATE, reason
@@ -53,7 +53,7 @@ def labelled(
     phase:str, # 'P' or 'S'
 )->np.ndarray: # (traces,) bool
     "Whether the phase was looked for: there is a pick of it, or the record is noise"
-    here = np.isfinite(onsets(metadata, phase))
+    here = np.isfinite(onsets(metadata, phase)) | np.isfinite(later_events(metadata)[..., 'PS'.index(phase)]).any(0)
     if f'trace_{phase}_unlabelled_samples' in metadata:          # the data set says where nobody looked
         return ~(metadata[f'trace_{phase}_unlabelled_samples'].fillna('').astype(str) != '').to_numpy()
     if 'trace_category' in metadata: return here | metadata['trace_category'].astype(str).str.lower().eq('noise').to_numpy()
