@@ -59,12 +59,11 @@ def forget_others(data: Path, out: Path):
 def main():
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument('--out', type=Path, default=Path('swarm_recall.csv'))
-    options.add_argument('--minutes', type=int, default=500)
-    options.add_argument('--steps', type=int, default=400)
-    options.add_argument('--batch-size', type=int, default=16)
+    options.add_argument('--minutes', type=int, default=150)
+    options.add_argument('--steps', type=int, default=260)
+    options.add_argument('--batch-size', type=int, default=8)
     options.add_argument('--seeds', type=int, default=1)
     options.add_argument('--lr', type=float, default=2e-3)
-    options.add_argument('--threshold', type=float, default=.2)
     args, tables, folder = options.parse_args(), [], Path(mkdtemp())
     write_swarm(folder, args.minutes)
     run('dataset', folder/'swarm.xml', '--waveforms', folder/'archive', '--out', folder/'every', '--noise', 0)
@@ -75,8 +74,10 @@ def main():
             run('finetune', '--from', 'random', '--preset', 'contrastive-tiny', '--data', folder/labels, '--out', out, '--augment', 'none',
                 '--steps', args.steps, '--batch-size', args.batch_size, '--lr', args.lr, '--seed', seed, '--device', 'cpu', '--workers', 0)
             print(f'{name}, seed {seed}: {time.time() - begin:.0f} s', flush=True)
-            run('evaluate', out, '--data', folder/'every', '--device', 'cpu', '--threshold', args.threshold, '--out', out/'test')
-            tables.append(pd.read_csv(out/'test/matches.csv').assign(labels=name, seed=seed))
+            for threshold in (.1, .2):
+                scores = out/f'at-{threshold}'
+                run('evaluate', out, '--data', folder/'every', '--device', 'cpu', '--threshold', threshold, '--out', scores)
+                tables.append(pd.read_csv(scores/'matches.csv').assign(labels=name, seed=seed, threshold=threshold))
             pd.concat(tables).round(5).to_csv(args.out, index=False)
     shutil.rmtree(folder)
 
