@@ -57,12 +57,14 @@ class SyntheticSource(Source):
         "Make these records together: a third of the time that they take one by one, and the same samples"
         numbers = [3 * i + self.first for i in indices]
         batch = synthesize(numbers, seed=self.seed, config=self.config)
-        onset = np.stack([batch.p_onset, batch.s_onset, batch.p2_onset, batch.s2_onset], 1).reshape(-1, 2, 2)
-        status = np.where(np.isfinite(onset).any(1), STATUS.index("picked"), STATUS.index("absent"))     # it knows
+        onset = np.stack([batch.p_onset, batch.s_onset, batch.p2_onset, batch.s2_onset], 1)
+        onset, (picked, absent) = onset.reshape(-1, 2, 2), map(STATUS.index, ("picked", "absent"))
+        status = np.where(np.isfinite(onset).any(1), picked, absent)          # it knows
         two = np.isfinite(onset[:, 1]).any(1)
-        self._ahead = {i: Record(np.asarray(x, np.float32), *own[0].tolist(), str(k), *known.tolist(),
-                                 events=own if both else None)
-                       for i, x, own, k, known, both in zip(indices, batch.waveforms, onset, numbers, status, two)}
+        rows = zip(indices, batch.waveforms, onset, numbers, status, two)
+        self._ahead = {i: Record(np.asarray(x, np.float32), *own[0].tolist(), str(k),
+                                 *known.tolist(), events=own if both else None)
+                       for i, x, own, k, known, both in rows}
 
     def prefetch_windows(self, i, u, window): self.prefetch(sorted(set(i.tolist())))
 
@@ -129,12 +131,14 @@ def table_arrivals(
 ) -> np.ndarray: # (n,) ARRIVAL
     "Events and zones of all records that have more than one event, or a zone"
     columns = [f"trace_{phase}_unlabelled_samples" for phase in "PS"]
-    text = [metadata[c].fillna("").astype(str).to_numpy() if c in metadata else np.full(len(metadata), "") for c in columns]
+    none = np.full(len(metadata), "")
+    text = [metadata[c].fillna("").astype(str).to_numpy() if c in metadata else none for c in columns]
     some = np.isfinite(more).any((0, 2)) | (text[0] != "") | (text[1] != "")
     rows = []
     for k in np.flatnonzero(some):
         events = np.concatenate([own[None, k], more[:, k] * factor[k]])
-        zones = tuple(tuple(map(tuple, (parse_zones(cells[k]) * factor[k]).tolist())) for cells in text)
+        found = [parse_zones(cells[k]) * factor[k] for cells in text]
+        zones = tuple(tuple(map(tuple, z.tolist())) for z in found)
         rows.append(arrivals_of(k, Record(None, *own[k], "", events=events, zones=zones)))
     return np.concatenate(rows) if rows else np.empty(0, ARRIVAL)
 
@@ -283,7 +287,7 @@ class SeisBenchSource(Source):
         self.data, self.checked = data, np.zeros(len(self.names), bool)        # a record is checked once
 
     def _labels(self, table):
-        "Onsets at 100 Hz and their statuses; all events and zones where there is more than one P and one S"
+        "Onsets at 100 Hz and their statuses; all events and zones where there are several"
         self.rate = table["trace_sampling_rate_hz"].to_numpy(float)
         found = [onsets(table, phase) for phase in "PS"]
         more = later_events(table)
@@ -291,7 +295,8 @@ class SeisBenchSource(Source):
         self.status = [statuses(table, phase, onset).tolist() for phase, onset in zip("PS", either)]
         found += [onsets(table, phase, "model") for phase in "PS"]             # weak ones
         self.onset = [onset * SAMPLING_RATE / self.rate for onset in found]
-        self.arrivals = table_arrivals(table, np.stack(self.onset[:2], 1), more, SAMPLING_RATE / self.rate)
+        own, factor = np.stack(self.onset[:2], 1), SAMPLING_RATE / self.rate
+        self.arrivals = table_arrivals(table, own, more, factor)
 
     def reasons(self) -> str:
         "One clause a reason: how many traces were left out, and the first of them"
@@ -318,7 +323,7 @@ class SeisBenchSource(Source):
     def fingerprint(self):
         "Of names, places, labels, events and zones, sampling rates, and the sizes of the files"
         sizes = [(f.name, f.stat().st_size) for f in sorted(Path(self.data.path).glob("waveforms*.hdf5"))]
-        more = [self.arrivals] if len(self.arrivals) else []                   # as it was where there is one event a record
+        more = [self.arrivals] if len(self.arrivals) else []   # one event a record: as in 0.1
         return digest(self.names, self.rows, *self.onset, self.status, self.rate, sizes, *more)
 
     def record(self, i:int) -> Record:
@@ -327,7 +332,8 @@ class SeisBenchSource(Source):
         with np.errstate(over="ignore", invalid="ignore"): x = resample(x, self.rate[i]).astype(np.float32)
         inside = [float(pick) if 0 <= pick < len(x) else np.nan for pick in (onset[i] for onset in self.onset)]
         record = Record(x, *inside[:2], self.names[i], *(status[i] for status in self.status), *inside[2:])
-        if len(self.arrivals): record = with_arrivals(record, arrivals_of_record(self.arrivals, i, len(x)))
+        if len(self.arrivals):
+            record = with_arrivals(record, arrivals_of_record(self.arrivals, i, len(x)))
         if not self.checked[i]: check_record(record, self.window)
         self.checked[i] = True
         return record

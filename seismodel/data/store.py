@@ -211,7 +211,9 @@ class StoreWriter:
         labels = {k: _plain(getattr(record, k)) for k in LABEL_FIELDS}
         row = dict(source=source, split=split, name=record.name, offset=offset.tolist(), scale=scale.tolist(), **labels)
         several = arrivals_of(0, record)
-        if len(several): row["arrivals"] = [list(map(_plain, line)) for line in several[["kind", "first", "last"]].tolist()]
+        if len(several):
+            lines = several[["kind", "first", "last"]].tolist()
+            row["arrivals"] = [list(map(_plain, line)) for line in lines]
         self._open(len(q)).add(q, dict(row, more={k: _plain(v) for k, v in more.items()}))
         self.position = [source, position]
 
@@ -265,7 +267,8 @@ def _count(folder, names):
             packed[line["source"]][line["split"]] = packed[line["source"]].get(line["split"], 0) + 1
             columns.update(dict.fromkeys(line["more"]))
             splits.setdefault(line["split"], len(splits))
-            width, arrivals = max(width, len(line["name"].encode())), arrivals + len(line.get("arrivals", ()))
+            width = max(width, len(line["name"].encode()))
+            arrivals += len(line.get("arrivals", ()))
         elif "why" in line:
             left[line["source"]][line["why"]] = left[line["source"]].get(line["why"], 0) + 1
             first = first or f"{names[line['source']]}/{line['left_out']}: {line['why']}"

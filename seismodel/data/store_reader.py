@@ -94,7 +94,8 @@ def read_arrivals(
     if manifest["version"] < 2: return np.empty(0, ARRIVAL)
     try: arrivals = np.load(folder/ARRIVALS, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError): raise UserError(f"{folder}/{ARRIVALS} is damaged: copy it again") from None
-    if arrivals.dtype != ARRIVAL: raise UserError(f"{folder}/{ARRIVALS} does not belong to its manifest: copy both again")
+    if arrivals.dtype != ARRIVAL:
+        raise UserError(f"{folder}/{ARRIVALS} does not belong to its manifest: copy both again")
     return arrivals
 
 # %% ../../nbs/data/04_store_reader.ipynb #ce6a0839
@@ -109,7 +110,8 @@ class Store:
         self.dtype = np.dtype(DTYPES[self.manifest["dtype"]])
         check_sizes(self.folder, self.manifest)
         if check: check_tables(self.folder, self.manifest)
-        self.index, self.arrivals = read_index(self.folder, self.manifest), read_arrivals(self.folder, self.manifest)
+        self.index = read_index(self.folder, self.manifest)
+        self.arrivals = read_arrivals(self.folder, self.manifest)
         self.checked = np.full(len(self.index), "crc" not in self.index.dtype.names)
 
     def __len__(self): return len(self.index)
@@ -382,7 +384,8 @@ class StoreSource(Source):
         own = onset[:, None, :2]
         if not len(self.store.arrivals): return own, np.empty((len(i), 2, 0, 2), np.float32)
         begin, count = self.begin[i], self.arrivals[i]
-        events, zones = arrivals_in_windows(self.store.arrivals, begin, count, first, window, self.most(window))
+        events, zones = arrivals_in_windows(self.store.arrivals, begin, count, first, window,
+                                            self.most(window))
         alone = count == 0
         events[alone, 0] = own[alone, 0]
         return events, zones

@@ -50,7 +50,8 @@ def write_rows_into(
     for to, value in zip(b[1:6], w[1:6]): to[rows] = value
     events, zones = w.events.shape[1], w.zones.shape[2]
     if events > b.events.shape[1] or zones > b.zones.shape[2]:
-        raise UserError(f"a window has {events} events and {zones} zones, more than its source says in `most`")
+        raise UserError(f"a window has {events} events and {zones} zones, "
+                        "more than its source says in `most`")
     b.events[rows, :events], b.zones[rows, :, :zones] = w.events, w.zones
     if len(rows) and rows[-1] - rows[0] == len(rows) - 1: rows = slice(rows[0], rows[-1] + 1)       # a view, no copy
     if not raw and isinstance(rows, slice): normalize_windows(w.x, w.valid, b.x[rows])
@@ -184,7 +185,8 @@ class WindowDataset(Dataset):
         n = np.asarray(numbers, np.int64)
         for k in n[(n < 0) | (n >= self.length)]: raise IndexError(f"window {k} of {self.length}")
         n, kinds = n + self.start, {s.dtype for s in self.sources}
-        b = empty_batch(len(n), self.window, kinds.pop() if raw and len(kinds) == 1 else np.float32, self.most)
+        dtype = kinds.pop() if raw and len(kinds) == 1 else np.float32
+        b = empty_batch(len(n), self.window, dtype, self.most)
         todo, source, redrawn, attempt = np.arange(len(n)), np.zeros(len(n), int), np.zeros(len(n), int), 0
         while len(todo) and attempt < 1000:
             u = uniforms(self.seed, n[todo], attempt)

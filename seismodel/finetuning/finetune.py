@@ -227,7 +227,9 @@ def fine_run(
     windows, dev, records = label_windows(plan['data'], plan['fraction'], plan['weights'], c)
     with join_ranks(c.device) as ranks:
         change = None
-        if plan.get('augment'): windows, change = with_real_noise(windows, ranks.device, Augmentation(**{'stack': 0., **plan['augment']}))   # 0: before 0.2
+        if plan.get('augment'):
+            recipe = Augmentation(**{'stack': 0., **plan['augment']})     # 0: a run begun before there was such a thing
+            windows, change = with_real_noise(windows, ranks.device, recipe)
         if ranks.rank == 0:
             real = [len(s) for s in windows.sources if not isinstance(s, (SyntheticSource, EventsInNoise))]
             print(f"{count_parameters(picker):,} parameters from {plan['from']}, {c.steps} steps of {c.batch_size} windows "

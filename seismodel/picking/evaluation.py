@@ -53,7 +53,8 @@ def labelled(
     phase:str, # 'P' or 'S'
 )->np.ndarray: # (traces,) bool
     "Whether the phase was looked for: there is a pick of it, or the record is noise"
-    here = np.isfinite(onsets(metadata, phase)) | np.isfinite(later_events(metadata)[..., 'PS'.index(phase)]).any(0)
+    later = later_events(metadata)[..., 'PS'.index(phase)]
+    here = np.isfinite(onsets(metadata, phase)) | np.isfinite(later).any(0)
     if f'trace_{phase}_unlabelled_samples' in metadata:          # the data set says where nobody looked
         return ~(metadata[f'trace_{phase}_unlabelled_samples'].fillna('').astype(str) != '').to_numpy()
     if 'trace_category' in metadata: return here | metadata['trace_category'].astype(str).str.lower().eq('noise').to_numpy()

@@ -44,7 +44,8 @@ def labels_of_window(
     status = np.where(picked, np.maximum(status, 2), status).astype(np.int8)
     events = events_in_window(known, first, window)
     events = pad_events([events], max(1, int((~np.isnan(events)).any(1).sum())))[0]
-    return onset.astype(np.float32), status, events, zones_in_window(record.zones, first, window).astype(np.float32)
+    zones = zones_in_window(record.zones, first, window).astype(np.float32)
+    return onset.astype(np.float32), status, events, zones
 
 def cut_window(
     record:Record, # a record that `check_record` accepts
@@ -78,7 +79,8 @@ def join_windows(
 ) -> Windows:                # B of them
     "Windows one after the other, each with room for the most events and zones of any of them"
     *others, events, zones = zip(*windows)
-    return Windows(*map(np.concatenate, others), padded(events, 1), padded(zones, 2))._replace(record=np.asarray(i))
+    joined = Windows(*map(np.concatenate, others), padded(events, 1), padded(zones, 2))
+    return joined._replace(record=np.asarray(i))
 
 def padded(
     parts: list[np.ndarray],  # arrays that differ in length along one axis

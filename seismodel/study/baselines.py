@@ -48,7 +48,8 @@ class Baseline(nn.Module):
     )->Step:
         "The loss over the picks that are labelled, and how many were found"
         z = self.outputs(batch['x'])
-        return Step(self.loss(z, batch), found(self.probabilities(z).clamp_min(1e-9).log(), batch_events(batch)[0]))
+        said, (events, _) = self.probabilities(z).clamp_min(1e-9).log(), batch_events(batch)
+        return Step(self.loss(z, batch), found(said, events))
 
     def save_pretrained(self, folder, extra=None):
         "Write `model.safetensors` and `config.json`, which says that this is a baseline, and which"
