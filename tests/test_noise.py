@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
+from seismodel.signals import augment
 from seismodel.signals.augment import Augmentation, fine_augment
 from seismodel.data.windows import WindowDataset
 from seismodel.data.prefetch import amplitudes
@@ -16,7 +17,7 @@ from seismodel.core import BadRecord
 from seismodel.signals.source import Source
 
 ABSENT, PICKED = STATUS.index('absent'), STATUS.index('picked')
-OFF = Augmentation(rotate=0., flip=0., flip_one=0., shift=0., noise=0., drop=0., gap=0.)
+OFF = Augmentation(rotate=0., flip=0., flip_one=0., shift=0., noise=0., drop=0., gap=0., stack=0.)
 
 
 class Numbered(Source):
@@ -96,16 +97,16 @@ def test_a_recipe_is_a_function_of_batch_and_generator():
     bank, batch = noise_bank([Numbered(10, kind='noise')], count=6), raw_batch()
     before = {k: v.clone() for k, v in batch.items()}
     one, two = (fine_augment(bank)(batch, torch.Generator().manual_seed(3)) for _ in range(2))
-    assert set(one) == set(batch) and one['x'].isfinite().all()
+    assert set(one) == {*batch, 'events', 'unlabelled'} and one['x'].isfinite().all()
+    for k in one: torch.testing.assert_close(one[k], two[k], rtol=0, atol=0, equal_nan=True)
     for k, v in batch.items():
         torch.testing.assert_close(v, before[k], rtol=0, atol=0, equal_nan=True)
-        torch.testing.assert_close(one[k], two[k], rtol=0, atol=0, equal_nan=True)
         assert one[k].dtype == v.dtype and one[k].shape == v.shape
     changed = (one['x'] != batch['x']).any(2).any(1)
     assert .7 < changed.float().mean() <= 1.
 
 
-@pytest.mark.parametrize('name', ['rotate', 'flip', 'flip_one', 'shift', 'noise', 'drop', 'gap'])
+@pytest.mark.parametrize('name', ['rotate', 'flip', 'flip_one', 'shift', 'noise', 'drop', 'gap', 'stack'])
 def test_each_setting_changes_what_it_says_and_zero_is_nothing(name):
     bank, batch = noise_bank([Numbered(10, kind='noise')], count=6), raw_batch(1)
     off = fine_augment(bank, OFF)(batch, torch.Generator().manual_seed(0))
@@ -118,6 +119,22 @@ def test_each_setting_changes_what_it_says_and_zero_is_nothing(name):
     if name in ('flip', 'flip_one'): torch.testing.assert_close(on['x'], -batch['x'])
     if name == 'shift': assert not torch.equal(on['valid'], batch['valid'])
     else: torch.testing.assert_close(on['valid'], batch['valid'])
+
+
+def test_without_stacking_a_batch_is_that_of_version_0_1():
+    "The draws of all other changes are the same bits, whatever the recipe could do besides"
+    bank, batch = noise_bank([Numbered(10, kind='noise')], count=6), raw_batch()
+    s, g = Augmentation(stack=0.), torch.Generator().manual_seed(5)
+    want = augment.sometimes(batch, g, s.rotate, augment.rotate_horizontals)
+    want = augment.flip_polarity(augment.flip_polarity(want, g, s.flip, together=True), g, s.flip_one)
+    want = augment.sometimes(want, g, s.shift, lambda b, g: augment.shift_time(b, g, s.shift_most))
+    want = augment.sometimes(want, g, s.noise, lambda b, g: augment.add_noise(b, g, bank, s.snr_db))
+    want = augment.add_gaps(augment.drop_components(want, g, s.drop), g, s.gap, s.gap_most)
+    got = fine_augment(bank, s)(batch, torch.Generator().manual_seed(5))
+    assert set(got) == set(want) == set(batch)
+    for k in want: torch.testing.assert_close(got[k], want[k], rtol=0, atol=0, equal_nan=True)
+    more = fine_augment(bank, Augmentation(stack=1.))(batch, torch.Generator().manual_seed(5))
+    assert not torch.equal(more['x'], want['x']) and more['events'].shape == (48, 2, 2)
 
 
 def test_without_noise_none_is_added():

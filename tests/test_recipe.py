@@ -544,7 +544,7 @@ def test_fine_tuning_augments_unless_told_not_to(told, quakes_folder, tmp_path):
     assert [m.p for m in picker.head.modules() if isinstance(m, nn.Dropout)] == [.2, .2]
 
 
-SHARES = {'rotate': .5, 'flip': .5, 'flip_one': 1 - .95**3, 'shift': .1, 'noise': .5, 'drop': .1, 'gap': .05}
+SHARES = {'rotate': .5, 'flip': .5, 'flip_one': 1 - .95**3, 'shift': .1, 'noise': .5, 'drop': .1, 'gap': .05, 'stack': .1}
 
 
 def augmented(count=2000, **settings):

@@ -8,10 +8,17 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from seismodel.finetuning.heads import in_zones, label_curves, pick_loss, pick_targets
+from seismodel.data.pack import pack
+from seismodel.data.sources import SyntheticSource, open_source
+from seismodel.data.store_reader import Store
+from seismodel.data.windows import WindowDataset
+from seismodel.finetuning.heads import Picker, found, in_zones, label_curves, pick_loss, pick_targets
+from seismodel.models.pretraining import build, preset
+from seismodel.picking.evaluation import picks_of
 from seismodel.picking.matching import WindowLabels, match_picks, score_windows, summarise_matches
 from seismodel.signals.augment import add_gaps, random_window, shift_time, stack_events
 from seismodel.signals.several_events import MOST_EVENTS, pad_events, synthesize_swarm
+from seismodel.training.distributed import WholeBatchDraws
 
 nan = math.nan
 
@@ -179,3 +186,165 @@ def test_swarms_hold_what_they_say():
     first = p[:, 0].astype(int)
     rise = [np.abs(np.diff(x[t:t + 50], axis=0)).mean()/np.abs(np.diff(x[t - 100:t], axis=0)).mean() for x, t in zip(swarm.waveforms, first)]
     assert np.median(rise) > 1.5
+
+
+MARKS = 300., 500., 700.       # what a record holds at the P of its first event, its second, its third; negative at S
+
+def marked_records(rates=(100., 50.), samples=6000):
+    "Records with one to three events, whose samples say which onset they are, and zones; at two rates"
+    rng = np.random.default_rng(0)
+    for k in range(8):
+        rate, count = rates[k % 2], 1 + k % 3
+        x = rng.standard_normal((3, samples)).astype(np.float32)
+        row = {'trace_name': f'r{k}', 'source_id': f'e{k}', 'split': 'train', 'trace_npts': samples, 'trace_sampling_rate_hz': rate,
+               'trace_component_order': 'ZNE', 'trace_category': 'earthquake', 'trace_S_unlabelled_samples': '100:150 3000:3100' if k % 3 == 1 else ''}
+        for n, (p, s) in enumerate(np.sort(rng.choice(np.arange(500, 5500, 40), 2*count, replace=False)).reshape(-1, 2)):
+            for phase, at, size in (('P', p, MARKS[n]), ('S', s, -MARKS[n])):
+                if (k, n, phase) == (5, 0, 'P'): continue              # a P was picked, but not of its own event
+                x[0, at] = size
+                row[f"trace_{phase}{n + 1 if n else ''}_arrival_sample"] = at
+        yield row, x
+
+
+@pytest.fixture(scope='module')
+def marked(tmp_path_factory, write_dataset):
+    "A data set with several events in a record, and the store that is packed from it without loss"
+    folder = tmp_path_factory.mktemp('several')
+    write_dataset(folder/'data', marked_records())
+    pack([folder/'data'], folder/'store', dtype='float32')
+    return [open_source(folder/name, 'train') for name in ('data', 'store')]
+
+
+def test_all_onsets_reach_a_batch(marked):
+    "Each lies where its sample lies, those of a table, those of a store alike; none is missing"
+    batches = [WindowDataset([source], 40, seed=3).batch(range(40)) for source in marked]
+    for name in ('events', 'unlabelled', 'p_onset', 'p_status', 's_status', 'record'):
+        torch.testing.assert_close(*(b[name] for b in batches), rtol=0, atol=0, equal_nan=True)
+    batch = batches[0]
+    assert batch['events'].shape == (40, 3, 2) and batch['unlabelled'].shape == (40, 2, 2, 2)
+    at, x = batch['events'], batch['x'][..., 0]
+    even = [r % 2 == 0 for r in batch['record'].tolist()]              # those at 100 Hz have their very samples
+    seen = 0
+    for w in np.flatnonzero(even):
+        for p, s in at[w].tolist():
+            if p == p: assert x[w, int(p)] > 5
+            if s == s: assert x[w, int(s)] < -5
+        assert at[w].isfinite().sum() == (x[w].abs() > 5).sum()
+        seen += int(at[w].isfinite().sum())
+    assert seen > 45
+    assert (batch['p_status'] >= 2).all()
+
+
+def test_a_store_says_what_the_data_set_says(marked):
+    "Records, fingerprints and the widths of a batch; a changed second onset is another data set"
+    data, store = marked
+    for k in range(8):
+        a, b = data.record(k), store.record(k)
+        np.testing.assert_array_equal(a.all_events(), b.all_events())
+        assert a.zones == b.zones and len(a.all_events()) == 1 + k % 3
+    assert data.most(4096) == store.most(4096) == (3, 2) and store.most(100)[0] < 3
+    assert store.store.manifest['version'] == 2 and store.store.verify() == []
+    assert store.subset([0, 3, 6]).most(4096) == (1, 0)
+    one = store.subset([0, 1, 3])
+    torch.testing.assert_close(torch.from_numpy(one.windows(np.array([1]), np.array([.5]), 4096).events),
+                               torch.from_numpy(store.windows(np.array([1]), np.array([.5]), 4096).events[:, :2]), equal_nan=True)
+    before = data.fingerprint()
+    data.arrivals['last'][-1] += 1
+    assert data.fingerprint() != before
+    data.arrivals['last'][-1] -= 1
+
+
+def test_targets_see_every_event(marked):
+    "The benchmark's windows are drawn around all onsets, so that one of noise has none of a second event; a zone makes a phase unknown"
+    data, _ = marked
+    from seismodel.data.sources import open_dataset
+    for k, (row, npts, arrivals, known) in enumerate(picks_of(open_dataset(data.data.path))):
+        want = sorted((t, phase) for event in data.record(k).all_events() for t, phase in zip(event, 'PS') if t == t)
+        assert [(t, phase) for t, phase, _ in arrivals] == want
+        assert known['P'] and known['S'] == (k % 3 != 1)
+
+
+def test_one_event_a_record_is_what_it_was(quakes_folder, tmp_path):
+    "A store of version 1 without a file more, and a batch without events and zones"
+    pack([quakes_folder], tmp_path/'store')
+    store = Store(tmp_path/'store')
+    assert store.manifest['version'] == 1 and not (tmp_path/'store/arrivals.npy').exists()
+    batch = WindowDataset([open_source(tmp_path/'store')], 8).batch(range(8))
+    assert not {'events', 'unlabelled'} & set(batch)
+
+
+def test_a_damaged_table_of_arrivals_is_named(marked, tmp_path):
+    "A missing file, and another bit"
+    import shutil
+    folder = tmp_path/'store'
+    shutil.copytree(marked[1].store.folder, folder)
+    raw = bytearray((folder/'arrivals.npy').read_bytes())
+    raw[-1] ^= 1
+    (folder/'arrivals.npy').write_bytes(raw)
+    with pytest.raises(ValueError, match='arrivals.npy is damaged'): Store(folder)
+    (folder/'arrivals.npy').unlink()
+    with pytest.raises(ValueError, match='arrivals.npy is missing'): Store(folder)
+
+
+def test_the_second_event_of_the_generator_is_labelled():
+    "A window with two synthetic events has both"
+    batch = WindowDataset([SyntheticSource()], 96).batch(range(96))
+    two = batch['events'].isfinite().any(2).all(1)
+    assert batch['events'].shape == (96, 2, 2) and 3 <= two.sum() < 40
+    labels, _ = pick_targets(batch, 4096)
+    for w in two.nonzero().flatten().tolist():
+        for k in (0, 1):
+            there = batch['events'][w, :, k]
+            assert all(labels[w, int(t), k + 1] > .4 for t in there[there.isfinite()].tolist())
+
+
+def test_stacked_pairs_do_not_depend_on_ranks():
+    "Two ranks with half of the batch each have the windows of one with all of it"
+    batch = swarm_batch(8)
+    whole = stack_events(batch, torch.Generator().manual_seed(0), share=.6)
+    assert 0 < (whole['x'] != batch['x']).any(2).any(1).sum() < 8
+    for rank in (0, 1):
+        half = {k: v[4*rank:4*rank + 4] for k, v in batch.items()}
+        with WholeBatchDraws(rank, 2): part = stack_events(half, torch.Generator().manual_seed(0), share=.6)
+        for k in part: torch.testing.assert_close(part[k], whole[k][4*rank:4*rank + 4], rtol=0, atol=0, equal_nan=True)
+
+
+def test_no_onset_where_nothing_was_added():
+    "An onset of the other window that would lie in the zeros beside a short record is left out"
+    batch = swarm_batch(2)
+    batch['valid'] = torch.tensor([[150, 300], [0, 600]])
+    batch['x'][0, :150] = batch['x'][0, 300:] = 0
+    batch['events'][0] = nan
+    batch['events'][1, :3] = torch.tensor([[100., 200.], [250., 350.], [400., 500.]])
+    stacked = stack_events(batch, torch.Generator().manual_seed(0), share=1.)
+    found = stacked['events'][0]
+    assert found[found.isfinite()].tolist() == [200., 250.]
+    assert not stacked['x'][0, 300:].any() and not stacked['x'][0, :150].any()
+
+
+def test_a_peak_at_any_event_counts():
+    "The measure of training: the highest peak is right at the second event, too"
+    z = torch.zeros(2, 600, 3)
+    z[:, 400, 1] = z[:, 450, 2] = 9.
+    events = torch.tensor([[[100., 150.], [410., 440.]], [[100., 150.], [nan, nan]]])
+    share = found(z, events)
+    assert (share['p_found'].item(), share['s_found'].item()) == (.5, .5)
+    assert found(z, events[:, 0])['p_found'] == 0
+
+
+@pytest.mark.parametrize('name', ['Picker', 'PhaseNet', 'EQTransformer'])
+def test_every_model_learns_every_event(name):
+    "The loss of a picker and of a baseline changes with the second event and with a zone, and not with an unlabelled one"
+    torch.manual_seed(0)
+    if name == 'Picker': model = Picker(build(preset('contrastive-tiny').model)).eval()
+    else:
+        from seismodel.study.baselines import fresh_baseline
+        model = fresh_baseline(name).eval()
+    batch = dict(x=torch.randn(2, 1024, 3), p_onset=torch.full((2,), 200.), s_onset=torch.full((2,), 300.), p_status=torch.full((2,), 4), s_status=torch.full((2,), 4))
+    events = torch.tensor([[[200., 300.], [600., 700.]]]).repeat(2, 1, 1)
+    zone = torch.full((2, 2, 1, 2), nan)
+    zone[:, 0] = torch.tensor([550., 900.])
+    with torch.no_grad(): loss = lambda **more: model({**batch, **more}).loss.item()
+    one, two = loss(), loss(events=events)
+    assert one != two and loss(unlabelled=zone) not in (one, two)
+    assert loss(events=torch.where(events > 500, nan, events)) == pytest.approx(one, rel=1e-6)

@@ -306,11 +306,10 @@ def test_peers_learn_nothing_from_a_phase_that_was_not_labelled(name):
 
 def test_the_loss_of_eqtransformer_by_hand():
     baseline, z = EQTransformerBaseline(), torch.zeros(2, 4096, 3)
-    known = torch.tensor([[True, True], [True, False]])
-    onset = torch.tensor([[1000., 2000.], [1000., float('nan')]])
-    assert torch.isclose(baseline.loss(z, onset, known), torch.tensor(np.log(2.)).float())       # every logit 0: ln 2 each, and the weights sum to 1
+    batch = dict(p_onset=torch.full((2,), 1000.), s_onset=torch.tensor([2000., float('nan')]), p_status=torch.tensor([4, 4]), s_status=torch.tensor([4, 0]))
+    assert torch.isclose(baseline.loss(z, batch), torch.tensor(np.log(2.)).float())       # every logit 0: ln 2 each, and the weights sum to 1
     sure = torch.tensor([-30., -30., -30.]).expand(2, 4096, 3)                                  # says: nothing at all
-    said = baseline.loss(sure, onset, known)
+    said = baseline.loss(sure, batch)
     area = 20*np.sqrt(2*np.pi)/4096                                                             # of a bump, as a share of the window
     # each missed sample costs 30; the earthquake is on for 2401 samples of the first window, and of the second nobody can say
     assert abs(said.item() - 30*(.05*2401/4096 + .40*area + .55*area)) < 1e-3

@@ -146,8 +146,8 @@ def page(
 ): # a matplotlib figure
     "Some records with their picks"
     from matplotlib.figure import Figure
-    picked = [r for r in records if np.isfinite(r.p_onset) or np.isfinite(r.s_onset)]
-    other = [r for r in records if not (np.isfinite(r.p_onset) or np.isfinite(r.s_onset))]
+    picked = [r for r in records if np.isfinite(r.all_events()).any()]
+    other = [r for r in records if not np.isfinite(r.all_events()).any()]
     some = [group[k] for group, n in ((picked, 2 * rows - 2), (other, 2 * rows)) if group
             for k in np.unique(np.linspace(0, len(group) - 1, min(n, len(group))).astype(int))][:2 * rows]
     rows = -(-len(some) // 2)
@@ -156,7 +156,7 @@ def page(
     for ax, r in zip(axes, some):
         db = snr(r)
         title = (r.name if len(r.name) < 48 else r.name[:45] + "…") + (f", {db:.0f} dB" if np.isfinite(db) else "")
-        show_window(normalize(torch.from_numpy(r.waveform)), r.p_onset, r.s_onset, ax, title)
+        show_window(normalize(torch.from_numpy(r.waveform)), *r.all_events().T, ax, title)
     for ax in list(axes)[len(some):]: ax.set_axis_off()
     return fig
 

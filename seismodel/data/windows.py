@@ -47,7 +47,12 @@ def write_rows_into(
     raw:bool,        # leave them as they are
 ) -> None:
     "Move windows into a batch"
-    for to, value in zip(b[1:], w[1:]): to[rows] = value
+    for to, value in zip(b[1:6], w[1:6]): to[rows] = value
+    events, zones = w.events.shape[1], w.zones.shape[2]
+    if events > b.events.shape[1] or zones > b.zones.shape[2]:
+        raise UserError(f"a window has {events} events and {zones} zones, "
+                        "more than its source says in `most`")
+    b.events[rows, :events], b.zones[rows, :, :zones] = w.events, w.zones
     if len(rows) and rows[-1] - rows[0] == len(rows) - 1: rows = slice(rows[0], rows[-1] + 1)       # a view, no copy
     if not raw and isinstance(rows, slice): normalize_windows(w.x, w.valid, b.x[rows])
     elif not raw: b.x[rows] = normalize_windows(w.x, w.valid)
@@ -58,10 +63,13 @@ def empty_batch(
     count:int,      # windows
     window:int,     # samples
     dtype=np.float32, # of the samples
+    most:tuple[int, int]=(1, 0), # events, and zones of a phase, that a window can have
 ) -> Windows:
     "A batch to be filled"
+    missing = lambda *shape: np.full(shape, np.nan, np.float32)
     return Windows(np.empty((count, window, 3), dtype), np.ones((count, 3), np.float32), np.zeros((count, 2), np.int32),
-                   np.zeros((count, 4), np.float32), np.zeros((count, 2), np.int8), np.zeros(count, int))
+                   np.zeros((count, 4), np.float32), np.zeros((count, 2), np.int8), np.zeros(count, int),
+                   missing(count, most[0], 2), missing(count, 2, most[1], 2))
 
 # %% ../../nbs/data/06_windows.ipynb #62cabeb8
 class Filler:
@@ -136,6 +144,8 @@ def to_tensors(
     "A batch as PyTorch wants it"
     labels = dict(zip(("p_onset", "s_onset", "p_weak", "s_weak"), b.onset.T.copy()))
     labels |= dict(zip(("p_status", "s_status"), b.status.T.copy()))
+    if b.events.shape[1] > 1: labels["events"] = b.events
+    if b.zones.shape[2]: labels["unlabelled"] = b.zones
     if raw: labels |= dict(scale=b.scale, valid=b.valid)
     return {k: torch.from_numpy(v) for k, v in dict(x=b.x, **labels, **more).items()}
 
@@ -157,6 +167,7 @@ class WindowDataset(Dataset):
         self.sources, self.length, self.share = list(sources), length, shares_of(weights, len(sources))
         self.seed, self.start, self.window, self.rejected = seed, start, window, {}
         self.fillers = [Filler(s, window, self.rejected) for s in self.sources]
+        self.most = tuple(map(max, zip(*(s.most(window) for s in self.sources))))
 
     def __len__(self): return self.length
     def __getitem__(self, n:int) -> dict: return self.__getitems__([n])[0]
@@ -174,7 +185,8 @@ class WindowDataset(Dataset):
         n = np.asarray(numbers, np.int64)
         for k in n[(n < 0) | (n >= self.length)]: raise IndexError(f"window {k} of {self.length}")
         n, kinds = n + self.start, {s.dtype for s in self.sources}
-        b = empty_batch(len(n), self.window, kinds.pop() if raw and len(kinds) == 1 else np.float32)
+        dtype = kinds.pop() if raw and len(kinds) == 1 else np.float32
+        b = empty_batch(len(n), self.window, dtype, self.most)
         todo, source, redrawn, attempt = np.arange(len(n)), np.zeros(len(n), int), np.zeros(len(n), int), 0
         while len(todo) and attempt < 1000:
             u = uniforms(self.seed, n[todo], attempt)

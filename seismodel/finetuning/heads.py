@@ -6,8 +6,8 @@ Docs: https://seismodel.github.io/seismodel/finetuning/heads.html.md"""
 
 # %% auto #0
 __all__ = ['LABELS', 'SIGMA', 'AT', 'FREEZE', 'PRETRAINING_ONLY', 'to_samples', 'ConvNorm', 'PickHead', 'WindowHead',
-           'label_curves', 'batch_onsets', 'pick_loss', 'in_zones', 'pick_targets', 'FineTuned', 'Picker', 'found',
-           'picker_from_dict', 'load_picker']
+           'label_curves', 'batch_onsets', 'batch_events', 'pick_loss', 'in_zones', 'pick_targets', 'FineTuned',
+           'Picker', 'found', 'picker_from_dict', 'load_picker']
 
 # %% ../../nbs/finetuning/01_heads.ipynb #44d1b57a
 import json
@@ -121,6 +121,14 @@ def batch_onsets(
     known = torch.stack([batch.get(f'{k}_status', torch.ones_like(onset[:, 0])) > 0 for k in 'ps'], -1)
     return onset.masked_fill(~known, math.nan), known
 
+def batch_events(
+    batch:dict, # see `batch_onsets`; perhaps events (B, A, 2), P and S of each
+)->tuple[Tensor, Tensor]: # onsets (B, A, 2), NaN where there is none or it is not labelled; (B, 2) bool, whether P and S were labelled
+    "What a batch of windows says about all events; with one P and one S a window, a list of one"
+    onset, known = batch_onsets(batch)
+    if 'events' not in batch: return onset[:, None], known
+    return batch['events'].masked_fill(~known[:, None], math.nan), known
+
 # %% ../../nbs/finetuning/01_heads.ipynb #4be11151
 def pick_loss(
     logits:Tensor, # (B, L, 3) of noise, P and S
@@ -153,9 +161,8 @@ def pick_targets(
     samples:int, # L
 )->tuple[Tensor, Tensor]: # labels (B, L, 3), and known: (B, 2), or (B, L, 2) where there are zones
     "What `pick_loss` needs of a batch"
-    onset, known = batch_onsets(batch)
-    events = batch['events'] if 'events' in batch else onset[:, None]                        # (B, A, 2)
-    labels = label_curves(*events.masked_fill(~known[:, None], math.nan).unbind(-1), samples)
+    events, known = batch_events(batch)                                                      # (B, A, 2)
+    labels = label_curves(*events.unbind(-1), samples)
     if 'unlabelled' not in batch: return labels, known
     known = known[:, None] & ~in_zones(batch['unlabelled'], samples)                         # (B, L, 2)
     y = labels[..., 1:]*known
@@ -220,11 +227,11 @@ class Picker(FineTuned):
         generator:torch.Generator|None=None, # not used: nothing is drawn but dropout
     )->Step:
         "Cross-entropy of the picks that are labelled, and how many were found"
-        x, (onset, _) = batch['x'], batch_onsets(batch)
+        x, (events, _) = batch['x'], batch_events(batch)
         features = self.features(x)
         logits = self.head(features, x)
         loss = pick_loss(logits, *pick_targets(batch, x.shape[1]))
-        return Step(loss, {**found(logits, onset), 'feature_variance': feature_variance(features).detach()})
+        return Step(loss, {**found(logits, events), 'feature_variance': feature_variance(features).detach()})
 
     def save_pretrained(self, folder, extra=None):
         "Write `model.safetensors` and `config.json`, which says that this is a picker"
@@ -234,12 +241,15 @@ class Picker(FineTuned):
 @torch.no_grad()
 def found(
     logits:Tensor, # (B, L, 3)
-    onset:Tensor,  # (B, 2) samples of P and S, NaN where there is none or it is not labelled
+    onset:Tensor,  # (B, 2) samples of P and S, or (B, A, 2) of A events; NaN where there is none or it is not labelled
     within:float=30., # samples: 0.3 s
 )->dict: # p_found and s_found, 0-d
-    "Share of the onsets with the window's highest probability of that phase near them; 1 where a batch has no onset"
-    near = (logits.float().softmax(-1)[..., 1:].argmax(1) - onset).abs() <= within            # (B, 2), False for NaN
-    share = (near.sum(0) + (onset.isnan().all(0)))/onset.isfinite().sum(0).clamp_min(1)
+    "Share of the windows with an onset whose highest probability of that phase is near one; 1 where a batch has no onset"
+    onset = onset.view(len(onset), -1, 2)                                                    # (B, A, 2)
+    top = logits.float().softmax(-1)[..., 1:].argmax(1)                                       # (B, 2)
+    near = ((top[:, None] - onset).abs() <= within).any(1)                                    # (B, 2), False for NaN
+    there = onset.isfinite().any(1)
+    share = (near.sum(0) + ~there.any(0))/there.sum(0).clamp_min(1)
     return {'p_found': share[0], 's_found': share[1]}
 
 # %% ../../nbs/finetuning/01_heads.ipynb #7719fdf5

@@ -95,8 +95,7 @@ def around_onset(
     last = len(record.waveform) - window                      # start of the last window
     if not math.isfinite(onset) or last <= 0: return record
     first, end = (int(np.clip(onset - window*part, 0, last)) for part in (1/2, 1/8))
-    return record._replace(waveform=record.waveform[first:end + window],
-                           p_onset=record.p_onset - first, s_onset=record.s_onset - first)
+    return record.cut(first, end + window)
 
 # %% ../../nbs/finetuning/04_window_labels.ipynb #508034fd
 class Labelled(Subset):

@@ -22,10 +22,11 @@ import torch
 from ..files import write_atomically
 from ..finetuning.classification import load_window_model, score_window_model
 from ..models.pretraining import read_config
-from ..data.sources import PHASES, onsets, open_dataset, split_column, trace_names
+from ..data.sources import PHASES, later_events, onsets, open_dataset, split_column, trace_names
 from ..data.channels import translate_components
 from ..statistics import ONSET_METRICS, auc, best_threshold, bootstrap, mcc
 from ..signals.records import COMPONENTS, SAMPLING_RATE, reason
+from ..signals.several_events import event_numbers
 from ..signals.source import digest
 from ..core import UserError, pick_device
 from .matching import labels_of, match_records, pick_records
@@ -52,7 +53,10 @@ def labelled(
     phase:str, # 'P' or 'S'
 )->np.ndarray: # (traces,) bool
     "Whether the phase was looked for: there is a pick of it, or the record is noise"
-    here = np.isfinite(onsets(metadata, phase))
+    later = later_events(metadata)[..., 'PS'.index(phase)]
+    here = np.isfinite(onsets(metadata, phase)) | np.isfinite(later).any(0)
+    if f'trace_{phase}_unlabelled_samples' in metadata:          # the data set says where nobody looked
+        return ~(metadata[f'trace_{phase}_unlabelled_samples'].fillna('').astype(str) != '').to_numpy()
     if 'trace_category' in metadata: return here | metadata['trace_category'].astype(str).str.lower().eq('noise').to_numpy()
     return here | ~np.isfinite(onsets(metadata, 'P' if phase == 'S' else 'S'))      # no picks at all: noise, by the benchmark's rule
 
@@ -66,6 +70,8 @@ def picks_of(
     table = dataset.metadata
     factor = SAMPLING_RATE/table['trace_sampling_rate_hz'].to_numpy(float) if 'trace_sampling_rate_hz' in table else np.ones(len(table))
     columns = [(c, phase, name) for phase, names in PHASES.items() for name in names if (c := f'trace_{name}_arrival_sample') in table]
+    columns += [(c, phase, f'{phase}{n}') for n in event_numbers(table) for phase in PHASES      # of further events
+                if (c := f'trace_{phase}{n}_arrival_sample') in table]
     at = {c: pd.to_numeric(table[c], errors='coerce').to_numpy(float)*factor for c, _, _ in columns}
     known = {phase: labelled(table, phase) for phase in PHASES}
     for i in range(len(table)):

@@ -6,8 +6,8 @@ Docs: https://seismodel.github.io/seismodel/signals/augment.html.md"""
 
 # %% auto #0
 __all__ = ['ONSETS', 'PRETRAIN_AUGMENTATION', 'uniform', 'moved', 'at', 'random_window', 'shift_time', 'drop_components',
-           'flip_polarity', 'rotate_horizontals', 'add_noise', 'add_gaps', 'merge_events', 'stack_events', 'sometimes',
-           'Augmentation', 'fine_augment', 'scale_components', 'pretrain_augment']
+           'flip_polarity', 'rotate_horizontals', 'zones_of', 'add_noise', 'add_gaps', 'merge_events', 'stack_events',
+           'stacked_labels', 'sometimes', 'Augmentation', 'fine_augment', 'scale_components', 'pretrain_augment']
 
 # %% ../../nbs/signals/06_augment.ipynb #fa0d786a
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ import torch
 
 from .normalize import valid_mask
 from .records import STATUS
+from .several_events import MOST_EVENTS
 
 # %% ../../nbs/signals/06_augment.ipynb #2ebdb66c
 ONSETS = ("p_onset", "s_onset", "p_weak", "s_weak")
@@ -98,6 +99,12 @@ def rotate_horizontals(batch:dict, generator:torch.Generator) -> dict:
     return {**batch, "x": torch.where(both, torch.stack([x[..., 0], c * n + s * e, c * e - s * n], -1), x)}
 
 # %% ../../nbs/signals/06_augment.ipynb #0e243cc1
+def zones_of(
+    batch:dict, # perhaps with zones
+) -> torch.Tensor: # (B, 2, Z, 2) first and last of each zone of P and of S, in samples; Z is 0 where there are none
+    "The zones without labels of a batch"
+    return batch["unlabelled"] if "unlabelled" in batch else batch["x"].new_empty(len(batch["x"]), 2, 0, 2)
+
 def add_noise(batch:dict, generator:torch.Generator,
     noise:torch.Tensor, # (N, L, 3) windows of noise, on the same device
     snr_db:tuple=(0., 20.), # signal to noise, of the standard deviations over the window, between these two
@@ -121,60 +128,78 @@ def add_gaps(batch:dict, generator:torch.Generator,
     x, L = batch["x"], batch["x"].shape[1]
     hit, length = uniform(x, generator) < share, 1 + uniform(x, generator) * (most * L - 1)
     first = uniform(x, generator) * (L - length)
+    several = "events" in batch or "unlabelled" in batch                       # then a zone says what nobody knows
     gap = lambda t, one: hit[one] & (t >= first[one]) & (t < (first + length)[one])
     new = {"x": torch.where(gap(torch.arange(L, device=x.device), (slice(None), None))[..., None], 0., x)}
     for name in (n for n in ONSETS if n in batch):
         lost = gap(batch[name], slice(None))
         new[name] = torch.where(lost, torch.nan, batch[name])
         status = name.replace("_onset", "_status")
-        if status != name and "unlabelled" not in batch:
+        if status != name and not several:
             new[status] = torch.where(lost, STATUS.index("unlabelled"), batch[status]).to(batch[status].dtype)
     if "events" in batch:
         inside = gap(batch["events"], (slice(None), None, None))
         new["events"] = torch.where(inside, torch.nan, batch["events"])
-    if "unlabelled" in batch:
+    if several:
         zone = torch.stack([first - 50, first + length + 50], -1)              # bumps reach out of the gap
         zone = torch.where(hit[:, None], zone, torch.nan)[:, None, None].expand(-1, 2, -1, -1)
-        new["unlabelled"] = torch.cat([batch["unlabelled"], zone.to(batch["unlabelled"].dtype)], 2)
+        new["unlabelled"] = torch.cat([zones_of(batch), zone.to(x.dtype)], 2)
     return {**batch, **new}
 
 # %% ../../nbs/signals/06_augment.ipynb #89e7e6ba
 def merge_events(
     a:torch.Tensor, # (B, A, 2) P and S of each event, NaN where there is none
     b:torch.Tensor, # (B, A, 2)
-) -> tuple[torch.Tensor, torch.Tensor]: # (B, A, 2) of both in order of time; (B,) bool, whether all have found room
+    most:int,       # rows of the result
+) -> tuple[torch.Tensor, torch.Tensor]: # (B, most, 2) of both in order of time; (B,) bool, whether all have found room
     "Events of two windows as those of one"
     both = torch.cat([a, b], 1)                                                # (B, 2A, 2)
     first = both.nan_to_num(torch.inf).amin(-1)                                # (B, 2A), infinite where there is none
-    order = first.argsort(dim=1, stable=True)[:, :a.shape[1]]
-    return both.gather(1, order[..., None].expand(-1, -1, 2)), first.isfinite().sum(1) <= a.shape[1]
+    order = first.argsort(dim=1, stable=True)[:, :most]
+    return both.gather(1, order[..., None].expand(-1, -1, 2)), first.isfinite().sum(1) <= most
 
 # %% ../../nbs/signals/06_augment.ipynb #145cb587
 def stack_events(batch:dict, generator:torch.Generator,
     share:float=.2, # of the windows
     quieter_db:float=20., # the other window is made quieter than this one by up to so much
 ) -> dict:
-    "Another window of the batch on top, with its events; the batch has `events` and `unlabelled`"
-    x = batch["x"]
-    order = torch.rand(len(x), generator=generator, device=x.device).argsort()
-    other = torch.empty_like(order).scatter_(0, order, order.roll(1))          # never a window itself
-    events, room = merge_events(batch["events"], batch["events"][other])
-    hit = (uniform(x, generator) < share) & room
+    "The neighbour in the batch on top, with its events; all of them are then in `events`, and zones in `unlabelled`"
+    x, number = batch["x"], torch.arange(len(batch["x"]), device=batch["x"].device)
+    other = (number ^ 1).clamp(max=len(x) - 1)                                 # in pairs: so each rank has its own neighbours
+    own = batch["events"] if "events" in batch else torch.stack([batch["p_onset"], batch["s_onset"]], -1)[:, None]
+    theirs = own[other]                                                        # (B, A, 2)
+    valid = batch["valid"][:, None, None]                                      # (B, 1, 1, 2); not in the zeros beside a short record
+    theirs = torch.where((theirs >= valid[..., 0]) & (theirs < valid[..., 1]), theirs, torch.nan)
+    most = max(own.shape[1], min(2 * own.shape[1], MOST_EVENTS))
+    events, room = merge_events(own, theirs, most)
+    hit = (uniform(x, generator) < share) & room & (other != number)
     ratio = 10 ** (-quieter_db * uniform(x, generator) / 20)
     spread = lambda v: (v - v.mean(1, keepdim=True)).square().mean((1, 2)).sqrt()
     size = ratio * spread(x) / spread(x[other]).clamp(min=torch.finfo(torch.float32).tiny)
     there = (x != x[:, :1]).any(1, keepdim=True) & valid_mask(batch["valid"], x.shape[1])     # not into missing components
+    alone = torch.nn.functional.pad(own, (0, 0, 0, most - own.shape[1]), value=torch.nan)
+    zones = zones_of(batch)
     new = {"x": torch.where(hit[:, None, None] & there, x + size[:, None, None] * x[other], x),
-           "events": torch.where(hit[:, None, None], events, batch["events"])}
-    zones = torch.where(hit[:, None, None, None], batch["unlabelled"][other], torch.nan)
-    new["unlabelled"] = torch.cat([batch["unlabelled"], zones], 2)
-    for k, name in enumerate(("p", "s")):
+           "events": torch.where(hit[:, None, None], events, alone),
+           "unlabelled": torch.cat([zones, torch.where(hit[:, None, None, None], zones[other], torch.nan)], 2)}
+    return {**batch, **new, **stacked_labels(batch, hit, other)}
+
+def stacked_labels(
+    batch:dict,
+    hit:torch.Tensor,   # (B,) bool, which windows have another one on top
+    other:torch.Tensor, # (B,) number of that one
+) -> dict: # onsets and statuses of P and S
+    "A phase is labelled where both windows have looked for it"
+    new = {}
+    for name in "ps":
         own, theirs = batch[f"{name}_status"], batch[f"{name}_status"][other]
         status = torch.where((own > 0) & (theirs > 0), torch.maximum(own, theirs), 0)
         new[f"{name}_status"] = torch.where(hit, status, own).to(own.dtype)
-        onset, new_one = batch[f"{name}_onset"], batch[f"{name}_onset"][other]
-        new[f"{name}_onset"] = torch.where(hit & onset.isnan(), new_one, onset)
-    return {**batch, **new}
+        onset, valid = batch[f"{name}_onset"], batch["valid"]
+        second = onset[other]
+        second = torch.where((second >= valid[:, 0]) & (second < valid[:, 1]), second, torch.nan)
+        new[f"{name}_onset"] = torch.where(hit & onset.isnan(), second, onset)
+    return new
 
 # %% ../../nbs/signals/06_augment.ipynb #4b6e1694
 def sometimes(batch:dict, generator:torch.Generator,
@@ -200,6 +225,8 @@ class Augmentation:
     drop: float = .1                 # share that loses one or two components
     gap: float = .05                 # share with a gap
     gap_most: float = .1             # of the window
+    stack: float = .1                # share with another window of the batch on top
+    stack_db: float = 20.            # by which that one may be quieter
 
 def fine_augment(
     noise:torch.Tensor, # (N, L, 3) of training records, on the device of the batches; N may be 0: none is added
@@ -212,6 +239,7 @@ def fine_augment(
         batch = flip_polarity(batch, generator, s.flip, together=True)
         batch = flip_polarity(batch, generator, s.flip_one)
         batch = sometimes(batch, generator, s.shift, lambda b, g: shift_time(b, g, s.shift_most))
+        if s.stack: batch = stack_events(batch, generator, s.stack, s.stack_db)
         if len(noise): batch = sometimes(batch, generator, s.noise, lambda b, g: add_noise(b, g, noise, s.snr_db))
         batch = drop_components(batch, generator, s.drop)
         return add_gaps(batch, generator, s.gap, s.gap_most)
@@ -226,7 +254,7 @@ def scale_components(batch:dict, generator:torch.Generator,
     gain_db = most_db * (2 * torch.rand(len(x), 3, generator=generator, device=x.device) - 1)
     return {**batch, "x": x * (10 ** (gain_db / 20))[:, None]}
 
-PRETRAIN_AUGMENTATION = Augmentation(rotate=.5, flip=.5, flip_one=0., shift=0., noise=.3, drop=.05, gap=.05)
+PRETRAIN_AUGMENTATION = Augmentation(rotate=.5, flip=.5, flip_one=0., shift=0., noise=.3, drop=.05, gap=.05, stack=0.)
 
 def pretrain_augment(
     noise:torch.Tensor, # (N, L, 3) of training records, on the device of the batches; N may be 0: none is added

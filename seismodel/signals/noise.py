@@ -25,10 +25,13 @@ def quiet(
     margin:int=100, # samples before the first onset that are left out
 ) -> int: # samples, 0 where nothing is known to be noise
     "Length of the part at the beginning of a record in which no phase arrives"
-    onsets = [t for t in (record.p_onset, record.s_onset, record.p_weak, record.s_weak) if np.isfinite(t)]
+    events, zones = record.all_events(), [a for z in record.zones for a, _ in z]
+    events = events[np.isfinite(events).any(1)]
+    onsets = [t for t in (*events.flat, record.p_weak, record.s_weak, *zones) if np.isfinite(t)]
     absent = STATUS.index("absent")
     if not onsets and record.p_status == record.s_status == absent: return len(record.waveform)
-    return max(int(min(onsets)) - margin, 0) if np.isfinite(record.p_onset) else 0
+    if not len(events) or np.isnan(events[:, 0]).any(): return 0
+    return max(int(min(onsets)) - margin, 0)
 
 # %% ../../nbs/signals/07_noise.ipynb #950cba50
 def mirrored(

@@ -33,6 +33,24 @@ class Record(NamedTuple):
     s_status: int = 0
     p_weak: float = np.nan # sample at which another model picks P, NaN when unknown
     s_weak: float = np.nan # likewise for S
+    events: np.ndarray|None = None   # (A, 2) P and S of every event in it; None: one at most
+    zones: tuple = ((), ())          # for P and for S: [first, last) samples in which nobody knows
+
+    def all_events(self) -> np.ndarray: # (A, 2) samples, NaN where there is none
+        "P and S of every event; of a record that knows one event, a list of one"
+        one = np.array([[self.p_onset, self.s_onset]], float)
+        return one if self.events is None else np.asarray(self.events, float).reshape(-1, 2)
+
+    def cut(self,
+        first:int, # sample
+        last:int,  # sample after the last one
+    ) -> "Record": # onsets outside of it stay, as samples before or after it
+        "A piece of the record, with its labels"
+        here = lambda zones: tuple((a - first, b - first) for a, b in zones)
+        onsets = {k: getattr(self, k) - first for k in ("p_onset", "s_onset", "p_weak", "s_weak")}
+        events = None if self.events is None else self.all_events() - first
+        return self._replace(waveform=self.waveform[first:last], events=events,
+                             zones=tuple(map(here, self.zones)), **onsets)
 
 # %% ../../nbs/signals/03_records.ipynb #3b5b6b41
 def check_record(
@@ -59,8 +77,8 @@ def recorded_mean(
 # %% ../../nbs/signals/03_records.ipynb #dc06e232
 def show_window(
     x,                  # (L, 3) normalised samples, tensor or array
-    p_onset=np.nan,     # samples; NaN: not drawn
-    s_onset=np.nan,     # samples; NaN: not drawn
+    p_onset=np.nan,     # samples, one or several; NaN: not drawn
+    s_onset=np.nan,     # likewise
     ax=None,            # matplotlib axes; None: new ones
     title:str="",       # above the axes
 ): # the matplotlib axes
@@ -70,11 +88,12 @@ def show_window(
     seconds = np.arange(len(x)) / SAMPLING_RATE
     for row, (component, trace) in enumerate(zip(COMPONENTS, np.asarray(x).T)):
         ax.plot(seconds, trace / max(np.abs(trace).max(), 1.) - 2 * row, lw=.5, color="0.25")
-    for pick, color, label in ((p_onset, "C0", "P"), (s_onset, "C3", "S")):
-        if not np.isfinite(float(pick)): continue
-        at = float(pick) / SAMPLING_RATE
-        ax.axvline(at, color=color, lw=1.2)
-        ax.text(at, .99, f" {label}", color=color, va="top", transform=ax.get_xaxis_transform())
+    for picks, color, label in ((p_onset, "C0", "P"), (s_onset, "C3", "S")):
+        for pick in np.atleast_1d(np.asarray(picks, float)):
+            if not np.isfinite(pick): continue
+            at = pick / SAMPLING_RATE
+            ax.axvline(at, color=color, lw=1.2)
+            ax.text(at, .99, f" {label}", color=color, va="top", transform=ax.get_xaxis_transform())
     ax.set(yticks=[0, -2, -4], yticklabels=list(COMPONENTS), xlabel="time in s", title=title)
     ax.set_xlim(0, len(x) / SAMPLING_RATE)
     return ax

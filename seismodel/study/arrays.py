@@ -182,7 +182,7 @@ def pack_arrays(
 )->int: # bytes of them
     "Copies of a third of the size, for `unpack_arrays`"
     to.mkdir(parents=True, exist_ok=True)
-    files = [f for f in sorted(folder.iterdir()) if f.suffix in ('.npy', '.json', '.pt')]
+    files = [f for f in sorted(folder.iterdir()) if f.suffix in ('.npy', '.json', '.safetensors')]
     for file in files:
         data = file.read_bytes()
         if file.stem.endswith('samples'):

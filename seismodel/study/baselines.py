@@ -16,7 +16,7 @@ from seisbench.models import EQTransformer, PhaseNet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..finetuning.heads import LABELS, found, batch_onsets, load_picker, label_curves, pick_loss
+from ..finetuning.heads import LABELS, batch_events, found, in_zones, load_picker, pick_loss, pick_targets
 from ..picking.seisbench_model import Instruments, SeisModelPicker, StreamPicker
 from ..models.pretraining import Step, load_weights, read_model, write_model
 from ..signals.records import COMPONENTS, SAMPLING_RATE, WINDOW
@@ -47,9 +47,9 @@ class Baseline(nn.Module):
         generator:torch.Generator|None=None, # not used: nothing is drawn but dropout
     )->Step:
         "The loss over the picks that are labelled, and how many were found"
-        x, (onset, known) = batch['x'], batch_onsets(batch)
-        z = self.outputs(x)
-        return Step(self.loss(z, onset, known), found(self.probabilities(z).clamp_min(1e-9).log(), onset))
+        z = self.outputs(batch['x'])
+        said, (events, _) = self.probabilities(z).clamp_min(1e-9).log(), batch_events(batch)
+        return Step(self.loss(z, batch), found(said, events))
 
     def save_pretrained(self, folder, extra=None):
         "Write `model.safetensors` and `config.json`, which says that this is a baseline, and which"
@@ -59,32 +59,39 @@ class Baseline(nn.Module):
 class PhaseNetBaseline(Baseline):
     "PhaseNet with fresh weights"
     def __init__(self): super().__init__(PhaseNet(phases=LABELS))
-    def loss(self, z, onset, known): return pick_loss(z, label_curves(*onset.unbind(-1), z.shape[1]), known)
+    def loss(self, z, batch): return pick_loss(z, *pick_targets(batch, z.shape[1]))
     def probabilities(self, z): return z.softmax(-1)
 
 # %% ../../nbs/study/01_baselines.ipynb #442935e4
 def detection_labels(
-    onset:Tensor, # (B, 2) samples of P and S, NaN where there is none or it is not labelled
+    onset:Tensor, # (B, 2) samples of P and S, or (B, A, 2) of A events; NaN where there is none or it is not labelled
     known:Tensor, # (B, 2) bool, whether P and S were labelled
     samples:int,  # L
-)->tuple[Tensor, Tensor]: # (B, L) one from P to S + 1.4 (S - P); (B,) bool, whether that can be said
+)->tuple[Tensor, Tensor]: # (B, L) one from P to S + 1.4 (S - P) of an event; (B,) bool, whether that can be said
     "Where an earthquake is on, by the rule of Mousavi and others (2020)"
-    p, s = onset[:, :1], onset[:, 1:]
+    onset = onset.view(len(onset), -1, 2)                                        # (B, A, 2)
+    p, s = onset[..., :1], onset[..., 1:]                                        # (B, A, 1)
     time = torch.arange(samples, device=onset.device)
-    on = (time >= p) & (time <= s + 1.4*(s - p))                                 # False for NaN
-    return on.float(), onset.isfinite().all(1) | known.all(1) & onset.isnan().all(1)
+    on = ((time >= p) & (time <= s + 1.4*(s - p))).any(1)                        # False for NaN
+    half = (onset.isfinite().sum(-1) == 1).any(1)                                # P without S, or S without P
+    return on.float(), ~half & (onset.isfinite().any((1, 2)) | known.all(1))
 
 # %% ../../nbs/study/01_baselines.ipynb #6eee98e1
 class EQTransformerBaseline(Baseline):
     "EQTransformer with fresh weights, for windows of 4096 samples instead of 6000"
     def __init__(self): super().__init__(EQTransformer(in_samples=WINDOW))
 
-    def loss(self, z, onset, known):
+    def loss(self, z, batch):
         "Weighted binary cross-entropies of detection, P and S, each over the windows where it can be said"
-        on, said = detection_labels(onset, known, z.shape[1])
-        labels = torch.cat([on[..., None], label_curves(*onset.unbind(-1), z.shape[1])[..., 1:]], -1)          # (B, L, 3)
+        samples, (events, known) = z.shape[1], batch_events(batch)
+        on, said = detection_labels(events, known, samples)
+        labels = torch.cat([on[..., None], pick_targets(batch, samples)[0][..., 1:]], -1)                      # (B, L, 3)
         said = torch.cat([said[:, None], known], -1)                                                          # (B, 3)
-        each = F.binary_cross_entropy_with_logits(z.float(), labels, reduction='none').mean(1)*said
+        each = F.binary_cross_entropy_with_logits(z.float(), labels, reduction='none')
+        if 'unlabelled' in batch:                                                # nobody knows in a zone
+            zone = in_zones(batch['unlabelled'], samples)
+            each = each*~torch.cat([zone.any(-1, keepdim=True), zone], -1)
+        each = each.mean(1)*said
         return (each.sum(0)/said.sum(0).clamp_min(1)*z.new_tensor([.05, .4, .55])).sum()
 
     def probabilities(self, z):
