@@ -11,7 +11,7 @@ def world(tmp_path_factory):
     "Files of each kind"
     folder = tmp_path_factory.mktemp('world')/'world'
     folder.mkdir()
-    assert make_world(folder) == [0]*5
+    assert make_world(folder) == [0]*6
     return folder
 
 
