@@ -116,11 +116,12 @@ class Store:
         rows:np.ndarray, # of the index
     ) -> None:
         "Compare the checksums of traces that were not read before; raises `UserError` for one that is damaged"
-        for row in np.unique(rows[~self.checked[rows]]):
-            r = self.index[row]
-            x = self.shard(r["shard"])[0][r["first"]:r["first"] + r["samples"]]
-            if r["crc"] and crc32(x) != r["crc"]:
-                raise UserError(f"{self.folder}/samples-{r['shard']:05}.npy: trace {r['name'].decode()} is damaged, "
+        fresh = np.unique(rows[~self.checked[rows]])
+        if not len(fresh): return
+        about = (self.index[k][fresh].tolist() for k in ("shard", "first", "samples", "crc"))   # a row by itself is slow
+        for row, shard, first, samples, crc in zip(fresh.tolist(), *about):
+            if crc and crc32(self.shard(shard)[0][first:first + samples]) != crc:
+                raise UserError(f"{self.folder}/samples-{shard:05}.npy: trace {self.index['name'][row].decode()} is damaged, "
                                 "its checksum does not match; copy the file again, or pack again")
             self.checked[row] = True
 

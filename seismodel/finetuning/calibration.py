@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from ..data.windows import WindowDataset
-from ..files import write_atomically
+from ..files import read_json, write_atomically
 from .heads import Picker, batch_onsets, load_picker
 from ..signals.records import SAMPLING_RATE
 
@@ -167,7 +167,7 @@ def store_calibration(
 ):
     "Store thresholds and uncertainties with a picker"
     file = Path(folder)/'config.json'
-    config = json.loads(file.read_text(encoding='utf-8')) | {'default_args': args, 'calibration': how}
+    config = read_json(file) | {'default_args': args, 'calibration': how}
     text = json.dumps(config, indent=2)
     write_atomically(file, lambda part: part.write_text(text, encoding='utf-8'))
 

@@ -162,7 +162,7 @@ def write_model(
     own = json.dumps({name: config[name] for name in IDENTITY if name in config})
     blob = sealed_tensors(weights, {'config': own})
     write_atomically(folder/'config.json', lambda p: p.write_text(text, encoding='utf-8'))
-    write_atomically(folder/'model.safetensors', lambda p: p.write_bytes(blob))
+    write_atomically(folder/'model.safetensors', lambda p: p.write_bytes(blob), len(blob))
 
 # %% ../../nbs/models/10_pretraining.ipynb #5077d1bc
 class Pretrainer(nn.Module):

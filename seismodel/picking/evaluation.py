@@ -19,13 +19,13 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..files import write_atomically
+from ..files import read_table, write_atomically
 from ..finetuning.classification import load_window_model, score_window_model
 from ..models.pretraining import read_config
 from ..data.sources import PHASES, onsets, open_dataset, split_column, trace_names
 from ..data.channels import translate_components
 from ..statistics import ONSET_METRICS, auc, best_threshold, bootstrap, mcc
-from ..signals.records import COMPONENTS, SAMPLING_RATE, reason
+from ..signals.records import COMPONENTS, SAMPLING_RATE
 from ..signals.source import digest
 from ..core import UserError, pick_device
 from .matching import match_records, pick_records
@@ -137,11 +137,9 @@ def read_targets(
     table: pd.DataFrame,  # metadata of the data set
 ) -> pd.DataFrame:        # with a column `clean`
     "Targets of this data set; raises `UserError` where the file is none, or a trace in it is not known for certain"
-    try: found = pd.read_csv(file, dtype={'trace_chunk': str})
-    except (ValueError, OSError) as e: raise UserError(f"'{file}' cannot be read as a table: {reason(e)}") from None
-    own = ('trace_type',) if file.stem == 'task1' else ('phase_label', 'phase_onset')
-    for column in ('start_sample', 'end_sample', 'trace_name', 'trace_split', *own):
-        if column not in found: raise UserError(f"'{file}' is not a table of targets: it has no column {column}.")
+    numbers = ('start_sample', 'end_sample', *(() if file.stem == 'task1' else ('phase_onset',)))
+    columns = ('trace_name', 'trace_split', 'trace_type' if file.stem == 'task1' else 'phase_label', *numbers)
+    found = read_table(file, columns, numbers, 'restore it, or remove it and it is made again', dtype={'trace_chunk': str})
     keys = [k for k in KEYS if k in found]
     known = table.drop_duplicates(list(KEYS)).groupby(keys).size().to_dict()
     asked = found[keys].drop_duplicates().itertuples(index=False, name=None)
