@@ -239,14 +239,14 @@ def pack(
         dict(name=n, where=" ".join(g), weight=share, files=listing(s))
         for n, g, s, share in zip(names, groups, streams, shares or len(groups)*[None])])
     if selection.given: plan["selection"] = selection.given
-    with StoreWriter(out, plan) as writer:
-        try:
+    try:
+        with StoreWriter(out, plan) as writer:
             if not writer.complete: _copy(streams, writer)
             manifest = finish(writer)
-        except KeyboardInterrupt: raise UserError(f"stopped; the same command goes on with {out}") from None
-        except OSError as e:
-            if not is_disk_full(e): raise
-            raise UserError(_no_room(Path(out), streams, dtype)) from None
+    except KeyboardInterrupt: raise UserError(f"stopped; the same command goes on with {out}") from None
+    except OSError as e:
+        if not is_disk_full(e): raise
+        raise UserError(_no_room(Path(out), streams, dtype)) from None
     print(report(manifest))
     return manifest
 

@@ -45,7 +45,8 @@ def read_trial(
     check_json(config['cell'], dict(method=str, share=float), f"{about}, 'cell'", CURE)
     check_json(config['train'], dict(seed=int), f"{about}, 'train'", CURE)
     table = read_table(file, PICKED, ('residual', 'picks'), CURE, dtype={'event': str})
-    table = table[table['by'] == by].assign(event=table['event'].fillna(table['trace_name']))
+    table = table[table['by'] == by]
+    table = table.assign(event=table['event'].fillna(table['trace_name']))
     if not len(table) or table.duplicated(RECORD_COLUMNS).any():
         raise UserError(f"'{file}' has {'a record twice' if len(table) else f'no row by {by}'}; {CURE}.")
     values = table['residual'].where(table['kind'] != 'noise', table['picks'])
