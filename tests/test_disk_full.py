@@ -66,6 +66,18 @@ def test_which_folder_and_how_much(words, need, left, home, tmp_path, capsys, mo
     if left is not None: assert written(out) == left
 
 
+def test_no_half_of_a_model_is_left(home, tmp_path, capsys, monkeypatch):
+    "The same command works when there is room again"
+    words = f'pretrain --preset contrastive-tiny --steps 1 --batch-size 2 --validation-windows 2 --window 512 --device cpu --out {tmp_path}/run'
+    real = files.force_out
+    monkeypatch.setattr('seismodel.training.trainer.draw_run', lambda *a: None)
+    with monkeypatch.context() as m:
+        m.setattr(files, 'force_out', lambda path: full() if path.name == '.model.safetensors.part' else real(path))
+        assert re.search(r"for model.safetensors: it needs (more than )?2\.\d MB", said(words.split(), capsys))
+    assert written(tmp_path/'run') == ['.lock']
+    assert main(words.split()) == 0
+
+
 def test_a_trial_says_why_even_where_its_log_takes_no_words(home, tmp_path, monkeypatch):
     trial, common = Trial(Candidate('a', 'random', str(home/'model')), 1., 0), StudyConfig((str(home/'data'),), steps=1)
     monkeypatch.setattr(files, 'force_out', full)
