@@ -54,6 +54,7 @@ from seismodel.data.prefetch import amplitudes, to_model
 from seismodel.data.sources import SyntheticSource
 from seismodel.data.store import quantize_samples
 from seismodel.data.store_reader import Store
+from seismodel.files import read_json
 from seismodel.finetuning.heads import LABELS, Picker, batch_onsets, found, label_curves, pick_loss
 from seismodel.models.encoders import BidirAutoregConfig
 from seismodel.models.pretraining import (MaskedConfig, ReconstructionConfig, Step, build, config_to_dict,
@@ -363,7 +364,7 @@ def record_peer(folder, name, stem):
     "Record the network in SeisBench's files STEM.json… and STEM.pt…, so that it runs without SeisBench"
     from seisbench.models import PhaseNet
     about, weights = (next(Path(stem).parent.glob(f'{Path(stem).name}.{end}*')) for end in ('json', 'pt'))
-    options = json.loads(about.read_text(encoding='utf-8'))['model_args']
+    options = read_json(about, dict(model_args=dict))['model_args']
     model = PhaseNet(**options)
     model.load_state_dict(torch.load(weights, weights_only=True))
     class Logits(torch.nn.Module):
@@ -856,7 +857,7 @@ def drive(args):
             if trial.file(out).exists():
                 known.add(trial.name)
                 succeeded += 1
-                row = json.loads(trial.file(out).read_text(encoding='utf-8'))
+                row = read_json(trial.file(out))
                 shown = ('p0.3', 's0.3', 'seconds', 'windows_per_second', 'gib')
                 say(f'{trial.name}  ' + '  '.join(f'{k} {row[k]}' for k in shown if k in row))
                 continue
@@ -913,6 +914,9 @@ def bring(out, folder, home):
 # ---------------------------------------------------------------- tables
 
 SCORES = ('p0.1', 'p0.3', 's0.1', 's0.3', 'p_mae', 's_mae', 'p_auc')
+PRETRAINED = dict(start=str, seconds=float, history=list[dict])                       # fields of pretrained/NAME.json
+SCORED = dict(start=str, variant=str, windows=int, way=str, fraction=float, fold=int, again=int, control=str, onsets=list[list],
+              p_n=int, s_n=int, **dict.fromkeys(SCORES, float | None))                # and of trials/NAME.json
 
 
 def hits(row, phase, within=.3):
@@ -963,8 +967,9 @@ def write_onsets(file, trials):
 def write_tables(out):
     """pretrained.csv and trials.csv, a line each, onsets.csv.gz, and table.csv: means over folds and seeds, differences to
     the random start"""
-    pretrained = {f.stem: json.loads(f.read_text(encoding='utf-8')) for f in sorted((out/'pretrained').glob('*.json'))}
-    trials = [json.loads(f.read_text(encoding='utf-8')) for f in sorted((out/'trials').glob('*.json'))]
+    again = 'remove it, and it is made again'
+    pretrained = {f.stem: read_json(f, PRETRAINED, again) for f in sorted((out/'pretrained').glob('*.json'))}
+    trials = [read_json(f, SCORED, again) for f in sorted((out/'trials').glob('*.json'))]
     last = lambda p: {k: v for k, v in p['history'][-1].items() if k in ('loss', 'spectrum_mse', 'accuracy', 'mse')}
     plain = lambda d: {k: v for k, v in d.items() if not isinstance(v, (dict, list))}
     write_csv(out/'pretrained.csv', [{**plain(p), 'last': json.dumps(last(p))} for p in pretrained.values()])

@@ -1,5 +1,6 @@
 "The benchmark of objectives: its plan, its folds, that records of `test` stay behind, and what the study adds"
 import importlib.util
+import json
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from seismodel.core import UserError
 from seismodel.data.pack import pack
 from seismodel.data.sources import write_synthetic
 
@@ -184,6 +186,12 @@ def test_a_trial_scores_manual_onsets_apart_from_automatic_ones(arrays, tmp_path
     assert said[0]['p_n'] == (held & (table['status'][:, 0] == objectives.MANUAL)).sum() and said[0]['s_n'] == 0
     assert 0 < said[0]['best_step'] <= 8 and np.isfinite(said[0]['dev_loss']) and said[1]['dev_loss'] is None
     assert [r[:5] for r in rows] == [r[:5] for r in said[1]['onsets']]
+    (tmp_path/'trials').mkdir()
+    for k, row in enumerate(said): (tmp_path/f'trials/{k}.json').write_text(json.dumps(row), encoding='utf-8')
+    assert len(objectives.write_tables(tmp_path)) == 2
+    for change in ({'p0.3': 'x'}, {'onsets': [3]}, {'start': None}):
+        (tmp_path/'trials/1.json').write_text(json.dumps(said[1] | change), encoding='utf-8')
+        with pytest.raises(UserError, match=f"1.json': field '{next(iter(change))}' .*it is made again"): objectives.write_tables(tmp_path)
 
 
 def test_results_go_home_in_bundles_and_come_back(tmp_path, monkeypatch):

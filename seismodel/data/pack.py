@@ -260,7 +260,7 @@ def _no_room(out, streams, dtype):
     "What a store needs, and what there is"
     need = sum(s.samples() for s in streams) * 3 * np.dtype(DTYPES[dtype]).itemsize
     there = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
-    free = shutil.disk_usage(out).free
+    free = shutil.disk_usage(next(p for p in (out, *out.absolute().parents) if p.exists())).free
     wanted = f"up to {in_bytes(need)}" if need > there else f"more than {in_bytes(there)}"
     return (f"no space left for the store in '{out}': it needs {wanted}, {in_bytes(there)} are written and {in_bytes(free)} are free; "
             "make room and give the same command again, it goes on")
