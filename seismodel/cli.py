@@ -82,7 +82,8 @@ def run_command(
         return 128 + signal.SIGINT
     except OSError as e:
         if is_disk_full(e):
-            what = e.strerror if isinstance(e, DiskFull) else f"no space left for {e.filename or 'a file'}"
+            what = f"no space left for {e.filename or 'a file'}"
+            if isinstance(e, DiskFull): what = e.strerror
             print(f'seismodel: {what}; make room, and give the same command again.', file=sys.stderr)
             return 2
         print(f"seismodel: {e.filename or 'a file'} cannot be read or written ({e.strerror or e}); mend that, or name another path.", file=sys.stderr)

@@ -61,8 +61,9 @@ def naming_space(
         there = sum(f.stat().st_size for f in inside)
         free = shutil.disk_usage(path.parent).free + there          # what is there of it is deleted
         need = in_bytes(size) if size > there else f'more than {in_bytes(there)}'
-        raise DiskFull(errno.ENOSPC, f"no space left in '{path.parent}' for {path.name}: it needs {need}, and {in_bytes(free)} are free",
-                       str(path)) from None
+        what = (f"no space left in '{path.parent}' for {path.name}: it needs {need}, "
+                f"and {in_bytes(free)} are free")
+        raise DiskFull(errno.ENOSPC, what, str(path)) from None
 
 # %% ../nbs/ground/02_files.ipynb #4dcaf6ba
 def write_atomically(
@@ -197,11 +198,12 @@ def read_table(
     cure: str = 'restore it',         # what to do about a file that is wrong
     **how,                            # more for `pandas.read_csv`
 ):                                    # pandas.DataFrame
-    "A table from a file; raises `UserError` naming the file, and the column that is missing or the cell that is wrong"
+    "A table; raises `UserError` naming the file, and the column that is missing or the wrong cell"
     import pandas as pd
     try: table = pd.read_csv(path, encoding='utf-8', **how)
-    except OSError as e: raise UserError(f"'{path}' cannot be read ({e.strerror or e}); {cure}.") from None
-    except (ValueError, EOFError, zlib.error) as e:
+    except OSError as e:
+        raise UserError(f"'{path}' cannot be read ({e.strerror or e}); {cure}.") from None
+    except (ValueError, LookupError, TypeError, EOFError, zlib.error) as e:
         why = (str(e).splitlines() or [type(e).__name__])[0].rstrip('.')
         raise UserError(f"'{path}' is not a table in CSV ({why}); {cure}.") from None
     for name in columns:
@@ -211,7 +213,8 @@ def read_table(
         wrong = table[name].notna() & values.isna()
         if wrong.any():
             cell, row = str(table[name][wrong].iloc[0])[:60], int(np.flatnonzero(wrong)[0])
-            raise UserError(f"'{path}': column '{name}' has {cell!r} in row {row + 1} and must have numbers; {cure}.")
+            raise UserError(f"'{path}': column '{name}' has {cell!r} in row {row + 1} "
+                            f"and must have numbers; {cure}.")
         table[name] = values
     return table
 

@@ -233,7 +233,8 @@ def write_piece(
     return rows
 
 # %% ../../nbs/data/12_build_dataset.ipynb #f734e197
-OWN_COLUMNS = 'trace_name', 'split', 'trace_start_time', 'trace_npts', 'station_network_code', 'station_code'
+OWN_COLUMNS = ('trace_name', 'split', 'trace_start_time', 'trace_npts', 'station_network_code',
+               'station_code')
 
 @dataclass
 class Existing:
@@ -278,8 +279,9 @@ def read_existing(
         table = read_table(file, OWN_COLUMNS, cure=cure, dtype=str, keep_default_na=False)
         for number, row in enumerate(table.to_dict('records'), 1):
             try: found.add(row)
-            except Exception as e:                           # ObsPy raises anything for a time that is none
-                raise UserError(f"'{file}': row {number} cannot be read ({reason(e)}); {cure}.") from None
+            except Exception as e:             # ObsPy raises anything for a time that is none
+                raise UserError(f"'{file}': row {number} cannot be read ({reason(e)}); "
+                                f"{cure}.") from None
     return found
 
 # %% ../../nbs/data/12_build_dataset.ipynb #7d95ede4

@@ -59,8 +59,10 @@ class DatasetItems:
     def samples(self) -> int:
         "How many there are at most, at 100 Hz; 0 where the table does not say"
         import pandas as pd
-        column = lambda name: pd.to_numeric(self.table[name], errors="coerce") if name in self.table else np.nan
-        return int(np.nan_to_num(column("trace_npts") * SAMPLING_RATE / column("trace_sampling_rate_hz")).sum())
+        if not {"trace_npts", "trace_sampling_rate_hz"} <= set(self.table): return 0
+        column = lambda name: pd.to_numeric(self.table[name], errors="coerce")
+        count = column("trace_npts") * SAMPLING_RATE / column("trace_sampling_rate_hz")
+        return int(count[np.isfinite(count)].sum())
 
     def items(self,
         after:int|None=None, # rows that are done
@@ -262,8 +264,8 @@ def _no_room(out, streams, dtype):
     there = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
     free = shutil.disk_usage(next(p for p in (out, *out.absolute().parents) if p.exists())).free
     wanted = f"up to {in_bytes(need)}" if need > there else f"more than {in_bytes(there)}"
-    return (f"no space left for the store in '{out}': it needs {wanted}, {in_bytes(there)} are written and {in_bytes(free)} are free; "
-            "make room and give the same command again, it goes on")
+    return (f"no space left for the store in '{out}': it needs {wanted}, {in_bytes(there)} are written "
+            f"and {in_bytes(free)} are free; make room and give the same command again, it goes on")
 
 def _copy(streams, writer):
     "Every item of every stream, from where the writer stands"

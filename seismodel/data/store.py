@@ -247,7 +247,8 @@ def _lines(folder):
         with open(part, "rb") as f:
             for number, line in enumerate(f, 1):
                 try: found = json.loads(line)
-                except ValueError: raise UserError(f"Line {number} of '{part}' is not JSON; {REMOVE}.") from None
+                except ValueError:
+                    raise UserError(f"Line {number} of '{part}' is not JSON; {REMOVE}.") from None
                 yield check_json(found, {}, f'{part}, line {number}', REMOVE)
 
 def _count(folder, names):
@@ -268,9 +269,10 @@ def _tables(folder, names, traces, columns, splits, width):
     "index.npy, traces.csv and left_out.csv, line by line"
     new = [folder/f"{name}.part" for name in TABLES]
     row = np.zeros(1, row_type(width))
+    head = dict(descr=row.dtype.descr, fortran_order=False, shape=(traces,))
     with open(new[0], "wb") as index, open(new[1], "w", newline="", encoding="utf-8") as t, \
          open(new[2], "w", newline="", encoding="utf-8") as o:
-        np.lib.format.write_array_header_1_0(index, dict(descr=row.dtype.descr, fortran_order=False, shape=(traces,)))
+        np.lib.format.write_array_header_1_0(index, head)
         table = csv.DictWriter(t, ["store_source", "trace_name", *columns], lineterminator="\n")
         left = csv.writer(o, lineterminator="\n")
         table.writeheader()
@@ -281,7 +283,7 @@ def _tables(folder, names, traces, columns, splits, width):
             table.writerow(dict(line["more"], store_source=names[line["source"]], trace_name=line["name"]))
             value = dict(crc=0) | line | dict(split=splits[line["split"]], name=line["name"].encode())
             row[0] = tuple(np.nan if value[n] is None else value[n] for n in row.dtype.names)
-            index.write(row.tobytes())     # not through a map: a full disk would end the process there, without a word
+            index.write(row.tobytes())     # through a map, a full disk would end the process
         for f in (index, t, o): to_disk(f)
     for name, part in zip(TABLES, new): replace_durably(part, folder/name)
 

@@ -118,11 +118,13 @@ class Store:
         "Compare the checksums of traces that were not read before; raises `UserError` for one that is damaged"
         fresh = np.unique(rows[~self.checked[rows]])
         if not len(fresh): return
-        about = (self.index[k][fresh].tolist() for k in ("shard", "first", "samples", "crc"))   # a row by itself is slow
+        known = ("shard", "first", "samples", "crc")                          # a row by itself is slow
+        about = (self.index[k][fresh].tolist() for k in known)
         for row, shard, first, samples, crc in zip(fresh.tolist(), *about):
             if crc and crc32(self.shard(shard)[0][first:first + samples]) != crc:
-                raise UserError(f"{self.folder}/samples-{shard:05}.npy: trace {self.index['name'][row].decode()} is damaged, "
-                                "its checksum does not match; copy the file again, or pack again")
+                name = self.index["name"][row].decode()
+                raise UserError(f"{self.folder}/samples-{shard:05}.npy: trace {name} is damaged, its "
+                                "checksum does not match; copy the file again, or pack again")
             self.checked[row] = True
 
     def record(self,

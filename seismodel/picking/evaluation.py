@@ -138,8 +138,9 @@ def read_targets(
 ) -> pd.DataFrame:        # with a column `clean`
     "Targets of this data set; raises `UserError` where the file is none, or a trace in it is not known for certain"
     numbers = ('start_sample', 'end_sample', *(() if file.stem == 'task1' else ('phase_onset',)))
-    columns = ('trace_name', 'trace_split', 'trace_type' if file.stem == 'task1' else 'phase_label', *numbers)
-    found = read_table(file, columns, numbers, 'restore it, or remove it and it is made again', dtype={'trace_chunk': str})
+    kind = 'trace_type' if file.stem == 'task1' else 'phase_label'
+    found = read_table(file, ('trace_name', 'trace_split', kind, *numbers), numbers,
+                       'restore it, or remove it and it is made again', dtype={'trace_chunk': str})
     keys = [k for k in KEYS if k in found]
     known = table.drop_duplicates(list(KEYS)).groupby(keys).size().to_dict()
     asked = found[keys].drop_duplicates().itertuples(index=False, name=None)

@@ -9,6 +9,7 @@ __all__ = ['ONSET_KEYS', 'ARM_KEYS', 'SHARES', 'ERRORS', 'read_onsets', 'onset_s
            'holm', 'Margins', 'verdict', 'difference', 'compare', 'arm_scores', 'detection']
 
 # %% ../../nbs/study/03a_paired.ipynb #3148fe99
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def read_onsets(
     table = read_table(file)
     missing = {*ONSET_KEYS, *ARM_KEYS, 'fold', 'phase', 'status', 'residual_0'} - set(table)
     if missing: raise UserError(f"'{file}' is no table of onsets: it has no column {min(missing)}.")
-    scores = [c for c in table if c.partition('_')[0] in ('residual', 'p', 's', 'any') and c.partition('_')[2].isdigit()]
+    scores = [c for c in table if re.fullmatch(r'(residual|p|s|any)_\d+', c)]
     return read_table(file, numbers=('fraction', 'seed', 'fold', *scores))
 
 # %% ../../nbs/study/03a_paired.ipynb #e7625c9b

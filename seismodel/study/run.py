@@ -238,5 +238,7 @@ def study(
     finally:
         if any(folder.glob('*[0-9]/records.csv')): report_study(out)     # also when stopped: what is there so far
     if failed:
-        raise TrainingError(f"{len(failed)} of {whole} trials failed: {', '.join(failed)}; the first: {next(iter(failed.values()))}. What happened stands in output.txt of each; the same command tries them again.")
+        raise TrainingError(f"{len(failed)} of {whole} trials failed: {', '.join(failed)}; the first: "
+                            f"{next(iter(failed.values()))}. What happened stands in output.txt of each; "
+                            "the same command tries them again.")
     return out

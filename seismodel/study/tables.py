@@ -48,7 +48,8 @@ def read_trial(
     table = table[table['by'] == by]
     table = table.assign(event=table['event'].fillna(table['trace_name']))
     if not len(table) or table.duplicated(RECORD_COLUMNS).any():
-        raise UserError(f"'{file}' has {'a record twice' if len(table) else f'no row by {by}'}; {CURE}.")
+        what = 'a record twice' if len(table) else f'no row by {by}'
+        raise UserError(f"'{file}' has {what}; {CURE}.")
     values = table['residual'].where(table['kind'] != 'noise', table['picks'])
     arm = config['cell']['method'], config['cell']['share'], config['train']['seed']
     return arm, values.set_axis(pd.MultiIndex.from_frame(table[RECORD_COLUMNS]))
@@ -80,10 +81,12 @@ def results(
     if isinstance(where, pd.DataFrame): return where
     if Path(where).is_dir(): return gather_trials(where)
     cure = 'write it again with `pack_study`'
-    wide = read_table(where, cure=cure, header=[0, 1, 2], index_col=list(range(len(RECORD_COLUMNS))))
+    index = list(range(len(RECORD_COLUMNS)))
+    wide = read_table(where, cure=cure, header=[0, 1, 2], index_col=index)
     try: arms = [(m, float(fraction), int(seed)) for m, fraction, seed in wide.columns]
     except ValueError: arms = []
-    if not arms or list(wide.index.names) != RECORD_COLUMNS or any(wide[c].dtype.kind not in 'fi' for c in wide):
+    numbers = all(kind.kind in 'fi' for kind in wide.dtypes)
+    if not arms or not numbers or list(wide.index.names) != RECORD_COLUMNS:
         raise UserError(f"'{where}' is no table of the picks of a study; {cure}.")
     wide.columns = pd.MultiIndex.from_tuples(arms, names=TRIAL_COLUMNS)
     return wide
