@@ -7,9 +7,10 @@ Docs: https://seismodel.github.io/seismodel/ground/files.html.md"""
 # %% auto #0
 __all__ = ['NO_ROOM', 'BLANK', 'DiskFull', 'in_bytes', 'is_disk_full', 'naming_space', 'write_atomically', 'force_out',
            'replace_durably', 'to_disk', 'sha256', 'header_of', 'write_checksum', 'verify_checksum', 'sealed_tensors',
-           'read_json', 'check_json', 'read_table', 'locked', 'is_filled']
+           'read_json', 'check_json', 'read_table', 'locked', 'is_filled', 'write_csv']
 
 # %% ../nbs/ground/02_files.ipynb #3cf69d71
+import csv
 import errno
 import hashlib
 import json
@@ -17,8 +18,9 @@ import os
 import shutil
 import zlib
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
-from typing import Iterator
+from typing import Iterable, Iterator
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -235,3 +237,15 @@ def is_filled(
 )->bool:
     "Whether anything lies there but what a kill cut short, and a lock"
     return folder.is_dir() and any(not f.name.endswith(('.part', '.lock')) for f in folder.iterdir())
+
+# %% ../nbs/ground/02_files.ipynb #3f1e6202
+def write_csv(
+    path: str | Path,       # the file to write
+    columns: tuple,         # names, the first line
+    rows: Iterable[tuple],  # values of each line
+):
+    "Write a CSV file atomically"
+    def write(part):
+        with open(part, 'w', newline='', encoding='utf-8') as f:
+            csv.writer(f).writerows(chain([columns], rows))
+    write_atomically(path, write)
