@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from seismodel.core import pick_device
 from seismodel.data.windows import WindowDataset
+from seismodel.files import read_json
 from seismodel.models.infonce import masked_frames, negatives
 from seismodel.models.masking import max_masked
 from seismodel.models.pretraining import all_reduce_mean, build, preset
@@ -199,7 +200,7 @@ def measure_machine(out, p, ranks):
         del x
     unlike = compare_draws(p, ranks)
     if ranks.rank: return
-    about = json.loads((out/'scaling_machine.json').read_text(encoding='utf-8'))
+    about = read_json(out/'scaling_machine.json')
     (out/'scaling_machine.json').write_text(json.dumps(about | dict(all_reduce=sums, draws=unlike), indent=1), encoding='utf-8')
     print(json.dumps(dict(all_reduce=sums, draws=unlike)), flush=True)
 

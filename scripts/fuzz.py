@@ -31,7 +31,7 @@ def main():
     with tempfile.TemporaryDirectory() as tmp:
         world, spare = Path(tmp)/'world', Path(tmp)/'spare'
         world.mkdir()
-        print('runs to begin with:', make_world(world))
+        print('runs to begin with:', make_world(world, study=True))
         shutil.copytree(world, spare)
         os.chdir(world)
         files = files_of(world)

@@ -71,6 +71,7 @@ def run_command(
 )->int: # exit code
     "Call a command; what goes wrong becomes a sentence and a number"
     from seismodel.core import Interrupted, TrainingError, UserError   # needs torch, as every command does
+    from seismodel.files import DiskFull, is_disk_full
     rank = int(os.environ.get('RANK', 0))   # torchrun's number of this process
     try: call()
     except (UserError, TrainingError, Interrupted) as e:
@@ -80,6 +81,11 @@ def run_command(
         print('seismodel: stopped by Ctrl-C; what was written before is whole.', file=sys.stderr)
         return 128 + signal.SIGINT
     except OSError as e:
+        if is_disk_full(e):
+            what = f"no space left for {e.filename or 'a file'}"
+            if isinstance(e, DiskFull): what = e.strerror
+            print(f'seismodel: {what}; make room, and give the same command again.', file=sys.stderr)
+            return 2
         print(f"seismodel: {e.filename or 'a file'} cannot be read or written ({e.strerror or e}); mend that, or name another path.", file=sys.stderr)
         return 2
     return 0

@@ -123,9 +123,9 @@ class Parser(argparse.ArgumentParser):
         "As argparse does it; an option that is not known is named together with the nearest one"
         known, unknown = self.parse_known_args(args, namespace)
         if not unknown: return known
-        word = next((w for w in unknown if w[0] == '-'), unknown[0]).partition('=')[0]
+        word = next((w for w in unknown if w[:1] == '-'), unknown[0]).partition('=')[0]
         near = get_close_matches(word, self._option_string_actions, 1)
-        self.error(f"there is no option '{word}'" + (f', did you mean {near[0]}?' if near else '') if word[0] == '-'
+        self.error(f"there is no option '{word}'" + (f', did you mean {near[0]}?' if near else '') if word[:1] == '-'
                    else f"'{word}' is too much")
 
 # %% ../nbs/reference/01a_options.ipynb #8f659519

@@ -15,6 +15,7 @@ from seismodel.cli import COMMANDS, OLD_COMMANDS, described, main
 from seismodel.data.sources import open_records, write_synthetic
 from seismodel.options import make_parser
 
+STUDY = '--fractions 1 --seeds 0 --steps 1 --batch-size 2 --validation-windows 2 --augment none --synthetic 0 --device cpu'
 NUMBERS = ['-1', '0', '1', '2', '0.5', '1e-3', 'nan', 'inf', 'x', '', '1,2', '-0.1', '512']
 WORDS = ['', 'x', 'train', 'dev', 'test', 'none', 'full', 'all', 'random', 'contrastive-tiny', 'reconstruction-tiny', 'spectrum-tiny', 'synthetic',
          'int16', 'float16', 'P', 'S', '1,1', '2024-02-30', '2024-02-28', 'CH', '*', 'trace_category', 'trace_p_arrival_sample', 'up,down', 'PhaseNet', 'PhaseNet:none', '\udcff', 'ä b']
@@ -26,8 +27,8 @@ def quietly(call):
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()): return call()
 
 
-def make_world(folder):
-    "A data set, others without splits or picks, a store, a waveform file, and a run of each kind, one or two steps long"
+def make_world(folder, study=False):
+    "A data set, others without splits or picks, a store, a waveform file with a catalogue, and a run of each kind, one step long; a study on demand"
     import obspy, pandas as pd
     write_synthetic(folder/'data', dict(train=3, dev=2, test=2), samples=3000)
     for name, drop in (('no_split', 'split'), ('no_picks', 'trace_p_arrival_sample,trace_s_arrival_sample'), ('no_events', 'source_id')):
@@ -37,13 +38,17 @@ def make_world(folder):
     obspy.read().write(str(folder/'waves.mseed'), format='MSEED')
     (folder/'empty').mkdir()
     (folder/'note.txt').write_text('a note', encoding='utf-8')
+    rows = [f'e1,BW,RJOB,{phase},2009-08-24T00:20:{second}' for phase, second in (('P', '08'), ('S', '12'))]
+    (folder/'picks.csv').write_text('\n'.join(['event,network,station,phase,time', *rows, '']), encoding='utf-8')
     few = ['--steps', '1', '--batch-size', '2', '--validation-windows', '2', '--device', 'cpu']
     run = lambda *words: quietly(lambda: main([str(w) for w in words]))
     codes = [run('pack', folder/'data', '--window', '512', '--out', folder/'store'),
              run('pretrain', '--preset', 'contrastive-tiny', '--window', '512', *few, '--out', folder/'run'),
              run('finetune', '--from', folder/'run', '--data', folder/'data', *few, '--out', folder/'picker'),
              run('finetune-window', '--from', folder/'run', '--data', folder/'data', '--column', 'trace_p_arrival_sample', *few, '--out', folder/'windows'),
-             run('pick', folder/'waves.mseed', '--model', folder/'picker', '--out', folder/'picks')]
+             run('pick', folder/'waves.mseed', '--model', folder/'picker', '--out', folder/'picks'),
+             run('dataset', folder/'picks.csv', '--waveforms', folder/'waves.mseed', '--before', '5', '--after', '16', '--noise', '0', '--out', folder/'built')]
+    if study: codes.append(run('study', '--from', folder/'run', '--data', folder/'data', *STUDY.split(), '--out', folder/'study'))
     return codes
 
 
@@ -54,7 +59,7 @@ def options_of(name):
 
 
 def paths():
-    return st.sampled_from(['data', 'no_split', 'no_picks', 'no_events', 'store', 'waves.mseed', 'empty', 'note.txt', 'run', 'picker', 'windows', 'picks',
+    return st.sampled_from(['data', 'no_split', 'no_picks', 'no_events', 'store', 'waves.mseed', 'empty', 'note.txt', 'run', 'picker', 'windows', 'picks', 'picks.csv', 'built', 'study',
                             'nothing', 'run/model.safetensors', 'run/checkpoints/step-00000001.safetensors', 'run/best', '.', 'data/metadata.csv'])
 
 
@@ -80,14 +85,17 @@ GOOD = [f'pretrain --data {d} FEW --window 512 --out out' for d in ('store', 'da
     'embed run store --split test --device cpu --out out', 'embed run waves.mseed --device cpu --out out', *(f'info {r}' for r in ('run', 'picker', 'windows', 'run/best')),
     'plot run --out out', 'plot run picker --out out', 'verify store run picker windows',
     *3*['pretrain --resume run', 'finetune --resume picker', 'finetune-window --resume windows']]
+DATASET = '--waveforms waves.mseed --before 5 --after 16 --noise 0'
+GOOD += [f'dataset picks.csv {DATASET} --out out', f'dataset picks.csv {DATASET} --out built --append', f'dataset data {DATASET} --out out',
+         f'dataset picks.csv {DATASET} --check picker --out out', *2*[f'study --from run --data data {STUDY} --out study']]
 TRAIN = '--steps 1 --batch-size 2 --validation-windows 2 --device cpu'
 
 
 @st.composite
-def calls(draw):
+def calls(draw, good=tuple(GOOD)):
     "Words after `seismodel`: a good call, perhaps with one option more or one word changed, or any options of a command"
     if draw(st.integers(0, 2)):
-        words = draw(st.sampled_from(GOOD)).replace('FEW', TRAIN).split()
+        words = draw(st.sampled_from(good)).replace('FEW', TRAIN).split()
         how = draw(st.sampled_from(['as it is', 'as it is', 'one more', 'changed']))
         actions = [a for a in options_of(words[0]) if a.option_strings]
         if how == 'one more' and actions: words += draw(option(draw(st.sampled_from(actions))))

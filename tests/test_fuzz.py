@@ -2,7 +2,7 @@
 import shutil
 
 import pytest
-from calls import call, calls, damages, files_of, make_world
+from calls import GOOD, call, calls, damages, files_of, make_world
 from hypothesis import HealthCheck, Phase, given, settings
 
 
@@ -11,7 +11,7 @@ def world(tmp_path_factory):
     "Files of each kind"
     folder = tmp_path_factory.mktemp('world')/'world'
     folder.mkdir()
-    assert make_world(folder) == [0]*5
+    assert make_world(folder) == [0]*6
     return folder
 
 
@@ -21,7 +21,7 @@ def test_no_call_ends_in_a_traceback(world, tmp_path, monkeypatch):
     files = files_of(tmp_path/'world')
 
     @settings(max_examples=25, deadline=None, database=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
-    @given(calls(), damages())
+    @given(calls([words for words in GOOD if not words.startswith('study')]), damages())   # which takes seconds
     def attack(words, how):
         error = call(tmp_path/'world', files, words, how)
         assert error is None, f'seismodel {words}, damaged by {how}:\n{error}'

@@ -9,9 +9,9 @@ __all__ = ['Item', 'left_out', 'DatasetItems', 'stretches', 'ArchiveItems', 'wit
            'report']
 
 # %% ../../nbs/data/05_pack.ipynb #509c6aa7
-import errno
 import hashlib
 import os
+import shutil
 from pathlib import Path
 from typing import Annotated, Iterator, NamedTuple
 
@@ -23,7 +23,7 @@ from .store_reader import is_store
 from .sources import (SeisBenchSource, draw_split, means_files, open_dataset, parse_weights,
                                     trace_names)
 from .store import DTYPES, StoreWriter, finish
-from ..files import sha256
+from ..files import in_bytes, is_disk_full, sha256
 from ..signals.records import COMPONENTS, SAMPLING_RATE, WINDOW, Record, check_record, recorded_mean
 from ..core import BadRecord, UserError, progress_bar
 
@@ -55,6 +55,14 @@ class DatasetItems:
         self.source.data.cache, self.source.data.metadata_cache = None, False  # each is read once: nothing to keep
 
     def __len__(self): return len(self.table)
+
+    def samples(self) -> int:
+        "How many there are at most, at 100 Hz; 0 where the table does not say"
+        import pandas as pd
+        if not {"trace_npts", "trace_sampling_rate_hz"} <= set(self.table): return 0
+        column = lambda name: pd.to_numeric(self.table[name], errors="coerce")
+        count = column("trace_npts") * SAMPLING_RATE / column("trace_sampling_rate_hz")
+        return int(count[np.isfinite(count)].sum())
 
     def items(self,
         after:int|None=None, # rows that are done
@@ -113,6 +121,10 @@ class ArchiveItems:
         first = next((f'; the first: {file}: {why}' for file, why in self.left), '')
         raise UserError(f'{name} holds neither a SeisBench data set nor waveforms that can be used'
                         f'{first}')
+
+    def samples(self) -> int:
+        "How many there are at most"
+        return sum(span.count for i in self.archive.instruments for span in i.spans())
 
     def items(self,
         after: list | None = None,  # [hours that are done, items of the next one that are done]
@@ -229,14 +241,14 @@ def pack(
         dict(name=n, where=" ".join(g), weight=share, files=listing(s))
         for n, g, s, share in zip(names, groups, streams, shares or len(groups)*[None])])
     if selection.given: plan["selection"] = selection.given
-    with StoreWriter(out, plan) as writer:
-        try:
+    try:
+        with StoreWriter(out, plan) as writer:
             if not writer.complete: _copy(streams, writer)
             manifest = finish(writer)
-        except KeyboardInterrupt: raise UserError(f"stopped; the same command goes on with {out}") from None
-        except OSError as e:
-            if e.errno != errno.ENOSPC: raise
-            raise UserError(f"no space left for {out}: make room and give the same command again, it goes on") from None
+    except KeyboardInterrupt: raise UserError(f"stopped; the same command goes on with {out}") from None
+    except OSError as e:
+        if not is_disk_full(e): raise
+        raise UserError(_no_room(Path(out), streams, dtype)) from None
     print(report(manifest))
     return manifest
 
@@ -245,6 +257,15 @@ def _groups(words, together):
     if not together: return [[w] for w in words]
     files = [w for w in words if means_files(w)]
     return [files if w in files else [w] for w in words if w not in files[1:]]
+
+def _no_room(out, streams, dtype):
+    "What a store needs, and what there is"
+    need = sum(s.samples() for s in streams) * 3 * np.dtype(DTYPES[dtype]).itemsize
+    there = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
+    free = shutil.disk_usage(next(p for p in (out, *out.absolute().parents) if p.exists())).free
+    wanted = f"up to {in_bytes(need)}" if need > there else f"more than {in_bytes(there)}"
+    return (f"no space left for the store in '{out}': it needs {wanted}, {in_bytes(there)} are written "
+            f"and {in_bytes(free)} are free; make room and give the same command again, it goes on")
 
 def _copy(streams, writer):
     "Every item of every stream, from where the writer stands"

@@ -242,7 +242,7 @@ def row_type(
                      ("p_weak", "<f8"), ("s_weak", "<f8"), ("offset", "<f8", 3), ("scale", "<f8", 3),
                      ("crc", "<u4"), ("name", f"S{max(name_bytes, 1)}")])
 
-# %% ../../nbs/data/03_store.ipynb #6f13ee28
+# %% ../../nbs/data/03_store.ipynb #43681a1b
 VERSION = 2     # a store without `arrivals.npy` is of version 1
 TABLES = ("index.npy", "traces.csv", "left_out.csv")
 ARRIVALS = "arrivals.npy"
@@ -256,7 +256,12 @@ def table_names(
 def _lines(folder):
     "Every line of every part, in order"
     for part in sorted((folder/"parts").glob("*.jsonl")):
-        with open(part, "rb") as f: yield from map(json.loads, f)
+        with open(part, "rb") as f:
+            for number, line in enumerate(f, 1):
+                try: found = json.loads(line)
+                except ValueError:
+                    raise UserError(f"Line {number} of '{part}' is not JSON; {REMOVE}.") from None
+                yield check_json(found, {}, f'{part}, line {number}', REMOVE)
 
 def _count(folder, names):
     "Packed by source and split, left out by source and reason; columns, splits, bytes of the longest name, arrivals; the first left out"
@@ -277,8 +282,11 @@ def _count(folder, names):
 def _tables(folder, names, traces, columns, splits, width):
     "index.npy, traces.csv and left_out.csv, line by line"
     new = [folder/f"{name}.part" for name in TABLES]
-    index, k = np.lib.format.open_memmap(new[0], "w+", row_type(width), (traces,)), 0
-    with open(new[1], "w", newline="", encoding="utf-8") as t, open(new[2], "w", newline="", encoding="utf-8") as o:
+    row = np.zeros(1, row_type(width))
+    head = dict(descr=row.dtype.descr, fortran_order=False, shape=(traces,))
+    with open(new[0], "wb") as index, open(new[1], "w", newline="", encoding="utf-8") as t, \
+         open(new[2], "w", newline="", encoding="utf-8") as o:
+        np.lib.format.write_array_header_1_0(index, head)
         table = csv.DictWriter(t, ["store_source", "trace_name", *columns], lineterminator="\n")
         left = csv.writer(o, lineterminator="\n")
         table.writeheader()
@@ -288,10 +296,9 @@ def _tables(folder, names, traces, columns, splits, width):
             if "name" not in line: continue
             table.writerow(dict(line["more"], store_source=names[line["source"]], trace_name=line["name"]))
             value = dict(crc=0) | line | dict(split=splits[line["split"]], name=line["name"].encode())
-            index[k], k = tuple(np.nan if value[n] is None else value[n] for n in index.dtype.names), k + 1
-        index.flush()
-        del index                                                              # Windows renames no file that is mapped
-        for f in (t, o): to_disk(f)
+            row[0] = tuple(np.nan if value[n] is None else value[n] for n in row.dtype.names)
+            index.write(row.tobytes())     # through a map, a full disk would end the process
+        for f in (index, t, o): to_disk(f)
     for name, part in zip(TABLES, new): replace_durably(part, folder/name)
 
 def _arrivals(folder, count):

@@ -132,12 +132,15 @@ class Store:
         rows:np.ndarray, # of the index
     ) -> None:
         "Compare the checksums of traces that were not read before; raises `UserError` for one that is damaged"
-        for row in np.unique(rows[~self.checked[rows]]):
-            r = self.index[row]
-            x = self.shard(r["shard"])[0][r["first"]:r["first"] + r["samples"]]
-            if r["crc"] and crc32(x) != r["crc"]:
-                raise UserError(f"{self.folder}/samples-{r['shard']:05}.npy: trace {r['name'].decode()} is damaged, "
-                                "its checksum does not match; copy the file again, or pack again")
+        fresh = np.unique(rows[~self.checked[rows]])
+        if not len(fresh): return
+        known = ("shard", "first", "samples", "crc")                          # a row by itself is slow
+        about = (self.index[k][fresh].tolist() for k in known)
+        for row, shard, first, samples, crc in zip(fresh.tolist(), *about):
+            if crc and crc32(self.shard(shard)[0][first:first + samples]) != crc:
+                name = self.index["name"][row].decode()
+                raise UserError(f"{self.folder}/samples-{shard:05}.npy: trace {name} is damaged, its "
+                                "checksum does not match; copy the file again, or pack again")
             self.checked[row] = True
 
     def record(self,

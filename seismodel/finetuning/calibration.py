@@ -9,7 +9,7 @@ __all__ = ['WITHIN', 'CANDIDATE_THRESHOLDS', 'COVERED', 'FEWEST', 'peak_sigma', 
            'choose_threshold', 'fit_uncertainty', 'uncertainty_of', 'coverage', 'calibrate', 'store_calibration',
            'calibrate_run']
 
-# %% ../../nbs/finetuning/07_calibration.ipynb #8695669f
+# %% ../../nbs/finetuning/07_calibration.ipynb #1e798644
 import json
 import math
 from pathlib import Path
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from ..data.windows import WindowDataset
-from ..files import write_atomically
+from ..files import read_json, write_atomically
 from .heads import Picker, batch_events, in_zones, load_picker
 from ..signals.records import SAMPLING_RATE
 
@@ -142,7 +142,7 @@ def coverage(
     within = lambda r: (round(float((r <= 1).mean()), 3), round(float((r <= 2).mean()), 3))
     return {'all': within(ratio), **{n: within(ratio[k]) for n, k in zip(names, thirds)}}
 
-# %% ../../nbs/finetuning/07_calibration.ipynb #09bb88e3
+# %% ../../nbs/finetuning/07_calibration.ipynb #b243c2ca
 def calibrate(
     picker: Picker,         # in evaluation mode
     dev: WindowDataset,     # with labels, that training has not seen
@@ -180,7 +180,7 @@ def store_calibration(
 ):
     "Store thresholds and uncertainties with a picker"
     file = Path(folder)/'config.json'
-    config = json.loads(file.read_text(encoding='utf-8')) | {'default_args': args, 'calibration': how}
+    config = read_json(file) | {'default_args': args, 'calibration': how}
     text = json.dumps(config, indent=2)
     write_atomically(file, lambda part: part.write_text(text, encoding='utf-8'))
 

@@ -135,8 +135,8 @@ def chunk_gates(
     L: int,            # frames a chunk, a divisor of T
     reverse: int,      # the last `reverse` heads read time backwards
 ):                     # x (B, H, N, L), b (B, H, N, L), g (B, H, N), A (B, H, N)
-    "Logarithms inside each chunk: weight seen from the entry, decay since the entry, decay and scale of the chunk."
-    i, log_f = i.unflatten(-1, (-1, L)), F.logsigmoid(f).unflatten(-1, (-1, L))
+    "Logarithms inside each chunk, float64: weight seen from the entry, decay since the entry, decay and scale of the chunk."
+    i, log_f = i.double().unflatten(-1, (-1, L)), F.logsigmoid(f.double()).unflatten(-1, (-1, L))
     b = time_scan(log_f, torch.cumsum, reverse)
     g = b.amin(-1)                    # b only falls: its smallest value is the sum of the whole chunk
     x = i - b
@@ -147,25 +147,26 @@ def chunk_weights(
     g: torch.Tensor,   # (B, H, N) log decay of each chunk
     A: torch.Tensor,   # (B, H, N) log scale of what each chunk adds
     reverse: int,      # the last `reverse` heads read time backwards
-):                     # W (B, H, N, N), m (B, H, N)
+):                     # W (B, H, N, N), m (B, H, N), float64
     "Weights of the chunks already read (columns) in the memory that enters a chunk (row), and its log scale m."
     H, N = g.shape[1:]
     G = time_scan(g.double(), torch.cumsum, reverse)
     log_W = (G - g)[..., :, None] + (A - G)[..., None, :]
     log_W = log_W.masked_fill_(causal_lag(N, H, reverse, g.device) <= 0, -math.inf)
     m = log_W.amax(-1).clamp_min_(NEVER)                                     # the first chunk receives nothing
-    return torch.exp(log_W - m[..., None]).to(g.dtype), m.to(g.dtype)
+    return torch.exp(log_W - m[..., None]), m
 
 # %% ../../nbs/kernels/01_mlstm.ipynb #b8ae031f
 def decay_tile(
     x: torch.Tensor,      # (B, H, N, L) log weight of a frame, seen from the entry of its chunk
     r: torch.Tensor,      # (B, H, N, L) log scale of the frame that reads
     reverse: int,         # the last `reverse` heads read time backwards
+    dtype: torch.dtype,   # of the result
 ) -> torch.Tensor:        # (B, H, N, L, L): exp(x_s - r_t) where t has read s, else 0
     "The decay matrix of every chunk."
     hidden = causal_lag(x.shape[-1], x.shape[1], reverse, x.device)[:, None] < 0              # (H, 1, L, L)
     bias = torch.zeros(hidden.shape, dtype=x.dtype, device=x.device).masked_fill_(hidden, -math.inf)
-    return (x[..., None, :] + bias).sub_(r[..., :, None]).exp_()
+    return (x[..., None, :] + bias).sub_(r[..., :, None]).to(dtype).exp_()
 
 # %% ../../nbs/kernels/01_mlstm.ipynb #3a3ed09f
 def dot(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -180,19 +181,19 @@ def chunk_forward(q, k, v, i, f, reverse, L, state=None, return_state=False):
     r = time_scan(x, running_max, reverse)                                            # (B, H, N, L)
     into = W = w = C = n = end = None
     if N > 1 or state is not None or return_state:
-        into = torch.exp(x + (g - A)[..., None])                                      # e^{g + x - A}
+        into = torch.exp(x + (g - A)[..., None]).to(hi)                               # e^{g + x - A}
         kg = k * into[..., None]
         U, u = dot(kg.mT, v, lo).to(hi), kg.to(hi).sum(-2)                            # what each chunk adds
         C, n, m, W, end = carry(U, u, g, A, reverse, state, return_state)
         r = torch.maximum(r, m[..., None])
-        w = torch.exp(m[..., None] - r) * s                                           # s w_t
+        w = torch.exp(m[..., None] - r).to(hi) * s                                    # s w_t
     r_s = r - math.log(s)                                             # the factor s rides on the exponent
-    P = decay_tile(x, r_s, reverse).mul_(dot(q, k.mT, lo))                            # (B, H, N, L, L)
+    P = decay_tile(x, r_s, reverse, hi).mul_(dot(q, k.mT, lo))                        # (B, H, N, L, L)
     num, den = dot(P, v, lo).to(hi), P.sum(-1)
     if C is not None:
         num = num + w[..., None] * dot(q, C, lo)
         den = den + w * (q * n[..., None, :]).sum(-1)
-    floor = torch.exp(-b - r)                                                         # e^{-m_t}
+    floor = torch.exp(-b - r).to(hi)                                                  # e^{-m_t}
     size = den.abs()
     sign = den.sign() * (size > floor)                                                # 0 where the floor wins
     den = torch.maximum(size, floor)
@@ -208,23 +209,23 @@ def carry(U, u, g, A, reverse, state=None, return_state=False):
         U_all, u_all = torch.cat([state.C[:, :, None], U], 2), torch.cat([state.n[:, :, None], u], 2)
         g_all, A_all = F.pad(g, (1, 0)), torch.cat([state.m[..., None], A], -1)
     W, m = chunk_weights(g_all, A_all, reverse)
-    W, m = W[..., -N:, :], m[..., -N:]                                           # the rows of the real chunks
+    W, m = W[..., -N:, :].to(U.dtype), m[..., -N:]                               # the rows of the real chunks
     C, n = (W @ U_all.flatten(-2)).unflatten(-1, U.shape[-2:]), W @ u_all
     end = None
     if return_state:
         m_end = torch.maximum(g[..., -1] + m[..., -1], A[..., -1])               # (B, H)
-        keep, add = torch.exp(g[..., -1] + m[..., -1] - m_end)[..., None], torch.exp(A[..., -1] - m_end)[..., None]
+        keep, add = (torch.exp(z - m_end).to(U.dtype)[..., None] for z in (g[..., -1] + m[..., -1], A[..., -1]))
         n_end = keep * n[:, :, -1] + add * u[:, :, -1]
-        end = MLSTMState(keep[..., None] * C[:, :, -1] + add[..., None] * U[:, :, -1], n_end, m_end)
+        end = MLSTMState(keep[..., None] * C[:, :, -1] + add[..., None] * U[:, :, -1], n_end, m_end.to(U.dtype))
     return C, n, m, W[..., -N:], end
 
 # %% ../../nbs/kernels/01_mlstm.ipynb #4a343fac
 def chunk_backward(dh, reverse, q, k, v, f, x, r_s, into, w, W, C, n, h, den, sign):
     "Gradients of q, k, v, i, f from dh (B, H, T, dv); `dz` is the gradient of z. The tiles are computed again."
-    (N, L), lo, hi = q.shape[2:4], q.dtype, x.dtype
+    (N, L), lo, hi = q.shape[2:4], q.dtype, den.dtype
     dnum = dh.unflatten(2, (N, L)) / den[..., None]                              # (B, H, N, L, dv)
     dden = -(dnum * h).sum(-1) * sign                                            # (B, H, N, L)
-    D = decay_tile(x, r_s, reverse)                                              # s D
+    D = decay_tile(x, r_s, reverse, hi)                                          # s D
     dv = dot((D * dot(q, k.mT, lo)).mT, dnum, lo).to(hi)
     dS = D.mul_(dot(dnum, v.mT, lo) + dden[..., None])
     dq, dk = dot(dS, k, lo).to(hi), dot(dS.mT, q, lo).to(hi)
@@ -271,21 +272,21 @@ def chunk_inference(q, k, v, i, f, reverse, L):
     if (x.amin(-1) - top).amin() < -SPREAD: return None
     W, m = chunk_weights(g, A, reverse)
     scale = torch.maximum(top, m)                                                     # log scale of the sums of a chunk
-    now = torch.exp(top - scale).clamp_min_(1e-25)                                    # share of the scale that is the chunk's own
+    now = torch.exp(top - scale).clamp_min_(1e-25).to(i.dtype)                        # share of the scale that is the chunk's own
     before = torch.exp(m - scale) / now
     heads_first = lambda z: z.transpose(0, 1)                                         # then a direction is one piece of memory
-    qs, ks, vs = x.new_empty(H, B, N, L, d), x.new_empty(H, B, N, L, d), x.new_ones(H, B, N, L, v.shape[-1] + 1)
+    qs, ks, vs = i.new_empty(H, B, N, L, d), i.new_empty(H, B, N, L, d), i.new_ones(H, B, N, L, v.shape[-1] + 1)
     torch.mul(heads_first(q.unflatten(2, (N, L))), heads_first(now * d**-0.5)[..., None, None], out=qs)
-    torch.mul(heads_first(k.unflatten(2, (N, L))), heads_first(torch.exp(x - top[..., None]))[..., None], out=ks)
+    torch.mul(heads_first(k.unflatten(2, (N, L))), heads_first(torch.exp(x - top[..., None]).to(i.dtype))[..., None], out=ks)
     vs[..., :-1] = heads_first(v.unflatten(2, (N, L)))
     qs, ks, vs = (z.flatten(0, 2) for z in (qs, ks, vs))                              # (H B N, L, d), the last one (…, dv + 1)
     P = qs @ ks.mT                                                                    # (H B N, L, L)
     P[:forwards * B * N].tril_()
     P[forwards * B * N:].triu_()
     U = (ks.mT @ vs).view(H, B, N, -1)                                                # what each chunk adds
-    C = (heads_first(W * before[..., None]) @ U).view(H * B * N, d, -1)               # what enters it
+    C = (heads_first(W * before[..., None]).to(i.dtype) @ U).view(H * B * N, d, -1)   # what enters it
     sums = (P @ vs).baddbmm_(qs, C).view(H, B, T, -1)
-    den = torch.maximum(sums[..., -1].abs(), heads_first(torch.exp(-b - scale[..., None])).flatten(2))
+    den = torch.maximum(sums[..., -1].abs(), heads_first(torch.exp(-b - scale[..., None]).to(i.dtype)).flatten(2))
     return heads_first(sums[..., :-1] / den[..., None]).to(q.dtype)
 
 # %% ../../nbs/kernels/01_mlstm.ipynb #0138ee55

@@ -130,6 +130,6 @@ def embed(
     out.parent.mkdir(parents=True, exist_ok=True)
     def save(path):
         with open(path, 'wb') as f: np.savez(f, **arrays)   # by handle: numpy would append .npz to the name
-    write_atomically(out, save)
+    write_atomically(out, save, sum(a.nbytes for a in arrays.values()))
     print(f"{len(arrays['features'])} windows, features {arrays['features'].shape}, in {out}")
     return out

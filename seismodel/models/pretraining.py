@@ -160,9 +160,13 @@ def write_model(
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({'seismodel': __version__, **config}, indent=2)
     own = json.dumps({name: config[name] for name in IDENTITY if name in config})
-    blob = sealed_tensors(weights, {'config': own})
-    write_atomically(folder/'config.json', lambda p: p.write_text(text, encoding='utf-8'))
-    write_atomically(folder/'model.safetensors', lambda p: p.write_bytes(blob))
+    blob, file = sealed_tensors(weights, {'config': own}), folder/'config.json'
+    new = not file.exists()
+    write_atomically(file, lambda p: p.write_text(text, encoding='utf-8'))
+    try: write_atomically(folder/'model.safetensors', lambda p: p.write_bytes(blob), len(blob))
+    except OSError:
+        if new: file.unlink()                      # no half of a model, which would not be overwritten either
+        raise
 
 # %% ../../nbs/models/10_pretraining.ipynb #5077d1bc
 class Pretrainer(nn.Module):

@@ -10,7 +10,7 @@ __all__ = ['KEYS', 'STAMP', 'window_around', 'labelled', 'picks_of', 'task1_targ
            'predict_tasks', 'pick_benchmark', 'score_records', 'found_within', 'summarise', 'is_window_model',
            'evaluate_column', 'open_labelled', 'score_picker', 'evaluate']
 
-# %% ../../nbs/picking/04_evaluation.ipynb #2f42ced0
+# %% ../../nbs/picking/04_evaluation.ipynb #cac6f11f
 import json
 from pathlib import Path
 from typing import Annotated, Callable
@@ -19,18 +19,17 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..files import write_atomically
+from ..files import read_table, write_atomically
 from ..finetuning.classification import load_window_model, score_window_model
 from ..models.pretraining import read_config
 from ..data.sources import PHASES, later_events, onsets, open_dataset, split_column, trace_names
 from ..data.channels import translate_components
 from ..statistics import ONSET_METRICS, auc, best_threshold, bootstrap, mcc
-from ..signals.records import COMPONENTS, SAMPLING_RATE, reason
+from ..signals.records import COMPONENTS, SAMPLING_RATE
 from ..signals.several_events import event_numbers
 from ..signals.source import digest
 from ..core import UserError, pick_device
 from .matching import labels_of, match_records, pick_records
-
 
 # %% ../../nbs/picking/04_evaluation.ipynb #3b106743
 def window_around(
@@ -143,11 +142,10 @@ def read_targets(
     table: pd.DataFrame,  # metadata of the data set
 ) -> pd.DataFrame:        # with a column `clean`
     "Targets of this data set; raises `UserError` where the file is none, or a trace in it is not known for certain"
-    try: found = pd.read_csv(file, dtype={'trace_chunk': str})
-    except (ValueError, OSError) as e: raise UserError(f"'{file}' cannot be read as a table: {reason(e)}") from None
-    own = ('trace_type',) if file.stem == 'task1' else ('phase_label', 'phase_onset')
-    for column in ('start_sample', 'end_sample', 'trace_name', 'trace_split', *own):
-        if column not in found: raise UserError(f"'{file}' is not a table of targets: it has no column {column}.")
+    numbers = ('start_sample', 'end_sample', *(() if file.stem == 'task1' else ('phase_onset',)))
+    kind = 'trace_type' if file.stem == 'task1' else 'phase_label'
+    found = read_table(file, ('trace_name', 'trace_split', kind, *numbers), numbers,
+                       'restore it, or remove it and it is made again', dtype={'trace_chunk': str})
     keys = [k for k in KEYS if k in found]
     known = table.drop_duplicates(list(KEYS)).groupby(keys).size().to_dict()
     asked = found[keys].drop_duplicates().itertuples(index=False, name=None)

@@ -14,7 +14,7 @@ import io
 from itertools import groupby
 from pathlib import Path
 
-from ..files import write_atomically
+from ..files import read_table, write_atomically
 from ..finetuning.calibration import peak_sigma, uncertainty_of
 from .amplitude import Amplitude
 
@@ -70,9 +70,9 @@ def read_picks(
     path: Path,           # that `write_picks` wrote
 ):                        # pandas.DataFrame; numbers as numbers, codes and times as text, clipped as bool
     "The table of picks, with locations such as 00 as they are"
-    import pandas as pd
-    table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding='utf-8')
-    for name in NUMBERS: table[name] = pd.to_numeric(table[name])
+    text = dict.fromkeys((*CODES, 'channel', 'phase', 'time', 'clipped', 'begin', 'end', 'file'), str)
+    table = read_table(path, PICK_COLUMNS, NUMBERS, 'pick again', dtype=text, keep_default_na=False,
+                       na_values=dict.fromkeys(NUMBERS, ['']))
     return table.assign(clipped=table['clipped'] == 'True')
 
 # %% ../../nbs/picking/03_output.ipynb #ad04e486

@@ -32,10 +32,10 @@ from ..core import UserError, pick_devices, progress_bar
 from ..data.archive import (DAY, TICK, Archive, Instrument, Notes, Selection, interval,
                                     index_files, list_files)
 from ..data.formats import printable
-from ..files import is_filled, read_json, sha256, write_atomically, write_csv
+from ..files import is_filled, naming_space, read_json, sha256, write_atomically, write_csv
 from .amplitude import measure
 from .formats import check_formats, write_format
-from .output import pick_rows, with_amplitude, write_picks, write_quakeml
+from .output import CODES, pick_rows, with_amplitude, write_picks, write_quakeml
 from .pages import draw_page, page_key
 from ..signals.records import COMPONENTS
 
@@ -62,8 +62,10 @@ def check_settings(
         if filled: raise UserError(f"'{out}' is not empty and holds no picks; name another --out.")
         out.mkdir(parents=True, exist_ok=True)
         beside = out/f'.settings.{uuid.uuid4().hex}.part'
-        beside.write_text(text, encoding='utf-8')
-        os.replace(beside, file)
+        try:
+            with naming_space(file, beside, len(text)): beside.write_text(text, encoding='utf-8')
+            os.replace(beside, file)
+        finally: beside.unlink(missing_ok=True)
     before, settings = read_json(file, cure='restore it, or name another --out'), json.loads(text)
     for name in settings:
         if before.get(name) == settings[name]: continue
@@ -223,8 +225,9 @@ def _read_inventory(path):
 
 def _result(table):
     "What `pick_day` returned, or None where there is no complete result"
-    try: return json.loads(table.read_text(encoding='utf-8'))
-    except (OSError, ValueError): return None
+    try: found = read_json(table, dict(picks=list[dict], notes=list[list], samples=int))
+    except UserError: return None
+    return found if all({*CODES, 'phase', 'time'} <= {*row} for row in found['picks']) else None
 
 # %% ../../nbs/picking/02_pick.ipynb #8706047c
 def join_days(

@@ -9,6 +9,7 @@ __all__ = ['ONSET_KEYS', 'ARM_KEYS', 'SHARES', 'ERRORS', 'read_onsets', 'onset_s
            'holm', 'Margins', 'verdict', 'difference', 'compare', 'arm_scores', 'detection']
 
 # %% ../../nbs/study/03a_paired.ipynb #3148fe99
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import UserError
+from ..files import read_table
 from ..statistics import auc
 
 # %% ../../nbs/study/03a_paired.ipynb #763e31ca
@@ -26,10 +28,11 @@ def read_onsets(
     file:str|Path, # onsets.csv.gz of a study
 )->pd.DataFrame: # as the table above says
     "The scored windows of a study; raises `UserError` for another kind of table"
-    table = pd.read_csv(file)
+    table = read_table(file)
     missing = {*ONSET_KEYS, *ARM_KEYS, 'fold', 'phase', 'status', 'residual_0'} - set(table)
     if missing: raise UserError(f"'{file}' is no table of onsets: it has no column {min(missing)}.")
-    return table
+    scores = [c for c in table if re.fullmatch(r'(residual|p|s|any)_\d+', c)]
+    return read_table(file, numbers=('fraction', 'seed', 'fold', *scores))
 
 # %% ../../nbs/study/03a_paired.ipynb #e7625c9b
 SHARES = ('within 0.1 s', 'within 0.3 s', 'within 0.5 s')

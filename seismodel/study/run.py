@@ -8,7 +8,7 @@ Docs: https://seismodel.github.io/seismodel/study/run.html.md"""
 __all__ = ['OWN_OPTIONS', 'attempt', 'serve', 'start_server', 'share_out', 'run_trials', 'slowest_first', 'plan_trials',
            'check_study', 'study_changes', 'report_study', 'study_one_split']
 
-# %% ../../nbs/study/04_run.ipynb #00bea499
+# %% ../../nbs/study/04_run.ipynb #9ca3b2db
 import os
 import signal
 import traceback
@@ -28,7 +28,7 @@ from .trial import (Candidate, StudyConfig, Trial, candidates_of, complete_trial
 from .tables import gains, pack_study, plot_study, summary_table, table, trials_of
 from ..core import (Interrupted, TrainingError, UserError, check_fields, pick_devices,
                             progress_bar)
-from ..files import write_atomically
+from ..files import DiskFull, is_disk_full, write_atomically
 from ..data.sources import whole_path
 from ..finetuning.heads import FREEZE
 from ..data.prefetch import blocking_signals, unblock_signals
@@ -44,13 +44,17 @@ def attempt(
 )->str|None: # what went wrong, in one line
     "Run a trial; what it prints goes into its folder"
     part = folder/f'{trial.name}.part'
-    part.mkdir(parents=True, exist_ok=True)
-    with open(part/'output.txt', 'a', encoding='utf-8') as output, redirect_stdout(output), redirect_stderr(output):
-        try: run_trial(trial, common, folder)
-        except Exception as e:
-            if isinstance(e, Interrupted): raise
-            traceback.print_exc()
-            return f"{type(e).__name__}: {(str(e).strip().splitlines() or ['no message'])[-1]}"
+    try:
+        part.mkdir(parents=True, exist_ok=True)
+        with open(part/'output.txt', 'a', encoding='utf-8') as output, redirect_stdout(output), redirect_stderr(output):
+            try: run_trial(trial, common, folder)
+            except Exception as e:
+                if isinstance(e, Interrupted) or is_disk_full(e): raise
+                traceback.print_exc()
+                return f"{type(e).__name__}: {(str(e).strip().splitlines() or ['no message'])[-1]}"
+    except OSError as e:                                   # output.txt does not take the words either
+        if not is_disk_full(e): raise
+        return e.strerror if isinstance(e, DiskFull) else f"no space left in '{part}'"
     complete_trial(trial, folder)
 
 # %% ../../nbs/study/04_run.ipynb #69633fb4
@@ -207,7 +211,7 @@ def report_study(
     print(summary_table(t).to_string())
     print(f"picks  {folder/'study_fixed.csv'}\nfigure  {folder/'figure.png'}")
 
-# %% ../../nbs/study/04_run.ipynb #17bc50f1
+# %% ../../nbs/study/04_run.ipynb #d8e527ef
 def study_one_split(
     a:dict,                 # parameters of `study`, of the command
     fractions:list[float],
@@ -229,6 +233,7 @@ def study_one_split(
     finally:
         if any(folder.glob('*[0-9]/records.csv')): report_study(out)     # also when stopped: what is there so far
     if failed:
-        raise TrainingError(f"{len(failed)} of {whole} trials failed: {', '.join(failed)}. What happened stands in "
-                            "output.txt of each; the same command tries them again.")
+        raise TrainingError(f"{len(failed)} of {whole} trials failed: {', '.join(failed)}; the first: "
+                            f"{next(iter(failed.values()))}. What happened stands in output.txt of each; "
+                            "the same command tries them again.")
     return out

@@ -31,7 +31,7 @@ from ..finetuning.finetune import fine_recipe, label_windows, with_real_noise
 from ..finetuning.heads import Picker
 from ..data.windows import WindowDataset
 from ..models.pretraining import build, config_from_dict, load_weights, read_model
-from ..files import write_atomically
+from ..files import read_json, write_atomically
 from ..training.config import RESUMABLE_FIELDS, TrainConfig, check_config, with_defaults
 from ..data.sources import SyntheticSource, open_records, open_source
 from ..training.settings import apply_settings
@@ -228,9 +228,9 @@ def refuse_others(
     same:bool=True, # it is the same trial; False: another one of the same study
 ):
     "Raise `UserError` where the folder holds a trial with other settings"
-    try: saved = json.loads((folder/'config.json').read_text(encoding='utf-8'))
-    except FileNotFoundError: return
-    except ValueError: raise UserError(f"'{folder/'config.json'}' is damaged; remove that folder, and the trial starts over.") from None
+    if not (folder/'config.json').exists(): return
+    cure = 'remove that folder, and the trial starts over'
+    saved = read_json(folder/'config.json', dict.fromkeys(wanted, dict), cure)
     saved = {name: saved.get(name, {}) for name in wanted}
     if 'train' in saved: saved['train'] = with_defaults(saved['train'], TrainConfig())
     differ = differences(*(settings if same else in_common(settings) for settings in (saved, wanted)), RESUMABLE_FIELDS)

@@ -91,7 +91,7 @@ def write_checkpoint(
     blob = sealed_tensors(tensors, metadata)
     path = run/'checkpoints'/f"step-{state['step']:08d}.safetensors"
     path.parent.mkdir(exist_ok=True)
-    write_atomically(path, lambda p: p.write_bytes(blob))
+    write_atomically(path, lambda p: p.write_bytes(blob), len(blob))
     for old in checkpoint_files(run)[keep:]: old.unlink()
     return path
 

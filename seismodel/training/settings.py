@@ -10,12 +10,12 @@ __all__ = ['WORDS', 'PLAN_ENTRIES', 'parse_setting', 'field_names', 'check_names
 
 # %% ../../nbs/training/01a_settings.ipynb #9482946d
 import ast
-import json
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
 from ..core import UserError, check_fields
+from ..files import read_json
 from ..models.pretraining import ModelConfig, config_from_dict, config_to_dict
 from .config import TrainConfig
 
@@ -74,9 +74,7 @@ def read_field_file(
     file:Path, # JSON
 )->tuple[dict, dict]: # whole name of a field -> value; what else it holds
     "Read what --config names; raises `UserError` where that is not possible"
-    try: saved = json.loads(Path(file).read_text(encoding='utf-8'))
-    except (OSError, ValueError) as e: raise UserError(f"--config '{file}' cannot be read ({e}); name a JSON file.") from None
-    if not isinstance(saved, dict): raise UserError(f"--config '{file}' holds no object; write {{\"model\": {{…}}, \"train\": {{…}}}}.")
+    saved = read_json(file, cure='name with --config a JSON file such as {"model": {…}, "train": {…}}')
     found = {}
     for part in ('model', 'train'):
         values = saved.pop(part, {})
