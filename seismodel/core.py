@@ -30,6 +30,7 @@ log = logging.getLogger('seismodel')
 class UserError(ValueError):
     "Something that the user can mend: one sentence that names the file, trace or field, and says what to do"
 
+# %% ../nbs/ground/01_core.ipynb #92abcdcf
 class BadRecord(ValueError):
     "A record that cannot be used, as (its name, why): it is counted and named, and another one is taken"
 
@@ -37,9 +38,11 @@ class BadRecord(ValueError):
 class TrainingError(RuntimeError):
     "The run cannot go on, and no setting was wrong in itself"
 
+# %% ../nbs/ground/01_core.ipynb #e1334b6b
 class DamagedCheckpoint(UserError):
     "A file that is not a whole checkpoint of this package"
 
+# %% ../nbs/ground/01_core.ipynb #263dd940
 class Interrupted(RuntimeError):
     "The run was told to stop, and has saved its state; `number` is the signal's"
     def __init__(self, number:int, sentence:str):
@@ -52,14 +55,18 @@ def check_choice(name: str,       # the setting, for the message
                  choices: tuple   # what may be written
                  ) -> None:
     "Raises a ValueError unless `value` is one of `choices`"
-    if value not in choices: raise ValueError(f"{name} must be one of {', '.join(choices)}, and not {value!r}.")
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, and not {value!r}.")
 
+# %% ../nbs/ground/01_core.ipynb #034eb2d2
 def check_share(name: str,     # the setting, for the message
                 value: float   # what the user wrote
                 ) -> None:
     "Raises a ValueError unless `value` lies between 0 and 1 (NaN does not)"
-    if not 0 <= value <= 1: raise ValueError(f"{name} is a share between 0 and 1, and cannot be {value!r}.")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} is a share between 0 and 1, and cannot be {value!r}.")
 
+# %% ../nbs/ground/01_core.ipynb #f45da66c
 def check_count(name: str,   # the setting, for the message
                 value: int   # what the user wrote
                 ) -> None:
@@ -76,32 +83,45 @@ def fits(
     if isinstance(kind, UnionType): return any(fits(value, k) for k in get_args(kind))
     if get_origin(kind) in (tuple, list):
         inner = get_args(kind)
-        if not isinstance(value, (tuple, list)) or not all(fits(v, inner[0]) for v in value): return False
-        return len(inner) < 2 or inner[-1] is ... or len(value) == len(inner)   # tuple[float, float] has two
+        if not isinstance(value, (tuple, list)) or not all(fits(v, inner[0]) for v in value):
+            return False
+        # tuple[float, float] has two
+        return len(inner) < 2 or inner[-1] is ... or len(value) == len(inner)
     if is_dataclass(kind): return isinstance(value, (dict, kind))
-    return isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+    return (isinstance(value, (int, float) if kind is float else kind)
+            and (kind is bool or not isinstance(value, bool)))
 
+# %% ../nbs/ground/01_core.ipynb #9475964f
 def kind_in_words(
     kind, # the type that a field was declared with
 )->str:
     "What a field may hold, for a message"
-    words = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'a word', type(None): 'none'}
+    words = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'a word',
+             type(None): 'none'}
     inner = get_args(kind)
     if isinstance(kind, UnionType): return ' or '.join(map(kind_in_words, inner))
-    if get_origin(kind) not in (tuple, list): return words.get(kind, 'an object with fields of its own')
+    if get_origin(kind) not in (tuple, list):
+        return words.get(kind, 'an object with fields of its own')
     return f"{'several' if len(inner) < 2 or inner[-1] is ... else len(inner)} values, each {kind_in_words(inner[0])}"
 
+# %% ../nbs/ground/01_core.ipynb #ff6052af
 def check_fields(
     cls,    # a dataclass
     values, # its fields, as JSON has them
     where:str='', # in front of their names, for the message
 ):
     "Raise `UserError` for the first field that is unknown, or holds what it cannot hold"
-    if not isinstance(values, dict): raise UserError(f"config field '{where.rstrip('.')}' is {values!r}; it must be an object with fields of its own.")
+    if not isinstance(values, dict):
+        raise UserError(f"config field '{where.rstrip('.')}' is {values!r}; it must be an object "
+                        "with fields of its own.")
     kinds = {f.name: f.type for f in fields(cls)}
     for name, value in values.items():
-        if name not in kinds: raise UserError(f"config field '{where}{name}' is not known to seismodel {__version__}; was it saved by another version?")
-        if not fits(value, kinds[name]): raise UserError(f"config field '{where}{name}' is {value!r}; it must be {kind_in_words(kinds[name])}.")
+        if name not in kinds:
+            raise UserError(f"config field '{where}{name}' is not known to seismodel "
+                            f"{__version__}; was it saved by another version?")
+        if not fits(value, kinds[name]):
+            raise UserError(f"config field '{where}{name}' is {value!r}; it must be "
+                            f"{kind_in_words(kinds[name])}.")
 
 # %% ../nbs/ground/01_core.ipynb #485b88af
 def pick_device(
@@ -111,11 +131,15 @@ def pick_device(
     if name == 'auto': name = 'cuda' if torch.cuda.is_available() else 'cpu'
     try: device = torch.device(name)
     except RuntimeError: device = None
-    if device is None or device.type not in ('cpu', 'cuda'): raise UserError(f"'{name}' is not a device that seismodel runs on; use auto, cpu, cuda or cuda:N.")
+    if device is None or device.type not in ('cpu', 'cuda'):
+        raise UserError(f"'{name}' is not a device that seismodel runs on; use auto, cpu, cuda or "
+                        "cuda:N.")
     if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"There is no device '{name}' here ({torch.cuda.device_count()} CUDA devices found); use --device cpu.")
+        raise UserError(f"There is no device '{name}' here ({torch.cuda.device_count()} CUDA "
+                        "devices found); use --device cpu.")
     return device
 
+# %% ../nbs/ground/01_core.ipynb #b6008009
 def pick_devices(
     name:str='auto', # as for `pick_device`, or all: every GPU of this machine
 )->list[torch.device]: # one, unless the name is all
@@ -144,6 +168,7 @@ class LineProgress(text_tqdm):
         if self.leave: print(self, file=self.fp, flush=True)
         self.disable = True                            # so that tqdm writes nothing more
 
+# %% ../nbs/ground/01_core.ipynb #775bbee4
 def progress_bar(
     items=None, # to go through; None: `update` moves it on
     **how,      # for tqdm: total, desc, unit, …

@@ -34,6 +34,7 @@ def write_atomically(
         replace_durably(beside, path)
     finally: beside.unlink(missing_ok=True)
 
+# %% ../nbs/ground/02_files.ipynb #9fca8896
 def force_out(
     path:Path, # a file or a folder
 ):
@@ -44,6 +45,7 @@ def force_out(
     try: os.fsync(handle)
     finally: os.close(handle)
 
+# %% ../nbs/ground/02_files.ipynb #da26d5f4
 def replace_durably(
     part:Path,  # written to the disk
     path:Path,  # its new name
@@ -79,6 +81,7 @@ def header_of(
         raise DamagedCheckpoint('it is cut short, or it is no safetensors file')
     return blob[8:end]
 
+# %% ../nbs/ground/02_files.ipynb #3807bdb2
 def write_checksum(
     blob: bytes,  # a safetensors file whose metadata have 64 zeros as `sha256`
 ) -> bytes:       # the same length
@@ -86,6 +89,7 @@ def write_checksum(
     digest = hashlib.sha256(blob).hexdigest().encode()
     return blob.replace(BLANK, BLANK[:10] + digest, 1)
 
+# %% ../nbs/ground/02_files.ipynb #7b0f3327
 def verify_checksum(
     blob: bytes,  # what was read
 ) -> None:
@@ -127,6 +131,7 @@ def read_json(
         raise UserError(f"'{path}' is not valid JSON; {cure}.") from None
     return check_json(found, kinds or {}, path, cure)
 
+# %% ../nbs/ground/02_files.ipynb #8cbc5859
 def check_json(
     found: object,     # from JSON
     kinds: dict,       # the fields that it must have -> type
@@ -140,7 +145,8 @@ def check_json(
         if name not in found: raise UserError(f"'{where}' has no field '{name}'; {cure}.")
         if fits(found[name], kind): continue
         should = getattr(kind, '__name__', kind) if isinstance(kind, type) else kind
-        raise UserError(f"'{where}': field '{name}' is {str(found[name])[:60]!r} and must be {should}; {cure}.")
+        raise UserError(f"'{where}': field '{name}' is {str(found[name])[:60]!r} and must be "
+                        f"{should}; {cure}.")
     return found
 
 # %% ../nbs/ground/02_files.ipynb #35219d8f

@@ -22,6 +22,7 @@ def auc(
     from sklearn.metrics import roc_auc_score   # a second to import: only when it is asked for
     return roc_auc_score(truth, scores) if len(set(truth)) == 2 else np.nan
 
+# %% ../nbs/ground/03_statistics.ipynb #f1d758a2
 def mcc(
     truth, # bool
     called,# bool

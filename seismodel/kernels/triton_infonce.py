@@ -24,7 +24,7 @@ def gumbel(seed, row, BLOCK: tl.constexpr):
     u = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (BLOCK,))         # a0 b0 c0 d0 a1 b1 ...
     return -tl.log(-tl.log(tl.maximum(u, 1e-10)))
 
-
+# %% ../../nbs/kernels/07_triton_infonce.ipynb #6f5749c4
 @triton.jit
 def softmax(x):
     "Softmax of one row; -inf where there is no code"
@@ -42,7 +42,8 @@ def new_seeds(
 
 # %% ../../nbs/kernels/07_triton_infonce.ipynb #7e32c4fe
 @triton.jit
-def choose_kernel(logits, weight, seeds, codes, usage, first, N, M, G, V, NOISE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def choose_kernel(logits, weight, seeds, codes, usage, first, N, M, G, V, NOISE: tl.constexpr,
+                  ROWS: tl.constexpr, BLOCK: tl.constexpr):
     "Codes (N, G) of logits (N, G, V) of the frames from `first` on, M to a window; weighted sum of the clean softmax per block of ROWS frames (blocks, G, V)"
     block, g = tl.program_id(0), tl.program_id(1)
     v = tl.arange(0, BLOCK)
@@ -84,21 +85,25 @@ def scores(frames, proj, bias, scale):
     "Logits (n, G · V) of all codes for these frames (n, D)"
     return torch.addmm(bias, frames, proj.T, beta=scale, alpha=scale)
 
+# %% ../../nbs/kernels/07_triton_infonce.ipynb #898e652e
 class Quantize(torch.autograd.Function):
     "Rows of `x`, as many for each seed, to code vectors (N, G · d), codes (N, G) and usage (G, V)"
     @staticmethod
     def forward(ctx, x, rows, weight, proj, bias, book, temperature, seeds, scale, G, noise):
         N, M, V = len(rows), len(rows)//len(seeds), len(proj)//G
         BLOCK = max(4, triton.next_power_of_2(V))
-        codes, usage = torch.empty(N, G, dtype=torch.int64, device=x.device), torch.zeros(G, V, device=x.device)
+        codes, usage = torch.empty(N, G, dtype=torch.int64,
+                                   device=x.device), torch.zeros(G, V, device=x.device)
         for first in range(0, N, CHUNK):
             at = slice(first, first + CHUNK)
             logits = scores(x[rows[at]].to(proj.dtype), proj, bias, scale)
             n = len(logits)
             parts = torch.empty(triton.cdiv(n, PROGRAM_ROWS), G, V, device=x.device)
-            choose_kernel[len(parts), G](logits, weight[at], seeds, codes[at], parts, first, n, M, G, V, noise, PROGRAM_ROWS, BLOCK, num_warps=1)
+            choose_kernel[len(parts), G](logits, weight[at], seeds, codes[at], parts, first, n, M,
+                                         G, V, noise, PROGRAM_ROWS, BLOCK, num_warps=1)
             usage += parts.sum(0)
-        entries = codes + V*torch.arange(G, device=x.device)                                            # rows of the book
+        # rows of the book
+        entries = codes + V*torch.arange(G, device=x.device)
         ctx.save_for_backward(x, rows, weight, proj, bias, book, temperature, seeds, entries)
         ctx.settings = scale, noise, M, V, BLOCK
         ctx.mark_non_differentiable(codes)
@@ -112,18 +117,23 @@ class Quantize(torch.autograd.Function):
         N, G = entries.shape
         dvectors, dusage = dvectors.reshape(N, G, -1), dusage.contiguous()
         dx = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
-        dproj, dbias, dbook = torch.zeros_like(proj), torch.zeros_like(proj[:, 0]), torch.zeros_like(book)
+        dproj, dbias, dbook = torch.zeros_like(proj), torch.zeros_like(proj[:,
+                                                                            0]), torch.zeros_like(book)
         with torch.autocast(x.device.type, enabled=False):
             dbook[0].index_add_(0, entries.flatten(), dvectors.flatten(0, 1))
             for first in range(0, N, CHUNK):
                 at = slice(first, first + CHUNK)
                 frames = x[rows[at]].to(proj.dtype)
-                logits = scores(frames, proj, bias, scale)                                              # again: cheaper than to keep them
+                # again: cheaper than to keep them
+                logits = scores(frames, proj, bias, scale)
                 n = len(logits)
                 d = torch.empty(n, G, V, device=x.device)
                 for g in range(G): torch.mm(dvectors[at, g], book[0, g*V:(g+1)*V].T, out=d[:, g])
-                choose_grad_kernel[(triton.cdiv(n, PROGRAM_ROWS), G)](logits, weight[at], seeds, temperature, dusage, d, first, n, M, G, V,
-                                                              noise, PROGRAM_ROWS, BLOCK, num_warps=1)
+                choose_grad_kernel[(triton.cdiv(n, PROGRAM_ROWS), G)](logits, weight[at], seeds,
+                                                                      temperature, dusage, d, first,
+                                                                      n, M, G, V,
+                                                              noise, PROGRAM_ROWS, BLOCK,
+                                                                      num_warps=1)
                 d = d.view(n, G*V)
                 dproj.addmm_(d.T, frames, alpha=scale)
                 dbias.add_(d.sum(0), alpha=scale)
@@ -138,7 +148,7 @@ def flat_rows(
     "Where the frames of all windows lie, one window after the other."
     return indices + frames*torch.arange(len(indices), device=indices.device).unsqueeze(1)
 
-
+# %% ../../nbs/kernels/07_triton_infonce.ipynb #4a18b489
 def quantize_frames(
     quantizer: nn.Module,  # GumbelVectorQuantizer
     x: Tensor,  # (B, T, in_features) frames
@@ -148,9 +158,13 @@ def quantize_frames(
 ) -> tuple[Tensor, Tensor, Tensor]:  # vectors (B, M, codevector_dim), codes (B, M, G), usage (G, V)
     "The kernels behind `quantize_masked`."
     q, (B, T, D) = quantizer, x.shape
-    seeds = new_seeds(B, x.device, generator) if q.training else torch.zeros(B, dtype=torch.int64, device=x.device)
-    vectors, codes, usage = Quantize.apply(x.reshape(B*T, D), flat_rows(indices, T).flatten(), valid.flatten().float(),
-                                           q.weight_proj.weight, q.weight_proj.bias, q.codevectors, q.temperature, seeds,
+    seeds = new_seeds(B, x.device,
+                      generator) if q.training else torch.zeros(B, dtype=torch.int64,
+                                                                device=x.device)
+    vectors, codes, usage = Quantize.apply(x.reshape(B*T, D), flat_rows(indices, T).flatten(),
+                                           valid.flatten().float(),
+                                           q.weight_proj.weight, q.weight_proj.bias, q.codevectors,
+                                           q.temperature, seeds,
                                            q.scale, q.groups, q.training)
     return vectors.unflatten(0, (B, -1)), codes.unflatten(0, (B, -1)), usage
 
@@ -164,11 +178,13 @@ def draw_kernel(ids, masked, seeds, times, left, M, P, K, DRAWS: tl.constexpr, B
     if i < m:
         k, j = tl.arange(0, DRAWS), tl.arange(0, BINS)
         others = tl.maximum(m - 1, 1).to(tl.uint32)
-        pick = (tl.randint(tl.load(seeds + b), i*DRAWS + k).to(tl.uint32, bitcast=True) % others).to(tl.int32)
+        pick = (tl.randint(tl.load(seeds + b), i*DRAWS + k).to(tl.uint32,
+                                                               bitcast=True) % others).to(tl.int32)
         pick += (pick >= i).to(tl.int32)
         differs = tl.load(ids + b*M + tl.minimum(pick, M - 1)) != tl.load(ids + row)
         keep = (k < K) & differs & (m > 1)
-        tl.store(times + row.to(tl.int64)*P + j, tl.histogram(pick, BINS, mask=keep).to(times.dtype.element_ty), j < P)
+        tl.store(times + row.to(tl.int64)*P + j,
+                 tl.histogram(pick, BINS, mask=keep).to(times.dtype.element_ty), j < P)
         tl.store(left + row, tl.sum(keep.to(tl.int32), 0))
     else:
         tl.store(left + row, 0)
@@ -185,10 +201,12 @@ def draw_negatives(
     "Draw the negatives; rows of frames that are not valid hold nothing."
     B, M = ids.shape
     P = triton.cdiv(M, TILE)*TILE
-    times = torch.empty(B, M, P, dtype=torch.uint8 if n_negatives < 256 else torch.int32, device=ids.device)
+    times = torch.empty(B, M, P, dtype=torch.uint8 if n_negatives < 256 else torch.int32,
+                        device=ids.device)
     left = torch.empty(B, M, dtype=torch.int32, device=ids.device)
     masked = valid.sum(1, dtype=torch.int32)
-    draw_kernel[(M, B)](ids, masked, new_seeds(B, ids.device, generator), times, left, M, P, n_negatives,
+    draw_kernel[(M, B)](ids, masked, new_seeds(B, ids.device, generator), times, left, M, P,
+                        n_negatives,
                         triton.next_power_of_2(n_negatives), triton.next_power_of_2(P), num_warps=1)
     return times, left, masked
 
@@ -197,11 +215,13 @@ def draw_negatives(
 def load_tile(x, rows, ok, D, BLOCK: tl.constexpr):
     "Rows of x (*, D), zero where not `ok` and beyond D"
     d = tl.arange(0, BLOCK)
-    return tl.load(x + rows.to(tl.int64)[:, None]*D + d[None, :], ok[:, None] & (d < D)[None, :], 0.)
+    return tl.load(x + rows.to(tl.int64)[:, None]*D + d[None, :], ok[:, None] & (d < D)[None, :],
+                   0.)
 
 # %% ../../nbs/kernels/07_triton_infonce.ipynb #5203f18f
 @triton.jit
-def info_nce_kernel(c, q, rows_c, rows_q, inv_c, inv_q, times, left, masked, log_sum, stats, M, P, D, K, B, inv_tau,
+def info_nce_kernel(c, q, rows_c, rows_q, inv_c, inv_q, times, left, masked, log_sum, stats, M, P,
+                    D, K, B, inv_tau,
                     TILE: tl.constexpr, BLOCK: tl.constexpr):
     "log-sum-exp (B, M); loss, hit, counted and collided negatives of every frame (4, B, M)"
     start, b = tl.program_id(0)*TILE, tl.program_id(1)
@@ -242,7 +262,8 @@ def info_nce_kernel(c, q, rows_c, rows_q, inv_c, inv_q, times, left, masked, log
 
 # %% ../../nbs/kernels/07_triton_infonce.ipynb #e6311c85
 @triton.jit
-def info_nce_grad_kernel(x, y, rows_x, rows_y, inv_x, inv_y, times, left, masked, log_sum, upstream, dx, M, P, D, inv_tau,
+def info_nce_grad_kernel(x, y, rows_x, rows_y, inv_x, inv_y, times, left, masked, log_sum, upstream,
+                         dx, M, P, D, inv_tau,
                          PREDICTIONS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr):
     "Gradient of the predictions, or (PREDICTIONS False) of the targets, written to the rows of dx"
     start, b = tl.program_id(0)*TILE, tl.program_id(1)
@@ -275,9 +296,11 @@ def info_nce_grad_kernel(x, y, rows_x, rows_y, inv_x, inv_y, times, left, masked
         g = tl.dot(ds.to(o.dtype), o, g, input_precision='ieee')
     g *= inv_tau * tl.load(upstream)
     unit = load_tile(x, row_x, ok, D, BLOCK).to(tl.float32) * r[:, None]
-    along = tl.where(r < 1e8, tl.sum(g*unit, 1), 0.)                    # a zero vector has no direction
+    # a zero vector has no direction
+    along = tl.where(r < 1e8, tl.sum(g*unit, 1), 0.)
     d = tl.arange(0, BLOCK)
-    tl.store(dx + row_x.to(tl.int64)[:, None]*D + d[None, :], ((g - unit*along[:, None]) * r[:, None]).to(dx.dtype.element_ty),
+    tl.store(dx + row_x.to(tl.int64)[:, None]*D + d[None, :],
+             ((g - unit*along[:, None]) * r[:, None]).to(dx.dtype.element_ty),
              ok[:, None] & (d < D)[None, :])
 
 # %% ../../nbs/kernels/07_triton_infonce.ipynb #c6c961ea
@@ -286,13 +309,17 @@ class InfoNCE(torch.autograd.Function):
     @staticmethod
     def forward(ctx, c, q, rows_c, rows_q, times, left, masked, n_negatives, temperature):
         (B, M), D = rows_c.shape, c.shape[1]
-        inv_c, inv_q = (1 / torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).clamp_min(1e-8) for x in (c, q))
+        inv_c, inv_q = (1 / torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).clamp_min(1e-8)
+                        for x in (c, q))
         log_sum, stats = torch.empty(B, M, device=c.device), torch.empty(4, B, M, device=c.device)
         ctx.sizes = M, times.shape[2], D
-        ctx.tiles = dict(TILE=TILE, BLOCK=max(16, triton.next_power_of_2(D)), num_warps=8, num_stages=2)
+        ctx.tiles = dict(TILE=TILE, BLOCK=max(16, triton.next_power_of_2(D)), num_warps=8,
+                         num_stages=2)
         ctx.inv_tau = 1/temperature
-        info_nce_kernel[(triton.cdiv(M, TILE), B)](c, q, rows_c, rows_q, inv_c, inv_q, times, left, masked, log_sum, stats,
-                                                   *ctx.sizes, n_negatives, B, ctx.inv_tau, **ctx.tiles)
+        info_nce_kernel[(triton.cdiv(M, TILE), B)](c, q, rows_c, rows_q, inv_c, inv_q, times, left,
+                                                   masked, log_sum, stats,
+                                                   *ctx.sizes, n_negatives, B, ctx.inv_tau,
+                                                   **ctx.tiles)
         ctx.save_for_backward(c, q, rows_c, rows_q, inv_c, inv_q, times, left, masked, log_sum)
         sums = stats.sum((1, 2))
         ctx.mark_non_differentiable(sums)
@@ -304,8 +331,10 @@ class InfoNCE(torch.autograd.Function):
         c, q, rows_c, rows_q, inv_c, inv_q, *draws = ctx.saved_tensors
         grid = triton.cdiv(ctx.sizes[0], TILE), len(rows_c)
         dc, dq = torch.zeros_like(c), torch.zeros_like(q)
-        info_nce_grad_kernel[grid](c, q, rows_c, rows_q, inv_c, inv_q, *draws, upstream, dc, *ctx.sizes, ctx.inv_tau, True, **ctx.tiles)
-        info_nce_grad_kernel[grid](q, c, rows_q, rows_c, inv_q, inv_c, *draws, upstream, dq, *ctx.sizes, ctx.inv_tau, False, **ctx.tiles)
+        info_nce_grad_kernel[grid](c, q, rows_c, rows_q, inv_c, inv_q, *draws, upstream, dc,
+                                   *ctx.sizes, ctx.inv_tau, True, **ctx.tiles)
+        info_nce_grad_kernel[grid](q, c, rows_q, rows_c, inv_q, inv_c, *draws, upstream, dq,
+                                   *ctx.sizes, ctx.inv_tau, False, **ctx.tiles)
         return dc, dq, None, None, None, None, None, None, None
 
 # %% ../../nbs/kernels/07_triton_infonce.ipynb #426ca4ae
@@ -318,7 +347,7 @@ def take(
     bf16 = predictions.dtype == targets.dtype == torch.bfloat16
     return bf16 and predictions.shape[2] <= 256 and targets.shape[1] <= 4096 and n_negatives <= 1024
 
-
+# %% ../../nbs/kernels/07_triton_infonce.ipynb #a960f54f
 def fused_info_nce_sums(
     predictions: Tensor,  # (B, T, D)
     targets: Tensor,  # (B, M, D) at `indices`
@@ -334,8 +363,11 @@ def fused_info_nce_sums(
     B, T, D = predictions.shape
     M = targets.shape[1]
     ids = codes[..., 0]
-    for code in codes.unbind(-1)[1:]: ids = ids*n_codes + code                      # (B, M), one number for all groups
+    # (B, M), one number for all groups
+    for code in codes.unbind(-1)[1:]: ids = ids*n_codes + code
     rows_q = torch.arange(B*M, device=targets.device).view(B, M)
-    loss, sums = InfoNCE.apply(predictions.reshape(B*T, D), targets.reshape(B*M, D), flat_rows(indices, T), rows_q,
-                               *draw_negatives(ids.contiguous(), valid, n_negatives, generator), n_negatives, temperature)
+    loss, sums = InfoNCE.apply(predictions.reshape(B*T, D), targets.reshape(B*M, D),
+                               flat_rows(indices, T), rows_q,
+                               *draw_negatives(ids.contiguous(), valid, n_negatives, generator),
+                               n_negatives, temperature)
     return loss, *sums[1:]

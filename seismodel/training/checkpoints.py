@@ -32,9 +32,11 @@ def training_tensors(
 )->dict[str, Tensor]: # 'model.' and 'optimizer.' in front of the names
     "Weights, buffers and the optimiser's moments, each under a name that says whose it is"
     names = {p: name for name, p in model.named_parameters()}
-    moments = {f'optimizer.{names[p]}.{key}': value for p, state in optimizer.state.items() for key, value in state.items()}
+    moments = {f'optimizer.{names[p]}.{key}': value for p, state in optimizer.state.items()
+               for key, value in state.items()}
     return {**{f'model.{name}': t for name, t in model.state_dict().items()}, **moments}
 
+# %% ../../nbs/training/05_checkpoints.ipynb #9eec4bf4
 def restore(
     tensors:dict[str, Tensor], # from `training_tensors`
     model:nn.Module, # of the same configuration
@@ -42,16 +44,19 @@ def restore(
     where:str|Path, # the file, for the message
 ):
     "Put weights and moments back; raises `UserError` for a weight or a moment that is missing or too many"
-    load_weights(model, {name[6:]: t for name, t in tensors.items() if name.startswith('model.')}, where)
+    load_weights(model, {name[6:]: t for name, t in tensors.items() if name.startswith('model.')},
+                 where)
     own = dict(model.named_parameters())
     for name, value in tensors.items():
         if not name.startswith('optimizer.'): continue
         parameter, key = name[10:].rsplit('.', 1)
-        if parameter not in own: raise UserError(f"'{where}' has a moment of '{parameter}' that the model does not know.")
+        if parameter not in own:
+            raise UserError(f"'{where}' has a moment of '{parameter}' that the model does not know.")
         optimizer.state[own[parameter]][key] = value.to(own[parameter].device, copy=True)
 
 # %% ../../nbs/training/05_checkpoints.ipynb #cf100251
-FORMAT = 1                                     # raised when a reader of the old form could misread the new one
+# raised when a reader of the old form could misread the new one
+FORMAT = 1
 
 # %% ../../nbs/training/05_checkpoints.ipynb #23020e84
 def this_machine(
@@ -62,13 +67,15 @@ def this_machine(
     if torch.cuda.is_available(): found['GPU'] = torch.cuda.get_device_name()
     return found
 
+# %% ../../nbs/training/05_checkpoints.ipynb #f4ca9e87
 def other_machine(
     saved: dict,  # from `this_machine`, in a checkpoint
 ) -> str:         # a sentence; '' where nothing differs, or nothing is known
     "What is not as it was when the checkpoint was written"
     now = this_machine()
     differ = [f"{name} {saved.get(name, 'none')} then, {now.get(name, 'none')} now"
-              for name in [*saved, *(now.keys() - saved.keys())] if saved and saved.get(name) != now.get(name)]
+              for name in [*saved, *(now.keys() - saved.keys())] if saved
+              and saved.get(name) != now.get(name)]
     if not differ: return ''
     return f"The run goes on, but not bit for bit as if it had never stopped: {'; '.join(differ)}."
 
@@ -77,9 +84,11 @@ def checkpoint_files(
     run:Path, # a run's folder
 )->list[Path]: # newest first
     "The checkpoints of a run, whole or not"
-    return sorted((p for p in (run/'checkpoints').glob('step-*') if re.fullmatch(r'step-\d{8,}\.safetensors', p.name)),
+    return sorted((p for p in (run/'checkpoints').glob('step-*')
+                   if re.fullmatch(r'step-\d{8,}\.safetensors', p.name)),
                   key=lambda p: int(p.stem[5:]), reverse=True)
 
+# %% ../../nbs/training/05_checkpoints.ipynb #b41cab3c
 def write_checkpoint(
     run:Path, # a run's folder
     tensors:dict[str, Tensor], # from `training_tensors`
@@ -87,7 +96,8 @@ def write_checkpoint(
     keep:int=3, # how many stay
 )->Path: # the file
     "Write a sealed checkpoint, then delete the oldest; raises OSError where the disk does not take it, and leaves the others"
-    metadata = {'format': str(FORMAT), 'version': __version__, 'state': json.dumps(state), 'machine': json.dumps(this_machine())}
+    metadata = {'format': str(FORMAT), 'version': __version__, 'state': json.dumps(state),
+                'machine': json.dumps(this_machine())}
     blob = sealed_tensors(tensors, metadata)
     path = run/'checkpoints'/f"step-{state['step']:08d}.safetensors"
     path.parent.mkdir(exist_ok=True)
@@ -103,23 +113,32 @@ class Checkpoint(NamedTuple):
     state: dict     # plain values
     machine: dict = {}  # where it was written, from `this_machine`; empty in a file of 0.1
 
+# %% ../../nbs/training/05_checkpoints.ipynb #0ef8c1c9
 def read_checkpoint(
     path:Path, # a file from `write_checkpoint`
 )->Checkpoint:
     "Raises `DamagedCheckpoint` for a file that is not what was written, `UserError` for one that is newer or cannot be opened"
     try: blob = path.read_bytes()
-    except OSError as e: raise UserError(f"The checkpoint '{path}' cannot be opened ({e.strerror}); see to that and resume again.") from None
+    except OSError as e:
+        raise UserError(f"The checkpoint '{path}' cannot be opened ({e.strerror}); see to that and "
+                        f"resume again.") from None
     try:
         verify_checksum(blob)
         metadata = json.loads(header_of(blob))['__metadata__']
         if int(metadata['format']) > FORMAT:
-            raise UserError(f"The checkpoint '{path}' was written by seismodel {metadata['version']}, which is newer than this one ({__version__}); update seismodel.")
-        state, tensors, machine = json.loads(metadata['state']), load(blob), json.loads(metadata.get('machine', '{}'))
-        if f"step-{state['step']:08d}.safetensors" != path.name: raise DamagedCheckpoint(f"it is that of step {state['step']}")
-    except DamagedCheckpoint as e: raise DamagedCheckpoint(f"The checkpoint '{path}' cannot be used: {e}.") from None
+            raise UserError(f"The checkpoint '{path}' was written by seismodel "
+                            f"{metadata['version']}, which is newer than this one ({__version__}); "
+                            "update seismodel.")
+        state, tensors, machine = (json.loads(metadata['state']), load(blob),
+                                   json.loads(metadata.get('machine', '{}')))
+        if f"step-{state['step']:08d}.safetensors" != path.name:
+            raise DamagedCheckpoint(f"it is that of step {state['step']}")
+    except DamagedCheckpoint as e:
+        raise DamagedCheckpoint(f"The checkpoint '{path}' cannot be used: {e}.") from None
     except (SafetensorError, ValueError, KeyError, TypeError) as e:
         if isinstance(e, UserError): raise
-        raise DamagedCheckpoint(f"The checkpoint '{path}' cannot be used: {type(e).__name__} in its header.") from None
+        raise DamagedCheckpoint(f"The checkpoint '{path}' cannot be used: {type(e).__name__} in "
+                                f"its header.") from None
     return Checkpoint(path, tensors, state, machine)
 
 # %% ../../nbs/training/05_checkpoints.ipynb #70691645
@@ -133,12 +152,14 @@ def newest_checkpoint(
         try: found = read_checkpoint(path)
         except DamagedCheckpoint as e:
             path.replace(path.with_suffix('.damaged'))
-            say(f"{e} It is set aside as '{path.stem}.damaged', and the checkpoint before it is tried.")
+            say(f"{e} It is set aside as '{path.stem}.damaged', and the checkpoint before it is "
+                "tried.")
             continue
         if other := other_machine(found.machine): say(other)
         return found
     if files or list((run/'checkpoints').glob('*.damaged')):
-        raise UserError(f"No checkpoint in '{run/'checkpoints'}' can be used; start a new run in another folder.")
+        raise UserError(f"No checkpoint in '{run/'checkpoints'}' can be used; start a new run in "
+                        "another folder.")
 
 # %% ../../nbs/training/05_checkpoints.ipynb #cec27ca3
 def flatten(
@@ -146,9 +167,12 @@ def flatten(
     name='', # of the field, for the recursion
 )->dict: # dotted name -> plain value; a list is one value
     "A nested configuration as one flat dictionary, in the terms of JSON"
-    if not isinstance(settings, dict): return {name: list(settings) if isinstance(settings, tuple) else settings}
-    return {k: v for key, value in settings.items() for k, v in flatten(value, f'{name}.{key}' if name else str(key)).items()}
+    if not isinstance(settings, dict):
+        return {name: list(settings) if isinstance(settings, tuple) else settings}
+    return {k: v for key, value in settings.items()
+            for k, v in flatten(value, f'{name}.{key}' if name else str(key)).items()}
 
+# %% ../../nbs/training/05_checkpoints.ipynb #a8f57f19
 def differences(
     saved:dict, # configuration in the checkpoint
     wanted:dict, # configuration now
@@ -157,4 +181,5 @@ def differences(
     "Compare two configurations field by field"
     a, b = flatten(saved), flatten(wanted)
     return [f"{name} was {a.get(name, 'not there')!r} and is {b.get(name, 'not there')!r}"
-            for name in [*a, *(b.keys() - a.keys())] if name not in free and (name not in a or name not in b or a[name] != b[name])]
+            for name in [*a, *(b.keys() - a.keys())] if name not in free
+            and (name not in a or name not in b or a[name] != b[name])]

@@ -23,24 +23,31 @@ class TrainConfig:
     accumulate: int = 1          # forward passes in one optimiser step
     lr: float = 1e-3             # peak learning rate, at the end of the warm-up
     weight_decay: float = .1     # pull of the matrices towards 0, of AdamW
-    betas: tuple[float, float] = (.9, .95)  # decay of AdamW's means of gradient and squared gradient
+    # decay of AdamW's means of gradient and squared gradient
+    betas: tuple[float, float] = (.9, .95)
     warmup: float = .1           # share of the steps
     clip: float = 1.             # largest norm of the gradient
     seed: int = 0                # of weights, data, masks, codes and negatives
     device: str = 'auto'         # auto, cpu, cuda, cuda:1, …
-    workers: int|None = None     # processes that prepare windows; none on a CPU, up to 8 beside a GPU
+    # processes that prepare windows; none on a CPU, up to 8 beside a GPU
+    workers: int|None = None
     log_every: int = 10          # steps between two lines of metrics.jsonl
     validate_every: int = 100    # steps between two looks at the dev windows
     validation_windows: int = 64 # dev windows looked at each time
     checkpoint_every: int = 100  # steps between two checkpoints
     keep: int = 3                # checkpoints that stay
-    skip_nonfinite: int = 0      # consecutive steps that may be passed over because loss or gradient is not finite
+    # consecutive steps that may be passed over because loss or gradient is not finite
+    skip_nonfinite: int = 0
     on_write_error: str = 'continue'   # where the disk is full: continue, or stop
     tensorboard: bool = False    # write events for TensorBoard as well
-    layer_decay: float = 1.      # factor of the learning rate from one stage of the network to the one before it
-    average: float = 0.          # decay of a moving average of the weights, which is then what is saved; 0: none
+    # factor of the learning rate from one stage of the network to the one before it
+    layer_decay: float = 1.
+    # decay of a moving average of the weights, which is then what is saved; 0: none
+    average: float = 0.
 
-RESUMABLE_FIELDS = tuple(f'train.{name}' for name in ('device', 'workers', 'checkpoint_every', 'keep', 'skip_nonfinite', 'on_write_error', 'tensorboard'))
+RESUMABLE_FIELDS = tuple(f'train.{name}'
+                         for name in ('device', 'workers', 'checkpoint_every', 'keep',
+                                      'skip_nonfinite', 'on_write_error', 'tensorboard'))
 
 # %% ../../nbs/training/01_config.ipynb #99f63c85
 def with_defaults(
@@ -51,7 +58,8 @@ def with_defaults(
     saved = dict(saved)
     for f in fields(config):
         if f.name not in saved and f.default is not MISSING: saved[f.name] = f.default
-        elif is_dataclass(getattr(config, f.name)): saved[f.name] = with_defaults(saved.get(f.name, {}), getattr(config, f.name))
+        elif is_dataclass(getattr(config, f.name)):
+            saved[f.name] = with_defaults(saved.get(f.name, {}), getattr(config, f.name))
     return saved
 
 # %% ../../nbs/training/01_config.ipynb #85cff27f
@@ -63,8 +71,10 @@ def train_from_dict(
     return TrainConfig(**{**saved, 'betas': tuple(saved.get('betas', TrainConfig.betas))})
 
 # %% ../../nbs/training/01_config.ipynb #90019bb7
-HAVE_OPTIONS = ('steps', 'batch_size', 'lr', 'weight_decay', 'seed', 'device', 'workers', 'validate_every',
-                'validation_windows', 'checkpoint_every')   # fields that every training command has an option for
+HAVE_OPTIONS = ('steps', 'batch_size', 'lr', 'weight_decay', 'seed', 'device', 'workers',
+                'validate_every',
+                # fields that every training command has an option for
+                'validation_windows', 'checkpoint_every')
 
 def typed_name(
     name:str, # of a field
@@ -72,19 +82,31 @@ def typed_name(
     "How a field is named on the command line: `--batch-size`, or `train.clip` for those reached by --set"
     return '--' + name.replace('_', '-') if name in HAVE_OPTIONS else f'train.{name}'
 
+# %% ../../nbs/training/01_config.ipynb #a37ede95
 def check_config(
     c:TrainConfig, # to be looked through before anything is opened or written
 ):
     "Raise `UserError` for the first setting that makes no sense"
-    for name in ('steps', 'batch_size', 'accumulate', 'log_every', 'validate_every', 'validation_windows', 'checkpoint_every', 'keep'):
-        if getattr(c, name) < 1: raise UserError(f"{typed_name(name)} is {getattr(c, name)}; it must be at least 1.")
+    for name in ('steps', 'batch_size', 'accumulate', 'log_every', 'validate_every',
+                 'validation_windows', 'checkpoint_every', 'keep'):
+        if getattr(c, name) < 1:
+            raise UserError(f"{typed_name(name)} is {getattr(c, name)}; it must be at least 1.")
     for name in ('lr', 'clip'):
-        if not 0 < getattr(c, name) < math.inf: raise UserError(f"{typed_name(name)} is {getattr(c, name)}; it must be above 0.")
-    if not all(0 <= beta < 1 for beta in c.betas): raise UserError(f"train.betas is {c.betas}; each must be at least 0, and below 1.")
-    if not 0 < c.layer_decay <= 1: raise UserError(f"train.layer_decay is {c.layer_decay}; it must be above 0, and at most 1.")
-    if not 0 <= c.average < 1: raise UserError(f"train.average is {c.average}; it must be at least 0, and below 1.")
-    if not 0 <= c.warmup <= 1: raise UserError(f"train.warmup is {c.warmup}; it is a share of the steps, from 0 to 1.")
+        if not 0 < getattr(c, name) < math.inf:
+            raise UserError(f"{typed_name(name)} is {getattr(c, name)}; it must be above 0.")
+    if not all(0 <= beta < 1 for beta in c.betas):
+        raise UserError(f"train.betas is {c.betas}; each must be at least 0, and below 1.")
+    if not 0 < c.layer_decay <= 1:
+        raise UserError(f"train.layer_decay is {c.layer_decay}; it must be above 0, and at most 1.")
+    if not 0 <= c.average < 1:
+        raise UserError(f"train.average is {c.average}; it must be at least 0, and below 1.")
+    if not 0 <= c.warmup <= 1:
+        raise UserError(f"train.warmup is {c.warmup}; it is a share of the steps, from 0 to 1.")
     for name in ('weight_decay', 'seed', 'skip_nonfinite'):
-        if not 0 <= getattr(c, name) < 2**63: raise UserError(f"{typed_name(name)} is {getattr(c, name)}; it must not be negative, and below 2^63.")
+        if not 0 <= getattr(c, name) < 2**63:
+            raise UserError(f"{typed_name(name)} is {getattr(c, name)}; it must not be negative, "
+                            "and below 2^63.")
     if (c.workers or 0) < 0: raise UserError(f"--workers is {c.workers}; it must not be negative.")
-    if c.on_write_error not in ('continue', 'stop'): raise UserError(f"train.on_write_error is '{c.on_write_error}'; it must be continue or stop.")
+    if c.on_write_error not in ('continue', 'stop'):
+        raise UserError(f"train.on_write_error is '{c.on_write_error}'; it must be continue or "
+                        "stop.")

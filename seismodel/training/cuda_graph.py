@@ -25,8 +25,10 @@ def static_copy(
 ): # the same, in memory of its own
     "A copy that stays where it is, to be filled anew"
     if isinstance(inputs, Tensor): return inputs.clone()
-    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    return {name: value.clone() if isinstance(value, Tensor) else value
+            for name, value in inputs.items()}
 
+# %% ../../nbs/training/09_cuda_graph.ipynb #123763b9
 def copy_into(
     place, # from `static_copy`
     inputs, # of the same shapes
@@ -60,9 +62,12 @@ class Replay:
         "Record `function` without running it"
         self.inputs, self.graph = static_copy(inputs), torch.cuda.CUDAGraph()
         self.graph.register_generator_state(self.generator)
-        torch.cuda.empty_cache()               # of the plain steps: a recording has memory of its own
-        # thread_local: the loader's thread may pin memory meanwhile, which a global recording would not survive
-        with torch.cuda.graph(self.graph, capture_error_mode='thread_local'): self.results = self.function(self.inputs)
+        # of the plain steps: a recording has memory of its own
+        torch.cuda.empty_cache()
+        # thread_local: the loader's thread may pin memory meanwhile, which a global
+        # recording would not survive
+        with torch.cuda.graph(self.graph, capture_error_mode='thread_local'):
+            self.results = self.function(self.inputs)
 
     def close(self):
         "Let go of the recording"
@@ -77,6 +82,7 @@ def compile_blocks(
     for part in parts: part.compile(dynamic=False, options={'comprehensive_padding': False})
     return len(parts)
 
+# %% ../../nbs/training/09_cuda_graph.ipynb #2c8bf501
 def worth_compiling(
     device:torch.device, # of the run
     steps:int, # of the run
@@ -85,6 +91,7 @@ def worth_compiling(
     able = find_spec('triton') is not None and any(map(shutil.which, ('cc', 'gcc', 'clang')))
     return device.type == 'cuda' and steps >= 2000 and able
 
+# %% ../../nbs/training/09_cuda_graph.ipynb #b8363049
 @contextmanager
 def run_eager():
     "Inside, compiled parts run as they are written: validation has other shapes, and would be compiled for each"

@@ -45,8 +45,10 @@ class WholeBatchDraws(TorchFunctionMode):
         if kwargs.get('generator') is None: return func(*args, **kwargs)
         if func is torch.Tensor.exponential_:
             x = args[0]
-            return x.copy_(self.mine(x.new_empty(self.world*len(x), *x.shape[1:]).exponential_(*args[1:], **kwargs)))
-        if func is torch.rand: size, before = args[0] if isinstance(args[0], (tuple, list)) else args, ()
+            return x.copy_(self.mine(x.new_empty(self.world*len(x),
+                                                 *x.shape[1:]).exponential_(*args[1:], **kwargs)))
+        if func is torch.rand:
+            size, before = args[0] if isinstance(args[0], (tuple, list)) else args, ()
         elif func is torch.randint: size, before = args[-1], args[:-1]
         else: return func(*args, **kwargs)
         return self.mine(func(*before, (self.world*size[0], *size[1:]), **kwargs))
@@ -85,7 +87,8 @@ class Ranks:
 
     def average_gradients(self, model:nn.Module):
         "Put the mean over the ranks into the gradients, in one message"
-        grads = [p.grad for p in model.parameters() if p.grad is not None]     # the same ones on every rank
+        # the same ones on every rank
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
         if self.world > 1: torch._foreach_copy_(grads, all_reduce_mean(self.average, grads))
 
     def same_weights(self, model:nn.Module):
@@ -107,14 +110,17 @@ def join_ranks(
     if own.type == 'cuda':
         own = pick_device(f'cuda:{local}')
         torch.cuda.set_device(own)
-    dist.init_process_group('nccl' if own.type == 'cuda' else 'gloo', timeout=timedelta(hours=1))   # rank 0 may validate for long
+    # rank 0 may validate for long
+    dist.init_process_group('nccl' if own.type == 'cuda' else 'gloo', timeout=timedelta(hours=1))
     try: yield Ranks(own, dist.get_rank(), world)
-    except BaseException:                                # a good end is a handshake, and a peer may not come to it
+    # a good end is a handshake, and a peer may not come to it
+    except BaseException:
         if own.type == 'cuda': dist.distributed_c10d._abort_process_group()
         else: dist.destroy_process_group()
         raise
     dist.destroy_process_group()
 
+# %% ../../nbs/training/04_distributed.ipynb #12b339c1
 def is_loss(
     error:RuntimeError, # from a message between ranks, or from anything else
 )->bool:

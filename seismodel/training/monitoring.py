@@ -38,7 +38,8 @@ class FiniteWatch:
         gather=lambda value: [value], # value -> the values of all ranks
         write:bool=True, # False on all ranks but one
     ):
-        self.folder, self.allowed, self.in_a_row, self.gather, self.writes = folder, allowed, in_a_row, gather, write
+        self.folder, self.allowed, self.in_a_row, self.gather, self.writes = (folder, allowed,
+                                                                              in_a_row, gather, write)
         cuda = device.type == 'cuda'
         self.numbers = torch.empty(4, pin_memory=cuda)
         self.copied, self.pending, self.stop = torch.cuda.Event() if cuda else None, None, False
@@ -69,11 +70,15 @@ class FiniteWatch:
         mine = [(int(n), int(s)) for b in batches for n, s in zip(b['n'], b['source'])]
         windows, sources = zip(*sorted(pair for part in self.gather(mine) for pair in part))
         if self.writes:
-            row = {'step': step, 'loss': str(loss), 'grad_norm': str(norm), 'windows': windows, 'sources': sources}
-            with open(self.folder/'nonfinite.jsonl', 'a', encoding='utf-8') as f: f.write(json.dumps(row) + '\n')
+            row = {'step': step, 'loss': str(loss), 'grad_norm': str(norm), 'windows': windows,
+                   'sources': sources}
+            with open(self.folder/'nonfinite.jsonl', 'a', encoding='utf-8') as f:
+                f.write(json.dumps(row) + '\n')
         if self.in_a_row > self.allowed:
-            raise TrainingError(f"The loss is {loss} and the norm of its gradient {norm} at step {step}, with windows {windows[0]} to {windows[-1]}; the update was "
-                                f"withheld. Lower the learning rate, or look at these windows (they are listed in '{self.folder/'nonfinite.jsonl'}').")
+            raise TrainingError(f"The loss is {loss} and the norm of its gradient {norm} at step "
+                                f"{step}, with windows {windows[0]} to {windows[-1]}; the update "
+                                "was withheld. Lower the learning rate, or look at these windows "
+                                f"(they are listed in '{self.folder/'nonfinite.jsonl'}').")
 
 # %% ../../nbs/training/06_monitoring.ipynb #2e9c357a
 HEALTHY = {   # measure -> (step, lowest, highest) at a few steps; None: no bound
@@ -96,14 +101,18 @@ def healthy_at(
     def bound(knots, side):
         steps, values = [k[0] for k in knots], [k[side] for k in knots]
         return None if None in values else round(float(np.interp(step, steps, values)), 4)
-    return {name: [bound(HEALTHY[name], 1), bound(HEALTHY[name], 2)] for name in names if name in HEALTHY}
+    return {name: [bound(HEALTHY[name], 1), bound(HEALTHY[name], 2)]
+            for name in names if name in HEALTHY}
 
+# %% ../../nbs/training/06_monitoring.ipynb #8c61e09e
 def outside(
     row:dict, # measures, with their ranges under 'healthy'
 )->list[str]: # the measures outside their ranges
     "What is unusual in a row of metrics"
     return [name for name, (low, high) in row['healthy'].items()
-            if row[name] is None or not (-math.inf if low is None else low) <= row[name] <= (math.inf if high is None else high)]
+            if row[name] is None
+            or not (-math.inf if low is None
+                    else low) <= row[name] <= (math.inf if high is None else high)]
 
 # %% ../../nbs/training/06_monitoring.ipynb #5c23d34c
 def alarms(
@@ -116,12 +125,19 @@ def alarms(
     found = []
     if m.get('code_perplexity', math.inf) < 16:
         found.append(f"codebook collapse: the masked frames share {m['code_perplexity']:.1f} codes")
-    if m.get('collided', 0.) > .5: found.append(f"colliding negatives: {m['collided']:.0%} carry the positive's codes")
+    if m.get('collided', 0.) > .5:
+        found.append(f"colliding negatives: {m['collided']:.0%} carry the positive's codes")
     if m.get('feature_variance', math.inf) < .01*first.get('feature_variance', 0.):
-        found.append(f"dead features: variance {m['feature_variance']:.1e}, it began at {first['feature_variance']:.1e}")
-    if m.get('target_variance', math.inf) < .01: found.append(f"dead targets: their variance over frames is {m['target_variance']:.1e}")
-    if m.get('dev_effective_rank', math.inf) < 2: found.append(f"few directions: effective rank {m['dev_effective_rank']:.1f} of the features on dev")
+        found.append(f"dead features: variance {m['feature_variance']:.1e}, it began at "
+                     f"{first['feature_variance']:.1e}")
+    if m.get('target_variance', math.inf) < .01:
+        found.append(f"dead targets: their variance over frames is {m['target_variance']:.1e}")
+    if m.get('dev_effective_rank', math.inf) < 2:
+        found.append(f"few directions: effective rank {m['dev_effective_rank']:.1f} of the "
+                     "features on dev")
     if progress > .5 and m.get('spectrum_mse', 0.) > .98*m.get('zero_spectrum_mse', math.inf):
-        found.append(f"nothing learnt: the error of the spectra is {m['spectrum_mse']:.2f}, and {m['zero_spectrum_mse']:.2f} for the mean of each band")
-    if progress > .5 and m.get('accuracy', 1.) < 2/(negatives + 1): found.append(f"stuck at chance: accuracy {m['accuracy']:.1%}")
+        found.append(f"nothing learnt: the error of the spectra is {m['spectrum_mse']:.2f}, and "
+                     f"{m['zero_spectrum_mse']:.2f} for the mean of each band")
+    if progress > .5 and m.get('accuracy', 1.) < 2/(negatives + 1):
+        found.append(f"stuck at chance: accuracy {m['accuracy']:.1%}")
     return found

@@ -27,7 +27,8 @@ from ..signals.records import COMPONENTS, SAMPLING_RATE
 from ..core import UserError
 
 # %% ../../nbs/training/08_plots.ipynb #11996634
-SHOWN = ('loss', 'contrastive', 'accuracy', 'perplexity', 'code_perplexity', 'mse', 'spectrum_mse', 'tokens_mse', 'patch_mse', 'feature_variance', 'target_variance', 'grad_norm', 'lr')
+SHOWN = ('loss', 'contrastive', 'accuracy', 'perplexity', 'code_perplexity', 'mse', 'spectrum_mse',
+         'tokens_mse', 'patch_mse', 'feature_variance', 'target_variance', 'grad_norm', 'lr')
 
 def series(
     rows:list[dict], # from `read_metrics`
@@ -37,15 +38,18 @@ def series(
     pairs = [(r['step'], r[name]) for r in rows if r.get(name) is not None]
     return [step for step, _ in pairs], [value for _, value in pairs]
 
+# %% ../../nbs/training/08_plots.ipynb #1465832a
 def plot_metrics(
     runs:dict[str, list[dict]], # name -> rows from `read_metrics`
 )->Figure:
     "The measures of one run or of several against the step, training and dev"
     names = [n for n in SHOWN if any(n in rows[0] for rows in runs.values())]
-    fig, axs = plt.subplots(-(-len(names)//4), 4, figsize=(10, 1.9*-(-len(names)//4)), layout='constrained', squeeze=False)
+    fig, axs = plt.subplots(-(-len(names)//4), 4, figsize=(10, 1.9*-(-len(names)//4)),
+                            layout='constrained', squeeze=False)
     for ax in axs.flat[len(names):]: ax.set_axis_off()
     for ax, name in zip(axs.flat, names):
-        for k, (run, rows) in enumerate(runs.items()): plot_measure(ax, rows, name, f'C{k}', run if len(runs) > 1 else 'train')
+        for k, (run, rows) in enumerate(runs.items()):
+            plot_measure(ax, rows, name, f'C{k}', run if len(runs) > 1 else 'train')
         shade_healthy(ax, name)
         ax.set(title=name.replace('_', ' '), xlabel='step')
     if names: axs.flat[0].legend(fontsize=6)
@@ -55,18 +59,23 @@ def plot_metrics(
 def plot_measure(ax, rows, name, color, label):
     "One measure of one run: training as a line, dev as dots, trivial predictors dotted"
     ax.plot(*series(rows, name), lw=.8, color=color, label=label)
-    if any(f'dev_{name}' in r for r in rows): ax.plot(*series(rows, f'dev_{name}'), 'o-', ms=3, lw=1, color=color, mfc='w', label=f'{label}, dev')
+    if any(f'dev_{name}' in r for r in rows):
+        ax.plot(*series(rows, f'dev_{name}'), 'o-', ms=3, lw=1, color=color, mfc='w',
+                label=f'{label}, dev')
     for trivial, style in (('zero', ':'), ('line', '-.')):
         known = series(rows, f'dev_{trivial}_{name}')
-        if name.endswith('mse') and known[0]: ax.plot(*known, style, lw=1, color=color, label=f'dev, {trivial}')
+        if name.endswith('mse') and known[0]:
+            ax.plot(*known, style, lw=1, color=color, label=f'dev, {trivial}')
 
+# %% ../../nbs/training/08_plots.ipynb #e370a745
 def shade_healthy(ax, name):
     "The usual range behind a measure, as far as the axes reach"
     (first, last), (bottom, top) = ax.get_xlim(), ax.get_ylim()
     steps = [first + k*(last - first)/50 for k in range(51)]
     bounds = [healthy_at([name], step).get(name, (None, None)) for step in steps]
     if all(b == (None, None) for b in bounds): return
-    low, high = ([edge if b[side] is None else b[side] for b in bounds] for side, edge in ((0, bottom), (1, top)))
+    low, high = ([edge if b[side] is None else b[side] for b in bounds]
+                 for side, edge in ((0, bottom), (1, top)))
     ax.fill_between(steps, low, high, color='C2', alpha=.12, lw=0, zorder=0)
     ax.set(xlim=(first, last), ylim=(bottom, top))
 
@@ -83,7 +92,8 @@ def plot_codes(
     fig, axs = plt.subplots(1, len(share), figsize=(7, 1.8), layout='constrained', squeeze=False)
     for g, (ax, s, u) in enumerate(zip(axs[0], share, usage)):
         ax.bar(range(len(s)), s, width=1.)
-        ax.set(title=f'group {g + 1}: {int((u > 0).sum())} of {len(s)} codes in use', xlabel='code, by use', ylabel='share of frames')
+        ax.set(title=f'group {g + 1}: {int((u > 0).sum())} of {len(s)} codes in use',
+               xlabel='code, by use', ylabel='share of frames')
     return fig
 
 # %% ../../nbs/training/08_plots.ipynb #0d349da0
@@ -95,7 +105,8 @@ def plot_window(
 )->Figure:
     "A masked window, and below it what the model says about the hidden frames"
     generator = torch.Generator(x.device).manual_seed(seed)
-    told, codes = None, None       # (target, prediction) of frames; or what a contrastive model says
+    # (target, prediction) of frames; or what a contrastive model says
+    told, codes = None, None
     if isinstance(model, MaskedPretraining):
         mask, said = model.predict(x, generator)
         told = next(iter(said.values()), None)
@@ -121,7 +132,9 @@ def plot_window(
 # %% ../../nbs/training/08_plots.ipynb #cb6bde21
 def plot_similarity(ax, targets, predictions, mask):
     "Cosine of each hidden frame's prediction to its own target, beside the mean to the targets of the other hidden frames"
-    similarity = nn.functional.normalize(predictions[mask], dim=-1) @ nn.functional.normalize(targets[mask], dim=-1).T  # (M, M)
+    # (M, M)
+    similarity = nn.functional.normalize(predictions[mask],
+                                         dim=-1) @ nn.functional.normalize(targets[mask], dim=-1).T
     own, M = similarity.diagonal(), len(similarity)
     others = (similarity.sum(1) - own)/(M - 1)
     time = mask.nonzero()[:, 0]*4/SAMPLING_RATE
@@ -130,11 +143,13 @@ def plot_similarity(ax, targets, predictions, mask):
     ax.set_ylabel('cosine')
     ax.legend(fontsize=6, loc='upper right', markerscale=3)
 
+# %% ../../nbs/training/08_plots.ipynb #7e842ee2
 def plot_reconstruction(axs, target, made):
     "Target and reconstruction, frames to the right, the first 24 features upwards"
     span = float(target.abs().quantile(.99))
     for ax, values, name in zip(axs, (target, made), ('target', 'reconstruction')):
-        ax.imshow(values.T[:24], aspect='auto', origin='lower', cmap='RdBu_r', vmin=-span, vmax=span, interpolation='nearest',
+        ax.imshow(values.T[:24], aspect='auto', origin='lower', cmap='RdBu_r', vmin=-span,
+                  vmax=span, interpolation='nearest',
                   extent=(0, len(values)*4/SAMPLING_RATE, 0, min(24, values.shape[1])))
         ax.set(ylabel=name, yticks=[])
 
@@ -144,12 +159,15 @@ def model_figures(
     x:torch.Tensor, # (B, L, 3) dev windows, on the model's device
 )->dict[str, Figure]: # name -> figure
     "The figures that this model has: a masked window for the pretraining methods, the codes for those that have some"
-    loud = x.abs().amax((1, 2)).argmax()      # an event, if there is one: the highest peak over its window's deviation
+    # an event, if there is one: the highest peak over its window's deviation
+    loud = x.abs().amax((1, 2)).argmax()
     figures = {}
     if isinstance(model, Pretrainer): figures['window'] = plot_window(model, x[loud, None])
-    if isinstance(model, Pretrainer) and hasattr(model.encoder, 'quantizer'): figures['codes'] = plot_codes(model, x)
+    if isinstance(model, Pretrainer) and hasattr(model.encoder, 'quantizer'):
+        figures['codes'] = plot_codes(model, x)
     return figures
 
+# %% ../../nbs/training/08_plots.ipynb #715c5158
 def log_pictures(
     events, # TensorBoard's SummaryWriter
     model:nn.Module, # any
@@ -159,12 +177,16 @@ def log_pictures(
     "The model's figures, and a histogram of the codes it takes, for TensorBoard"
     training = model.training
     model.eval()
-    for name, fig in model_figures(model, x).items(): events.add_figure(name, fig, step)     # which closes it
+    # which closes it
+    for name, fig in model_figures(model, x).items(): events.add_figure(name, fig, step)
     if isinstance(model, Pretrainer) and hasattr(model.encoder, 'quantizer'):
-        with torch.no_grad(): codes = model.encoder.quantizer(model.encoder.frontend(x)).codes      # (B, T, G)
-        for g, code in enumerate(codes.unbind(-1), 1): events.add_histogram(f'codes/group {g}', code, step)
+        # (B, T, G)
+        with torch.no_grad(): codes = model.encoder.quantizer(model.encoder.frontend(x)).codes
+        for g, code in enumerate(codes.unbind(-1), 1):
+            events.add_histogram(f'codes/group {g}', code, step)
     model.train(training)
 
+# %% ../../nbs/training/08_plots.ipynb #d1c95dea
 def save_figures(
     figures:dict[str, Figure], # name -> figure
     folder:Path, # made if it is not there
@@ -184,7 +206,8 @@ def plot(
     "Draw the curves of a run, or of several side by side"
     runs = [Path(run) for run in runs]
     for run in runs:
-        if not (run/'metrics.jsonl').is_file(): raise UserError(f"'{run}' holds no run: metrics.jsonl is missing.")
+        if not (run/'metrics.jsonl').is_file():
+            raise UserError(f"'{run}' holds no run: metrics.jsonl is missing.")
     rows = {str(run): read_metrics(run) for run in runs}
     for run in rows:
         if not rows[run]: raise UserError(f"'{run}' has no metrics yet; wait for its first step.")

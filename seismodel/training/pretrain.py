@@ -20,7 +20,8 @@ from ..core import UserError, check_fields, count_parameters, log, pick_device
 from ..data.sources import SyntheticSource, open_source, parse_weights, whole_path
 from ..data.windows import WindowDataset
 from ..files import is_filled, read_json
-from ..models.pretraining import ModelConfig, Preset, build, config_from_dict, preset as find_preset
+from ..models.pretraining import (ModelConfig, Preset, build, config_from_dict, preset as
+                                          find_preset)
 from ..signals.augment import PRETRAIN_AUGMENTATION, Augmentation, pretrain_augment
 from ..signals.noise import calm_bank, noise_bank
 from ..signals.records import WINDOW
@@ -40,7 +41,9 @@ def open_data(
     for name in names:
         try: dev.append(open_source(name, 'dev', window))
         except UserError as e: print(f'Not validating on {name}: {e}')
-    if not dev: raise UserError(f"None of the datasets has a dev split to validate on ({', '.join(names)}); add --data synthetic.")
+    if not dev:
+        raise UserError("None of the datasets has a dev split to validate on "
+                        f"({', '.join(names)}); add --data synthetic.")
     return training, dev
 
 # %% ../../nbs/training/11_pretrain.ipynb #8a91307b
@@ -78,20 +81,27 @@ class PretrainPlan:
 
     def extra(self)->dict:
         "What config.json has beside model and training"
-        augment = {} if self.augment is None else {'augment': self.augment}    # runs of version 0.1 have no such field
-        return {'preset': self.preset, 'data': self.data, 'weights': self.weights, 'window': self.window, **augment}
+        # runs of version 0.1 have no such field
+        augment = {} if self.augment is None else {'augment': self.augment}
+        return {'preset': self.preset, 'data': self.data, 'weights': self.weights,
+                'window': self.window, **augment}
 
+# %% ../../nbs/training/11_pretrain.ipynb #9adc4a6d
 def augment_fields(augment:str|None)->dict|None:
     "What config.json says of --augment; raises `UserError` for a word that it does not know"
-    if augment not in (None, 'none', 'full'): raise UserError(f"--augment is '{augment}'; choose full or none.")
+    if augment not in (None, 'none', 'full'):
+        raise UserError(f"--augment is '{augment}'; choose full or none.")
     return asdict(PRETRAIN_AUGMENTATION) if augment == 'full' else None
 
+# %% ../../nbs/training/11_pretrain.ipynb #55ee6a46
 def check_window(
     window: int,  # samples
 ) -> None:
     "Raises `UserError` below 4 frames"
-    if window < 13: raise UserError(f"--window is {window}; it must be at least 13 samples, 4 frames.")
+    if window < 13:
+        raise UserError(f"--window is {window}; it must be at least 13 samples, 4 frames.")
 
+# %% ../../nbs/training/11_pretrain.ipynb #8da15f2d
 def new_plan(preset, data, weights, window, augment, changes, saved)->PretrainPlan:
     "From the command line, the file of --config and the preset; None means not given"
     check_saved(saved)
@@ -104,6 +114,7 @@ def new_plan(preset, data, weights, window, augment, changes, saved)->PretrainPl
     model, given = apply_settings(p.model, changes)
     return PretrainPlan(preset, names, shares, window, model, recipe(p, **given), change)
 
+# %% ../../nbs/training/11_pretrain.ipynb #099285bc
 def check_saved(saved:dict):
     "Raise `UserError` for a field beside model and recipe that holds what it cannot hold"
     known = {f.name for f in fields(PretrainPlan)}
@@ -113,25 +124,37 @@ def check_saved(saved:dict):
 # %% ../../nbs/training/11_pretrain.ipynb #0157c3a9
 def saved_plan(folder, preset, data, weights, window, augment, changes)->PretrainPlan:
     "From config.json of a run; raises `UserError` naming each field that is given and differs, unless it is free to change"
-    if not (folder/'config.json').is_file(): raise UserError(f"'{folder}' holds no run to resume: config.json is missing. Start it with `seismodel pretrain`.")
+    if not (folder/'config.json').is_file():
+        raise UserError(f"'{folder}' holds no run to resume: config.json is missing. Start it with "
+                        "`seismodel pretrain`.")
     config = read_json(folder/'config.json')
     missing = {'preset', 'data', 'window', 'model', 'train'} - config.keys()
-    if missing: raise UserError(f"'{folder/'config.json'}' is not of a pretraining run that can be resumed: it has no field '{min(missing)}'.")
+    if missing:
+        raise UserError(f"'{folder/'config.json'}' is not of a pretraining run that can be "
+                        f"resumed: it has no field '{min(missing)}'.")
     check_saved({f.name: config.get(f.name) for f in fields(PretrainPlan)})
     check_window(config['window'])
     train, model = train_from_dict(config['train']), config_from_dict(config['model'])
     changed, given = apply_settings(model, changes)
-    if changed != model: raise UserError(f"The model of '{folder}' has its shapes; leave --set model.… away, or start a new run.")
+    if changed != model:
+        raise UserError(f"The model of '{folder}' has its shapes; leave --set model.… away, or "
+                        "start a new run.")
     was = {**config, **asdict(train)}
-    told = {'preset': preset, 'data': data and [whole_path(name) for name in data], 'weights': parse_weights(weights, len(config['data'])), 'window': window}
-    augment_fields(augment)                                                    # is it a word that we know?
+    told = {'preset': preset, 'data': data and [whole_path(name) for name in data],
+            'weights': parse_weights(weights, len(config['data'])), 'window': window}
+    # is it a word that we know?
+    augment_fields(augment)
     told['augment'], was['augment'] = augment, 'full' if config.get('augment') else 'none'
     differ = [f"{name} was {was[name]} and is {value}" for name, value in {**told, **given}.items()
-              if value is not None and f'train.{name}' not in RESUMABLE_FIELDS and was[name] != value]
-    if differ: raise UserError(f"The run in '{folder}' had other settings: {'; '.join(differ)}. Resume it with its own, or start a new run.")
+              if value is not None and f'train.{name}' not in RESUMABLE_FIELDS
+              and was[name] != value]
+    if differ:
+        raise UserError(f"The run in '{folder}' had other settings: {'; '.join(differ)}. Resume it "
+                        "with its own, or start a new run.")
     train = replace(train, **given)
     check_config(train)
-    return PretrainPlan(config['preset'], config['data'], config['weights'], config['window'], model, train, config.get('augment'))
+    return PretrainPlan(config['preset'], config['data'], config['weights'], config['window'],
+                        model, train, config.get('augment'))
 
 # %% ../../nbs/training/11_pretrain.ipynb #cc3b22d4
 def pretrain(
@@ -162,18 +185,28 @@ def pretrain(
     resume:Path=None, # the folder of a run to go on with; needs nothing else
 )->Path: # the run's folder
     "Pretrain a model on three-component waveforms, or go on with a run"
-    given = dict(steps=steps, batch_size=batch_size, lr=lr, weight_decay=weight_decay, accumulate=accumulate, seed=seed, device=device,
-                 workers=workers, log_every=log_every, validate_every=validate_every, validation_windows=validation_windows,
-                 checkpoint_every=checkpoint_every, keep=keep, skip_nonfinite=skip_nonfinite, on_write_error=on_write_error, tensorboard=tensorboard or None)
-    if resume and out: raise UserError("--resume goes on in the run's own folder; leave --out away.")
-    if resume and config: raise UserError("--resume goes on with the run's own settings; leave --config away.")
+    given = dict(steps=steps, batch_size=batch_size, lr=lr, weight_decay=weight_decay,
+                 accumulate=accumulate, seed=seed, device=device,
+                 workers=workers, log_every=log_every, validate_every=validate_every,
+                 validation_windows=validation_windows,
+                 checkpoint_every=checkpoint_every, keep=keep, skip_nonfinite=skip_nonfinite,
+                 on_write_error=on_write_error, tensorboard=tensorboard or None)
+    if resume and out:
+        raise UserError("--resume goes on in the run's own folder; leave --out away.")
+    if resume and config:
+        raise UserError("--resume goes on with the run's own settings; leave --config away.")
     changes, saved = read_settings(config, set_fields, given)
-    plan = saved_plan(Path(resume), preset, data, data_weights, window, augment, changes) if resume \
+    plan = saved_plan(Path(resume), preset, data, data_weights, window, augment,
+                      changes) if resume \
         else new_plan(preset, data, data_weights, window, augment, changes, saved)
     with join_ranks(plan.train.device) as ranks:
-        folder = Path(ranks.share(str(resume or new_folder(out, plan.preset)) if ranks.rank == 0 else None))   # one name for all ranks
+        # one name for all ranks
+        folder = Path(ranks.share(str(resume or new_folder(out, plan.preset)) if ranks.rank == 0
+                                  else None))
         run_plan(plan, folder, bool(resume), ranks)
-        if ranks.rank == 0: print(f"weights  {folder/'model.safetensors'}\nmetrics  {folder/'metrics.jsonl'}\nfigures  {folder/'figures'}")
+        if ranks.rank == 0:
+            print(f"weights  {folder/'model.safetensors'}\nmetrics  "
+                  f"{folder/'metrics.jsonl'}\nfigures  {folder/'figures'}")
     return folder
 
 # %% ../../nbs/training/11_pretrain.ipynb #c1a5e0d8
@@ -188,16 +221,22 @@ def plan_augment(
     noise = torch.zeros(0, plan.window, 3)
     if real: noise = noise_bank(real, 256, plan.train.seed, plan.window)
     if real and not len(noise): noise = calm_bank(real, 256, plan.train.seed, plan.window)
-    if real and not len(noise): log.warning('No training record is calm enough to be used as noise: none is added.')
-    return pretrain_augment(noise.to(device), Augmentation(**{**plan.augment, 'snr_db': tuple(plan.augment['snr_db'])}))
+    if real and not len(noise):
+        log.warning('No training record is calm enough to be used as noise: none is added.')
+    return pretrain_augment(noise.to(device),
+                            Augmentation(**{**plan.augment,
+                                            'snr_db': tuple(plan.augment['snr_db'])}))
 
 # %% ../../nbs/training/11_pretrain.ipynb #9c9b101c
 def new_folder(out:Path|None, name:str)->Path:
     "The folder of a new run; raises `UserError` where something lies in it"
     folder = Path(out) if out else free_folder(name)
-    if is_filled(folder) or folder.exists() and not folder.is_dir(): raise UserError(f"'{folder}' is there already and not empty; name another --out, or --resume it.")
+    if is_filled(folder) or folder.exists() and not folder.is_dir():
+        raise UserError(f"'{folder}' is there already and not empty; name another --out, or "
+                        "--resume it.")
     return folder
 
+# %% ../../nbs/training/11_pretrain.ipynb #4bc118ce
 def run_plan(
     plan:PretrainPlan, # new or saved
     folder:Path, # of the run
@@ -208,14 +247,20 @@ def run_plan(
     c = plan.train
     training, dev = open_data(plan.data, plan.window)
     records = [len(s) for s in training]
-    if c.batch_size > sum(records): raise UserError(f"The batch size is {c.batch_size}, but the data have {sum(records)} records; lower --batch-size.")
-    windows = WindowDataset(training, c.steps*c.accumulate*c.batch_size, plan.weights, c.seed, window=plan.window)
-    dev_windows = WindowDataset(dev, c.validation_windows, seed=c.seed, window=plan.window)   # every dev source counts the same
+    if c.batch_size > sum(records):
+        raise UserError(f"The batch size is {c.batch_size}, but the data have {sum(records)} "
+                        "records; lower --batch-size.")
+    windows = WindowDataset(training, c.steps*c.accumulate*c.batch_size, plan.weights, c.seed,
+                            window=plan.window)
+    # every dev source counts the same
+    dev_windows = WindowDataset(dev, c.validation_windows, seed=c.seed, window=plan.window)
     torch.manual_seed(c.seed)
     model = build(plan.model)
     if ranks.rank == 0:
         where = ranks.device if ranks.world == 1 else f'{ranks.world} × {ranks.device.type}'
-        print(f"{plan.preset}: {count_parameters(model):,} parameters, {c.steps} steps of {c.batch_size*c.accumulate} windows "
-              f"from {', '.join(s.name for s in training)}, on {where}")
+        print(f"{plan.preset}: {count_parameters(model):,} parameters, {c.steps} steps of "
+              f"{c.batch_size*c.accumulate} windows from {', '.join(s.name for s in training)}, on "
+              f"{where}")
     change = plan_augment(plan, training, ranks.device)
-    train(model, Augmented(windows, change), dev_windows, c, folder, {**plan.extra(), 'records': records}, resume, ranks)
+    train(model, Augmented(windows, change), dev_windows, c, folder,
+          {**plan.extra(), 'records': records}, resume, ranks)

@@ -16,7 +16,8 @@ from ..files import check_json, locked, write_atomically
 from ..core import UserError
 
 # %% ../../nbs/training/07_runlog.ipynb #1b4fbcae
-CLOCK = ('windows_per_second', 'gpu_memory_gib')   # measures that depend on the hour, and not on the step
+# measures that depend on the hour, and not on the step
+CLOCK = ('windows_per_second', 'gpu_memory_gib')
 
 def lines_until(
     path:Path, # a file of JSON objects, one a line, each with its 'step'
@@ -25,7 +26,8 @@ def lines_until(
     "A last line that a crash cut short is left out. Raises `UserError` for a line in the middle that is damaged"
     if not path.exists(): return []
     kept = []
-    for number, line in enumerate(path.read_bytes().split(b'\n')[:-1], 1):   # after the last newline: nothing, or half a line
+    # after the last newline: nothing, or half a line
+    for number, line in enumerate(path.read_bytes().split(b'\n')[:-1], 1):
         where, cure = f'{path}, line {number}', 'restore the file, or delete the line'
         try: row = check_json(json.loads(line), dict(step=int), where, cure)
         except UserError: raise
@@ -34,6 +36,7 @@ def lines_until(
         if row['step'] <= step: kept.append(line.decode())
     return kept
 
+# %% ../../nbs/training/07_runlog.ipynb #83ee43bc
 def read_metrics(
     folder:str|Path, # of a run
 )->list[dict]: # one per logged step
@@ -46,8 +49,10 @@ def lock_run(
 ):                 # the lock, to be released
     "Keep other processes out; raises `UserError` where one is in already. Nothing else is written"
     folder.mkdir(parents=True, exist_ok=True)
-    return locked(folder/'.lock', f"Another process is training in '{folder}'; wait for it, or stop it.")
+    return locked(folder/'.lock',
+                  f"Another process is training in '{folder}'; wait for it, or stop it.")
 
+# %% ../../nbs/training/07_runlog.ipynb #2f3cb782
 class RunLog:
     "Appends measures to `metrics.jsonl`, and to TensorBoard on request. One process at a time may have a run's log open"
     def __init__(self,
@@ -60,8 +65,11 @@ class RunLog:
         for name in ('metrics.jsonl', 'nonfinite.jsonl'):
             lines = lines_until(folder/name, step)
             if name == 'metrics.jsonl' or (folder/name).exists():
-                write_atomically(folder/name, lambda p: p.write_bytes(''.join(line + '\n' for line in lines).encode()))
-        self.file, self.waiting, self.events = open(folder/'metrics.jsonl', 'ab', buffering=0), b'', None
+                write_atomically(folder/name,
+                                 lambda p: p.write_bytes(''.join(line + '\n'
+                                                                 for line in lines).encode()))
+        self.file, self.waiting, self.events = (open(folder/'metrics.jsonl', 'ab', buffering=0),
+                                                b'', None)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter   # optional, and slow to import
             self.events = SummaryWriter(folder/'tensorboard', purge_step=step + 1)
@@ -69,7 +77,8 @@ class RunLog:
     def write(self, row:dict):
         "One logged step. Raises OSError where the disk does not take it: the line waits for the next write"
         for name, value in row.items():
-            if self.events and isinstance(value, float): self.events.add_scalar(name, value, row['step'])
+            if self.events and isinstance(value, float):
+                self.events.add_scalar(name, value, row['step'])
         self.waiting += (json.dumps(row, allow_nan=False) + '\n').encode()
         self.flush()
 
@@ -94,6 +103,8 @@ def write_bad_traces(
     redrawn:int, # draws in vain so far
 ):
     "Write `bad_traces.json`: what was left out from the start, what was met, and how often it was drawn in vain"
-    left_out = {s.name: s.left_out for s in getattr(data, 'sources', []) if getattr(s, 'left_out', None)}
+    left_out = {s.name: s.left_out
+                for s in getattr(data, 'sources', []) if getattr(s, 'left_out', None)}
     report = {'left_out': left_out, 'met': dict(sorted(met.items())), 'draws_in_vain': redrawn}
-    write_atomically(folder/'bad_traces.json', lambda p: p.write_text(json.dumps(report, indent=1), encoding='utf-8'))
+    write_atomically(folder/'bad_traces.json',
+                     lambda p: p.write_text(json.dumps(report, indent=1), encoding='utf-8'))

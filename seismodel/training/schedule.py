@@ -33,6 +33,7 @@ def mix_seed(
     "One seed from several numbers; numpy mixes them well, and torch's CPU generator hears only 32 bits of a seed"
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
+# %% ../../nbs/training/02_schedule.ipynb #bd4c4fd0
 def seed_step(
     generator:torch.Generator, # on the device of the model
     seed:int, # of the run
@@ -47,10 +48,12 @@ def layer_depths(
 )->dict[nn.Parameter, int]: # 0 for the head, 1 for the last stage of the backbone, …
     "How many stages of the network lie above each weight"
     parts = [[model.encoder], *model.backbone.stages(), [model.head]]
-    depth = {p: len(parts) - 2 for p in model.backbone.parameters()}   # what lies in no stage comes before the first one
+    # what lies in no stage comes before the first one
+    depth = {p: len(parts) - 2 for p in model.backbone.parameters()}
     return {**depth, **{p: len(parts) - 1 - k for k, part in enumerate(parts)
                         for module in part for p in module.parameters()}}
 
+# %% ../../nbs/training/02_schedule.ipynb #219a014d
 def parameter_groups(
     model:nn.Module, # any model of this package
     weight_decay:float, # for the matrices

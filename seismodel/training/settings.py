@@ -27,7 +27,9 @@ def parse_setting(
 )->tuple[str, object]: # the field's whole name, its value
     "Split what was typed for --set; raises `UserError` where name or value is missing"
     name, _, text = word.partition('=')
-    if not (name and text): raise UserError(f"--set is '{word}'; write NAME=VALUE, such as --set encoder.mask_length=25.")
+    if not (name and text):
+        raise UserError(f"--set is '{word}'; write NAME=VALUE, such as --set "
+                        "encoder.mask_length=25.")
     try: value = WORDS[text.lower()] if text.lower() in WORDS else ast.literal_eval(text)
     except (ValueError, SyntaxError): value = text
     return 'model.'*name.startswith('encoder.') + name, value
@@ -41,9 +43,11 @@ def field_names(
     found = []
     for f in fields(config):
         value = getattr(config, f.name)
-        found += field_names(value, f'{where}{f.name}.') if is_dataclass(value) else [where + f.name]
+        found += (field_names(value, f'{where}{f.name}.') if is_dataclass(value)
+                  else [where + f.name])
     return found
 
+# %% ../../nbs/training/01a_settings.ipynb #f71bc64d
 def check_names(
     names,             # such as model.blocks and train.lr
     model:ModelConfig, # that would be changed
@@ -58,7 +62,8 @@ def check_names(
         raise UserError(f"This model and its recipe have no field '{name}'; {advice}")
 
 # %% ../../nbs/training/01a_settings.ipynb #8f7ed271
-PLAN_ENTRIES = ('preset', 'data', 'weights', 'window', 'augment')   # beside model and train, in a file written by hand
+# beside model and train, in a file written by hand
+PLAN_ENTRIES = ('preset', 'data', 'weights', 'window', 'augment')
 
 def flat_fields(
     values:dict, # fields, some of which hold fields
@@ -67,23 +72,34 @@ def flat_fields(
     "Fields of a file under their whole names"
     found = {}
     for name, value in values.items():
-        found |= flat_fields(value, f'{where}{name}.') if isinstance(value, dict) else {where + name: value}
+        found |= flat_fields(value,
+                             f'{where}{name}.') if isinstance(value,
+                                                              dict) else {where + name: value}
     return found
 
+# %% ../../nbs/training/01a_settings.ipynb #5bfffd13
 def read_field_file(
     file:Path, # JSON
 )->tuple[dict, dict]: # whole name of a field -> value; what else it holds
     "Read what --config names; raises `UserError` where that is not possible"
     try: saved = json.loads(Path(file).read_text(encoding='utf-8'))
-    except (OSError, ValueError) as e: raise UserError(f"--config '{file}' cannot be read ({e}); name a JSON file.") from None
-    if not isinstance(saved, dict): raise UserError(f"--config '{file}' holds no object; write {{\"model\": {{…}}, \"train\": {{…}}}}.")
+    except (OSError, ValueError) as e:
+        raise UserError(f"--config '{file}' cannot be read ({e}); name a JSON file.") from None
+    if not isinstance(saved, dict):
+        raise UserError(f"--config '{file}' holds no object; write {{\"model\": {{…}}, \"train\": "
+                        f"{{…}}}}.")
     found = {}
     for part in ('model', 'train'):
         values = saved.pop(part, {})
-        if not isinstance(values, dict): raise UserError(f"'{part}' in '{file}' is {values!r}; it must be an object with fields of its own.")
+        if not isinstance(values, dict):
+            raise UserError(f"'{part}' in '{file}' is {values!r}; it must be an object with fields "
+                            "of its own.")
         found |= flat_fields(values, f'{part}.')
-    other = set() if 'seismodel' in saved else saved.keys() - set(PLAN_ENTRIES)    # a run's config.json names its version
-    if other: raise UserError(f"'{file}' has an entry '{min(other)}' that is not known; fields belong under 'model' or 'train'.")
+    # a run's config.json names its version
+    other = set() if 'seismodel' in saved else saved.keys() - set(PLAN_ENTRIES)
+    if other:
+        raise UserError(f"'{file}' has an entry '{min(other)}' that is not known; fields belong "
+                        "under 'model' or 'train'.")
     return found, saved
 
 # %% ../../nbs/training/01a_settings.ipynb #aedeeffd
@@ -111,20 +127,26 @@ def change_model(
         part, *inside, last = name.split('.')
         if part != 'model': continue
         if last == 'method' and value != model.method:
-            raise UserError(f"The method is '{value}', but that of the preset is '{model.method}'; name a --preset of the method.")
+            raise UserError(f"The method is '{value}', but that of the preset is '{model.method}'; "
+                            "name a --preset of the method.")
         place = values
         for key in inside: place = place[key]
         place[last] = value
-    if not values['encoder']['pretraining']: raise UserError("'model.encoder.pretraining' is False, but a run needs the encoder's masks; leave it True.")
+    if not values['encoder']['pretraining']:
+        raise UserError("'model.encoder.pretraining' is False, but a run needs the encoder's "
+                        "masks; leave it True.")
     return config_from_dict(values)
 
+# %% ../../nbs/training/01a_settings.ipynb #7d661ffb
 def apply_settings(
     model:ModelConfig, # of a preset, or of a run
     changes:dict, # whole name of a field -> value
 )->tuple[ModelConfig, dict]: # the model, changed; the given fields of the recipe
     "Check all names and values; raises `UserError` naming the field"
     check_names(changes, model)
-    given = {name.removeprefix('train.'): value for name, value in changes.items() if name.startswith('train.')}
+    given = {name.removeprefix('train.'): value
+             for name, value in changes.items() if name.startswith('train.')}
     check_fields(TrainConfig, given, 'train.')
-    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}   # JSON has no tuples
+    # JSON has no tuples
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
     return change_model(model, changes), given

@@ -33,7 +33,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from .checkpoints import differences, newest_checkpoint, read_checkpoint, restore, training_tensors, write_checkpoint
+from .checkpoints import (differences, newest_checkpoint, read_checkpoint,
+                                            restore, training_tensors, write_checkpoint)
 from .distributed import Ranks, is_loss
 from ..core import Interrupted, TrainingError, UserError, pick_device, progress_bar
 from .monitoring import FiniteWatch, alarms, healthy_at, skip_step_if_nonfinite
@@ -56,8 +57,10 @@ def inputs_of(
 ): # the windows (B, L, 3), or the whole batch
     "What the model's forward takes, on its device"
     if not getattr(model, 'whole_batch', False): return batch['x'].to(device, non_blocking=True)
-    return {name: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for name, v in batch.items()}
+    return {name: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v
+            for name, v in batch.items()}
 
+# %% ../../nbs/training/10_trainer.ipynb #1da3dfe0
 @torch.no_grad()
 def validation_metrics(
     model:nn.Module, # forward(x, generator) gives (loss, metrics)
@@ -71,8 +74,10 @@ def validation_metrics(
     generator, sums, windows = torch.Generator(device), {}, 0
     for i, batch in enumerate(batches):
         n = len(batch['x'])
-        with mixed_precision(device), run_eager(): loss, metrics = model(inputs_of(model, batch, device), seed_step(generator, seed, i))
-        for name, value in {'loss': loss, **metrics}.items(): sums[name] = sums.get(name, 0.) + value.float()*n
+        with mixed_precision(device), run_eager():
+            loss, metrics = model(inputs_of(model, batch, device), seed_step(generator, seed, i))
+        for name, value in {'loss': loss, **metrics}.items():
+            sums[name] = sums.get(name, 0.) + value.float()*n
         windows += n
     model.train(training)
     return {name: (s/windows).item() for name, s in sums.items()}
@@ -81,8 +86,10 @@ def validation_metrics(
 class Augmented(NamedTuple):
     "Windows to train on, and what is done to them on the device"
     data: WindowDataset
-    change: Callable|None  # (batch, generator) -> batch on amplitudes, see `device_batches`; None: nothing
+    # (batch, generator) -> batch on amplitudes, see `device_batches`; None: nothing
+    change: Callable|None
 
+# %% ../../nbs/training/10_trainer.ipynb #9fb9c2d6
 @contextmanager
 def training_batches(
     data:Dataset, # the windows to train on
@@ -93,12 +100,17 @@ def training_batches(
 ): # yields an iterator
     "This rank's batches from a step on; raises `UserError` where an augmentation is asked of windows without amplitudes"
     windows = isinstance(data, WindowDataset)
-    if augment is not None and not windows: raise UserError(f"Only a WindowDataset gives the amplitudes that an augmentation needs, not a {type(data).__name__}; train without.")
+    if augment is not None and not windows:
+        raise UserError("Only a WindowDataset gives the amplitudes that an augmentation needs, "
+                        f"not a {type(data).__name__}; train without.")
     ahead = windows and (augment is not None or ranks.device.type == 'cuda')
-    with closing_workers(make_dataloader(data, ResumableBatchSampler(c, ranks, done), c, ranks.device, raw=ahead)) as batches:
+    with closing_workers(make_dataloader(data, ResumableBatchSampler(c, ranks, done), c,
+                                         ranks.device, raw=ahead)) as batches:
         if not ahead: yield batches
         else:
-            with closing(device_batches(batches, c.batch_size, ranks.device, augment, c.seed, ranks.draws)) as prepared: yield prepared
+            with closing(device_batches(batches, c.batch_size, ranks.device, augment, c.seed,
+                                        ranks.draws)) as prepared:
+                yield prepared
 
 # %% ../../nbs/training/10_trainer.ipynb #41d819cd
 @dataclass
@@ -125,7 +137,8 @@ class Progress:
         "Bring the bad traces of all ranks to rank 0"
         parts = ranks.gather((self.bad_traces, self.redrawn))
         if ranks.rank: parts = []
-        self.bad_traces, self.redrawn = {k: v for met, _ in parts for k, v in met.items()}, sum(n for _, n in parts)
+        self.bad_traces, self.redrawn = ({k: v for met, _ in parts for k, v in met.items()},
+                                         sum(n for _, n in parts))
 
 # %% ../../nbs/training/10_trainer.ipynb #ef0415da
 def make_optimizer(
@@ -135,14 +148,18 @@ def make_optimizer(
     "AdamW with a learning rate for each group of parameters: on a GPU a tensor, which recordings read"
     device = next(model.parameters()).device
     on_gpu = device.type == 'cuda'
-    lr = lambda: torch.tensor(c.lr, device=device) if on_gpu else c.lr       # each group has its own
-    groups = [{**group, 'lr': lr()} for group in parameter_groups(model, c.weight_decay, c.layer_decay)]
+    # each group has its own
+    lr = lambda: torch.tensor(c.lr, device=device) if on_gpu else c.lr
+    groups = [{**group, 'lr': lr()}
+              for group in parameter_groups(model, c.weight_decay, c.layer_decay)]
     return torch.optim.AdamW(groups, lr=lr(), betas=c.betas, fused=True, capturable=on_gpu)
 
+# %% ../../nbs/training/10_trainer.ipynb #677d5560
 @dataclass
 class TrainingRun:
     "A run in memory: what its steps change, and where they are written down"
-    model: nn.Module                    # forward(x, generator) gives (loss, metrics); set_progress; save_pretrained
+    # forward(x, generator) gives (loss, metrics); set_progress; save_pretrained
+    model: nn.Module
     c: TrainConfig
     folder: Path
     ranks: Ranks
@@ -182,13 +199,15 @@ def update_averages(
     averages = [state['average'] for state in optimizer.state.values()]
     get_ema_multi_avg_fn(decay)(averages, weights, None)
 
+# %% ../../nbs/training/10_trainer.ipynb #19453be5
 @contextmanager
 @torch.no_grad()
 def averaged_weights(
     optimizer:torch.optim.Optimizer, # of the run
 ):
     "Inside the context each weight holds its average, if it has one; the memory stays the same, as CUDA graphs need"
-    pairs = [(p, p.detach().clone(), state['average']) for p, state in optimizer.state.items() if 'average' in state]
+    pairs = [(p, p.detach().clone(), state['average'])
+             for p, state in optimizer.state.items() if 'average' in state]
     for p, _, average in pairs: p.copy_(average)
     try: yield
     finally:
@@ -209,7 +228,8 @@ def optimizer_step(
     for inputs in parts:
         with mixed_precision(ranks.device): loss, measures = model(inputs, generator)
         (loss/c.accumulate).backward()
-        for name, value in {'loss': loss.detach(), **measures}.items(): metrics[name] = metrics.get(name, 0.) + value/c.accumulate
+        for name, value in {'loss': loss.detach(), **measures}.items():
+            metrics[name] = metrics.get(name, 0.) + value/c.accumulate
     ranks.average_gradients(model)
     norm = nn.utils.clip_grad_norm_(model.parameters(), c.clip)
     loss, stop = ranks.average(torch.stack([metrics['loss'].float(), stop_flag]))
@@ -234,16 +254,21 @@ def train_step(
     def parts():
         for k in range(c.accumulate):
             used.append(next(batches))
-            torch.manual_seed(mix_seed(c.seed, step, k, run.ranks.rank))   # for dropout; after the data, which may draw in this process
+            # for dropout; after the data, which may draw in this process
+            torch.manual_seed(mix_seed(c.seed, step, k, run.ranks.rank))
             yield inputs_of(run.model, used[-1], run.ranks.device)
     if run.replay is None: return *update_run(run, parts()), used
     metrics, numbers = run.replay(*parts())
-    return metrics, numbers.clone(), used      # the next replay writes over its results, and the numbers are read late
+    # the next replay writes over its results, and the numbers are read late
+    return metrics, numbers.clone(), used
 
+# %% ../../nbs/training/10_trainer.ipynb #4fa78c0d
 def update_run(run, parts):
     "`optimizer_step` of a run"
-    return optimizer_step(run.model, run.optimizer, parts, run.generator, run.c, run.ranks, run.stop_flag)
+    return optimizer_step(run.model, run.optimizer, parts, run.generator, run.c, run.ranks,
+                          run.stop_flag)
 
+# %% ../../nbs/training/10_trainer.ipynb #0d0fe492
 def set_lr(optimizer, lr):
     "The learning rate of each group, a tensor on a GPU, where recordings read it"
     for group in optimizer.param_groups:
@@ -251,13 +276,18 @@ def set_lr(optimizer, lr):
         if isinstance(group['lr'], torch.Tensor): group['lr'].fill_(own)
         else: group['lr'] = own
 
+# %% ../../nbs/training/10_trainer.ipynb #a0b05675
 def log_row(run, metrics, seconds):
     "The measures of a step as plain numbers, means over the ranks, with what is usual beside them; not finite becomes None"
     step, c, ranks = run.at.step, run.c, run.ranks
-    values = ranks.average(torch.stack([torch.as_tensor(m, dtype=torch.float32, device=ranks.device) for m in metrics.values()])).tolist()
-    row = {'step': step, **{name: v if math.isfinite(v) else None for name, v in zip(metrics, values)}, 'lr': lr_at(step - 1, c)}
+    values = ranks.average(torch.stack([torch.as_tensor(m, dtype=torch.float32,
+                                                        device=ranks.device)
+                                        for m in metrics.values()])).tolist()
+    row = {'step': step, **{name: v if math.isfinite(v) else None
+                            for name, v in zip(metrics, values)}, 'lr': lr_at(step - 1, c)}
     row['windows_per_second'] = c.batch_size*c.accumulate/seconds
-    if ranks.device.type == 'cuda': row['gpu_memory_gib'] = torch.cuda.max_memory_allocated(ranks.device)/2**30
+    if ranks.device.type == 'cuda':
+        row['gpu_memory_gib'] = torch.cuda.max_memory_allocated(ranks.device)/2**30
     return {**row, 'healthy': healthy_at(row, step)}
 
 # %% ../../nbs/training/10_trainer.ipynb #ebd68d55
@@ -274,7 +304,8 @@ class Signals:
         for s, handler in self.before.items(): signal.signal(s, handler)
 
     def note(self, number, frame):
-        if self.caught and number == signal.SIGINT and monotonic() > self.at + 1: raise KeyboardInterrupt
+        if self.caught and number == signal.SIGINT and monotonic() > self.at + 1:
+            raise KeyboardInterrupt
         if not self.caught: self.caught, self.at = number, monotonic()
 
 # %% ../../nbs/training/10_trainer.ipynb #1a57f00d
@@ -297,7 +328,8 @@ def last_words(
         if number and not out.wait(patience):
             print(f'\n{sentence}', file=sys.stderr, flush=True)
             os._exit(1)
-    thread, before = threading.Thread(target=listen, daemon=True), signal.set_wakeup_fd(speak.fileno(), warn_on_full_buffer=False)
+    thread, before = (threading.Thread(target=listen, daemon=True),
+                      signal.set_wakeup_fd(speak.fileno(), warn_on_full_buffer=False))
     thread.start()
     try: yield
     finally:
@@ -315,6 +347,7 @@ def data_fingerprints(
     return {split: [[s.name, s.fingerprint()] for s in data.sources]
             for split, data in datasets.items() if isinstance(data, WindowDataset)}
 
+# %% ../../nbs/training/10_trainer.ipynb #71946c17
 def changed_data(
     saved: dict,      # from `data_fingerprints`, when the run began; empty for runs of version 0.1
     now: dict,        # likewise, today
@@ -345,6 +378,7 @@ def init_or_resume(
     if first: print(f'Going on from step {run.at.step}, {checkpoint.path.name}.')
     else: run.at.bad_traces, run.at.redrawn = {}, 0
 
+# %% ../../nbs/training/10_trainer.ipynb #e80e84d0
 def check_resumed(
     run: TrainingRun,
     saved: dict,  # the settings in a checkpoint, perhaps of an older version
@@ -356,13 +390,13 @@ def check_resumed(
     now = dict(run.about)
     changed = changed_data(saved.pop('fingerprints', {}), now.pop('fingerprints', {}))
     if changed:
-        raise UserError(f"The data of the run in '{run.folder}' have changed since it began: {', '.join(changed)} "
-                        "has other records, labels or file sizes. Restore the data, or start a new run.")
+        raise UserError(f"The data of the run in '{run.folder}' have changed since it began: "
+                        f"{', '.join(changed)} has other records, labels or file sizes. Restore "
+                        "the data, or start a new run.")
     differ = differences(saved, now, RESUMABLE_FIELDS)
     if differ:
         raise UserError(f"The run in '{run.folder}' had other settings: {'; '.join(differ)}. "
                         'Resume it with its own, or start a new run.')
-
 
 # %% ../../nbs/training/10_trainer.ipynb #263d78cf
 def save_state(run: TrainingRun):
@@ -373,11 +407,13 @@ def save_state(run: TrainingRun):
     export_weights(run)
     run.saved = run.at.step
 
+# %% ../../nbs/training/10_trainer.ipynb #696632d4
 def export_weights(run: TrainingRun):
     "The weights for `from_pretrained` and the bad traces: both follow from the checkpoint, and are made again when a run is resumed"
     with averaged_weights(run.optimizer): run.model.save_pretrained(run.folder, run.extra)
     write_bad_traces(run.folder, run.data, run.at.bad_traces, run.at.redrawn)
 
+# %% ../../nbs/training/10_trainer.ipynb #5d31dec4
 @contextmanager
 def tolerate_write_error(
     c:TrainConfig, # names the policy
@@ -387,7 +423,8 @@ def tolerate_write_error(
     try: yield
     except OSError as e:
         sentence = f"{what} could not be written ({e.strerror}); what was there before is whole"
-        if c.on_write_error == 'stop': raise TrainingError(f'{sentence}. Make room, and resume.') from None
+        if c.on_write_error == 'stop':
+            raise TrainingError(f'{sentence}. Make room, and resume.') from None
         tqdm.write(f'{sentence}, and the run goes on without it.')
 
 # %% ../../nbs/training/10_trainer.ipynb #e69fcb31
@@ -409,13 +446,17 @@ def train(
     ranks, folder = ranks or Ranks(pick_device(c.device)), Path(folder)
     check_fit(c, data, folder, resume, ranks)
     config = getattr(model, 'config', None)
-    about = {'model': asdict(config) if is_dataclass(config) else {}, 'train': asdict(c), **(extra or {}),
+    about = {'model': asdict(config) if is_dataclass(config) else {}, 'train': asdict(c),
+             **(extra or {}),
              'fingerprints': data_fingerprints(train=data, dev=dev)}
     run = TrainingRun(model, c, folder, ranks, about, data=data)
-    alone = replace(c, workers=0)                              # the dev windows are read sooner than workers begin
+    # the dev windows are read sooner than workers begin
+    alone = replace(c, workers=0)
     run.dev = make_dataloader(dev, sequential_batches(dev, c.batch_size), alone, ranks.device)
-    run.show = next(iter(run.dev))['x'].to(ranks.device)       # read before anything is written: bad data shows here
-    lock = lock_run(folder) if ranks.rank == 0 else None       # first of all: who is refused has written nothing
+    # read before anything is written: bad data shows here
+    run.show = next(iter(run.dev))['x'].to(ranks.device)
+    # first of all: who is refused has written nothing
+    lock = lock_run(folder) if ranks.rank == 0 else None
     try:
         init_or_resume(run, resume)
         ranks.same_weights(model)
@@ -425,7 +466,8 @@ def train(
         raise
     try:
         with clear_sentences(run), tensor_float32(ranks.device):
-            if resume and ranks.rank == 0: export_weights(run)  # the kill may have come between checkpoint and weights
+            # the kill may have come between checkpoint and weights
+            if resume and ranks.rank == 0: export_weights(run)
             if run.at.step < c.steps: run_steps(run, change)
         if ranks.rank == 0:
             with averaged_weights(run.optimizer): draw_run(model, run.show, folder)
@@ -441,32 +483,43 @@ def clear_sentences(
 ):
     "Inside, errors of loader processes and of other ranks become sentences"
     try: yield
-    except UserError as e:                                     # from a worker it comes with a traceback in its text
+    # from a worker it comes with a traceback in its text
+    except UserError as e:
         named = f'{UserError.__module__}.{UserError.__qualname__}: '
         raise UserError(str(e).strip().splitlines()[-1].removeprefix(named)) from None
     except RuntimeError as e:
         if run.ranks.world > 1 and is_loss(e):
-            raise TrainingError('Another rank is lost, and no step can be made without it. The checkpoints are whole; '
-                                f'go on with --resume {run.folder}') from None
+            raise TrainingError('Another rank is lost, and no step can be made without it. The '
+                                'checkpoints are whole; go on with --resume '
+                                f'{run.folder}') from None
         if 'DataLoader worker' not in str(e): raise
         raise TrainingError(LOST.format(str(e).splitlines()[0].rstrip('. '))) from None
-    except (ConnectionError, EOFError) as e:                   # it died while it handed a batch over
+    # it died while it handed a batch over
+    except (ConnectionError, EOFError) as e:
         raise TrainingError(LOST.format(str(e) or type(e).__name__)) from None
 
 # %% ../../nbs/training/10_trainer.ipynb #d8d194b1
 def check_fit(c, data, folder, resume, ranks):
     "Raise `UserError` where settings, data, folder and ranks do not go together"
     if len(data) < c.steps*c.accumulate*c.batch_size:
-        raise UserError(f"{c.steps} steps of {c.accumulate*c.batch_size} windows need {c.steps*c.accumulate*c.batch_size} windows; there are {len(data)}.")
-    if c.batch_size % ranks.world: raise UserError(f"The batch size is {c.batch_size}, which {ranks.world} ranks cannot share evenly; choose a multiple.")
-    there = ranks.share((folder/'config.json').is_file())      # as rank 0 sees it, before it writes one
-    if there and not resume: raise UserError(f"'{folder}' holds a run already; name another folder, or resume it.")
-    if resume and not there: raise UserError(f"'{folder}' holds no run to resume: config.json is missing.")
+        raise UserError(f"{c.steps} steps of {c.accumulate*c.batch_size} windows need "
+                        f"{c.steps*c.accumulate*c.batch_size} windows; there are {len(data)}.")
+    if c.batch_size % ranks.world:
+        raise UserError(f"The batch size is {c.batch_size}, which {ranks.world} ranks cannot share "
+                        "evenly; choose a multiple.")
+    # as rank 0 sees it, before it writes one
+    there = ranks.share((folder/'config.json').is_file())
+    if there and not resume:
+        raise UserError(f"'{folder}' holds a run already; name another folder, or resume it.")
+    if resume and not there:
+        raise UserError(f"'{folder}' holds no run to resume: config.json is missing.")
 
+# %% ../../nbs/training/10_trainer.ipynb #bd3103aa
 def draw_run(model, show, folder):
     "The figures of the run so far"
     model.eval()
-    save_figures({'metrics': plot_metrics({'train': read_metrics(folder)}), **model_figures(model, show)}, folder/'figures')
+    save_figures({'metrics': plot_metrics({'train': read_metrics(folder)}),
+                  **model_figures(model, show)}, folder/'figures')
 
 # %% ../../nbs/training/10_trainer.ipynb #cc87273a
 def run_steps(
@@ -476,8 +529,10 @@ def run_steps(
     "From where the run stands to its end"
     c, ranks, at = run.c, run.ranks, run.at
     if worth_compiling(ranks.device, c.steps): compile_blocks(run.model)
-    watch = FiniteWatch(run.folder, ranks.device, c.skip_nonfinite, at.withheld, ranks.gather, write=ranks.rank == 0)
-    bar = progress_bar(range(at.step + 1, c.steps + 1), initial=at.step, total=c.steps, unit='step', disable=ranks.rank > 0)
+    watch = FiniteWatch(run.folder, ranks.device, c.skip_nonfinite, at.withheld, ranks.gather,
+                        write=ranks.rank == 0)
+    bar = progress_bar(range(at.step + 1, c.steps + 1), initial=at.step, total=c.steps, unit='step',
+                       disable=ranks.rank > 0)
     run.saved, since, done = at.step, perf_counter(), at.step
     with recorded_update(run), Signals() as signals, words_when_hung(run), \
          training_batches(run.data, c, ranks, at.step, change) as batches:
@@ -487,32 +542,39 @@ def run_steps(
             at.step = step
             at.count(used)
             watch.add(step, numbers, used)
-            stop = watch.stop if ranks.world > 1 else signals.caught     # several ranks agree, one step late
-            validate, save = (step == c.steps or step % every == 0 for every in (c.validate_every, c.checkpoint_every))
+            # several ranks agree, one step late
+            stop = watch.stop if ranks.world > 1 else signals.caught
+            validate, save = (step == c.steps or step % every == 0
+                              for every in (c.validate_every, c.checkpoint_every))
             if step == 1 or step % c.log_every == 0 or validate:
                 watch.settle()
-                log_step(run, log_row(run, metrics, (perf_counter() - since)/(step - done)), validate, bar)
+                log_step(run, log_row(run, metrics, (perf_counter() - since)/(step - done)),
+                         validate, bar)
                 since, done = perf_counter(), step
             if save or stop: save_step(run, watch)
             if stop and step < c.steps: stop_run(run, signals.caught)
     if ranks.rank == 0 and run.saved < c.steps:
-        raise TrainingError(f'All steps are done, but the last checkpoint is that of step {run.saved}. '
-                            f'Make room, and go on with --resume {run.folder}')
+        raise TrainingError('All steps are done, but the last checkpoint is that of step '
+                            f'{run.saved}. Make room, and go on with --resume {run.folder}')
 
 # %% ../../nbs/training/10_trainer.ipynb #e3f3ef29
 @contextmanager
 def recorded_update(run: TrainingRun):
     "On a GPU, with one forward pass a step, the update is recorded, and replayed from then on"
-    recorded = run.ranks.device.type == 'cuda' and run.c.accumulate == 1 and getattr(run.model, 'steady', True)
-    run.replay = Replay(lambda inputs: update_run(run, [inputs]), run.generator) if recorded else None
+    recorded = run.ranks.device.type == 'cuda' and run.c.accumulate == 1 and getattr(run.model,
+                                                                                     'steady', True)
+    run.replay = Replay(lambda inputs: update_run(run, [inputs]),
+                        run.generator) if recorded else None
     with closing(run.replay) if recorded else nullcontext(): yield
 
+# %% ../../nbs/training/10_trainer.ipynb #cec7528a
 def words_when_hung(run: TrainingRun):
     "A context: with several ranks, the sentence for one that waits for a lost rank"
     if run.ranks.world == 1: return nullcontext()
     who = f'seismodel, rank {run.ranks.rank}' if run.ranks.rank else 'seismodel'
-    return last_words(f'{who}: Told to end, and no step ended in {PATIENCE:.0f} s: another rank is lost. '
-                      f'The checkpoints are whole; go on with --resume {run.folder}', PATIENCE)
+    return last_words(f'{who}: Told to end, and no step ended in {PATIENCE:.0f} s: another rank is '
+                      'lost. The checkpoints are whole; go on with --resume '
+                      f'{run.folder}', PATIENCE)
 
 # %% ../../nbs/training/10_trainer.ipynb #90665dbf
 def log_step(
@@ -527,6 +589,7 @@ def log_step(
         with averaged_weights(run.optimizer): validate_run(run, row)
     write_row(run, row, bar)
 
+# %% ../../nbs/training/10_trainer.ipynb #751c62e8
 def save_step(
     run: TrainingRun,
     watch: FiniteWatch,  # knows how many updates were withheld
@@ -538,15 +601,18 @@ def save_step(
     if run.ranks.rank: return
     with tolerate_write_error(run.c, f'The checkpoint of step {run.at.step}'): save_state(run)
 
+# %% ../../nbs/training/10_trainer.ipynb #9f37e817
 def stop_run(
     run: TrainingRun,
     caught: int,  # number of the signal; 0 where another rank got it
 ) -> None:
     "Raise `Interrupted`"
-    saved = run.ranks.share(run.saved)     # and together: when one process has ended, torchrun ends the others
+    # and together: when one process has ended, torchrun ends the others
+    saved = run.ranks.share(run.saved)
     name = signal.Signals(caught).name if caught else 'a signal'
-    raise Interrupted(caught or signal.SIGTERM, f'Stopped by {name} after step {run.at.step} of {run.c.steps}; the checkpoint of '
-                      f'step {saved} is safe. Go on with --resume {run.folder}')
+    raise Interrupted(caught or signal.SIGTERM,
+                      f'Stopped by {name} after step {run.at.step} of {run.c.steps}; the '
+                      f'checkpoint of step {saved} is safe. Go on with --resume {run.folder}')
 
 # %% ../../nbs/training/10_trainer.ipynb #7267127a
 def validate_run(
@@ -559,9 +625,11 @@ def validate_run(
     if row['dev_loss'] is not None and (at.best is None or row['dev_loss'] < at.best):
         at.best = row['dev_loss']
         with tolerate_write_error(run.c, 'The best weights so far'):
-            run.model.save_pretrained(run.folder/'best', {**run.extra, 'step': row['step'], 'dev_loss': at.best})
+            run.model.save_pretrained(run.folder/'best',
+                                      {**run.extra, 'step': row['step'], 'dev_loss': at.best})
     if run.log.events: log_pictures(run.log.events, run.model, run.show, row['step'])
 
+# %% ../../nbs/training/10_trainer.ipynb #781ffcd7
 def write_row(
     run: TrainingRun,
     row: dict,  # of this step
@@ -570,7 +638,8 @@ def write_row(
     "Alarms, a line in the metrics, and the bar"
     at = run.at
     at.first = at.first or {k: v for k, v in row.items() if isinstance(v, float) and k not in CLOCK}
-    row['alarms'] = alarms({k: v for k, v in row.items() if v is not None}, at.first, row['step']/run.c.steps)
+    row['alarms'] = alarms({k: v for k, v in row.items() if v is not None}, at.first,
+                           row['step']/run.c.steps)
     for sentence in row['alarms']: tqdm.write(f"ALARM at step {row['step']}: {sentence}")
     with tolerate_write_error(run.c, f"The measures of step {row['step']}"): run.log.write(row)
     shown = ('loss', 'dev_loss', 'code_perplexity', 'windows_per_second')

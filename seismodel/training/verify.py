@@ -30,14 +30,18 @@ def checks_of(
     found += [(m, read_model) for m in models if (m/'model.safetensors').exists()]
     if (path/'metrics.jsonl').exists(): found.append((path, read_metrics))
     if found: return found
-    raise UserError(f"'{path}' is no store, no run, no saved model and no file of weights: there is nothing to verify.")
+    raise UserError(f"'{path}' is no store, no run, no saved model and no file of weights: there "
+                    "is nothing to verify.")
 
+# %% ../../nbs/training/12_verify.ipynb #756da3b5
 def check_store(
     folder: Path,  # of a store
 ) -> None:
     "Compare every checksum; raises `UserError` naming the files that are damaged"
     damaged = Store(folder).verify()
-    if damaged: raise UserError(f"{folder} is damaged: the checksum of {', '.join(damaged)} does not match; copy or pack it again")
+    if damaged:
+        raise UserError(f"{folder} is damaged: the checksum of {', '.join(damaged)} does not "
+                        "match; copy or pack it again")
 
 # %% ../../nbs/training/12_verify.ipynb #daced93a
 def verify(
@@ -53,4 +57,6 @@ def verify(
             except UserError as e:
                 print(f'DAMAGED  {where}: {e}')
                 damaged += 1
-    if damaged: raise UserError(f'{damaged} of the parts that were checked are damaged; they are named above.')
+    if damaged:
+        raise UserError(f'{damaged} of the parts that were checked are damaged; they are named '
+                        'above.')
