@@ -22,25 +22,17 @@ def quantizer_errors(
     "Solve a small quantization by the kernels and in float64"
     generator = torch.Generator().manual_seed(0)
     normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(device)
-    N, G, V, rows, scale, one = 140, 2, 20, torch.randperm(180,
-                                                           generator=generator)[:140].to(device), .3, torch.ones((), device=device)
-    # x, proj, bias, book
-    exact = [z.requires_grad_()
-             for z in (normal(180, 24), normal(G*V, 24), normal(G*V), normal(1, G*V, 8))]
+    N, G, V, rows, scale, one = 140, 2, 20, torch.randperm(180, generator=generator)[:140].to(device), .3, torch.ones((), device=device)
+    exact = [z.requires_grad_() for z in (normal(180, 24), normal(G*V, 24), normal(G*V), normal(1, G*V, 8))]        # x, proj, bias, book
     weight, dvectors, dusage = (normal(N) > -1).float(), normal(N, G*8), normal(G, V)
     x, proj, bias, book = single = [z.detach().float().requires_grad_() for z in exact]
-    vectors, codes, usage = Quantize.apply(x, rows, weight, proj, bias, book, one,
-                                           torch.zeros(1, dtype=torch.int64, device=device), scale,
-                                           G, False)
-    found = [vectors, usage,
-             *torch.autograd.grad([vectors, usage], single, [dvectors.float(), dusage.float()])]
+    vectors, codes, usage = Quantize.apply(x, rows, weight, proj, bias, book, one, torch.zeros(1, dtype=torch.int64, device=device), scale, G, False)
+    found = [vectors, usage, *torch.autograd.grad([vectors, usage], single, [dvectors.float(), dusage.float()])]
     x, proj, bias, book = exact
-    # (N, G, V)
-    logits = ((x[rows] @ proj.T + bias) * scale).unflatten(1, (G, V))
+    logits = ((x[rows] @ proj.T + bias) * scale).unflatten(1, (G, V))                                           # (N, G, V)
     soft = logits.softmax(-1)
     hard = torch.zeros_like(soft).scatter_(2, codes[..., None], 1.)
-    vectors = torch.einsum('ngv,gvd->ngd', hard + soft - soft.detach(),
-                           book.view(G, V, 8)).flatten(1)
+    vectors = torch.einsum('ngv,gvd->ngd', hard + soft - soft.detach(), book.view(G, V, 8)).flatten(1)
     usage = torch.einsum('n,ngv->gv', weight.double(), soft)
     wanted = [vectors, usage, *torch.autograd.grad([vectors, usage], exact, [dvectors, dusage])]
     missed = (logits.amax(-1) - logits.gather(2, codes[..., None])[..., 0]).amax()
@@ -54,31 +46,22 @@ def info_nce_errors(
     "Solve a small InfoNCE by the kernels and in float64"
     generator = torch.Generator().manual_seed(0)
     B, T, M, D, tau = 2, 90, 70, 32, .1
-    c, q = (torch.randn(B, n, D, generator=generator).to(device, dtype).requires_grad_()
-            for n in (T, M))
+    c, q = (torch.randn(B, n, D, generator=generator).to(device, dtype).requires_grad_() for n in (T, M))
     indices = torch.arange(M, device=device).add(7).repeat(B, 1)
     valid = torch.arange(M, device=device) < torch.tensor([[M], [M - 19]], device=device)
     ids = torch.randint(9, (B, M), generator=generator).to(device)
     times, left, masked = draw_negatives(ids, valid, 12, torch.Generator(device).manual_seed(0))
-    loss, _ = InfoNCE.apply(c.flatten(0, 1), q.flatten(0, 1), flat_rows(indices, T),
-                            torch.arange(B*M, device=device).view(B, M), times, left, masked, 12,
-                            tau)
+    loss, _ = InfoNCE.apply(c.flatten(0, 1), q.flatten(0, 1), flat_rows(indices, T), torch.arange(B*M, device=device).view(B, M), times, left, masked, 12, tau)
     found = [loss, *torch.autograd.grad(loss, (c, q))]
     exact = [z.detach().double().requires_grad_() for z in (c, q)]
-    unit = [z/torch.linalg.vector_norm(z, dim=-1, keepdim=True)
-            for z in (exact[0][:, 7:7 + M], exact[1])]
-    # (B, M, M)
-    s = unit[0] @ unit[1].mT / tau
+    unit = [z/torch.linalg.vector_norm(z, dim=-1, keepdim=True) for z in (exact[0][:, 7:7 + M], exact[1])]
+    s = unit[0] @ unit[1].mT / tau                                                                              # (B, M, M)
     own = torch.eye(M, dtype=torch.bool, device=device)
     counted = valid & (left > 0)
     w = torch.where(counted[..., None] & valid[:, None], times[..., :M].double(), 0.)
-    whole = torch.logsumexp(torch.where(own, s,
-                                        s + torch.where(w > 0, w,
-                                                        1.).log()).masked_fill((w == 0) & ~own,
-                                                                               -math.inf), -1)
+    whole = torch.logsumexp(torch.where(own, s, s + torch.where(w > 0, w, 1.).log()).masked_fill((w == 0) & ~own, -math.inf), -1)
     loss = ((whole - s.diagonal(dim1=1, dim2=2))*counted).sum()
-    return [((a.double() - b).norm()/b.norm()).detach()
-            for a, b in zip(found, [loss, *torch.autograd.grad(loss, exact)])]
+    return [((a.double() - b).norm()/b.norm()).detach() for a, b in zip(found, [loss, *torch.autograd.grad(loss, exact)])]
 
 # %% ../../nbs/kernels/08_check.ipynb #08427c42
 BOUND = .03     # largest relative error that rounding explains
@@ -88,13 +71,8 @@ def infonce_fault(
 ) -> str:                  # empty if all is well
     "Why the kernels of the loss must not be used on this device"
     dtype = torch.bfloat16 if device.type == 'cuda' else torch.float32
-    # whoever asks, and where
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type,
-                                                                          enabled=False):
-        try:
-            errors = torch.stack([e.float()
-                                  for e in (*quantizer_errors(device),
-                                            *info_nce_errors(device, dtype))])
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):       # whoever asks, and where
+        try: errors = torch.stack([e.float() for e in (*quantizer_errors(device), *info_nce_errors(device, dtype))])
         except Exception as e:   # a compiler or driver that cannot do it says so in many ways
             return f'they cannot run ({type(e).__name__}: {str(e).splitlines()[0][:120] if str(e) else ""})'
     worst = torch.where(errors.isfinite(), errors, math.inf).max().item()

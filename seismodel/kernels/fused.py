@@ -38,7 +38,6 @@ def padded_width(n: int) -> int:
     "The next power of two, at least 16: what a tile is made of"
     return max(16, 1 << (n - 1).bit_length())
 
-# %% ../../nbs/kernels/04_fused.ipynb #bfec8719
 def uses_scan(
     T: int,        # frames
     d: int,        # numbers a head, the larger of keys and values
@@ -47,7 +46,6 @@ def uses_scan(
     "Whether the kernels scan with a memory, or go tile against tile"
     return stream or (d <= 64 and T > 128) or (d <= 128 and T > 2 * (64 + d))
 
-# %% ../../nbs/kernels/04_fused.ipynb #25d6b25e
 def plan_tiles(
     B: int,        # windows
     H: int,        # heads
@@ -60,46 +58,35 @@ def plan_tiles(
 ) -> TilePlan:
     "How to cut a problem"
     roomy = room >= 200 and not wide                       # a data-centre GPU and 16-bit tiles
-    longest = 64 if d <= 64 or (d <= 128
-                                and not wide) or roomy else 32 if d <= 128 or room >= 200 else 16
+    longest = 64 if d <= 64 or (d <= 128 and not wide) or roomy else 32 if d <= 128 or room >= 200 else 16
     L = min(longest, padded_width(T))
     chunks = -(-T // L)
     scan = uses_scan(T, d, stream)
     segments = 1
-    if scan and not stream and B * H < multiprocessors:
-        segments = max(1, min(chunks // 4, -(-2 * multiprocessors // (B * H))))
+    if scan and not stream and B * H < multiprocessors: segments = max(1, min(chunks // 4, -(-2 * multiprocessors // (B * H))))
     per = -(-chunks // segments)
     warps = 4 if d <= 64 or (d <= 128 and not scan) else 8
-    # rows that can be loaded ahead in pieces of 16 bytes
-    even = d % 16 == 0
-    stages, back = (3 if d <= 128 and even else 2,
-                    1 if not even else 3 if d <= 64 else 2) if roomy else (1, 1)
+    even = d % 16 == 0                                     # rows that can be loaded ahead in pieces of 16 bytes
+    stages, back = (3 if d <= 128 and even else 2, 1 if not even else 3 if d <= 64 else 2) if roomy else (1, 1)
     return TilePlan(scan, L, -(-chunks // per), per, warps, stages, back)
 
 # %% ../../nbs/kernels/04_fused.ipynb #edb17825
 def widths(q: Tensor, v: Tensor) -> dict:
     "Width of a head, and the power of two it is filled up to"
-    return dict(DK=padded_width(q.shape[-1]), DV=padded_width(v.shape[-1]), dk=q.shape[-1],
-                dv=v.shape[-1])
+    return dict(DK=padded_width(q.shape[-1]), DV=padded_width(v.shape[-1]), dk=q.shape[-1], dv=v.shape[-1])
 
-# %% ../../nbs/kernels/04_fused.ipynb #434596e9
 def operands(*tensors: Tensor) -> dict:
     "Type and precision of the matrix products, and the alignment that all rows share"
     import triton.language as tl
-    dot, precision = {torch.bfloat16: (tl.bfloat16, 'ieee'), torch.float16: (tl.float32, 'tf32'),
-                      torch.float32: (tl.float32, 'ieee')}[tensors[0].dtype]
-    return dict(DOT=dot, PRECISION=precision,
-                ALIGN=math.gcd(16, *(s for x in tensors for s in x.stride()[:3])))
+    dot, precision = {torch.bfloat16: (tl.bfloat16, 'ieee'), torch.float16: (tl.float32, 'tf32'), torch.float32: (tl.float32, 'ieee')}[tensors[0].dtype]
+    return dict(DOT=dot, PRECISION=precision, ALIGN=math.gcd(16, *(s for x in tensors for s in x.stride()[:3])))
 
-# %% ../../nbs/kernels/04_fused.ipynb #4b51e095
 def plan_for(q: Tensor, v: Tensor, stream: bool) -> TilePlan:
     "The plan for these tensors on their GPU"
     B, H, T, dk = q.shape
     multiprocessors, room = gpu(q.device) if q.is_cuda else (132, 227)
-    return plan_tiles(B, H, T, max(dk, v.shape[-1]), q.dtype != torch.bfloat16, stream,
-                      multiprocessors, room)
+    return plan_tiles(B, H, T, max(dk, v.shape[-1]), q.dtype != torch.bfloat16, stream, multiprocessors, room)
 
-# %% ../../nbs/kernels/04_fused.ipynb #54a2d002
 def gpu(device: torch.device) -> tuple[int, int]:
     "Processors of a GPU, and kB of shared memory for one program"
     p = torch.cuda.get_device_properties(device)
@@ -120,48 +107,30 @@ def fused_forward(
     "The kernels of a forward pass, one after the other"
     from seismodel.kernels import triton_mlstm as K, tiles
     B, H, T, _ = q.shape
-    p, w, ops = plan_for(q, v,
-                         state is not None or return_state), widths(q,
-                                                                    v), operands(q, k, v,
-                                                                                 *([] if o is None else [o]))
+    p, w, ops = plan_for(q, v, state is not None or return_state), widths(q, v), operands(q, k, v, *([] if o is None else [o]))
     norm = 0 if o is None else len(weight) // H
-    chunks, rows, single = -(-T // p.L), max(1, 256 // p.L), dict(dtype=torch.float32,
-                                                                  device=q.device)
+    chunks, rows, single = -(-T // p.L), max(1, 256 // p.L), dict(dtype=torch.float32, device=q.device)
     h = q.new_empty(B, T, H, w['dv']).transpose(1, 2)
     y, den = h if o is None else torch.empty_like(h), torch.empty(B, H, T, **single)
-    b, x = (torch.empty(B * H, chunks * p.L, device=q.device,
-                        dtype=torch.float64 if q.dtype == torch.float32 else torch.float32)
-            for _ in range(2))
-    K.gate_logs[B * H, -(-chunks // rows)](i, f, b, x, reverse, T, chunks,
-                                           -.5 * math.log2(norm or w['dk']), H, *i.stride(), L=p.L,
-                                           ROWS=rows, CAP=cap, num_warps=2)
+    b, x = (torch.empty(B * H, chunks * p.L, device=q.device, dtype=torch.float64 if q.dtype == torch.float32 else torch.float32) for _ in range(2))
+    K.gate_logs[B * H, -(-chunks // rows)](i, f, b, x, reverse, T, chunks, -.5 * math.log2(norm or w['dk']), H, *i.stride(), L=p.L, ROWS=rows, CAP=cap, num_warps=2)
     strides = [s for z in (q, k, v, v if o is None else o, h) for s in z.stride()[:3]]
     how = dict(num_warps=p.warps, num_stages=p.stages)
     parts, ends, begins = (den,) * 3, (den,) * 2, (den,) * 2
     if p.scan:
         if p.segments > 1:
-            parts = (torch.empty(B * H, p.segments, w['DK'], w['DV'], **single),
-                     torch.empty(B * H, p.segments, w['DK'], **single),
+            parts = (torch.empty(B * H, p.segments, w['DK'], w['DV'], **single), torch.empty(B * H, p.segments, w['DK'], **single),
                      torch.empty(B * H, p.segments, **single))
-            K.scan_memory[B * H, p.segments](k, v, b, x, *parts, reverse, T, p.per, p.segments,
-                                             chunks, H, *strides[3:9], L=p.L, **w, **ops, **how)
+            K.scan_memory[B * H, p.segments](k, v, b, x, *parts, reverse, T, p.per, p.segments, chunks, H, *strides[3:9], L=p.L, **w, **ops, **how)
         if state is not None: begins = enter_state(state, w)
-        if return_state:
-            ends = torch.empty(B, H, w['DK'], w['DV'],
-                               **single), torch.empty(B, H, w['DK'], **single)
-        K.scan_forward[B * H, p.segments](q, k, v, b, x, v if o is None else o,
-                                          den if o is None else weight, y, h, den, *begins, *parts,
-                                          *ends,
-            reverse, T, p.per, p.segments, chunks, H, *strides, L=p.L, NORM=norm, EPS=eps,
-                                          INITIAL=state is not None,
+        if return_state: ends = torch.empty(B, H, w['DK'], w['DV'], **single), torch.empty(B, H, w['DK'], **single)
+        K.scan_forward[B * H, p.segments](q, k, v, b, x, v if o is None else o, den if o is None else weight, y, h, den, *begins, *parts, *ends,
+            reverse, T, p.per, p.segments, chunks, H, *strides, L=p.L, NORM=norm, EPS=eps, INITIAL=state is not None,
             FINAL=return_state, **w, **ops, **how)
     else:
-        tiles.tile_forward[B * H, chunks](q, k, v, b, x, v if o is None else o,
-                                          den if o is None else weight, y, h, den, reverse, T,
-                                          chunks, H, *strides,
+        tiles.tile_forward[B * H, chunks](q, k, v, b, x, v if o is None else o, den if o is None else weight, y, h, den, reverse, T, chunks, H, *strides,
             L=p.L, NORM=norm, EPS=eps, **w, **ops, **how)
-    memory = (b, x, *(z if p.segments > 1 else den.new_empty(0) for z in parts),
-              *(z if state is not None else den.new_empty(0) for z in begins))
+    memory = (b, x, *(z if p.segments > 1 else den.new_empty(0) for z in parts), *(z if state is not None else den.new_empty(0) for z in begins))
     return y, h, den, memory, leave_state(*ends, w) if return_state else None
 
 # %% ../../nbs/kernels/04_fused.ipynb #dc2d6cbf
@@ -172,7 +141,6 @@ def enter_state(state: MLSTMState, w: dict) -> tuple[Tensor, Tensor]:
     return (F.pad(state.C.float() * scale[..., None, None], (0, fill_v, 0, fill_k)).contiguous(),
             F.pad(state.n.float() * scale[..., None], (0, fill_k)).contiguous())
 
-# %% ../../nbs/kernels/04_fused.ipynb #ff948efd
 def leave_state(C: Tensor, n: Tensor, w: dict) -> MLSTMState:
     "C and n of the kernels as a state with log scale 0"
     C, n = C[..., :w['dk'], :w['dv']] * w['dk']**.5, n[..., :w['dk']] * w['dk']**.5
@@ -195,9 +163,7 @@ def fused_backward(
     norm = len(weight) // H if fused else 0
     single, (b, x, C, n, G, *begins) = dict(dtype=torch.float32, device=q.device), memory
     chunks = -(-T // p.L)
-    dh = dy if not fused else torch.empty_like(h,
-                                               dtype=h.dtype if h.dtype == torch.bfloat16
-                                               else torch.float32)
+    dh = dy if not fused else torch.empty_like(h, dtype=h.dtype if h.dtype == torch.bfloat16 else torch.float32)
     e, rho = torch.empty(b.shape, **single), torch.empty_like(b)
     qdq, kdk = torch.empty(2, B, H, T, **single)
     rows = max(16, BEGIN // w['DV'])
@@ -205,33 +171,21 @@ def fused_backward(
     dw = torch.empty(B, H, pieces, w['DV'], **single) if fused else den
     out = o if fused else h
     align = math.gcd(16, *(s for z in (h, dy, out) for s in z.stride()[:3]))
-    K.begin_backward[B * H, pieces](h, den, b, dy, out, weight if fused else den, dh,
-                                    do if fused else den, dw, e, rho, reverse, T, pieces,
-                                    chunks * p.L, H,
-        *h.stride()[:3], *dy.stride()[:3], *out.stride()[:3], DV=w['DV'], dv=w['dv'], ROWS=rows,
-                                    NORM=norm, EPS=eps, ALIGN=align, num_warps=4)
+    K.begin_backward[B * H, pieces](h, den, b, dy, out, weight if fused else den, dh, do if fused else den, dw, e, rho, reverse, T, pieces, chunks * p.L, H,
+        *h.stride()[:3], *dy.stride()[:3], *out.stride()[:3], DV=w['DV'], dv=w['dv'], ROWS=rows, NORM=norm, EPS=eps, ALIGN=align, num_warps=4)
     ops, how = operands(q, k, v, dh), dict(num_warps=p.warps, num_stages=p.stages_back)
-    inputs, strides = ((q, k, v, b, x, dh, e, rho),
-                       [s for z in (q, k, v, dh) for s in z.stride()[:3]])
+    inputs, strides = (q, k, v, b, x, dh, e, rho), [s for z in (q, k, v, dh) for s in z.stride()[:3]]
     if p.scan:
         dC, dn = torch.empty_like(C), torch.empty_like(n)
         if p.segments > 1:
-            K.scan_dkv[B * H, p.segments](*inputs, dk, dv, kdk, dC, dn, G, reverse, T, p.per,
-                                          p.segments, chunks, H, *strides, L=p.L, LOCAL_ONLY=True,
-                                          **w, **ops, **how)
-        K.scan_dq[B * H, p.segments](*inputs, dq, qdq, *begins, C, n, G, reverse, T, p.per,
-                                     p.segments, chunks, H, *strides,
+            K.scan_dkv[B * H, p.segments](*inputs, dk, dv, kdk, dC, dn, G, reverse, T, p.per, p.segments, chunks, H, *strides, L=p.L, LOCAL_ONLY=True, **w, **ops, **how)
+        K.scan_dq[B * H, p.segments](*inputs, dq, qdq, *begins, C, n, G, reverse, T, p.per, p.segments, chunks, H, *strides,
                                      L=p.L, INITIAL=begins[0].numel() > 0, **w, **ops, **how)
-        K.scan_dkv[B * H, p.segments](*inputs, dk, dv, kdk, dC, dn, G, reverse, T, p.per,
-                                      p.segments, chunks, H, *strides, L=p.L, LOCAL_ONLY=False, **w,
-                                      **ops, **how)
+        K.scan_dkv[B * H, p.segments](*inputs, dk, dv, kdk, dC, dn, G, reverse, T, p.per, p.segments, chunks, H, *strides, L=p.L, LOCAL_ONLY=False, **w, **ops, **how)
     else:
-        tiles.tile_dq[B * H, chunks](*inputs, dq, qdq, reverse, T, chunks, H, *strides, L=p.L, **w,
-                                     **ops, **how)
-        tiles.tile_dkv[B * H, chunks](*inputs, dk, dv, kdk, reverse, T, chunks, H, *strides, L=p.L,
-                                      **w, **ops, **how)
-    K.gate_gradients[B * H,](i, f, qdq, kdk, di, df, reverse, T, H, *i.stride(),
-                             L=min(1024, padded_width(T)), CAP=cap, num_warps=4)
+        tiles.tile_dq[B * H, chunks](*inputs, dq, qdq, reverse, T, chunks, H, *strides, L=p.L, **w, **ops, **how)
+        tiles.tile_dkv[B * H, chunks](*inputs, dk, dv, kdk, reverse, T, chunks, H, *strides, L=p.L, **w, **ops, **how)
+    K.gate_gradients[B * H,](i, f, qdq, kdk, di, df, reverse, T, H, *i.stride(), L=min(1024, padded_width(T)), CAP=cap, num_warps=4)
     return dw[..., :norm].sum((0, 2)).flatten() if fused else None
 
 # %% ../../nbs/kernels/04_fused.ipynb #ce15a4a7
@@ -242,8 +196,7 @@ class FusedMLSTM(torch.autograd.Function):
     def forward(ctx, q, k, v, i, f, reverse, state, return_state):
         q, k, v = (z if z.stride(-1) == 1 else z.contiguous() for z in (q, k, v))
         i, f = (i, f) if i.stride() == f.stride() else (i.contiguous(), f.contiguous())
-        _, h, den, memory, end = fused_forward(q, k, v, i, f, reverse, state=state,
-                                               return_state=return_state)
+        _, h, den, memory, end = fused_forward(q, k, v, i, f, reverse, state=state, return_state=return_state)
         ctx.save_for_backward(q, k, v, i, f, h, den, *memory)
         ctx.reverse, ctx.stream = reverse, state is not None or return_state
         if end is None: return h, None, None, None
@@ -255,10 +208,8 @@ class FusedMLSTM(torch.autograd.Function):
     def backward(ctx, dh, *_):
         q, k, v, i, f, h, den, *memory = ctx.saved_tensors
         dh = dh if dh.stride(-1) == 1 else dh.contiguous()
-        grads = [torch.empty_strided(z.shape, z.stride(), dtype=z.dtype, device=z.device)
-                 for z in (q, k, v, i, f)]
-        fused_backward(dh, q, k, v, i, f, ctx.reverse, 0., None, None, h, den, tuple(memory),
-                       ctx.stream, *grads)
+        grads = [torch.empty_strided(z.shape, z.stride(), dtype=z.dtype, device=z.device) for z in (q, k, v, i, f)]
+        fused_backward(dh, q, k, v, i, f, ctx.reverse, 0., None, None, h, den, tuple(memory), ctx.stream, *grads)
         return *grads, None, None, None
 
 # %% ../../nbs/kernels/04_fused.ipynb #9c781ca2
@@ -269,12 +220,9 @@ def disagreement(
     frames: int = 100,      # T, which decides between tiles and scan
 ) -> float:                 # largest relative error of h and of the five gradients, inf where one is not finite
     "Solve a small problem by the kernels and in float64"
-    # whoever asks, and where
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type,
-                                                                          enabled=False):
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):    # whoever asks, and where
         generator = torch.Generator().manual_seed(0)
-        draw = lambda *shape: torch.randn(2, 2, frames, *shape, generator=generator,
-                                          dtype=torch.float64).to(device)
+        draw = lambda *shape: torch.randn(2, 2, frames, *shape, generator=generator, dtype=torch.float64).to(device)
         q, k, v, dh = (draw(d).to(dtype) for d in (dk, dk, dv, dv))
         i, f = draw().float(), 3 + draw().float()
         inputs = [z.requires_grad_() for z in (q, k, v, i, f)]
@@ -287,10 +235,8 @@ def disagreement(
     return torch.where(errors.isfinite(), errors, math.inf).max().item()
 
 # %% ../../nbs/kernels/04_fused.ipynb #7f609751
-# largest error that rounding explains
-BOUNDS = {torch.bfloat16: .04, torch.float16: .01, torch.float32: 1e-3}
-# kind of problem -> whether the kernels solve it
-verdicts: dict[tuple, bool] = {}
+BOUNDS = {torch.bfloat16: .04, torch.float16: .01, torch.float32: 1e-3}    # largest error that rounding explains
+verdicts: dict[tuple, bool] = {}                                            # kind of problem -> whether the kernels solve it
 
 def trusted(
     device: torch.device,  # a GPU
@@ -302,13 +248,10 @@ def trusted(
     kind = device, dtype, dk, dv, scan
     if kind not in verdicts:
         fault = mlstm_fault(*kind)
-        if fault:
-            log.warning('mLSTM of %s heads of %d runs in plain PyTorch, several times slower: %s',
-                        str(dtype)[6:], max(dk, dv), fault)
+        if fault: log.warning('mLSTM of %s heads of %d runs in plain PyTorch, several times slower: %s', str(dtype)[6:], max(dk, dv), fault)
         verdicts[kind] = not fault
     return verdicts[kind]
 
-# %% ../../nbs/kernels/04_fused.ipynb #99ae3274
 def mlstm_fault(device: torch.device, dtype: torch.dtype, dk: int, dv: int, scan: bool) -> str:
     "Why the kernels must not be used, or nothing"
     if dtype not in BOUNDS or max(dk, dv) > 256: return 'no kernel is made for them'
@@ -317,8 +260,8 @@ def mlstm_fault(device: torch.device, dtype: torch.dtype, dk: int, dv: int, scan
     except Exception as e:   # a compiler or driver that cannot do it says so in many ways
         return f'{torch.cuda.get_device_name(device)} cannot run the kernels ({type(e).__name__}: {str(e).splitlines()[0][:120] if str(e) else ""})'
     if error < BOUNDS[dtype]: return ''
-    return (f'the kernels are off by {error:.1e} on {torch.cuda.get_device_name(device)}; a fault '
-            'of the Triton compiler is likely, and 3.7.1 or later may mend it')
+    return (f'the kernels are off by {error:.1e} on {torch.cuda.get_device_name(device)}; a fault of the Triton compiler is likely, '
+            'and 3.7.1 or later may mend it')
 
 # %% ../../nbs/kernels/04_fused.ipynb #bbcc026a
 def mlstm(
@@ -334,8 +277,7 @@ def mlstm(
     "The mLSTM cell: kernels on a GPU, `mlstm_chunkwise` elsewhere. Raises ValueError on shapes that do not fit."
     check_inputs(q, k, v, i, f, reverse, stream=return_state or state is not None)
     d = max(q.shape[-1], v.shape[-1])
-    # wider heads have no scan
-    fits = d <= 128 or (q.shape[2] <= 1024 and state is None and not return_state)
+    fits = d <= 128 or (q.shape[2] <= 1024 and state is None and not return_state)   # wider heads have no scan
     scan = uses_scan(q.shape[2], d, return_state or state is not None)
     if not (q.is_cuda and fits and trusted(q.device, q.dtype, q.shape[-1], v.shape[-1], scan)):
         return mlstm_chunkwise(q, k, v, i, f, reverse, state=state, return_state=return_state)
