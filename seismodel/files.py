@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, checksums, JSON from a disk, locks, and whether a folder is free
+"""Files that are written completely or not at all, checksums inside and beside them, checked JSON, locks, and whether a folder is free
 
 Docs: https://seismodel.github.io/seismodel/ground/files.html.md"""
 
@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import IO, Callable
 
 from filelock import FileLock, Timeout
 from safetensors.torch import save
@@ -23,9 +24,9 @@ from .core import DamagedCheckpoint, UserError, fits
 # %% ../nbs/ground/02_files.ipynb #4dcaf6ba
 def write_atomically(
     path:str|Path, # the file to write
-    write,         # function that writes the file whose path it is given
-):
-    "Write beside `path`, force it to the disk, then rename: readers see the old file or the new one, never half of one"
+    write:Callable[[Path], object], # writes the file whose path it gets
+) -> None:
+    "Write a temporary file, sync it and rename it: readers see the old file or the new one"
     path = Path(path)
     beside = path.with_name(f'.{path.name}.part')
     try:
@@ -37,8 +38,8 @@ def write_atomically(
 # %% ../nbs/ground/02_files.ipynb #9fca8896
 def force_out(
     path:Path, # a file or a folder
-):
-    "Return when what was written is on the disk, not in a cache; of folders, where the system can"
+) -> None:
+    "Wait until a file, or a folder if the system can do it, is on the disk and not only in a cache"
     folder = path.is_dir()
     if folder and not hasattr(os, 'O_DIRECTORY'): return
     handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
@@ -50,22 +51,22 @@ def replace_durably(
     part:Path,  # written to the disk
     path:Path,  # its new name
 ) -> None:
-    "Rename, and bring the folder's new list of names to the disk"
+    "Rename a file, and sync the folder with its new name"
     os.replace(part, path)
     force_out(path.parent)
 
 # %% ../nbs/ground/02_files.ipynb #0f563532
 def to_disk(
-    file, # open for writing
+    file:IO, # open for writing
 ) -> None:
-    "All of it, now"
+    "Wait until all that was written to a file is on the disk"
     file.flush()
     os.fsync(file.fileno())
 
 # %% ../nbs/ground/02_files.ipynb #02a788d3
 def sha256(
     path:Path, # of a file
-) -> str: # 64 digits
+) -> str: # 64 hexadecimal digits
     "Checksum of a file"
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
@@ -75,7 +76,7 @@ BLANK = b'"sha256":"' + 64*b'0'  # unescaped quotes: cannot occur inside another
 def header_of(
     blob: bytes,  # a safetensors file
 ) -> bytes:       # its header, JSON
-    "Raises `DamagedCheckpoint` where there is none"
+    "The header; raises `DamagedCheckpoint` if there is none"
     end = 8 + int.from_bytes(blob[:8], 'little')
     if not 8 < end <= len(blob):
         raise DamagedCheckpoint('it is cut short, or it is no safetensors file')
@@ -85,7 +86,7 @@ def header_of(
 def write_checksum(
     blob: bytes,  # a safetensors file whose metadata have 64 zeros as `sha256`
 ) -> bytes:       # the same length
-    "Fill in the checksum"
+    "Replace the zeros by the checksum"
     digest = hashlib.sha256(blob).hexdigest().encode()
     return blob.replace(BLANK, BLANK[:10] + digest, 1)
 
@@ -93,7 +94,7 @@ def write_checksum(
 def verify_checksum(
     blob: bytes,  # what was read
 ) -> None:
-    "Raises `DamagedCheckpoint` unless every byte is as it was written"
+    "Raise `DamagedCheckpoint` unless every byte is as it was written"
     header = header_of(blob)
     place = header.find(BLANK[:10])
     digest = header[place + 10:place + 74]
@@ -105,7 +106,7 @@ def verify_checksum(
 # %% ../nbs/ground/02_files.ipynb #328aba57
 def sealed_tensors(
     tensors: dict[str, Tensor],  # name -> tensor, on any device
-    metadata: dict[str, str],    # what else the header says
+    metadata: dict[str, str],    # more entries of the header
 ) -> bytes:
     "A safetensors file with its checksum inside"
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
@@ -123,7 +124,7 @@ def read_json(
     kinds: dict | None = None,  # the fields that it must have -> type, such as int or list[str]
     cure: str = 'restore it',   # what to do about a file that is wrong
 ) -> dict:
-    "An object from a file; raises `UserError` naming the file, and the field that is missing or wrong"
+    "Read an object; raises `UserError` naming the file and the field that is missing or wrong"
     try: found = json.loads(Path(path).read_text(encoding='utf-8'))
     except OSError as e:
         raise UserError(f"'{path}' cannot be read ({e.strerror or e}); {cure}.") from None
@@ -138,7 +139,7 @@ def check_json(
     where: str | Path,  # the file, or the place in it
     cure: str = 'restore it',  # what to do about it
 ) -> dict:             # the same
-    "Raises `UserError` unless it is an object with these fields"
+    "Raise `UserError` unless it is an object with these fields"
     if not isinstance(found, dict):
         raise UserError(f"'{where}' holds no object with named fields; {cure}.")
     for name, kind in kinds.items():
@@ -151,10 +152,10 @@ def check_json(
 
 # %% ../nbs/ground/02_files.ipynb #35219d8f
 def locked(
-    path:Path, # of a file that holds nothing else; it is made
-    busy:str,  # what to say where another process has it
-) -> FileLock: # until its `release`, others are refused
-    "Take a lock, or raise `UserError`"
+    path:Path, # of a file without contents; it is made
+    busy:str,  # the message if another process holds the lock
+) -> FileLock: # to be released
+    "Lock a file, or raise `UserError`"
     lock = FileLock(path)
     try: lock.acquire(timeout=0)
     except Timeout: raise UserError(busy) from None
@@ -162,7 +163,7 @@ def locked(
 
 # %% ../nbs/ground/02_files.ipynb #45a70874
 def is_filled(
-    folder:Path, # or what will be one
+    folder:Path, # existing or not
 )->bool:
-    "Whether anything lies there but what a kill cut short"
+    "Whether a folder holds anything but incomplete files"
     return folder.is_dir() and any(not f.name.endswith('.part') for f in folder.iterdir())
