@@ -131,6 +131,21 @@ def test_imports_are_seen_wherever_they_stand(monkeypatch, tmp_path):
     assert set(imports_of('models.fake')) == {'signals.records', 'models.masking', 'training.trainer', 'study.run'}
 
 
+def test_models_reach_kernels_through_one_module():
+    "Which kernel runs is chosen in `kernels.choice`, and nowhere else"
+    users = [m for m in modules if m.split('.')[0] in ('models', 'training', 'finetuning', 'picking', 'study')]
+    taken = {m: kernels for m in users if (kernels := {k for k in imports_of(m) if k.startswith('kernels.')})}
+    assert len(taken) >= 3 and set().union(*taken.values()) == {'kernels.choice'}
+
+
+def test_models_import_no_triton():
+    "Triton is imported by the first kernel that runs, and by nothing before it"
+    names = [f'seismodel.{m}' for m in modules if m.split('.')[0] == 'models']
+    code = f"import importlib, sys\nfor m in {names}: importlib.import_module(m)\nprint('triton' in sys.modules)"
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=root, env=dict(os.environ))
+    assert len(names) > 8 and done.stdout.strip() == 'False'
+
+
 def defined_in(path):
     "Public functions, classes and constants that a module defines at its top"
     for node in ast.parse(path.read_text(encoding='utf-8')).body:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .quantizer import entropy_perplexity, gather_frames, kernels_for, soft_perplexity, soft_usage
+from ..kernels.choice import kernels_for
+from .quantizer import entropy_perplexity, gather_frames, soft_perplexity, soft_usage
 
 # %% ../../nbs/models/07_infonce.ipynb #91f39a38
 def masked_frames(
