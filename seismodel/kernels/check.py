@@ -43,11 +43,13 @@ def quantizer_errors(
     normal = lambda *shape: torch.randn(*shape, generator=draws, dtype=torch.float64).to(device)
     N, G, V, scale = 140, 2, 20, .3
     rows = torch.randperm(180, generator=draws)[:N].to(device)
-    exact = [z.requires_grad_() for z in (normal(180, 24), normal(G*V, 24), normal(G*V), normal(1, G*V, 8))]
+    exact = [z.requires_grad_()
+             for z in (normal(180, 24), normal(G*V, 24), normal(G*V), normal(1, G*V, 8))]
     weight, dvectors, dusage = (normal(N) > -1).float(), normal(N, G*8), normal(G, V)
     x, proj, bias, book = single = [z.detach().float().requires_grad_() for z in exact]
     one, seed = torch.ones((), device=device), torch.zeros(1, dtype=torch.int64, device=device)
-    vectors, codes, usage = Quantize.apply(x, rows, weight, proj, bias, book, one, seed, scale, G, False)
+    vectors, codes, usage = Quantize.apply(x, rows, weight, proj, bias, book, one, seed, scale, G,
+                                           False)
     upstream = [dvectors.float(), dusage.float()]
     found = [vectors, usage, *torch.autograd.grad([vectors, usage], single, upstream)]
     vectors, usage, missed = exact_quantizer([exact[0][rows], *exact[1:]], codes, weight, scale)
@@ -79,7 +81,8 @@ def info_nce_errors(
     from seismodel.kernels.triton_infonce import InfoNCE, draw_negatives, flat_rows
     draws = torch.Generator().manual_seed(0)
     B, T, M, D, tau = 2, 90, 70, 32, .1
-    c, q = (torch.randn(B, n, D, generator=draws).to(device, dtype).requires_grad_() for n in (T, M))
+    c, q = (torch.randn(B, n, D, generator=draws).to(device, dtype).requires_grad_()
+            for n in (T, M))
     indices = torch.arange(M, device=device).add(7).repeat(B, 1)
     valid = torch.arange(M, device=device) < torch.tensor([[M], [M - 19]], device=device)
     ids = torch.randint(9, (B, M), generator=draws).to(device)

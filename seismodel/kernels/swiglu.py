@@ -22,8 +22,10 @@ def halves(ab, rows, hidden, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     single = row[:, None] * hidden + column[None, :]
-    return single, single + row[:, None] * hidden, (row < rows)[:, None] & (column < hidden)[None, :]
+    return (single, single + row[:, None] * hidden,
+            (row < rows)[:, None] & (column < hidden)[None, :])
 
+# %% ../../nbs/kernels/06_swiglu.ipynb #a03b0709
 @triton.jit
 def swiglu_kernel(ab, y, rows, hidden, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     "y (rows, hidden) of ab (rows, 2 hidden)"
@@ -32,6 +34,7 @@ def swiglu_kernel(ab, y, rows, hidden, ROWS: tl.constexpr, COLUMNS: tl.constexpr
     b = tl.load(ab + double + hidden, exists, 0.).to(tl.float32)
     tl.store(y + single, (a * tl.sigmoid(a) * b).to(y.dtype.element_ty), exists)
 
+# %% ../../nbs/kernels/06_swiglu.ipynb #37dd21d3
 @triton.jit
 def swiglu_grad_kernel(ab, dy, dab, rows, hidden, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     "Gradient of ab"
@@ -48,8 +51,12 @@ def launch(kernel, ab: Tensor, *others: Tensor):
     "Run a kernel over all tiles"
     hidden = ab.shape[-1] // 2
     rows = ab.numel() // (2 * hidden)
-    if rows: kernel[triton.cdiv(rows, TILE_ROWS), triton.cdiv(hidden, TILE_COLUMNS)](ab, *others, rows, hidden, TILE_ROWS, TILE_COLUMNS)
+    if rows:
+        kernel[triton.cdiv(rows, TILE_ROWS),
+               triton.cdiv(hidden, TILE_COLUMNS)](ab, *others, rows, hidden, TILE_ROWS,
+                                                  TILE_COLUMNS)
 
+# %% ../../nbs/kernels/06_swiglu.ipynb #f83d78ce
 def forward(
     ab: Tensor,  # (..., 2 h), contiguous
 ) -> Tensor:     # (..., h)
@@ -58,6 +65,7 @@ def forward(
     launch(swiglu_kernel, ab, y)
     return y
 
+# %% ../../nbs/kernels/06_swiglu.ipynb #6972d3fd
 def backward(
     dy: Tensor,  # (..., h), contiguous: gradient of y
     ab: Tensor,  # (..., 2 h), contiguous

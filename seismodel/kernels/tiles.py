@@ -1,4 +1,4 @@
-"""Where a window is short and a head is wide, all pairs of frames cost less than a memory: kernels like those of attention.
+"""For short windows and wide heads it is cheaper to compare all pairs of frames than to keep a memory: kernels like those of attention
 
 Docs: https://seismodel.github.io/seismodel/kernels/tiles.html.md"""
 
@@ -15,13 +15,13 @@ from .triton_mlstm import decay, norm_and_gate, positions, load_rows, store_rows
 
 # %% ../../nbs/kernels/03_tiles.ipynb #f296aa90
 @triton.jit
-def tile_forward(q, k, v, b, x, o, weight, y, h, den, reverse, T, chunks, H, qb, qh, qt, kb, kh, kt,
-                 vb, vh, vt, ob, oh, ot, hb, hh, ht,
+# longer than other cells: one program does all its work while its tile is in registers
+def tile_forward(q, k, v, b, x, o, weight, y, h, den, reverse, T, chunks, H,
+                 qb, qh, qt, kb, kh, kt, vb, vh, vt, ob, oh, ot, hb, hh, ht,
                  DK: tl.constexpr, DV: tl.constexpr, dk: tl.constexpr, dv: tl.constexpr,
-                 L: tl.constexpr,
-                 NORM: tl.constexpr, EPS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-                 ALIGN: tl.constexpr):
-    "h and den of one tile of one head, and y if NORM says over how many numbers to norm"
+                 L: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, DOT: tl.constexpr,
+                 PRECISION: tl.constexpr, ALIGN: tl.constexpr):
+    "h and den of one tile of one head, and y if NORM is above 0"
     bh, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch, head = bh // H, bh % H
     backwards = head >= H - reverse
@@ -56,8 +56,9 @@ def tile_forward(q, k, v, b, x, o, weight, y, h, den, reverse, T, chunks, H, qb,
 
 # %% ../../nbs/kernels/03_tiles.ipynb #93e2edef
 @triton.jit
-def tile_dq(q, k, v, b, x, dh, e, rho, dq, qdq, reverse, T, chunks, H, qb, qh, qt, kb, kh, kt, vb,
-            vh, vt, hb, hh, ht,
+# longer than other cells: one program does all its work while its tile is in registers
+def tile_dq(q, k, v, b, x, dh, e, rho, dq, qdq, reverse, T, chunks, H,
+            qb, qh, qt, kb, kh, kt, vb, vh, vt, hb, hh, ht,
             DK: tl.constexpr, DV: tl.constexpr, dk: tl.constexpr, dv: tl.constexpr, L: tl.constexpr,
             DOT: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr):
     "dq and q . dq of one tile of one head"
@@ -90,6 +91,7 @@ def tile_dq(q, k, v, b, x, dh, e, rho, dq, qdq, reverse, T, chunks, H, qb, qh, q
 
 # %% ../../nbs/kernels/03_tiles.ipynb #05f447ac
 @triton.jit
+# longer than other cells: one program does all its work while its tile is in registers
 def tile_dkv(q, k, v, b, x, dh, e, rho, dk_out, dv_out, kdk, reverse, T, chunks, H,
              qb, qh, qt, kb, kh, kt, vb, vh, vt, hb, hh, ht,
              DK: tl.constexpr, DV: tl.constexpr, dk: tl.constexpr, dv: tl.constexpr,
@@ -108,8 +110,8 @@ def tile_dkv(q, k, v, b, x, dh, e, rho, dk_out, dv_out, kdk, reverse, T, chunks,
     s, exists_s = positions(tile, T, backwards, L)
     K = load_rows(k, s, exists_s, kt, ck, dk, DK).to(DOT)
     V = load_rows(v, s, exists_s, vt, cv, dv, DV).to(DOT)
-    dK, dV, xs = tl.zeros((L, DK), tl.float32), tl.zeros((L, DV),
-                                                         tl.float32), tl.load(x + tile * L + a)
+    dK, dV = tl.zeros((L, DK), tl.float32), tl.zeros((L, DV), tl.float32)
+    xs = tl.load(x + tile * L + a)
     for c in range(tile, chunks):
         t, exists = positions(c, T, backwards, L)
         Q = load_rows(q, t, exists, qt, ck, dk, DK).to(DOT)
