@@ -1,4 +1,4 @@
-"""A wrong loss raises no error; it trains a worse model. So before the kernels of the loss are used on a GPU for the first time, they solve a small problem whose solution is known.
+"""A wrong loss raises no error; it trains a worse model. So before its kernels are used on a GPU, they solve a small problem with a known solution
 
 Docs: https://seismodel.github.io/seismodel/kernels/check.html.md"""
 
@@ -21,8 +21,8 @@ def exact_quantizer(
     codes: Tensor,          # (N, G) int64, chosen by the kernels
     weight: Tensor,         # (N,) of each frame in the usage
     scale: float,           # of the logits
-) -> tuple[Tensor, Tensor, Tensor]:   # vectors (N, G·d), usage (G, V), 0-d what the codes miss
-    "The definition, for codes that are given"
+) -> tuple[Tensor, Tensor, Tensor]:   # vectors (N, G·d), usage (G, V), () largest miss in score
+    "The definition, for given codes"
     x, proj, bias, book = exact
     G, V = codes.shape[1], len(proj)//codes.shape[1]
     logits = ((x @ proj.T + bias)*scale).unflatten(1, (G, V))                   # (N, G, V)
@@ -35,8 +35,8 @@ def exact_quantizer(
 
 # %% ../../nbs/kernels/08_check.ipynb #c67aabad
 def quantizer_errors(
-    device: torch.device,  # a GPU; the CPU, where Triton interprets
-) -> list[Tensor]:         # 0-d each: relative errors of vectors, usage and four gradients, and what codes miss
+    device: torch.device,  # a GPU; or the CPU with Triton's interpreter
+) -> list[Tensor]:         # () each: errors of vectors, usage, four gradients, and the codes
     "Solve a small quantization by the kernels and in float64"
     from seismodel.kernels.triton_infonce import Quantize
     draws = torch.Generator().manual_seed(0)
@@ -63,8 +63,8 @@ def exact_info_nce(
     times: Tensor,   # (B, M, M) how often each target is a negative
     counted: Tensor, # (B, M) bool, frames with a negative
     tau: float,      # temperature
-) -> Tensor:         # 0-d
-    "The definition, for negatives that are given"
+) -> Tensor:         # ()
+    "The definition, for given negatives"
     unit = [z/torch.linalg.vector_norm(z, dim=-1, keepdim=True) for z in (c, q)]
     s = unit[0] @ unit[1].mT / tau                                              # (B, M, M)
     own = torch.eye(s.shape[1], dtype=torch.bool, device=s.device)
@@ -74,9 +74,9 @@ def exact_info_nce(
 
 # %% ../../nbs/kernels/08_check.ipynb #a76fddfa
 def info_nce_errors(
-    device: torch.device,  # a GPU; the CPU, where Triton interprets
+    device: torch.device,  # a GPU; or the CPU with Triton's interpreter
     dtype: torch.dtype,    # of predictions and targets
-) -> list[Tensor]:         # 0-d each: relative errors of the loss and of both gradients
+) -> list[Tensor]:         # () each: relative errors of the loss and of both gradients
     "Solve a small InfoNCE by the kernels and in float64"
     from seismodel.kernels.triton_infonce import InfoNCE, draw_negatives, flat_rows
     draws = torch.Generator().manual_seed(0)
@@ -96,11 +96,11 @@ def info_nce_errors(
     return relative_errors(found, [loss, *torch.autograd.grad(loss, exact)])
 
 # %% ../../nbs/kernels/08_check.ipynb #08427c42
-BOUND = .03     # largest relative error that rounding explains
+BOUND = .03     # largest relative error that rounding can explain
 
 def infonce_fault(
-    device: torch.device,  # a GPU; the CPU, where Triton interprets
-) -> str:                  # empty if all is well
+    device: torch.device,  # a GPU; or the CPU with Triton's interpreter
+) -> str:                  # empty if there is no fault
     "Why the kernels of the loss must not be used on this device"
     dtype = torch.bfloat16 if device.type == 'cuda' else torch.float32
     solve = lambda: largest([*quantizer_errors(device), *info_nce_errors(device, dtype)])
