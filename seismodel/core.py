@@ -1,4 +1,4 @@
-"""What all parts of the package share: exceptions, the log, checks of settings, the choice of a device, progress bars and the size of a model
+"""Exceptions, checks of settings, the choice of a device, progress bars, and the size of a model
 
 Docs: https://seismodel.github.io/seismodel/ground/core.html.md"""
 

@@ -1,4 +1,4 @@
-"""Files that are written completely or not at all, checksums inside and beside them, checked JSON, locks, and whether a folder is free
+"""Files written completely or not at all, checksums, checked JSON, locks, and free folders
 
 Docs: https://seismodel.github.io/seismodel/ground/files.html.md"""
 

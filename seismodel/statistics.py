@@ -1,4 +1,4 @@
-"""Metrics of arrays (AUC, Matthews' correlation, onset residuals), a threshold, and 95 % intervals by a bootstrap over events
+"""AUC, Matthews' correlation, onset residuals, thresholds, and intervals by a bootstrap over events
 
 Docs: https://seismodel.github.io/seismodel/ground/statistics.html.md"""
 

@@ -1,4 +1,4 @@
-"""A wrong loss raises no error; it trains a worse model. So before its kernels are used on a GPU, they solve a small problem with a known solution
+"""Before they are used on a GPU, the kernels of the loss solve a small problem with a known solution
 
 Docs: https://seismodel.github.io/seismodel/kernels/check.html.md"""
 

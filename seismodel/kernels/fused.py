@@ -1,4 +1,4 @@
-"""One function for all machines: Triton kernels on a GPU that has passed a check, and PyTorch everywhere else, with the same results
+"""Triton kernels on a GPU that has passed a check, PyTorch everywhere else, with the same results
 
 Docs: https://seismodel.github.io/seismodel/kernels/fused.html.md"""
 

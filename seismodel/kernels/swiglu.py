@@ -1,4 +1,4 @@
-"""Forward and backward pass of silu(a) times b in two short Triton kernels that read and write every number once
+"""Forward and backward pass of silu(a) times b in two short Triton kernels
 
 Docs: https://seismodel.github.io/seismodel/kernels/swiglu.html.md"""
 

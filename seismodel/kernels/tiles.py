@@ -1,4 +1,4 @@
-"""For short windows and wide heads it is cheaper to compare all pairs of frames than to keep a memory: kernels like those of attention
+"""For short windows and wide heads, comparing all pairs of frames is cheaper than keeping a memory
 
 Docs: https://seismodel.github.io/seismodel/kernels/tiles.html.md"""
 

@@ -1,4 +1,4 @@
-"""Quantizer and contrastive loss on a GPU: noise that is never stored, negatives as a table of counts, and InfoNCE computed like attention
+"""Noise that is never stored, negatives as a table of counts, and InfoNCE computed like attention
 
 Docs: https://seismodel.github.io/seismodel/kernels/triton_infonce.html.md"""
 

@@ -1,4 +1,4 @@
-"""One GPU program scans a window chunk by chunk with the memory matrix in its registers; only inputs and outputs pass through the GPU's memory
+"""One GPU program scans a window chunk by chunk and keeps the memory matrix in its registers
 
 Docs: https://seismodel.github.io/seismodel/kernels/triton_mlstm.html.md"""
 

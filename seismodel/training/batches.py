@@ -1,4 +1,4 @@
-"""A DataLoader whose window order is known, so that a run can continue from any step and on any number of devices
+"""A DataLoader with a known order of windows, from any step on and on any number of devices
 
 Docs: https://seismodel.github.io/seismodel/training/batches.html.md"""
 

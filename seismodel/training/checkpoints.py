@@ -1,4 +1,4 @@
-"""One file with everything a run needs to continue: it is written completely or not at all, and refused if a single bit has changed
+"""One file with all that a run needs to continue, written completely or not at all, and checked
 
 Docs: https://seismodel.github.io/seismodel/training/checkpoints.html.md"""
 

@@ -1,4 +1,4 @@
-"""`TrainConfig`: every setting of a training run, its default, and which of them may change when a run is resumed
+"""`TrainConfig`: every setting of a run, its default, and whether it may change on resuming
 
 Docs: https://seismodel.github.io/seismodel/training/config.html.md"""
 

@@ -1,4 +1,4 @@
-"""Three ways to make a training step fast on a GPU: record and replay it, compile the blocks, and use bfloat16 and TF32 for matrix products
+"""Record and replay a training step, compile its blocks, and use bfloat16 and TF32
 
 Docs: https://seismodel.github.io/seismodel/training/cuda_graph.html.md"""
 

@@ -1,4 +1,4 @@
-"""The same training step on one process or on many: how windows are divided, how means become global means, and how random draws stay the same
+"""The same training on one GPU or many: windows are divided, means and random draws stay the same
 
 Docs: https://seismodel.github.io/seismodel/training/distributed.html.md"""
 

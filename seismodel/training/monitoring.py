@@ -1,4 +1,4 @@
-"""The usual ranges of each metric over a run, alarms for failures that the loss does not show, and updates that are skipped if loss or gradient is not finite
+"""Usual ranges of the metrics, alarms for silent failures, and updates skipped if not finite
 
 Docs: https://seismodel.github.io/seismodel/training/monitoring.html.md"""
 

@@ -1,4 +1,4 @@
-"""The metrics of one run or several over the steps, the use of the codebook, and a masked window as the model sees it
+"""Metrics over the steps, the use of the codebook, and a masked window as the model sees it
 
 Docs: https://seismodel.github.io/seismodel/training/plots.html.md"""
 

@@ -1,4 +1,4 @@
-"""How a run writes its metrics line by line, so that neither a crash nor a full disk damages them, and how it lists the traces that could not be used
+"""Metrics line by line, safe from crashes and full disks, and a list of traces that were unusable
 
 Docs: https://seismodel.github.io/seismodel/training/runlog.html.md"""
 

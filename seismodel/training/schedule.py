@@ -1,4 +1,4 @@
-"""The learning rate and the random numbers of a step as functions of its number; which parameters decay, and which learn more slowly
+"""Learning rate and random numbers as functions of the step; which weights decay or learn slowly
 
 Docs: https://seismodel.github.io/seismodel/training/schedule.html.md"""
 

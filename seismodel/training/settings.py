@@ -1,4 +1,4 @@
-"""`--config FILE.json` and `--set NAME=VALUE` reach every field of model and training; names and types are checked before anything is opened
+"""`--config FILE.json` and `--set NAME=VALUE` reach every field, checked by name and type
 
 Docs: https://seismodel.github.io/seismodel/training/settings.html.md"""
 

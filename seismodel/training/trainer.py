@@ -1,4 +1,4 @@
-"""One loop for pretraining and fine-tuning. A run that is killed can be resumed from its last checkpoint, and on the same hardware it gives the same numbers, bit for bit.
+"""One loop for pretraining and fine-tuning; a killed run resumes with the same numbers, bit by bit
 
 Docs: https://seismodel.github.io/seismodel/training/trainer.html.md"""
 
