@@ -123,7 +123,7 @@ class Progress:
     first: dict|None = None      # metrics of the first logged step, for the alarms
     withheld: int = 0            # consecutive updates skipped because they were not finite
     bad_traces: dict = field(default_factory=dict)   # name -> reason
-    redrawn: int = 0             # windows drawn again because a trace was bad
+    redrawn: int = 0             # repeated draws, because a trace was bad
 
     def count(self,
         batches: list[dict],  # of one step
