@@ -120,7 +120,7 @@ def read_checkpoint(
     "Read and check a file; raises `DamagedCheckpoint`, or `UserError` if it is newer or unreadable"
     try: blob = path.read_bytes()
     except OSError as e:
-        raise UserError(f"The checkpoint '{path}' cannot be opened ({e.strerror}); see to that and "
+        raise UserError(f"The checkpoint '{path}' cannot be opened ({e.strerror}); solve that and "
                         f"resume again.") from None
     try:
         verify_checksum(blob)
