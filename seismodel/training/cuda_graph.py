@@ -55,7 +55,7 @@ class Replay:
         if self.left:
             self.left -= 1
             return self.function(inputs)
-        if self.graph is None: self.record(inputs)
+        if self.graph is None: self.record_graph(inputs)
         copy_into(self.inputs, inputs)
         self.graph.replay()
         return self.results          # overwritten by the next replay
@@ -66,7 +66,7 @@ class Replay:
 
 # %% ../../nbs/training/09_cuda_graph.ipynb #c5166664
 @patch
-def record(
+def record_graph(
     self:Replay,
     inputs:Tensor|dict, # as for `function`
 ) -> None:

@@ -69,11 +69,11 @@ def settle(
     finite, loss, norm, stop = self.numbers.tolist()
     self.stop = stop > 0
     self.in_a_row = 0 if finite else self.in_a_row + 1
-    if not finite: self.report(step, loss, norm, batches)
+    if not finite: self.report_nonfinite(step, loss, norm, batches)
 
 # %% ../../nbs/training/06_monitoring.ipynb #5e2d9f19
 @patch
-def report(
+def report_nonfinite(
     self:FiniteWatch,
     step:int, # whose update was skipped
     loss:float, # of that step

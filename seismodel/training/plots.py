@@ -193,7 +193,7 @@ def model_figures(
 
 # %% ../../nbs/training/08_plots.ipynb #715c5158
 def log_pictures(
-    events:'SummaryWriter', # of TensorBoard
+    events:object, # TensorBoard's SummaryWriter
     model:nn.Module, # any
     x:torch.Tensor, # (B, L, 3) dev windows, on the model's device
     step:int, # optimiser steps done
