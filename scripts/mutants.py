@@ -35,11 +35,12 @@ root = Path(__file__).resolve().parents[1]
 out = root/'build/mutants'
 # module -> the tests that are about it, the quick ones first: a mutant is dead at the first that fails
 TESTS = {
+    'kernels/choice': ['swiglu', 'quantizer'],
     'models/masking': ['masking', 'encoders'],
     'models/quantizer': ['quantizer', 'infonce', 'recipe'],
     'models/infonce': ['infonce', 'quantizer', 'recipe'],
     'models/masked_mse': ['masked_mse', 'recipe'],
-    'models/spectrum': ['spectrum', 'objectives'],
+    'models/spectrum': ['spectrum', 'folds'],
     'data/archive': ['archive', 'pieces'],
     'data/channels': ['archive'],
     'data/pick_checks': ['dataset'],
@@ -72,6 +73,10 @@ TESTS = {
     'study/paired': ['study'],
     'study/tables': ['signs_and_ends', 'study'],
     'study/run': ['study'],
+    'study/folds': ['folds', 'leakage'],
+    'study/fold_scores': ['folds', 'leakage'],
+    'study/fold_trial': ['folds', 'leakage'],
+    'study/fold_run': ['folds'],
 }
 
 

@@ -103,7 +103,8 @@ def loss_kernels(
     device: torch.device,  # a GPU; the CPU, where Triton interprets
 ) -> ModuleType | None:    # `triton_infonce`; None: use plain PyTorch
     "The kernels of quantizer and loss, where they solve a small problem; says why not, once"
-    if not passes_check('The contrastive loss', (device,), lambda: infonce_fault(device)): return None
+    fault = lambda: infonce_fault(device)
+    if not passes_check('The contrastive loss', (device,), fault): return None
     from seismodel.kernels import triton_infonce
     return triton_infonce
 

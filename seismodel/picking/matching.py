@@ -149,10 +149,9 @@ def pick_records(
 # %% ../../nbs/picking/03c_matching.ipynb #49a04255
 def match_records(
     found: list[dict],  # from `pick_records`
-    dataset: object,    # the same data set
+    labels: list[WindowLabels],  # of the same records, from `labels_of`
 ) -> pd.DataFrame:      # see `summarise_matches`
     "Scores of the picks of all records"
-    labels = labels_of(dataset)
     picks = [{phase: SAMPLING_RATE*t for phase, t in record.items()} for record in found]
     hours = sum(w.samples for w in labels)/SAMPLING_RATE/3600
     return summarise_matches(score_windows(picks, labels), hours)

@@ -6,7 +6,7 @@ Docs: https://seismodel.github.io/seismodel/training/settings.html.md"""
 
 # %% auto #0
 __all__ = ['WORDS', 'PLAN_ENTRIES', 'parse_setting', 'field_names', 'check_names', 'flat_fields', 'read_field_file',
-           'read_settings', 'change_model', 'apply_settings']
+           'read_settings', 'change_model', 'check_masks', 'apply_settings']
 
 # %% ../../nbs/training/01a_settings.ipynb #9482946d
 import ast
@@ -131,10 +131,22 @@ def change_model(
         place = values
         for key in inside: place = place[key]
         place[last] = value
-    if not values['encoder']['pretraining']:
+    changed = config_from_dict(values)
+    check_masks(changed)
+    return changed
+
+# %% ../../nbs/training/01a_settings.ipynb #258dbe4f
+def check_masks(
+    model:ModelConfig, # of a run
+) -> None:
+    "Raise `UserError` for an encoder that hides no frame: there would be nothing to predict"
+    if not model.encoder.pretraining:
         raise UserError("'model.encoder.pretraining' is False, but a run needs the encoder's "
                         "masks; leave it True.")
-    return config_from_dict(values)
+    name = 'mask' if hasattr(model.encoder, 'mask') else 'mask_prob'
+    if getattr(model.encoder, name) == 0:
+        raise UserError(f"'model.encoder.{name}' is 0, which hides no frame, and there would be "
+                        "nothing to predict; give a share above 0.")
 
 # %% ../../nbs/training/01a_settings.ipynb #7d661ffb
 def apply_settings(
