@@ -1,4 +1,4 @@
-"""What every part uses: five exceptions, one log, checks of settings, the device, and the size of a model
+"""Exceptions, checks of settings, the choice of a device, progress bars, and the size of a model
 
 Docs: https://seismodel.github.io/seismodel/ground/core.html.md"""
 
@@ -15,7 +15,7 @@ import sys
 from dataclasses import fields, is_dataclass
 from time import monotonic
 from types import UnionType
-from typing import get_args, get_origin
+from typing import Iterable, get_args, get_origin
 
 import torch
 from torch import nn
@@ -28,98 +28,129 @@ from . import __version__
 log = logging.getLogger('seismodel')
 
 class UserError(ValueError):
-    "Something that the user can mend: one sentence that names the file, trace or field, and says what to do"
+    "An error that the user can correct: the message names the cause, and says what to do"
 
+# %% ../nbs/ground/01_core.ipynb #92abcdcf
 class BadRecord(ValueError):
-    "A record that cannot be used, as (its name, why): it is counted and named, and another one is taken"
+    "A record that cannot be used, with (name, reason); it is counted, and another one is drawn"
 
 # %% ../nbs/ground/01_core.ipynb #cea804f5
 class TrainingError(RuntimeError):
-    "The run cannot go on, and no setting was wrong in itself"
+    "The run cannot continue, although its settings are valid"
 
+# %% ../nbs/ground/01_core.ipynb #e1334b6b
 class DamagedCheckpoint(UserError):
-    "A file that is not a whole checkpoint of this package"
+    "A file that is not an intact checkpoint of this package"
 
+# %% ../nbs/ground/01_core.ipynb #263dd940
 class Interrupted(RuntimeError):
-    "The run was told to stop, and has saved its state; `number` is the signal's"
-    def __init__(self, number:int, sentence:str):
+    "The run was stopped by a signal, and has saved its state"
+    def __init__(self,
+        number:int, # of the signal
+        sentence:str, # the message
+    ):
         super().__init__(sentence)
         self.number = number
 
 # %% ../nbs/ground/01_core.ipynb #c0480331
-def check_choice(name: str,       # the setting, for the message
-                 value: str,      # what the user wrote
-                 choices: tuple   # what may be written
-                 ) -> None:
-    "Raises a ValueError unless `value` is one of `choices`"
-    if value not in choices: raise ValueError(f"{name} must be one of {', '.join(choices)}, and not {value!r}.")
+def check_choice(
+    name: str,       # of the setting, for the message
+    value: str,      # given by the user
+    choices: tuple,  # allowed values
+) -> None:
+    "Raise a ValueError unless `value` is one of `choices`"
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, and not {value!r}.")
 
-def check_share(name: str,     # the setting, for the message
-                value: float   # what the user wrote
-                ) -> None:
-    "Raises a ValueError unless `value` lies between 0 and 1 (NaN does not)"
-    if not 0 <= value <= 1: raise ValueError(f"{name} is a share between 0 and 1, and cannot be {value!r}.")
+# %% ../nbs/ground/01_core.ipynb #034eb2d2
+def check_share(
+    name: str,     # of the setting, for the message
+    value: float,  # given by the user
+) -> None:
+    "Raise a ValueError unless `value` lies between 0 and 1 (NaN does not)"
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} is a share between 0 and 1, and cannot be {value!r}.")
 
-def check_count(name: str,   # the setting, for the message
-                value: int   # what the user wrote
-                ) -> None:
-    "Raises a ValueError unless `value` is a whole number above 0"
+# %% ../nbs/ground/01_core.ipynb #f45da66c
+def check_count(
+    name: str,   # of the setting, for the message
+    value: int,  # given by the user
+) -> None:
+    "Raise a ValueError unless `value` is a whole number above 0"
     if not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} is a whole number above 0, and cannot be {value!r}.")
 
 # %% ../nbs/ground/01_core.ipynb #cb4f3c6d
 def fits(
-    value, # from JSON
-    kind,  # the type that a field was declared with, such as int, float|None or tuple[int, ...]
+    value:object, # from JSON
+    kind:object,  # declared type of a field, such as int, float|None or tuple[int, ...]
 )->bool:
-    "Whether a value may stand in a field; whole numbers are numbers too, and lists are tuples of one type"
+    "Whether a value fits a field's type; an int fits float, a list fits a tuple"
     if isinstance(kind, UnionType): return any(fits(value, k) for k in get_args(kind))
     if get_origin(kind) in (tuple, list):
         inner = get_args(kind)
-        if not isinstance(value, (tuple, list)) or not all(fits(v, inner[0]) for v in value): return False
-        return len(inner) < 2 or inner[-1] is ... or len(value) == len(inner)   # tuple[float, float] has two
+        if not isinstance(value, (tuple, list)) or not all(fits(v, inner[0]) for v in value):
+            return False
+        # tuple[float, float] needs two values, tuple[int, ...] any number
+        return len(inner) < 2 or inner[-1] is ... or len(value) == len(inner)
     if is_dataclass(kind): return isinstance(value, (dict, kind))
-    return isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+    return (isinstance(value, (int, float) if kind is float else kind)
+            and (kind is bool or not isinstance(value, bool)))
 
+# %% ../nbs/ground/01_core.ipynb #9475964f
 def kind_in_words(
-    kind, # the type that a field was declared with
+    kind:object, # declared type of a field
 )->str:
     "What a field may hold, for a message"
-    words = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'a word', type(None): 'none'}
+    words = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'a word',
+             type(None): 'none'}
     inner = get_args(kind)
     if isinstance(kind, UnionType): return ' or '.join(map(kind_in_words, inner))
-    if get_origin(kind) not in (tuple, list): return words.get(kind, 'an object with fields of its own')
-    return f"{'several' if len(inner) < 2 or inner[-1] is ... else len(inner)} values, each {kind_in_words(inner[0])}"
+    if get_origin(kind) not in (tuple, list):
+        return words.get(kind, 'an object with fields of its own')
+    number = 'several' if len(inner) < 2 or inner[-1] is ... else len(inner)
+    return f"{number} values, each {kind_in_words(inner[0])}"
 
+# %% ../nbs/ground/01_core.ipynb #ff6052af
 def check_fields(
-    cls,    # a dataclass
-    values, # its fields, as JSON has them
-    where:str='', # in front of their names, for the message
-):
-    "Raise `UserError` for the first field that is unknown, or holds what it cannot hold"
-    if not isinstance(values, dict): raise UserError(f"config field '{where.rstrip('.')}' is {values!r}; it must be an object with fields of its own.")
+    cls:type, # a dataclass
+    values:dict, # its fields, from JSON
+    where:str='', # prefix of their names, for the message
+) -> None:
+    "Raise `UserError` for the first field that is unknown or has a value of the wrong type"
+    if not isinstance(values, dict):
+        raise UserError(f"config field '{where.rstrip('.')}' is {values!r}; it must be an object "
+                        "with fields of its own.")
     kinds = {f.name: f.type for f in fields(cls)}
     for name, value in values.items():
-        if name not in kinds: raise UserError(f"config field '{where}{name}' is not known to seismodel {__version__}; was it saved by another version?")
-        if not fits(value, kinds[name]): raise UserError(f"config field '{where}{name}' is {value!r}; it must be {kind_in_words(kinds[name])}.")
+        if name not in kinds:
+            raise UserError(f"config field '{where}{name}' is not known to seismodel "
+                            f"{__version__}; was it saved by another version?")
+        if not fits(value, kinds[name]):
+            raise UserError(f"config field '{where}{name}' is {value!r}; it must be "
+                            f"{kind_in_words(kinds[name])}.")
 
 # %% ../nbs/ground/01_core.ipynb #485b88af
 def pick_device(
-    name:str='auto', # auto takes a GPU where there is one
+    name:str='auto', # auto, cpu, cuda or cuda:N; auto takes a GPU if there is one
 )->torch.device:
-    "The device to run on; raises `UserError` where it does not exist"
+    "The device to run on; raises `UserError` if it does not exist"
     if name == 'auto': name = 'cuda' if torch.cuda.is_available() else 'cpu'
     try: device = torch.device(name)
     except RuntimeError: device = None
-    if device is None or device.type not in ('cpu', 'cuda'): raise UserError(f"'{name}' is not a device that seismodel runs on; use auto, cpu, cuda or cuda:N.")
+    if device is None or device.type not in ('cpu', 'cuda'):
+        raise UserError(f"'{name}' is not a device that seismodel runs on; use auto, cpu, cuda or "
+                        "cuda:N.")
     if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"There is no device '{name}' here ({torch.cuda.device_count()} CUDA devices found); use --device cpu.")
+        raise UserError(f"There is no device '{name}' here ({torch.cuda.device_count()} CUDA "
+                        "devices found); use --device cpu.")
     return device
 
+# %% ../nbs/ground/01_core.ipynb #b6008009
 def pick_devices(
     name:str='auto', # as for `pick_device`, or all: every GPU of this machine
 )->list[torch.device]: # one, unless the name is all
-    "The devices to share work among; raises `UserError` as `pick_device` does. Without a GPU, all is the CPU"
+    "The devices for work in parallel; without a GPU, `all` is the CPU"
     if name != 'all' or not torch.cuda.is_available():
         return [pick_device('auto' if name == 'all' else name)]
     return [pick_device(f'cuda:{k}') for k in range(torch.cuda.device_count())]
@@ -129,31 +160,37 @@ class LineProgress(text_tqdm):
     "tqdm for a file: lines, at most one per minute, and one at the end"
     EVERY, said = 60., None   # seconds
 
-    def display(self, msg=None, pos=None):
+    def display(self,
+        msg:str|None=None, # not used
+        pos:int|None=None, # not used
+    ) -> None:
         "Called by tqdm whenever its bar would be drawn again"
         now = monotonic()
-        if self.said is None: self.said = now          # the bar at its beginning says nothing
+        if self.said is None: self.said = now          # no line at the start
         if now - self.said < self.EVERY: return
         self.said = now
         print(self, file=self.fp, flush=True)
 
-    def clear(self, *args, **kwargs): "There is no bar to make room on the screen"
+    def clear(self, *args, **kwargs): "Nothing to clear: lines stay in the file"
 
-    def close(self):
+    def close(self) -> None:
+        "Print the last line"
         if self.disable: return
         if self.leave: print(self, file=self.fp, flush=True)
         self.disable = True                            # so that tqdm writes nothing more
 
+# %% ../nbs/ground/01_core.ipynb #775bbee4
 def progress_bar(
-    items=None, # to go through; None: `update` moves it on
+    items:Iterable|None=None, # to iterate over; None: the caller calls `update`
     **how,      # for tqdm: total, desc, unit, …
-): # tqdm
-    "A bar on a terminal and in Jupyter; elsewhere lines"
+) -> text_tqdm:
+    "A bar on a terminal and in Jupyter; lines elsewhere"
     if sys.stderr.isatty() or 'ipykernel' in sys.modules: return auto_tqdm(items, **how)
     return LineProgress(items, **{'ncols': 0, **how})
 
 # %% ../nbs/ground/01_core.ipynb #2cb5e425
-def count_parameters(module:nn.Module, # any module
-                     ) -> int: # numbers in its parameters
-    "Numbers in all parameters of the module, trainable or frozen; a shared one counts once"
+def count_parameters(
+    module:nn.Module,
+) -> int:
+    "Number of parameters of a module, trainable or frozen; a shared one counts once"
     return sum(p.numel() for p in module.parameters())

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, a full disk, checksums, JSON and tables from a disk, locks, and whether a folder is free
+"""Files written completely or not at all, full disks, checksums, checked JSON and tables, locks, and free folders
 
 Docs: https://seismodel.github.io/seismodel/ground/files.html.md"""
 
@@ -9,7 +9,7 @@ __all__ = ['NO_ROOM', 'BLANK', 'DiskFull', 'in_bytes', 'is_disk_full', 'naming_s
            'replace_durably', 'to_disk', 'sha256', 'header_of', 'write_checksum', 'verify_checksum', 'sealed_tensors',
            'read_json', 'check_json', 'read_table', 'locked', 'is_filled', 'write_csv']
 
-# %% ../nbs/ground/02_files.ipynb #3cf69d71
+# %% ../nbs/ground/02_files.ipynb #cddf03e2
 import csv
 import errno
 import hashlib
@@ -20,7 +20,7 @@ import zlib
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Iterable, Iterator
+from typing import IO, Callable, Iterable, Iterator
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -67,13 +67,13 @@ def naming_space(
                 f"and {in_bytes(free)} are free")
         raise DiskFull(errno.ENOSPC, what, str(path)) from None
 
-# %% ../nbs/ground/02_files.ipynb #4dcaf6ba
+# %% ../nbs/ground/02_files.ipynb #6a3958cf
 def write_atomically(
     path:str|Path, # the file to write
-    write,         # function that writes the file whose path it is given
-    size: int=0,   # bytes that it will have, where that is known
-):
-    "Write beside `path`, force it to the disk, then rename: readers see the old file or the new one, never half of one"
+    write:Callable[[Path], object], # writes the file whose path it gets
+    size:int=0,    # bytes that it will have, where that is known
+) -> None:
+    "Write a temporary file, sync it and rename it: readers see the old file or the new one"
     path = Path(path)
     beside = path.with_name(f'.{path.name}.part')
     try:
@@ -83,36 +83,38 @@ def write_atomically(
             replace_durably(beside, path)
     finally: beside.unlink(missing_ok=True)
 
+# %% ../nbs/ground/02_files.ipynb #9fca8896
 def force_out(
     path:Path, # a file or a folder
-):
-    "Return when what was written is on the disk, not in a cache; of folders, where the system can"
+) -> None:
+    "Wait until a file, or a folder if the system can do it, is on the disk and not only in a cache"
     folder = path.is_dir()
     if folder and not hasattr(os, 'O_DIRECTORY'): return
     handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
     try: os.fsync(handle)
     finally: os.close(handle)
 
+# %% ../nbs/ground/02_files.ipynb #da26d5f4
 def replace_durably(
     part:Path,  # written to the disk
     path:Path,  # its new name
 ) -> None:
-    "Rename, and bring the folder's new list of names to the disk"
+    "Rename a file, and sync the folder with its new name"
     os.replace(part, path)
     force_out(path.parent)
 
 # %% ../nbs/ground/02_files.ipynb #0f563532
 def to_disk(
-    file, # open for writing
+    file:IO, # open for writing
 ) -> None:
-    "All of it, now"
+    "Wait until all that was written to a file is on the disk"
     file.flush()
     os.fsync(file.fileno())
 
 # %% ../nbs/ground/02_files.ipynb #02a788d3
 def sha256(
     path:Path, # of a file
-) -> str: # 64 digits
+) -> str: # 64 hexadecimal digits
     "Checksum of a file"
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
@@ -122,23 +124,25 @@ BLANK = b'"sha256":"' + 64*b'0'  # unescaped quotes: cannot occur inside another
 def header_of(
     blob: bytes,  # a safetensors file
 ) -> bytes:       # its header, JSON
-    "Raises `DamagedCheckpoint` where there is none"
+    "The header; raises `DamagedCheckpoint` if there is none"
     end = 8 + int.from_bytes(blob[:8], 'little')
     if not 8 < end <= len(blob):
         raise DamagedCheckpoint('it is cut short, or it is no safetensors file')
     return blob[8:end]
 
+# %% ../nbs/ground/02_files.ipynb #3807bdb2
 def write_checksum(
     blob: bytes,  # a safetensors file whose metadata have 64 zeros as `sha256`
 ) -> bytes:       # the same length
-    "Fill in the checksum"
+    "Replace the zeros by the checksum"
     digest = hashlib.sha256(blob).hexdigest().encode()
     return blob.replace(BLANK, BLANK[:10] + digest, 1)
 
+# %% ../nbs/ground/02_files.ipynb #7b0f3327
 def verify_checksum(
     blob: bytes,  # what was read
 ) -> None:
-    "Raises `DamagedCheckpoint` unless every byte is as it was written"
+    "Raise `DamagedCheckpoint` unless every byte is as it was written"
     header = header_of(blob)
     place = header.find(BLANK[:10])
     digest = header[place + 10:place + 74]
@@ -150,7 +154,7 @@ def verify_checksum(
 # %% ../nbs/ground/02_files.ipynb #328aba57
 def sealed_tensors(
     tensors: dict[str, Tensor],  # name -> tensor, on any device
-    metadata: dict[str, str],    # what else the header says
+    metadata: dict[str, str],    # more entries of the header
 ) -> bytes:
     "A safetensors file with its checksum inside"
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
@@ -168,7 +172,7 @@ def read_json(
     kinds: dict | None = None,  # the fields that it must have -> type, such as int or list[str]
     cure: str = 'restore it',   # what to do about a file that is wrong
 ) -> dict:
-    "An object from a file; raises `UserError` naming the file, and the field that is missing or wrong"
+    "Read an object; raises `UserError` naming the file and the field that is missing or wrong"
     try: found = json.loads(Path(path).read_text(encoding='utf-8'))
     except OSError as e:
         raise UserError(f"'{path}' cannot be read ({e.strerror or e}); {cure}.") from None
@@ -176,20 +180,22 @@ def read_json(
         raise UserError(f"'{path}' is not valid JSON; {cure}.") from None
     return check_json(found, kinds or {}, path, cure)
 
+# %% ../nbs/ground/02_files.ipynb #8cbc5859
 def check_json(
     found: object,     # from JSON
     kinds: dict,       # the fields that it must have -> type
     where: str | Path,  # the file, or the place in it
     cure: str = 'restore it',  # what to do about it
 ) -> dict:             # the same
-    "Raises `UserError` unless it is an object with these fields"
+    "Raise `UserError` unless it is an object with these fields"
     if not isinstance(found, dict):
         raise UserError(f"'{where}' holds no object with named fields; {cure}.")
     for name, kind in kinds.items():
         if name not in found: raise UserError(f"'{where}' has no field '{name}'; {cure}.")
         if fits(found[name], kind): continue
         should = getattr(kind, '__name__', kind) if isinstance(kind, type) else kind
-        raise UserError(f"'{where}': field '{name}' is {str(found[name])[:60]!r} and must be {should}; {cure}.")
+        raise UserError(f"'{where}': field '{name}' is {str(found[name])[:60]!r} and must be "
+                        f"{should}; {cure}.")
     return found
 
 # %% ../nbs/ground/02_files.ipynb #5da3727b
@@ -222,20 +228,20 @@ def read_table(
 
 # %% ../nbs/ground/02_files.ipynb #35219d8f
 def locked(
-    path:Path, # of a file that holds nothing else; it is made
-    busy:str,  # what to say where another process has it
-) -> FileLock: # until its `release`, others are refused
-    "Take a lock, or raise `UserError`"
+    path:Path, # of a file without contents; it is made
+    busy:str,  # the message if another process holds the lock
+) -> FileLock: # to be released
+    "Lock a file, or raise `UserError`"
     lock = FileLock(path)
     try: lock.acquire(timeout=0)
     except Timeout: raise UserError(busy) from None
     return lock
 
-# %% ../nbs/ground/02_files.ipynb #45a70874
+# %% ../nbs/ground/02_files.ipynb #662dd0c7
 def is_filled(
-    folder:Path, # or what will be one
+    folder:Path, # existing or not
 )->bool:
-    "Whether anything lies there but what a kill cut short, and a lock"
+    "Whether a folder holds anything but incomplete files and locks"
     return folder.is_dir() and any(not f.name.endswith(('.part', '.lock')) for f in folder.iterdir())
 
 # %% ../nbs/ground/02_files.ipynb #3f1e6202
@@ -243,7 +249,7 @@ def write_csv(
     path: str | Path,       # the file to write
     columns: tuple,         # names, the first line
     rows: Iterable[tuple],  # values of each line
-):
+) -> None:
     "Write a CSV file atomically"
     def write(part):
         with open(part, 'w', newline='', encoding='utf-8') as f:

@@ -80,9 +80,15 @@ def option_of(
     kind, how = kind_of(arg.annotation)
     positional = not how.pop('opt', default is not None)
     last = default or arg
-    rest = lines[last.end_lineno - 1].encode()[last.end_col_offset:].decode()   # columns count bytes
+    # columns count bytes
+    rest = lines[last.end_lineno - 1].encode()[last.end_col_offset:].decode()
+    help, above = rest.partition('#')[2].strip(), arg.lineno - 2
+    if not help:
+        while lines[above].strip().startswith('#'):
+            help = f"{lines[above].strip().removeprefix('#').strip()} {help}".strip()
+            above -= 1
     value = None if default is None else default_of(module, default)
-    return Option(arg.arg, kind, how, positional, value, rest.partition('#')[2].strip())
+    return Option(arg.arg, kind, how, positional, value, help)
 
 # %% ../nbs/reference/01a_options.ipynb #ddd8e82b
 @dataclass

@@ -86,7 +86,7 @@ def test_options_are_the_parameters_of_the_function(command):
         assert o.positional == (p.default is p.empty if not how else not how[0].get('opt', p.default is not p.empty)), o.name
         default = None if p.default is p.empty else p.default
         assert o.default == (str(default) if isinstance(default, Path) else default), o.name
-        assert o.help == comments[o.name] and o.help, f'{command} --{o.name} has no help'
+        assert o.help == (comments[o.name] or '').replace('\n', ' ') and o.help, f'{command} --{o.name} has no help'
         assert o.kind is not bool or o.default is False, f'{o.name} could not be switched off'
 
 

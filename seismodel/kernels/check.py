@@ -1,4 +1,4 @@
-"""A wrong loss raises no error; it trains a worse model. So before the kernels of the loss are used on a GPU for the first time, they solve a small problem whose solution is known.
+"""Before they are used on a GPU, the kernels of the loss solve a small problem with a known solution
 
 Docs: https://seismodel.github.io/seismodel/kernels/check.html.md"""
 
@@ -21,8 +21,8 @@ def exact_quantizer(
     codes: Tensor,          # (N, G) int64, chosen by the kernels
     weight: Tensor,         # (N,) of each frame in the usage
     scale: float,           # of the logits
-) -> tuple[Tensor, Tensor, Tensor]:   # vectors (N, G·d), usage (G, V), 0-d what the codes miss
-    "The definition, for codes that are given"
+) -> tuple[Tensor, Tensor, Tensor]:   # vectors (N, G·d), usage (G, V), () largest miss in score
+    "The definition, for given codes"
     x, proj, bias, book = exact
     G, V = codes.shape[1], len(proj)//codes.shape[1]
     logits = ((x @ proj.T + bias)*scale).unflatten(1, (G, V))                   # (N, G, V)
@@ -35,21 +35,21 @@ def exact_quantizer(
 
 # %% ../../nbs/kernels/08_check.ipynb #c67aabad
 def quantizer_errors(
-    device: torch.device,  # a GPU; the CPU, where Triton interprets
-) -> list[Tensor]:         # 0-d each: errors of vectors, usage, four gradients; what codes miss
+    device: torch.device,  # a GPU; or the CPU with Triton's interpreter
+) -> list[Tensor]:         # () each: errors of vectors, usage, four gradients, and the codes
     "Solve a small quantization by the kernels and in float64"
     from seismodel.kernels.triton_infonce import Quantize
     draws = torch.Generator().manual_seed(0)
     normal = lambda *shape: torch.randn(*shape, generator=draws, dtype=torch.float64).to(device)
     N, G, V, scale = 140, 2, 20, .3
     rows = torch.randperm(180, generator=draws)[:N].to(device)
-    shapes = (180, 24), (G*V, 24), (G*V,), (1, G*V, 8)
-    exact = [normal(*shape).requires_grad_() for shape in shapes]
+    exact = [z.requires_grad_()
+             for z in (normal(180, 24), normal(G*V, 24), normal(G*V), normal(1, G*V, 8))]
     weight, dvectors, dusage = (normal(N) > -1).float(), normal(N, G*8), normal(G, V)
     x, proj, bias, book = single = [z.detach().float().requires_grad_() for z in exact]
     one, seed = torch.ones((), device=device), torch.zeros(1, dtype=torch.int64, device=device)
-    vectors, codes, usage = Quantize.apply(x, rows, weight, proj, bias, book, one, seed,
-                                           scale, G, False)
+    vectors, codes, usage = Quantize.apply(x, rows, weight, proj, bias, book, one, seed, scale, G,
+                                           False)
     upstream = [dvectors.float(), dusage.float()]
     found = [vectors, usage, *torch.autograd.grad([vectors, usage], single, upstream)]
     vectors, usage, missed = exact_quantizer([exact[0][rows], *exact[1:]], codes, weight, scale)
@@ -63,8 +63,8 @@ def exact_info_nce(
     times: Tensor,   # (B, M, M) how often each target is a negative
     counted: Tensor, # (B, M) bool, frames with a negative
     tau: float,      # temperature
-) -> Tensor:         # 0-d
-    "The definition, for negatives that are given"
+) -> Tensor:         # ()
+    "The definition, for given negatives"
     unit = [z/torch.linalg.vector_norm(z, dim=-1, keepdim=True) for z in (c, q)]
     s = unit[0] @ unit[1].mT / tau                                              # (B, M, M)
     own = torch.eye(s.shape[1], dtype=torch.bool, device=s.device)
@@ -74,15 +74,15 @@ def exact_info_nce(
 
 # %% ../../nbs/kernels/08_check.ipynb #a76fddfa
 def info_nce_errors(
-    device: torch.device,  # a GPU; the CPU, where Triton interprets
+    device: torch.device,  # a GPU; or the CPU with Triton's interpreter
     dtype: torch.dtype,    # of predictions and targets
-) -> list[Tensor]:         # 0-d each: relative errors of the loss and of both gradients
+) -> list[Tensor]:         # () each: relative errors of the loss and of both gradients
     "Solve a small InfoNCE by the kernels and in float64"
     from seismodel.kernels.triton_infonce import InfoNCE, draw_negatives, flat_rows
     draws = torch.Generator().manual_seed(0)
     B, T, M, D, tau = 2, 90, 70, 32, .1
-    normal = lambda n: torch.randn(B, n, D, generator=draws).to(device, dtype)
-    c, q = (normal(n).requires_grad_() for n in (T, M))
+    c, q = (torch.randn(B, n, D, generator=draws).to(device, dtype).requires_grad_()
+            for n in (T, M))
     indices = torch.arange(M, device=device).add(7).repeat(B, 1)
     valid = torch.arange(M, device=device) < torch.tensor([[M], [M - 19]], device=device)
     ids = torch.randint(9, (B, M), generator=draws).to(device)
@@ -96,11 +96,11 @@ def info_nce_errors(
     return relative_errors(found, [loss, *torch.autograd.grad(loss, exact)])
 
 # %% ../../nbs/kernels/08_check.ipynb #08427c42
-BOUND = .03     # largest relative error that rounding explains
+BOUND = .03     # largest relative error that rounding can explain
 
 def infonce_fault(
-    device: torch.device,  # a GPU; the CPU, where Triton interprets
-) -> str:                  # empty if all is well
+    device: torch.device,  # a GPU; or the CPU with Triton's interpreter
+) -> str:                  # empty if there is no fault
     "Why the kernels of the loss must not be used on this device"
     dtype = torch.bfloat16 if device.type == 'cuda' else torch.float32
     solve = lambda: largest([*quantizer_errors(device), *info_nce_errors(device, dtype)])

@@ -1,4 +1,4 @@
-"""One function for every machine: the Triton kernels where there is a GPU that passes its own check, PyTorch everywhere else, and the same numbers from both.
+"""Triton kernels on a GPU that has passed a check, PyTorch everywhere else, with the same results
 
 Docs: https://seismodel.github.io/seismodel/kernels/fused.html.md"""
 
@@ -6,9 +6,9 @@ Docs: https://seismodel.github.io/seismodel/kernels/fused.html.md"""
 
 # %% auto #0
 __all__ = ['BEGIN', 'BOUNDS', 'verdicts', 'TilePlan', 'padded_width', 'uses_scan', 'plan_tiles', 'widths', 'operands', 'plan_for',
-           'gpu', 'fused_forward', 'enter_state', 'leave_state', 'fused_backward', 'FusedMLSTM', 'relative_errors',
-           'largest', 'disagreement', 'find_fault', 'passes_check', 'constant_when_compiled', 'trusted', 'mlstm_fault',
-           'mlstm']
+           'gpu', 'fused_forward', 'launch_gates', 'launch_scan', 'enter_state', 'leave_state', 'fused_backward',
+           'launch_begin', 'launch_products', 'FusedMLSTM', 'relative_errors', 'largest', 'disagreement', 'find_fault',
+           'passes_check', 'constant_when_compiled', 'trusted', 'mlstm_fault', 'mlstm']
 
 # %% ../../nbs/kernels/04_fused.ipynb #73c15dae
 import math
@@ -24,71 +24,97 @@ from ..core import log
 
 # %% ../../nbs/kernels/04_fused.ipynb #6ea567f5
 class TilePlan(NamedTuple):
-    "How a problem is cut for the kernels"
-    scan: bool       # chunk after chunk with a memory; False: tile against tile
-    L: int           # frames a chunk or tile
-    segments: int    # programs that share the scan of a head
-    per: int         # chunks in each
-    warps: int       # groups of 32 threads a program
-    stages: int      # tiles that are loaded ahead, forward
-    stages_back: int # likewise, backward
+    "Sizes for the kernels"
+    scan: bool       # chunk after chunk with a memory; False: all pairs of tiles
+    L: int           # frames per chunk or tile
+    segments: int    # programs that divide the scan of a head among them
+    per: int         # chunks per segment
+    warps: int       # groups of 32 threads per program
+    stages: int      # tiles that are loaded ahead, forward pass
+    stages_back: int # the same, backward pass
 
 # %% ../../nbs/kernels/04_fused.ipynb #c6d2da20
-def padded_width(n: int) -> int:
-    "The next power of two, at least 16: what a tile is made of"
+def padded_width(
+    n: int,  # width of a head
+) -> int:
+    "The next power of two, at least 16: the width of a tile"
     return max(16, 1 << (n - 1).bit_length())
 
+# %% ../../nbs/kernels/04_fused.ipynb #bfec8719
 def uses_scan(
     T: int,        # frames
-    d: int,        # numbers a head, the larger of keys and values
+    d: int,        # width of a head, the larger of keys and values
     stream: bool = False,  # a state comes in or goes out
 ) -> bool:
-    "Whether the kernels scan with a memory, or go tile against tile"
+    "Whether the kernels scan with a memory; otherwise they compare all pairs of tiles"
     return stream or (d <= 64 and T > 128) or (d <= 128 and T > 2 * (64 + d))
 
+# %% ../../nbs/kernels/04_fused.ipynb #25d6b25e
 def plan_tiles(
     B: int,        # windows
     H: int,        # heads
     T: int,        # frames
-    d: int,        # numbers a head, the larger of keys and values
-    wide: bool,    # float32 arithmetic: tiles take twice the room
+    d: int,        # width of a head, the larger of keys and values
+    wide: bool,    # float32 arithmetic: tiles take twice the memory
     stream: bool,  # a state comes in or goes out
     multiprocessors: int = 132, # of the GPU
-    room: int = 227,       # kB of shared memory a program may use
+    room: int = 227,       # kB of shared memory that a program may use
 ) -> TilePlan:
-    "How to cut a problem"
+    "The sizes for a problem"
     roomy = room >= 200 and not wide                       # a data-centre GPU and 16-bit tiles
-    longest = 64 if d <= 64 or (d <= 128 and not wide) or roomy else 32 if d <= 128 or room >= 200 else 16
+    longest = 64 if d <= 64 or (d <= 128
+                                and not wide) or roomy else 32 if d <= 128 or room >= 200 else 16
     L = min(longest, padded_width(T))
     chunks = -(-T // L)
     scan = uses_scan(T, d, stream)
     segments = 1
-    if scan and not stream and B * H < multiprocessors: segments = max(1, min(chunks // 4, -(-2 * multiprocessors // (B * H))))
+    if scan and not stream and B * H < multiprocessors:
+        segments = max(1, min(chunks // 4, -(-2 * multiprocessors // (B * H))))
     per = -(-chunks // segments)
     warps = 4 if d <= 64 or (d <= 128 and not scan) else 8
-    even = d % 16 == 0                                     # rows that can be loaded ahead in pieces of 16 bytes
-    stages, back = (3 if d <= 128 and even else 2, 1 if not even else 3 if d <= 64 else 2) if roomy else (1, 1)
+    # rows that can be loaded ahead in pieces of 16 bytes
+    even = d % 16 == 0
+    stages, back = (3 if d <= 128 and even else 2,
+                    1 if not even else 3 if d <= 64 else 2) if roomy else (1, 1)
     return TilePlan(scan, L, -(-chunks // per), per, warps, stages, back)
 
 # %% ../../nbs/kernels/04_fused.ipynb #edb17825
-def widths(q: Tensor, v: Tensor) -> dict:
-    "Width of a head, and the power of two it is filled up to"
-    return dict(DK=padded_width(q.shape[-1]), DV=padded_width(v.shape[-1]), dk=q.shape[-1], dv=v.shape[-1])
+def widths(
+    q: Tensor,  # (B, H, T, dk)
+    v: Tensor,  # (B, H, T, dv)
+) -> dict:      # for the kernels
+    "Widths of a head, and the powers of two they are padded to"
+    return dict(DK=padded_width(q.shape[-1]), DV=padded_width(v.shape[-1]), dk=q.shape[-1],
+                dv=v.shape[-1])
 
-def operands(*tensors: Tensor) -> dict:
-    "Type and precision of the matrix products, and the alignment that all rows share"
+# %% ../../nbs/kernels/04_fused.ipynb #434596e9
+def operands(
+    *tensors: Tensor,  # (B, H, T, d) each, of one dtype
+) -> dict:             # for the kernels
+    "Type and precision of the matrix products, and the alignment that all rows have"
     import triton.language as tl
-    dot, precision = {torch.bfloat16: (tl.bfloat16, 'ieee'), torch.float16: (tl.float32, 'tf32'), torch.float32: (tl.float32, 'ieee')}[tensors[0].dtype]
-    return dict(DOT=dot, PRECISION=precision, ALIGN=math.gcd(16, *(s for x in tensors for s in x.stride()[:3])))
+    dot, precision = {torch.bfloat16: (tl.bfloat16, 'ieee'), torch.float16: (tl.float32, 'tf32'),
+                      torch.float32: (tl.float32, 'ieee')}[tensors[0].dtype]
+    strides = (s for x in tensors for s in x.stride()[:3])
+    return dict(DOT=dot, PRECISION=precision, ALIGN=math.gcd(16, *strides))
 
-def plan_for(q: Tensor, v: Tensor, stream: bool) -> TilePlan:
+# %% ../../nbs/kernels/04_fused.ipynb #4b51e095
+def plan_for(
+    q: Tensor,     # (B, H, T, dk)
+    v: Tensor,     # (B, H, T, dv)
+    stream: bool,  # a state comes in or goes out
+) -> TilePlan:
     "The plan for these tensors on their GPU"
     B, H, T, dk = q.shape
     multiprocessors, room = gpu(q.device) if q.is_cuda else (132, 227)
-    return plan_tiles(B, H, T, max(dk, v.shape[-1]), q.dtype != torch.bfloat16, stream, multiprocessors, room)
+    return plan_tiles(B, H, T, max(dk, v.shape[-1]), q.dtype != torch.bfloat16, stream,
+                      multiprocessors, room)
 
-def gpu(device: torch.device) -> tuple[int, int]:
-    "Processors of a GPU, and kB of shared memory for one program"
+# %% ../../nbs/kernels/04_fused.ipynb #54a2d002
+def gpu(
+    device: torch.device,
+) -> tuple[int, int]:
+    "Multiprocessors of a GPU, and kB of shared memory for one program"
     p = torch.cuda.get_device_properties(device)
     return p.multi_processor_count, p.shared_memory_per_block_optin // 1024
 
@@ -98,105 +124,193 @@ def fused_forward(
     i: Tensor, f: Tensor,             # (B, H, T), gates with equal strides
     reverse: int,                     # the last `reverse` heads read time backwards
     cap: float = 0.,                  # soft cap of the gates inside the kernel; 0: none
-    o: Tensor | None = None,          # (B, H, T, dv) output gate before the sigmoid: norm and gate follow at once
-    weight: Tensor | None = None,     # (H · dv,) of that norm; of fewer, if heads are filled up with zeros
+    o: Tensor | None = None,          # (B, H, T, dv) output gate before the sigmoid; None: no norm
+    weight: Tensor | None = None,     # (H · n,) of the norm, n ≤ dv
     state: MLSTMState | None = None,  # memory left by the piece before
     return_state: bool = False,       # also the memory at the end
     eps: float = 1e-6,                # of the norm
-):                                    # y, h (B, H, T, dv), den (B, H, T), memory, state or None
+) -> tuple:                           # y, h (B, H, T, dv), den (B, H, T), memory, state or None
     "The kernels of a forward pass, one after the other"
-    from seismodel.kernels import triton_mlstm as K, tiles
+    from seismodel.kernels.tiles import tile_forward
     B, H, T, _ = q.shape
-    p, w, ops = plan_for(q, v, state is not None or return_state), widths(q, v), operands(q, k, v, *([] if o is None else [o]))
-    norm = 0 if o is None else len(weight) // H
-    chunks, rows, single = -(-T // p.L), max(1, 256 // p.L), dict(dtype=torch.float32, device=q.device)
+    p, w = plan_for(q, v, state is not None or return_state), widths(q, v)
+    n, chunks = 0 if o is None else len(weight) // H, -(-T // p.L)
     h = q.new_empty(B, T, H, w['dv']).transpose(1, 2)
-    y, den = h if o is None else torch.empty_like(h), torch.empty(B, H, T, **single)
-    b, x = (torch.empty(B * H, chunks * p.L, device=q.device, dtype=torch.float64 if q.dtype == torch.float32 else torch.float32) for _ in range(2))
-    K.gate_logs[B * H, -(-chunks // rows)](i, f, b, x, reverse, T, chunks, -.5 * math.log2(norm or w['dk']), H, *i.stride(), L=p.L, ROWS=rows, CAP=cap, num_warps=2)
-    strides = [s for z in (q, k, v, v if o is None else o, h) for s in z.stride()[:3]]
-    how = dict(num_warps=p.warps, num_stages=p.stages)
-    parts, ends, begins = (den,) * 3, (den,) * 2, (den,) * 2
-    if p.scan:
-        if p.segments > 1:
-            parts = (torch.empty(B * H, p.segments, w['DK'], w['DV'], **single), torch.empty(B * H, p.segments, w['DK'], **single),
-                     torch.empty(B * H, p.segments, **single))
-            K.scan_memory[B * H, p.segments](k, v, b, x, *parts, reverse, T, p.per, p.segments, chunks, H, *strides[3:9], L=p.L, **w, **ops, **how)
-        if state is not None: begins = enter_state(state, w)
-        if return_state: ends = torch.empty(B, H, w['DK'], w['DV'], **single), torch.empty(B, H, w['DK'], **single)
-        K.scan_forward[B * H, p.segments](q, k, v, b, x, v if o is None else o, den if o is None else weight, y, h, den, *begins, *parts, *ends,
-            reverse, T, p.per, p.segments, chunks, H, *strides, L=p.L, NORM=norm, EPS=eps, INITIAL=state is not None,
-            FINAL=return_state, **w, **ops, **how)
-    else:
-        tiles.tile_forward[B * H, chunks](q, k, v, b, x, v if o is None else o, den if o is None else weight, y, h, den, reverse, T, chunks, H, *strides,
-            L=p.L, NORM=norm, EPS=eps, **w, **ops, **how)
-    memory = (b, x, *(z if p.segments > 1 else den.new_empty(0) for z in parts), *(z if state is not None else den.new_empty(0) for z in begins))
-    return y, h, den, memory, leave_state(*ends, w) if return_state else None
+    y, den = h if o is None else torch.empty_like(h), q.new_empty(B, H, T, dtype=torch.float32)
+    b, x = launch_gates(i, f, reverse, cap, p, n or w['dk'], q.dtype)
+    gate, scale = (v, den) if o is None else (o, weight)     # not read without a norm
+    tensors = q, k, v, b, x, gate, scale, y, h, den
+    how = dict(L=p.L, NORM=n, EPS=eps, **w, **operands(q, k, v, *([] if o is None else [o])),
+               num_warps=p.warps, num_stages=p.stages)
+    if p.scan: return y, h, den, *launch_scan(tensors, reverse, p, how, state, return_state)
+    strides = [s for z in (q, k, v, gate, h) for s in z.stride()[:3]]
+    tile_forward[B * H, chunks](*tensors, reverse, T, chunks, H, *strides, **how)
+    return y, h, den, (b, x, *(den.new_empty(0) for _ in range(5))), None
+
+# %% ../../nbs/kernels/04_fused.ipynb #d75cc9a1
+def launch_gates(
+    i: Tensor, f: Tensor,  # (B, H, T), gates with equal strides
+    reverse: int,          # the last `reverse` heads read time backwards
+    cap: float,            # soft cap; 0: none
+    p: TilePlan,
+    width: int,            # d of the factor d^-1/2
+    dtype: torch.dtype,    # of q
+) -> tuple[Tensor, Tensor]:  # b, x (B · H, chunks · L)
+    "Log decay and log weight of every frame"
+    from seismodel.kernels.triton_mlstm import gate_logs
+    B, H, T = i.shape
+    chunks, rows = -(-T // p.L), max(1, 256 // p.L)
+    kind = torch.float64 if dtype == torch.float32 else torch.float32
+    b, x = (torch.empty(B * H, chunks * p.L, device=i.device, dtype=kind) for _ in range(2))
+    gate_logs[B * H, -(-chunks // rows)](i, f, b, x, reverse, T, chunks, -.5 * math.log2(width), H,
+                                         *i.stride(), L=p.L, ROWS=rows, CAP=cap, num_warps=2)
+    return b, x
+
+# %% ../../nbs/kernels/04_fused.ipynb #25de4076
+def launch_scan(
+    tensors: tuple,           # q, k, v, b, x, o, weight, y, h, den
+    reverse: int,             # the last `reverse` heads read time backwards
+    p: TilePlan,
+    how: dict,                # constants and options of the launch
+    state: MLSTMState | None, # memory left by the piece before
+    return_state: bool,       # also the memory at the end
+) -> tuple[tuple, MLSTMState | None]:  # memory, state
+    "The memory of each segment, if there are several, and the scan"
+    from seismodel.kernels.triton_mlstm import scan_forward, scan_memory
+    q, k, v, b, x, gate, _, _, h, den = tensors
+    B, H, T = den.shape
+    DK, DV, grid = how['DK'], how['DV'], (B * H, p.segments)
+    sizes = reverse, T, p.per, p.segments, -(-T // p.L), H
+    strides = [s for z in (q, k, v, gate, h) for s in z.stride()[:3]]
+    parts, begins, ends = (den,) * 3, (den,) * 2, (den,) * 2       # not read
+    if p.segments > 1:
+        parts = den.new_empty(*grid, DK, DV), den.new_empty(*grid, DK), den.new_empty(grid)
+        plain = {name: value for name, value in how.items() if name not in ('NORM', 'EPS')}
+        scan_memory[grid](k, v, b, x, *parts, *sizes, *strides[3:9], **plain)
+    if state is not None: begins = enter_state(state, how)
+    if return_state: ends = den.new_empty(B, H, DK, DV), den.new_empty(B, H, DK)
+    scan_forward[grid](*tensors, *begins, *parts, *ends, *sizes, *strides,
+                       INITIAL=state is not None, FINAL=return_state, **how)
+    keep = lambda these, kept: these if kept else [den.new_empty(0) for _ in these]
+    memory = b, x, *keep(parts, p.segments > 1), *keep(begins, state is not None)
+    return memory, leave_state(*ends, how) if return_state else None
 
 # %% ../../nbs/kernels/04_fused.ipynb #dc2d6cbf
-def enter_state(state: MLSTMState, w: dict) -> tuple[Tensor, Tensor]:
-    "C and n as the kernels keep them"
+def enter_state(
+    state: MLSTMState,
+    w: dict,  # from `widths`
+) -> tuple[Tensor, Tensor]:  # (B, H, DK, DV), (B, H, DK)
+    "C and n in the form of the kernels"
     scale = torch.exp(state.m.float()) * w['dk']**-.5
     fill_k, fill_v = w['DK'] - w['dk'], w['DV'] - w['dv']
     return (F.pad(state.C.float() * scale[..., None, None], (0, fill_v, 0, fill_k)).contiguous(),
             F.pad(state.n.float() * scale[..., None], (0, fill_k)).contiguous())
 
-def leave_state(C: Tensor, n: Tensor, w: dict) -> MLSTMState:
+# %% ../../nbs/kernels/04_fused.ipynb #ff948efd
+def leave_state(
+    C: Tensor,  # (B, H, DK, DV)
+    n: Tensor,  # (B, H, DK)
+    w: dict,    # from `widths`
+) -> MLSTMState:
     "C and n of the kernels as a state with log scale 0"
     C, n = C[..., :w['dk'], :w['dv']] * w['dk']**.5, n[..., :w['dk']] * w['dk']**.5
     return MLSTMState(C, n, torch.zeros_like(n[..., 0]))
 
 # %% ../../nbs/kernels/04_fused.ipynb #25fa8f7c
+def fused_backward(
+    dy: Tensor,                              # (B, H, T, dv) gradient of y
+    q: Tensor, k: Tensor, v: Tensor,         # as in the forward pass
+    i: Tensor, f: Tensor,                    # as in the forward pass
+    reverse: int, cap: float,                # as in the forward pass
+    o: Tensor | None, weight: Tensor | None, # as in the forward pass
+    h: Tensor, den: Tensor, memory: tuple,   # from the forward pass
+    stream: bool,                            # whether a state came in or went out
+    dq: Tensor, dk: Tensor, dv: Tensor,      # to be filled, with the strides of q, k and v
+    di: Tensor, df: Tensor,                  # to be filled, with the strides of i
+    do: Tensor | None = None,                # to be filled, with the strides of o
+    eps: float = 1e-6,                       # of the norm
+) -> Tensor | None:                          # gradient of the norm's weight
+    "The kernels of a backward pass, one after the other"
+    from seismodel.kernels.triton_mlstm import gate_gradients
+    B, H, T, _ = q.shape
+    p, (b, x, *parts) = plan_for(q, v, stream), memory
+    dh, e, rho, dw = launch_begin(dy, h, den, b, (o, weight, do), reverse, eps)
+    qdq, kdk = torch.empty(2, B, H, T, dtype=torch.float32, device=q.device)
+    how = dict(L=p.L, **widths(q, v), **operands(q, k, v, dh), num_warps=p.warps,
+               num_stages=p.stages_back)
+    launch_products((q, k, v, b, x, dh, e, rho), (dq, qdq), (dk, dv, kdk), parts, reverse, p, how)
+    gate_gradients[B * H,](i, f, qdq, kdk, di, df, reverse, T, H, *i.stride(),
+                           L=min(1024, padded_width(T)), CAP=cap, num_warps=4)
+    return None if o is None else dw[..., :len(weight) // H].sum((0, 2)).flatten()
+
+# %% ../../nbs/kernels/04_fused.ipynb #c493c6ac
 BEGIN = 4096      # numbers in a tile of `begin_backward`
 
-def fused_backward(
-    dy: Tensor,                       # (B, H, T, dv) gradient of y
-    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, reverse: int, cap: float, o: Tensor | None, weight: Tensor | None,  # as before
-    h: Tensor, den: Tensor, memory: tuple, stream: bool,  # what the forward pass left, and whether a state came in or went out
-    dq: Tensor, dk: Tensor, dv: Tensor, di: Tensor, df: Tensor, do: Tensor | None = None,  # to be filled, strides as their originals
-    eps: float = 1e-6,
-) -> Tensor | None:                   # gradient of the norm's weight
-    "The kernels of a backward pass, one after the other"
+def launch_begin(
+    dy: Tensor,   # (B, H, T, dv) gradient of y
+    h: Tensor, den: Tensor, b: Tensor,   # from the forward pass
+    norm: tuple,  # o, weight, and do to be filled; three times None without a norm
+    reverse: int, # the last `reverse` heads read time backwards
+    eps: float,   # of the norm
+) -> tuple:       # dh, e, rho, and the gradient of the weight in pieces (B, H, pieces, DV)
+    "Take the gradient back through output gate, norm and division"
+    from seismodel.kernels.triton_mlstm import begin_backward
+    (B, H, T, width), length, fused = h.shape, b.shape[1], norm[0] is not None
+    DV, rows = padded_width(width), max(16, BEGIN // padded_width(width))
+    pieces = -(-length // rows)
+    kind = h.dtype if h.dtype == torch.bfloat16 else torch.float32
+    dh = torch.empty_like(h, dtype=kind) if fused else dy
+    e, rho = torch.empty(b.shape, dtype=torch.float32, device=b.device), torch.empty_like(b)
+    dw = den.new_empty(B, H, pieces, DV) if fused else den
+    out, weight, do = norm if fused else (h, den, den)     # not read without a norm
+    strides = [z.stride()[:3] for z in (h, dy, out)]
+    begin_backward[B * H, pieces](
+        h, den, b, dy, out, weight, dh, do, dw, e, rho, reverse, T, pieces, length, H,
+        *(s for z in strides for s in z), DV=DV, dv=width, ROWS=rows,
+        NORM=len(weight) // H if fused else 0, EPS=eps,
+        ALIGN=math.gcd(16, *(s for z in strides for s in z)), num_warps=4)
+    return dh, e, rho, dw
+
+# %% ../../nbs/kernels/04_fused.ipynb #71a00d74
+def launch_products(
+    inputs: tuple,      # q, k, v, b, x, dh, e, rho
+    queries: tuple,     # dq, q · dq, to be filled
+    keys: tuple,        # dk, dv, k · dk, to be filled
+    parts: list,        # memory of the segments and of the stream, from the forward pass
+    reverse: int,       # the last `reverse` heads read time backwards
+    p: TilePlan,
+    how: dict,          # constants and options of the launch
+) -> None:
+    "The gradients of q, k and v, by scans or by tiles"
     from seismodel.kernels import triton_mlstm as K, tiles
+    q, k, v, _, _, dh, *_ = inputs
     B, H, T, _ = q.shape
-    p, w, fused = plan_for(q, v, stream), widths(q, v), o is not None
-    norm = len(weight) // H if fused else 0
-    single, (b, x, C, n, G, *begins) = dict(dtype=torch.float32, device=q.device), memory
-    chunks = -(-T // p.L)
-    dh = dy if not fused else torch.empty_like(h, dtype=h.dtype if h.dtype == torch.bfloat16 else torch.float32)
-    e, rho = torch.empty(b.shape, **single), torch.empty_like(b)
-    qdq, kdk = torch.empty(2, B, H, T, **single)
-    rows = max(16, BEGIN // w['DV'])
-    pieces = -(-chunks * p.L // rows)
-    dw = torch.empty(B, H, pieces, w['DV'], **single) if fused else den
-    out = o if fused else h
-    align = math.gcd(16, *(s for z in (h, dy, out) for s in z.stride()[:3]))
-    K.begin_backward[B * H, pieces](h, den, b, dy, out, weight if fused else den, dh, do if fused else den, dw, e, rho, reverse, T, pieces, chunks * p.L, H,
-        *h.stride()[:3], *dy.stride()[:3], *out.stride()[:3], DV=w['DV'], dv=w['dv'], ROWS=rows, NORM=norm, EPS=eps, ALIGN=align, num_warps=4)
-    ops, how = operands(q, k, v, dh), dict(num_warps=p.warps, num_stages=p.stages_back)
-    inputs, strides = (q, k, v, b, x, dh, e, rho), [s for z in (q, k, v, dh) for s in z.stride()[:3]]
-    if p.scan:
-        dC, dn = torch.empty_like(C), torch.empty_like(n)
-        if p.segments > 1:
-            K.scan_dkv[B * H, p.segments](*inputs, dk, dv, kdk, dC, dn, G, reverse, T, p.per, p.segments, chunks, H, *strides, L=p.L, LOCAL_ONLY=True, **w, **ops, **how)
-        K.scan_dq[B * H, p.segments](*inputs, dq, qdq, *begins, C, n, G, reverse, T, p.per, p.segments, chunks, H, *strides,
-                                     L=p.L, INITIAL=begins[0].numel() > 0, **w, **ops, **how)
-        K.scan_dkv[B * H, p.segments](*inputs, dk, dv, kdk, dC, dn, G, reverse, T, p.per, p.segments, chunks, H, *strides, L=p.L, LOCAL_ONLY=False, **w, **ops, **how)
-    else:
-        tiles.tile_dq[B * H, chunks](*inputs, dq, qdq, reverse, T, chunks, H, *strides, L=p.L, **w, **ops, **how)
-        tiles.tile_dkv[B * H, chunks](*inputs, dk, dv, kdk, reverse, T, chunks, H, *strides, L=p.L, **w, **ops, **how)
-    K.gate_gradients[B * H,](i, f, qdq, kdk, di, df, reverse, T, H, *i.stride(), L=min(1024, padded_width(T)), CAP=cap, num_warps=4)
-    return dw[..., :norm].sum((0, 2)).flatten() if fused else None
+    chunks, strides = -(-T // p.L), [s for z in (q, k, v, dh) for s in z.stride()[:3]]
+    if not p.scan:
+        grid, sizes = (B * H, chunks), (reverse, T, chunks, H)
+        tiles.tile_dq[grid](*inputs, *queries, *sizes, *strides, **how)
+        tiles.tile_dkv[grid](*inputs, *keys, *sizes, *strides, **how)
+        return
+    C, n, G, *begins = parts
+    grid, sizes = (B * H, p.segments), (reverse, T, p.per, p.segments, chunks, H)
+    gradients = torch.empty_like(C), torch.empty_like(n), G
+    scan_dkv = lambda local: K.scan_dkv[grid](*inputs, *keys, *gradients, *sizes, *strides,
+                                              LOCAL_ONLY=local, **how)
+    if p.segments > 1: scan_dkv(True)
+    K.scan_dq[grid](*inputs, *queries, *begins, C, n, G, *sizes, *strides,
+                    INITIAL=begins[0].numel() > 0, **how)
+    scan_dkv(False)
 
 # %% ../../nbs/kernels/04_fused.ipynb #ce15a4a7
 class FusedMLSTM(torch.autograd.Function):
-    "The mLSTM cell by the kernels; differentiable once, a state passes no gradient"
+    "The mLSTM cell by the kernels; differentiable once, and without a gradient for the state"
 
     @staticmethod
     def forward(ctx, q, k, v, i, f, reverse, state, return_state):
         q, k, v = (z if z.stride(-1) == 1 else z.contiguous() for z in (q, k, v))
         i, f = (i, f) if i.stride() == f.stride() else (i.contiguous(), f.contiguous())
-        _, h, den, memory, end = fused_forward(q, k, v, i, f, reverse, state=state, return_state=return_state)
+        _, h, den, memory, end = fused_forward(q, k, v, i, f, reverse, state=state,
+                                               return_state=return_state)
         ctx.save_for_backward(q, k, v, i, f, h, den, *memory)
         ctx.reverse, ctx.stream = reverse, state is not None or return_state
         if end is None: return h, None, None, None
@@ -208,8 +322,10 @@ class FusedMLSTM(torch.autograd.Function):
     def backward(ctx, dh, *_):
         q, k, v, i, f, h, den, *memory = ctx.saved_tensors
         dh = dh if dh.stride(-1) == 1 else dh.contiguous()
-        grads = [torch.empty_strided(z.shape, z.stride(), dtype=z.dtype, device=z.device) for z in (q, k, v, i, f)]
-        fused_backward(dh, q, k, v, i, f, ctx.reverse, 0., None, None, h, den, tuple(memory), ctx.stream, *grads)
+        grads = [torch.empty_strided(z.shape, z.stride(), dtype=z.dtype, device=z.device)
+                 for z in (q, k, v, i, f)]
+        fused_backward(dh, q, k, v, i, f, ctx.reverse, 0., None, None, h, den, tuple(memory),
+                       ctx.stream, *grads)
         return *grads, None, None, None
 
 # %% ../../nbs/kernels/04_fused.ipynb #9c781ca2
@@ -217,12 +333,13 @@ def relative_errors(
     found: list[Tensor],   # by the kernels
     exact: list[Tensor],   # in float64
 ) -> list[Tensor]:         # 0-d each
-    "Norm of the difference over norm of the exact tensor, for each pair"
+    "Norm of the difference divided by the norm of the exact tensor, for each pair"
     return [((a.double() - b).norm()/b.norm()).detach() for a, b in zip(found, exact)]
 
+# %% ../../nbs/kernels/04_fused.ipynb #1e4546c8
 def largest(
     errors: list[Tensor],  # 0-d each
-) -> float:                # inf where one is not finite
+) -> float:                # inf if one is not finite
     "The largest of several errors"
     errors = torch.stack([e.double() for e in errors])
     return torch.where(errors.isfinite(), errors, math.inf).max().item()
@@ -247,20 +364,20 @@ def disagreement(
     return largest(relative_errors(found, [h, *torch.autograd.grad(h, exact, dh.double())]))
 
 # %% ../../nbs/kernels/04_fused.ipynb #7f609751
-BOUNDS = {torch.bfloat16: .04, torch.float16: .01, torch.float32: 1e-3}    # largest error that rounding explains
+BOUNDS = {torch.bfloat16: .04, torch.float16: .01, torch.float32: 1e-3}   # largest rounding error
 
 def find_fault(
     solve: Callable[[], float],  # a small problem by the kernels -> their largest relative error
-    bound: float,                # largest error that rounding explains
+    bound: float,                # largest error that rounding can explain
     device: torch.device,        # of the kernels
-) -> str:                        # empty if all is well
+) -> str:                        # empty if there is none
     "Why kernels must not be used"
     if find_spec('triton') is None: return 'Triton is not installed'
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else str(device)
-    plain = torch.autocast(device.type, enabled=False)
-    with torch.inference_mode(False), torch.enable_grad(), plain:
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type,
+                                                                          enabled=False):
         try: error = solve()
-        except Exception as e:   # a compiler or driver that cannot do it says so in many ways
+        except Exception as e:   # compilers and drivers raise many kinds of exceptions
             said = ''.join(str(e).splitlines()[:1])[:120]
             return f'the kernels cannot run on {name} ({type(e).__name__}: {said})'
     if error < bound: return ''
@@ -272,10 +389,10 @@ verdicts: dict[tuple, bool] = {}          # name and kind of problem -> whether 
 
 def passes_check(
     name: str,                  # of what is computed, for the message
-    kind: tuple,                # what the verdict holds for: device, type, sizes
-    fault: Callable[[], str],   # finds out, see `find_fault`
+    kind: tuple,                # of problem: device, dtype, sizes
+    fault: Callable[[], str],   # returns a fault or '', see `find_fault`
 ) -> bool:
-    "Whether kernels may be used for this kind of problem; says why not, once"
+    "Whether kernels may be used for this kind of problem; warns once if not"
     if (name, *kind) not in verdicts:
         why = fault()
         if why: log.warning('%s runs in plain PyTorch, slower: %s', name, why)
@@ -286,23 +403,30 @@ def passes_check(
 def constant_when_compiled(
     f: Callable,   # of plain values
 ) -> Callable:     # the same
-    "As `torch.compiler.assume_constant_result`, which would import compiler and Triton at once"
+    "As `torch.compiler.assume_constant_result`, without importing the compiler and Triton at once"
     f._dynamo_marked_constant = True
     return f
 
+# %% ../../nbs/kernels/04_fused.ipynb #2365bf9d
 @constant_when_compiled
 def trusted(
     device: torch.device,  # a GPU
     dtype: torch.dtype,    # of q, k and v
     dk: int, dv: int,      # width of a head
-    scan: bool,            # with a memory, or tile against tile
+    scan: bool,            # with a memory, or all pairs of tiles
 ) -> bool:
     "Whether the kernels can be used for this kind of problem"
     name, kind = f'mLSTM of {str(dtype)[6:]} heads of {max(dk, dv)}', (device, dtype, dk, dv, scan)
     return passes_check(name, kind, lambda: mlstm_fault(*kind))
 
-def mlstm_fault(device: torch.device, dtype: torch.dtype, dk: int, dv: int, scan: bool) -> str:
-    "Why the kernels must not be used, or nothing"
+# %% ../../nbs/kernels/04_fused.ipynb #3bff0dfb
+def mlstm_fault(
+    device: torch.device,  # a GPU
+    dtype: torch.dtype,    # of q, k and v
+    dk: int, dv: int,      # width of a head
+    scan: bool,            # with a memory, or all pairs of tiles
+) -> str:                  # empty if there is none
+    "Why the kernels must not be used"
     if dtype not in BOUNDS or max(dk, dv) > 256: return 'no kernel is made for them'
     solve = lambda: disagreement(dtype, dk, dv, device, 450 if scan else 100)
     return find_fault(solve, BOUNDS[dtype], device)
@@ -317,11 +441,12 @@ def mlstm(
     reverse: int=0,    # the last `reverse` heads read time backwards
     state: MLSTMState | None=None,  # memory left by the piece before; carries no gradient
     return_state: bool=False,       # also return the memory at the end
-):                     # h (B, H, T, dv), or (h, MLSTMState)
-    "The mLSTM cell: kernels on a GPU, `mlstm_chunkwise` elsewhere. Raises ValueError on shapes that do not fit."
+) -> Tensor | tuple[Tensor, MLSTMState]:  # h (B, H, T, dv); with the memory if asked
+    "The mLSTM cell: kernels on a GPU, `mlstm_chunkwise` elsewhere; ValueError for wrong shapes"
     check_inputs(q, k, v, i, f, reverse, stream=return_state or state is not None)
     d = max(q.shape[-1], v.shape[-1])
-    fits = d <= 128 or (q.shape[2] <= 1024 and state is None and not return_state)   # wider heads have no scan
+    # wider heads have no scan
+    fits = d <= 128 or (q.shape[2] <= 1024 and state is None and not return_state)
     scan = uses_scan(q.shape[2], d, return_state or state is not None)
     if not (q.is_cuda and fits and trusted(q.device, q.dtype, q.shape[-1], v.shape[-1], scan)):
         return mlstm_chunkwise(q, k, v, i, f, reverse, state=state, return_state=return_state)

@@ -1,4 +1,4 @@
-"""Soft cap, mLSTM, norm of each head and output gate as one operation, for eager code and for the compiler.
+"""All that a layer does with its heads as one operation, in eager mode and under torch.compile
 
 Docs: https://seismodel.github.io/seismodel/kernels/mixer.html.md"""
 
@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .fused import padded_width, fused_backward, fused_forward, plan_for, trusted, uses_scan
+from .fused import (padded_width, fused_backward, fused_forward, plan_for,
+                                     trusted, uses_scan)
 from .mlstm import mlstm_chunkwise, soft_cap
 
 # %% ../../nbs/kernels/05_mixer.ipynb #7d79e72d
@@ -22,13 +23,14 @@ def head_norm(
     eps: float=1e-6,  # added to the variance
 ) -> Tensor:          # (B, T, H · dv), in the dtype of the weight
     "LayerNorm over the features of each head"
-    return F.layer_norm(h.to(weight.dtype), h.shape[-1:], eps=eps).transpose(1, 2).flatten(2) * weight
+    return F.layer_norm(h.to(weight.dtype), h.shape[-1:],
+                        eps=eps).transpose(1, 2).flatten(2) * weight
 
 # %% ../../nbs/kernels/05_mixer.ipynb #d3aa16a6
 def mix_plain(
     qkvo: Tensor,     # (B, T, 4, H, d) queries, keys, values and output gates of H heads
     gates: Tensor,    # (B, T, 2, H) input and forget gates before the cap
-    weight: Tensor,   # (H · n,) of the norm; n < d: only the first n numbers of a head are there, then follow zeros
+    weight: Tensor,   # (H · n,) of the norm; if n < d, the other numbers of a head are zeros
     reverse: int,     # the last `reverse` heads read time backwards
     eps: float=1e-6,  # of the norm
 ) -> Tensor:          # (B, T, H · d)
@@ -43,37 +45,62 @@ def mix_plain(
 
 # %% ../../nbs/kernels/05_mixer.ipynb #cb28883b
 CAP = 15.
-MIXER_LIBRARY = __name__.split('.')[0]         # 'seismodel'; a chapter that is run registers operations of its own, and leaves those of the package alone
+# 'seismodel' in the package; a notebook that runs this chapter registers operations under a name
+# of its own
+MIXER_LIBRARY = __name__.split('.')[0]
 
 @torch.library.custom_op(f'{MIXER_LIBRARY}::mix_forward', mutates_args=())
-def mix_forward(qkvo: Tensor, gates: Tensor, weight: Tensor, reverse: int, eps: float) -> list[Tensor]:
-    "y (B, T, H · d), then what the backward pass needs"
+def mix_forward(
+    qkvo: Tensor,    # (B, T, 4, H, d)
+    gates: Tensor,   # (B, T, 2, H) before the cap
+    weight: Tensor,  # (H · n,) of the norm
+    reverse: int,    # the last `reverse` heads read time backwards
+    eps: float,      # of the norm
+) -> list[Tensor]:   # y (B, T, H · d), then what the backward pass needs
+    "`mix_plain` by the kernels"
     (q, k, v, o), (i, f) = ([z.transpose(1, 2) for z in x.unbind(2)] for x in (qkvo, gates))
     y, h, den, memory, _ = fused_forward(q, k, v, i, f, reverse, CAP, o, weight, eps=eps)
     return [y.transpose(1, 2).flatten(2), h, den, *memory]
 
+# %% ../../nbs/kernels/05_mixer.ipynb #621bc8a7
 @mix_forward.register_fake
 def _(qkvo, gates, weight, reverse, eps):
     B, T, _, H, d = qkvo.shape
     p = plan_for(qkvo[:, :, 0].transpose(1, 2), qkvo[:, :, 2].transpose(1, 2), False)
     single = lambda *shape: qkvo.new_empty(shape, dtype=torch.float32)
     D, n = padded_width(d), p.segments if p.segments > 1 else 0
-    b, x = (qkvo.new_empty(B * H, -(-T // p.L) * p.L, dtype=torch.float64 if qkvo.dtype == torch.float32 else torch.float32) for _ in range(2))
-    parts = [single(B * H, n, D, D), single(B * H, n, D), single(B * H, n)] if n else [single(0) for _ in range(3)]
-    return [qkvo.new_empty(B, T, H * d), qkvo.new_empty(B, T, H, d).transpose(1, 2), single(B, H, T), b, x, *parts, single(0), single(0)]
+    kind = torch.float64 if qkvo.dtype == torch.float32 else torch.float32
+    b, x = (qkvo.new_empty(B * H, -(-T // p.L) * p.L, dtype=kind) for _ in range(2))
+    parts = ([single(B * H, n, D, D), single(B * H, n, D), single(B * H, n)] if n
+             else [single(0) for _ in range(3)])
+    return [qkvo.new_empty(B, T, H * d), qkvo.new_empty(B, T, H, d).transpose(1, 2),
+            single(B, H, T), b, x, *parts, single(0), single(0)]
 
+# %% ../../nbs/kernels/05_mixer.ipynb #125fc276
 @torch.library.custom_op(f'{MIXER_LIBRARY}::mix_backward', mutates_args=())
-def mix_backward(dy: Tensor, qkvo: Tensor, gates: Tensor, weight: Tensor, saved: list[Tensor], reverse: int, eps: float) -> list[Tensor]:
+def mix_backward(
+    dy: Tensor,           # (B, T, H · d)
+    qkvo: Tensor,         # (B, T, 4, H, d), as in the forward pass
+    gates: Tensor,        # (B, T, 2, H), as in the forward pass
+    weight: Tensor,       # (H · n,), as in the forward pass
+    saved: list[Tensor],  # from `mix_forward`, without y
+    reverse: int,         # the last `reverse` heads read time backwards
+    eps: float,           # of the norm
+) -> list[Tensor]:
     "Gradients of qkvo, gates and weight"
     h, den, *memory = saved
     dqkvo, dgates = torch.empty_like(qkvo), torch.empty_like(gates)
-    (q, k, v, o), (i, f), (dq, dk, dv, do), (di, df) = ([z.transpose(1, 2) for z in x.unbind(2)] for x in (qkvo, gates, dqkvo, dgates))
+    (q, k, v, o), (i, f), (dq, dk, dv, do), (di, df) = (
+        [z.transpose(1, 2) for z in x.unbind(2)] for x in (qkvo, gates, dqkvo, dgates))
     dy = dy.unflatten(-1, q.shape[1::2]).transpose(1, 2)
-    dw = fused_backward(dy, q, k, v, i, f, reverse, CAP, o, weight, h, den, tuple(memory), False, dq, dk, dv, di, df, do, eps)
+    dw = fused_backward(dy, q, k, v, i, f, reverse, CAP, o, weight, h, den, tuple(memory), False,
+                        dq, dk, dv, di, df, do, eps)
     return [dqkvo, dgates, dw.to(weight.dtype)]
 
+# %% ../../nbs/kernels/05_mixer.ipynb #de417d2a
 @mix_backward.register_fake
-def _(dy, qkvo, gates, weight, saved, reverse, eps): return [torch.empty_like(qkvo), torch.empty_like(gates), torch.empty_like(weight)]
+def _(dy, qkvo, gates, weight, saved, reverse, eps):
+    return [torch.empty_like(qkvo), torch.empty_like(gates), torch.empty_like(weight)]
 
 # %% ../../nbs/kernels/05_mixer.ipynb #57d98f31
 class FusedMix(torch.autograd.Function):
@@ -90,7 +117,8 @@ class FusedMix(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         qkvo, gates, weight, *saved = ctx.saved_tensors
-        return *mix_backward(dy.contiguous(), qkvo, gates, weight, saved, ctx.reverse, ctx.eps), None, None
+        return (*mix_backward(dy.contiguous(), qkvo, gates, weight, saved, ctx.reverse, ctx.eps),
+                None, None)
 
 # %% ../../nbs/kernels/05_mixer.ipynb #cbef0c88
 def mlstm_mix(
@@ -100,7 +128,7 @@ def mlstm_mix(
     reverse: int,     # the last `reverse` heads read time backwards
     eps: float=1e-6,  # of the norm
 ) -> Tensor:          # (B, T, H · d)
-    "`mix_plain`, by the kernels where a GPU can run them"
+    "`mix_plain`, by the kernels on a GPU that can run them"
     T, d = qkvo.shape[1], qkvo.shape[-1]
     fits = d <= 128 or T <= 1024                                       # wider heads have no scan
     if qkvo.is_cuda and fits and trusted(qkvo.device, qkvo.dtype, d, d, uses_scan(T, d)):

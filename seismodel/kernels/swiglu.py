@@ -1,4 +1,4 @@
-"""Two kernels of a few lines, because a compiler writes the gradient of a split in halves as two reads of everything.
+"""Forward and backward pass of silu(a) times b in two short Triton kernels
 
 Docs: https://seismodel.github.io/seismodel/kernels/swiglu.html.md"""
 
@@ -18,12 +18,14 @@ TILE_ROWS, TILE_COLUMNS = 16, 128     # of a tile
 
 @triton.jit
 def halves(ab, rows, hidden, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    "Where the tile of a program lies in a tensor (rows, hidden), in one (rows, 2 hidden), and which of it exists"
+    "Offsets of a tile in a tensor (rows, hidden) and in one (rows, 2 hidden); which of them exist"
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     single = row[:, None] * hidden + column[None, :]
-    return single, single + row[:, None] * hidden, (row < rows)[:, None] & (column < hidden)[None, :]
+    return (single, single + row[:, None] * hidden,
+            (row < rows)[:, None] & (column < hidden)[None, :])
 
+# %% ../../nbs/kernels/06_swiglu.ipynb #a03b0709
 @triton.jit
 def swiglu_kernel(ab, y, rows, hidden, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     "y (rows, hidden) of ab (rows, 2 hidden)"
@@ -32,9 +34,10 @@ def swiglu_kernel(ab, y, rows, hidden, ROWS: tl.constexpr, COLUMNS: tl.constexpr
     b = tl.load(ab + double + hidden, exists, 0.).to(tl.float32)
     tl.store(y + single, (a * tl.sigmoid(a) * b).to(y.dtype.element_ty), exists)
 
+# %% ../../nbs/kernels/06_swiglu.ipynb #37dd21d3
 @triton.jit
 def swiglu_grad_kernel(ab, dy, dab, rows, hidden, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    "Gradient of ab"
+    "Gradient dab (rows, 2 hidden) of ab, from the gradient dy (rows, hidden) of y"
     single, double, exists = halves(ab, rows, hidden, ROWS, COLUMNS)
     a = tl.load(ab + double, exists, 0.).to(tl.float32)
     b = tl.load(ab + double + hidden, exists, 0.).to(tl.float32)
@@ -44,20 +47,28 @@ def swiglu_grad_kernel(ab, dy, dab, rows, hidden, ROWS: tl.constexpr, COLUMNS: t
     tl.store(dab + double + hidden, (d * a * gate).to(dab.dtype.element_ty), exists)
 
 # %% ../../nbs/kernels/06_swiglu.ipynb #ada7a5bb
-def launch(kernel, ab: Tensor, *others: Tensor):
+def launch(
+    kernel: triton.JITFunction,
+    ab: Tensor,       # (..., 2 h)
+    *others: Tensor,  # more arguments of the kernel
+) -> None:
     "Run a kernel over all tiles"
     hidden = ab.shape[-1] // 2
     rows = ab.numel() // (2 * hidden)
-    if rows: kernel[triton.cdiv(rows, TILE_ROWS), triton.cdiv(hidden, TILE_COLUMNS)](ab, *others, rows, hidden, TILE_ROWS, TILE_COLUMNS)
+    if rows:
+        grid = triton.cdiv(rows, TILE_ROWS), triton.cdiv(hidden, TILE_COLUMNS)
+        kernel[grid](ab, *others, rows, hidden, TILE_ROWS, TILE_COLUMNS)
 
+# %% ../../nbs/kernels/06_swiglu.ipynb #f83d78ce
 def forward(
     ab: Tensor,  # (..., 2 h), contiguous
 ) -> Tensor:     # (..., h)
-    "silu(a) * b, in the type of ab, computed in float32"
+    "silu(a) times b, in the dtype of ab, computed in float32"
     y = ab.new_empty(*ab.shape[:-1], ab.shape[-1] // 2)
     launch(swiglu_kernel, ab, y)
     return y
 
+# %% ../../nbs/kernels/06_swiglu.ipynb #6972d3fd
 def backward(
     dy: Tensor,  # (..., h), contiguous: gradient of y
     ab: Tensor,  # (..., 2 h), contiguous

@@ -1,4 +1,4 @@
-"""Where a window is short and a head is wide, all pairs of frames cost less than a memory: kernels like those of attention.
+"""For short windows and wide heads, comparing all pairs of frames is cheaper than keeping a memory
 
 Docs: https://seismodel.github.io/seismodel/kernels/tiles.html.md"""
 
@@ -15,10 +15,13 @@ from .triton_mlstm import decay, norm_and_gate, positions, load_rows, store_rows
 
 # %% ../../nbs/kernels/03_tiles.ipynb #f296aa90
 @triton.jit
-def tile_forward(q, k, v, b, x, o, weight, y, h, den, reverse, T, chunks, H, qb, qh, qt, kb, kh, kt, vb, vh, vt, ob, oh, ot, hb, hh, ht,
-                 DK: tl.constexpr, DV: tl.constexpr, dk: tl.constexpr, dv: tl.constexpr, L: tl.constexpr,
-                 NORM: tl.constexpr, EPS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr):
-    "h and den of one tile of one head, and y if NORM says over how many numbers to norm"
+# longer than other cells: one program does all its work while its tile is in registers
+def tile_forward(q, k, v, b, x, o, weight, y, h, den, reverse, T, chunks, H,
+                 qb, qh, qt, kb, kh, kt, vb, vh, vt, ob, oh, ot, hb, hh, ht,
+                 DK: tl.constexpr, DV: tl.constexpr, dk: tl.constexpr, dv: tl.constexpr,
+                 L: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, DOT: tl.constexpr,
+                 PRECISION: tl.constexpr, ALIGN: tl.constexpr):
+    "h and den of one tile of one head, and y if NORM is above 0"
     bh, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch, head = bh // H, bh % H
     backwards = head >= H - reverse
@@ -48,11 +51,14 @@ def tile_forward(q, k, v, b, x, o, weight, y, h, den, reverse, T, chunks, H, qb,
     if NORM > 0:
         y += tl.multiple_of(batch * hb + head * hh, ALIGN)
         o += tl.multiple_of(batch * ob + head * oh, ALIGN)
-        norm_and_gate(y, o, weight + head * NORM, out.to(tl.float32), t, exists, ht, ot, cv, dv, DV, NORM, EPS)
+        norm_and_gate(y, o, weight + head * NORM, out.to(tl.float32), t, exists, ht, ot, cv, dv, DV,
+                      NORM, EPS)
 
 # %% ../../nbs/kernels/03_tiles.ipynb #93e2edef
 @triton.jit
-def tile_dq(q, k, v, b, x, dh, e, rho, dq, qdq, reverse, T, chunks, H, qb, qh, qt, kb, kh, kt, vb, vh, vt, hb, hh, ht,
+# longer than other cells: one program does all its work while its tile is in registers
+def tile_dq(q, k, v, b, x, dh, e, rho, dq, qdq, reverse, T, chunks, H,
+            qb, qh, qt, kb, kh, kt, vb, vh, vt, hb, hh, ht,
             DK: tl.constexpr, DV: tl.constexpr, dk: tl.constexpr, dv: tl.constexpr, L: tl.constexpr,
             DOT: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr):
     "dq and q . dq of one tile of one head"
@@ -65,7 +71,8 @@ def tile_dq(q, k, v, b, x, dh, e, rho, dq, qdq, reverse, T, chunks, H, qb, qh, q
     b += bh * chunks * L; x += bh * chunks * L; e += bh * chunks * L; rho += bh * chunks * L
     ck, cv, a = tl.arange(0, DK), tl.arange(0, DV), tl.arange(0, L)
     t, exists = positions(tile, T, backwards, L)
-    G = load_rows(dh + tl.multiple_of(batch * hb + head * hh, ALIGN), t, exists, ht, cv, dv, DV).to(DOT)
+    G = load_rows(dh + tl.multiple_of(batch * hb + head * hh, ALIGN), t, exists, ht, cv, dv,
+                  DV).to(DOT)
     row, et = tl.load(rho + tile * L + a), tl.load(e + tile * L + a)
     dQ, since = tl.zeros((L, DK), tl.float32), row * 0.
     for done in range(0, tile + 1):
@@ -75,7 +82,8 @@ def tile_dq(q, k, v, b, x, dh, e, rho, dq, qdq, reverse, T, chunks, H, qb, qh, q
         V = load_rows(v, s, exists_s, vt, cv, dv, DV).to(DOT)
         if done > 0: since += tl.load(b + c * L + L - 1)
         dS = tl.dot(G, tl.trans(V), input_precision=PRECISION) + et[:, None]
-        dS = dS * decay(row, tl.load(x + c * L + a) + since, (a[:, None] >= a[None, :]) | (done > 0))
+        dS = dS * decay(row, tl.load(x + c * L + a) + since,
+                        (a[:, None] >= a[None, :]) | (done > 0))
         dQ = tl.dot(dS.to(DOT), K, dQ, input_precision=PRECISION)
     store_rows(dq + tl.multiple_of(batch * qb + head * qh, ALIGN), dQ, t, exists, qt, ck, dk, DK)
     Q = load_rows(q, t, exists, qt, ck, dk, DK).to(tl.float32)
@@ -83,9 +91,11 @@ def tile_dq(q, k, v, b, x, dh, e, rho, dq, qdq, reverse, T, chunks, H, qb, qh, q
 
 # %% ../../nbs/kernels/03_tiles.ipynb #05f447ac
 @triton.jit
+# longer than other cells: one program does all its work while its tile is in registers
 def tile_dkv(q, k, v, b, x, dh, e, rho, dk_out, dv_out, kdk, reverse, T, chunks, H,
              qb, qh, qt, kb, kh, kt, vb, vh, vt, hb, hh, ht,
-             DK: tl.constexpr, DV: tl.constexpr, dk: tl.constexpr, dv: tl.constexpr, L: tl.constexpr,
+             DK: tl.constexpr, DV: tl.constexpr, dk: tl.constexpr, dv: tl.constexpr,
+             L: tl.constexpr,
              DOT: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr):
     "dk, dv and k . dk of one tile of one head"
     bh, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -100,17 +110,22 @@ def tile_dkv(q, k, v, b, x, dh, e, rho, dk_out, dv_out, kdk, reverse, T, chunks,
     s, exists_s = positions(tile, T, backwards, L)
     K = load_rows(k, s, exists_s, kt, ck, dk, DK).to(DOT)
     V = load_rows(v, s, exists_s, vt, cv, dv, DV).to(DOT)
-    dK, dV, xs = tl.zeros((L, DK), tl.float32), tl.zeros((L, DV), tl.float32), tl.load(x + tile * L + a)
+    dK, dV = tl.zeros((L, DK), tl.float32), tl.zeros((L, DV), tl.float32)
+    xs = tl.load(x + tile * L + a)
     for c in range(tile, chunks):
         t, exists = positions(c, T, backwards, L)
         Q = load_rows(q, t, exists, qt, ck, dk, DK).to(DOT)
         G = load_rows(dh, t, exists, ht, cv, dv, DV).to(DOT)
-        D = decay(xs, tl.load(rho + c * L + a), (a[:, None] <= a[None, :]) | (c > tile))      # transposed: (s, t)
+        # transposed: (s, t)
+        D = decay(xs, tl.load(rho + c * L + a), (a[:, None] <= a[None, :]) | (c > tile))
         P = tl.dot(K, tl.trans(Q), input_precision=PRECISION) * D
         dV = tl.dot(P.to(DOT), G, dV, input_precision=PRECISION)
-        dS = (tl.dot(V, tl.trans(G), input_precision=PRECISION) + tl.load(e + c * L + a)[None, :]) * D
+        dS = (tl.dot(V, tl.trans(G), input_precision=PRECISION)
+              + tl.load(e + c * L + a)[None, :]) * D
         dK = tl.dot(dS.to(DOT), Q, dK, input_precision=PRECISION)
         xs += tl.load(b + c * L + L - 1)
-    store_rows(dv_out + tl.multiple_of(batch * vb + head * vh, ALIGN), dV, s, exists_s, vt, cv, dv, DV)
-    store_rows(dk_out + tl.multiple_of(batch * kb + head * kh, ALIGN), dK, s, exists_s, kt, ck, dk, DK)
+    store_rows(dv_out + tl.multiple_of(batch * vb + head * vh, ALIGN), dV, s, exists_s, vt, cv, dv,
+               DV)
+    store_rows(dk_out + tl.multiple_of(batch * kb + head * kh, ALIGN), dK, s, exists_s, kt, ck, dk,
+               DK)
     tl.store(kdk + bh * T + s, tl.sum(K.to(tl.float32) * dK, 1), mask=exists_s)

@@ -1,4 +1,4 @@
-"""Quantizer and contrastive loss as Triton kernels: noise that is never stored, negatives as a table of counts, InfoNCE like attention.
+"""Noise that is never stored, negatives as a table of counts, and InfoNCE computed like attention
 
 Docs: https://seismodel.github.io/seismodel/kernels/triton_infonce.html.md"""
 
@@ -6,8 +6,9 @@ Docs: https://seismodel.github.io/seismodel/kernels/triton_infonce.html.md"""
 
 # %% auto #0
 __all__ = ['PROGRAM_ROWS', 'CHUNK', 'TILE', 'gumbel', 'softmax', 'new_seeds', 'choose_kernel', 'choose_grad_kernel', 'scores',
-           'Quantize', 'flat_rows', 'quantize_frames', 'draw_kernel', 'draw_negatives', 'load_tile', 'info_nce_kernel',
-           'info_nce_grad_kernel', 'InfoNCE', 'take', 'fused_info_nce_sums']
+           'choose_codes', 'block_of', 'choice_gradients', 'Quantize', 'flat_rows', 'quantize_frames', 'draw_kernel',
+           'draw_negatives', 'load_tile', 'info_nce_kernel', 'info_nce_grad_kernel', 'inverse_norms', 'InfoNCE', 'take',
+           'fused_info_nce_sums']
 
 # %% ../../nbs/kernels/07_triton_infonce.ipynb #5033e81e
 import torch
@@ -24,26 +25,29 @@ def gumbel(seed, row, BLOCK: tl.constexpr):
     u = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (BLOCK,))         # a0 b0 c0 d0 a1 b1 ...
     return -tl.log(-tl.log(tl.maximum(u, 1e-10)))
 
-
+# %% ../../nbs/kernels/07_triton_infonce.ipynb #6f5749c4
 @triton.jit
 def softmax(x):
-    "Softmax of one row; -inf where there is no code"
+    "Softmax of one row, with -inf at positions without a code"
     e = tl.exp(x - tl.max(x, 0))
     return e / tl.sum(e, 0)
 
 # %% ../../nbs/kernels/07_triton_infonce.ipynb #a0ae523a
 def new_seeds(
     windows: int,  # B
-    device: torch.device,
+    device: torch.device,  # of the seeds
     generator: torch.Generator | None = None,  # of this device; None: torch's global one
 ) -> Tensor:  # (B,) int64
-    "A seed for each window, drawn from the generator."
+    "A seed for each window, drawn from the generator"
     return torch.randint(2**62, (windows,), device=device, generator=generator)
 
 # %% ../../nbs/kernels/07_triton_infonce.ipynb #7e32c4fe
 @triton.jit
-def choose_kernel(logits, weight, seeds, codes, usage, first, N, M, G, V, NOISE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    "Codes (N, G) of logits (N, G, V) of the frames from `first` on, M to a window; weighted sum of the clean softmax per block of ROWS frames (blocks, G, V)"
+def choose_kernel(logits, weight, seeds, codes, usage, first, N, M, G, V, NOISE: tl.constexpr,
+                  ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    "Codes (N, G) and usage per block (blocks, G, V) of logits (N, G, V)"
+    # of the frames from `first` on, M per window; the usage is the sum over ROWS frames of the
+    # weighted clean softmax
     block, g = tl.program_id(0), tl.program_id(1)
     v = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -52,14 +56,14 @@ def choose_kernel(logits, weight, seeds, codes, usage, first, N, M, G, V, NOISE:
         l = tl.load(logits + row.to(tl.int64)*V + v, v < V, float('-inf'))
         total += tl.load(weight + n) * softmax(l)
         if NOISE: l += gumbel(tl.load(seeds + (first + n)//M), (first + n)%M*G + g, BLOCK)
-        tl.store(codes + row, tl.minimum(tl.argmax(l, 0), V - 1))   # beyond V where a logit is NaN
+        tl.store(codes + row, tl.minimum(tl.argmax(l, 0), V - 1))   # V or more if a logit is NaN
     tl.store(usage + (block*G + g)*V + v, total, v < V)
 
 # %% ../../nbs/kernels/07_triton_infonce.ipynb #00fb3d04
 @triton.jit
 def choose_grad_kernel(logits, weight, seeds, temperature, dusage, d, first, N, M, G, V,
                        NOISE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    "Gradient of logits (N, G, V) of the frames from `first` on, M to a window; in `d` (N, G, V), which holds the gradient of the soft choice"
+    "Gradient of logits (N, G, V), written over the gradient of the soft choice in d (N, G, V)"
     block, g = tl.program_id(0), tl.program_id(1)
     v = tl.arange(0, BLOCK)
     r = tl.load(dusage + g*V + v, v < V, 0.)
@@ -78,56 +82,101 @@ def choose_grad_kernel(logits, weight, seeds, temperature, dusage, d, first, N, 
         tl.store(here, out + y * (u - tl.sum(y*u, 0)) / tau, v < V)
 
 # %% ../../nbs/kernels/07_triton_infonce.ipynb #6768714c
-PROGRAM_ROWS, CHUNK = 16, 8192    # frames of a program, and of a step
+PROGRAM_ROWS, CHUNK = 16, 8192    # frames per program, and per pass over the kernels
 
-def scores(frames, proj, bias, scale):
-    "Logits (n, G · V) of all codes for these frames (n, D)"
+def scores(
+    frames: Tensor,  # (n, D)
+    proj: Tensor,    # (G · V, D)
+    bias: Tensor,    # (G · V,)
+    scale: float,    # of the logits
+) -> Tensor:         # (n, G · V)
+    "Logits of all codes"
     return torch.addmm(bias, frames, proj.T, beta=scale, alpha=scale)
 
+# %% ../../nbs/kernels/07_triton_infonce.ipynb #898e652e
+def choose_codes(
+    x: Tensor,      # (rows, D)
+    rows: Tensor,   # (N,) int64, the rows to quantize; as many for each seed
+    weight: Tensor, # (N,) of each frame in the usage
+    proj: Tensor, bias: Tensor,  # (G · V, D), (G · V,)
+    seeds: Tensor,  # (B,) int64
+    scale: float,   # of the logits
+    G: int,         # groups
+    noise: bool,    # False: the code with the largest logit
+) -> tuple[Tensor, Tensor]:  # codes (N, G), usage (G, V)
+    "Choose the codes of all frames, `CHUNK` at a time"
+    N, M, V = len(rows), len(rows)//len(seeds), len(proj)//G
+    codes = torch.empty(N, G, dtype=torch.int64, device=x.device)
+    usage = torch.zeros(G, V, device=x.device)
+    for first in range(0, N, CHUNK):
+        at = slice(first, first + CHUNK)
+        logits = scores(x[rows[at]].to(proj.dtype), proj, bias, scale)
+        n = len(logits)
+        parts = torch.empty(triton.cdiv(n, PROGRAM_ROWS), G, V, device=x.device)
+        choose_kernel[len(parts), G](logits, weight[at], seeds, codes[at], parts, first, n, M, G, V,
+                                     noise, PROGRAM_ROWS, block_of(V), num_warps=1)
+        usage += parts.sum(0)
+    return codes, usage
+
+# %% ../../nbs/kernels/07_triton_infonce.ipynb #33783293
+def block_of(
+    V: int,  # codes per group
+) -> int:
+    "Width of a row in the kernels: a power of two, at least 4"
+    return max(4, triton.next_power_of_2(V))
+
+# %% ../../nbs/kernels/07_triton_infonce.ipynb #9dc21e4b
+def choice_gradients(
+    dvectors: Tensor,  # (N, G, d) gradient of the code vectors
+    dusage: Tensor,    # (G, V) gradient of the usage
+    saved: tuple,      # x, rows, weight, proj, bias, book, temperature, seeds, entries (N, G)
+    scale: float,      # of the logits
+    noise: bool,       # as in the forward pass
+    dx: Tensor|None,   # (rows, D) zeros, to be filled; None: not needed
+) -> tuple[Tensor, Tensor]:  # gradients of projection (G · V, D) and bias (G · V,)
+    "Gradients through the choice of the codes, `CHUNK` frames at a time"
+    x, rows, weight, proj, bias, book, temperature, seeds, (N, G) = *saved[:-1], saved[-1].shape
+    M, V = N//len(seeds), len(proj)//G
+    dproj, dbias = torch.zeros_like(proj), torch.zeros_like(proj[:, 0])
+    for first in range(0, N, CHUNK):
+        at = slice(first, first + CHUNK)
+        frames = x[rows[at]].to(proj.dtype)
+        # computing them again is cheaper than storing
+        logits = scores(frames, proj, bias, scale)
+        n = len(logits)
+        d = torch.empty(n, G, V, device=x.device)
+        for g in range(G): torch.mm(dvectors[at, g], book[0, g*V:(g+1)*V].T, out=d[:, g])
+        choose_grad_kernel[triton.cdiv(n, PROGRAM_ROWS), G](
+            logits, weight[at], seeds, temperature, dusage, d, first, n, M, G, V, noise,
+            PROGRAM_ROWS, block_of(V), num_warps=1)
+        d = d.view(n, G*V)
+        dproj.addmm_(d.T, frames, alpha=scale)
+        dbias.add_(d.sum(0), alpha=scale)
+        if dx is not None: dx[rows[at]] = (d @ proj * scale).to(x.dtype)
+    return dproj, dbias
+
+# %% ../../nbs/kernels/07_triton_infonce.ipynb #98f3ddbd
 class Quantize(torch.autograd.Function):
-    "Rows of `x`, as many for each seed, to code vectors (N, G · d), codes (N, G) and usage (G, V)"
+    "Rows of `x` to code vectors (N, G · d), codes (N, G) and usage (G, V), see `choose_codes`"
     @staticmethod
     def forward(ctx, x, rows, weight, proj, bias, book, temperature, seeds, scale, G, noise):
-        N, M, V = len(rows), len(rows)//len(seeds), len(proj)//G
-        BLOCK = max(4, triton.next_power_of_2(V))
-        codes, usage = torch.empty(N, G, dtype=torch.int64, device=x.device), torch.zeros(G, V, device=x.device)
-        for first in range(0, N, CHUNK):
-            at = slice(first, first + CHUNK)
-            logits = scores(x[rows[at]].to(proj.dtype), proj, bias, scale)
-            n = len(logits)
-            parts = torch.empty(triton.cdiv(n, PROGRAM_ROWS), G, V, device=x.device)
-            choose_kernel[len(parts), G](logits, weight[at], seeds, codes[at], parts, first, n, M, G, V, noise, PROGRAM_ROWS, BLOCK, num_warps=1)
-            usage += parts.sum(0)
-        entries = codes + V*torch.arange(G, device=x.device)                                            # rows of the book
+        codes, usage = choose_codes(x, rows, weight, proj, bias, seeds, scale, G, noise)
+        entries = codes + len(proj)//G*torch.arange(G, device=x.device)      # rows of the book
         ctx.save_for_backward(x, rows, weight, proj, bias, book, temperature, seeds, entries)
-        ctx.settings = scale, noise, M, V, BLOCK
+        ctx.settings = scale, noise
         ctx.mark_non_differentiable(codes)
         return book[0, entries].flatten(1), codes, usage
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dvectors, _, dusage):
-        x, rows, weight, proj, bias, book, temperature, seeds, entries = ctx.saved_tensors
-        scale, noise, M, V, BLOCK = ctx.settings
-        N, G = entries.shape
-        dvectors, dusage = dvectors.reshape(N, G, -1), dusage.contiguous()
+        x, *_, book, _, _, entries = saved = ctx.saved_tensors
+        dvectors, dusage = dvectors.reshape(*entries.shape, -1), dusage.contiguous()
         dx = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
-        dproj, dbias, dbook = torch.zeros_like(proj), torch.zeros_like(proj[:, 0]), torch.zeros_like(book)
+        dbook = torch.zeros_like(book)
         with torch.autocast(x.device.type, enabled=False):
             dbook[0].index_add_(0, entries.flatten(), dvectors.flatten(0, 1))
-            for first in range(0, N, CHUNK):
-                at = slice(first, first + CHUNK)
-                frames = x[rows[at]].to(proj.dtype)
-                logits = scores(frames, proj, bias, scale)                                              # again: cheaper than to keep them
-                n = len(logits)
-                d = torch.empty(n, G, V, device=x.device)
-                for g in range(G): torch.mm(dvectors[at, g], book[0, g*V:(g+1)*V].T, out=d[:, g])
-                choose_grad_kernel[(triton.cdiv(n, PROGRAM_ROWS), G)](logits, weight[at], seeds, temperature, dusage, d, first, n, M, G, V,
-                                                              noise, PROGRAM_ROWS, BLOCK, num_warps=1)
-                d = d.view(n, G*V)
-                dproj.addmm_(d.T, frames, alpha=scale)
-                dbias.add_(d.sum(0), alpha=scale)
-                if dx is not None: dx[rows[at]] = (d @ proj * scale).to(x.dtype)
+            dproj, dbias = choice_gradients(dvectors, dusage, saved, *ctx.settings, dx)
         return dx, None, None, dproj, dbias, dbook, None, None, None, None, None
 
 # %% ../../nbs/kernels/07_triton_infonce.ipynb #bf3aadf5
@@ -135,74 +184,82 @@ def flat_rows(
     indices: Tensor,  # (B, M) int64 frame numbers
     frames: int,  # T, frames in a window
 ) -> Tensor:  # (B, M) int64, row numbers in the flattened (B*T, D)
-    "Where the frames of all windows lie, one window after the other."
+    "Row numbers of the frames of all windows, one window after the other"
     return indices + frames*torch.arange(len(indices), device=indices.device).unsqueeze(1)
 
-
+# %% ../../nbs/kernels/07_triton_infonce.ipynb #4a18b489
 def quantize_frames(
     quantizer: nn.Module,  # GumbelVectorQuantizer
     x: Tensor,  # (B, T, in_features) frames
     indices: Tensor,  # (B, M) int64, which frames of each row
     valid: Tensor,  # (B, M) bool, those that count in the usage
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | None = None,  # of the noise; None: torch's global one
 ) -> tuple[Tensor, Tensor, Tensor]:  # vectors (B, M, codevector_dim), codes (B, M, G), usage (G, V)
-    "The kernels behind `quantize_masked`."
+    "The quantizer by the kernels, with noise in training mode; see `quantize_masked`"
     q, (B, T, D) = quantizer, x.shape
-    seeds = new_seeds(B, x.device, generator) if q.training else torch.zeros(B, dtype=torch.int64, device=x.device)
-    vectors, codes, usage = Quantize.apply(x.reshape(B*T, D), flat_rows(indices, T).flatten(), valid.flatten().float(),
-                                           q.weight_proj.weight, q.weight_proj.bias, q.codevectors, q.temperature, seeds,
-                                           q.scale, q.groups, q.training)
+    seeds = (new_seeds(B, x.device, generator) if q.training
+             else torch.zeros(B, dtype=torch.int64, device=x.device))
+    vectors, codes, usage = Quantize.apply(
+        x.reshape(B*T, D), flat_rows(indices, T).flatten(), valid.flatten().float(),
+        q.weight_proj.weight, q.weight_proj.bias, q.codevectors, q.temperature, seeds, q.scale,
+        q.groups, q.training)
     return vectors.unflatten(0, (B, -1)), codes.unflatten(0, (B, -1)), usage
 
 # %% ../../nbs/kernels/07_triton_infonce.ipynb #aeef472e
 @triton.jit
 def draw_kernel(ids, masked, seeds, times, left, M, P, K, DRAWS: tl.constexpr, BINS: tl.constexpr):
-    "How often each place is a negative of frame i, (B, M, P), and how many negatives frame i has left, (B, M)"
+    "How often each frame is a negative of frame i (B, M, P); the number of its negatives (B, M)"
     i, b = tl.program_id(0), tl.program_id(1)
     m = tl.load(masked + b)
     row = b*M + i
     if i < m:
         k, j = tl.arange(0, DRAWS), tl.arange(0, BINS)
         others = tl.maximum(m - 1, 1).to(tl.uint32)
-        pick = (tl.randint(tl.load(seeds + b), i*DRAWS + k).to(tl.uint32, bitcast=True) % others).to(tl.int32)
+        random = tl.randint(tl.load(seeds + b), i*DRAWS + k).to(tl.uint32, bitcast=True)
+        pick = (random % others).to(tl.int32)
         pick += (pick >= i).to(tl.int32)
         differs = tl.load(ids + b*M + tl.minimum(pick, M - 1)) != tl.load(ids + row)
         keep = (k < K) & differs & (m > 1)
-        tl.store(times + row.to(tl.int64)*P + j, tl.histogram(pick, BINS, mask=keep).to(times.dtype.element_ty), j < P)
+        tl.store(times + row.to(tl.int64)*P + j,
+                 tl.histogram(pick, BINS, mask=keep).to(times.dtype.element_ty), j < P)
         tl.store(left + row, tl.sum(keep.to(tl.int32), 0))
     else:
         tl.store(left + row, 0)
 
 # %% ../../nbs/kernels/07_triton_infonce.ipynb #eec9eb37
-TILE = 64    # frames in a tile, both ways
+TILE = 64    # frames in a tile, along both axes
 
 def draw_negatives(
     ids: Tensor,  # (B, M) int64, the codes of each frame as one number
     valid: Tensor,  # (B, M) bool, the first m of a row are True
     n_negatives: int,  # K
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | None = None,  # None: torch's global one
 ) -> tuple[Tensor, Tensor, Tensor]:  # counts (B, M, P), negatives left (B, M), m of each row (B,)
-    "Draw the negatives; rows of frames that are not valid hold nothing."
+    "Draw the negatives; the rows of frames that are not valid are undefined"
     B, M = ids.shape
     P = triton.cdiv(M, TILE)*TILE
-    times = torch.empty(B, M, P, dtype=torch.uint8 if n_negatives < 256 else torch.int32, device=ids.device)
+    times = torch.empty(B, M, P, dtype=torch.uint8 if n_negatives < 256 else torch.int32,
+                        device=ids.device)
     left = torch.empty(B, M, dtype=torch.int32, device=ids.device)
     masked = valid.sum(1, dtype=torch.int32)
-    draw_kernel[(M, B)](ids, masked, new_seeds(B, ids.device, generator), times, left, M, P, n_negatives,
+    draw_kernel[(M, B)](ids, masked, new_seeds(B, ids.device, generator), times, left, M, P,
+                        n_negatives,
                         triton.next_power_of_2(n_negatives), triton.next_power_of_2(P), num_warps=1)
     return times, left, masked
 
 # %% ../../nbs/kernels/07_triton_infonce.ipynb #f1f68681
 @triton.jit
 def load_tile(x, rows, ok, D, BLOCK: tl.constexpr):
-    "Rows of x (*, D), zero where not `ok` and beyond D"
+    "Rows of x (n, D); zeros for rows that are not `ok`, and beyond D"
     d = tl.arange(0, BLOCK)
-    return tl.load(x + rows.to(tl.int64)[:, None]*D + d[None, :], ok[:, None] & (d < D)[None, :], 0.)
+    return tl.load(x + rows.to(tl.int64)[:, None]*D + d[None, :], ok[:, None] & (d < D)[None, :],
+                   0.)
 
 # %% ../../nbs/kernels/07_triton_infonce.ipynb #5203f18f
 @triton.jit
-def info_nce_kernel(c, q, rows_c, rows_q, inv_c, inv_q, times, left, masked, log_sum, stats, M, P, D, K, B, inv_tau,
-                    TILE: tl.constexpr, BLOCK: tl.constexpr):
+# longer than other cells: one program keeps its running sums in registers
+def info_nce_kernel(c, q, rows_c, rows_q, inv_c, inv_q, times, left, masked, log_sum, stats,
+                    M, P, D, K, B, inv_tau, TILE: tl.constexpr, BLOCK: tl.constexpr):
     "log-sum-exp (B, M); loss, hit, counted and collided negatives of every frame (4, B, M)"
     start, b = tl.program_id(0)*TILE, tl.program_id(1)
     m = tl.load(masked + b)
@@ -242,9 +299,11 @@ def info_nce_kernel(c, q, rows_c, rows_q, inv_c, inv_q, times, left, masked, log
 
 # %% ../../nbs/kernels/07_triton_infonce.ipynb #e6311c85
 @triton.jit
-def info_nce_grad_kernel(x, y, rows_x, rows_y, inv_x, inv_y, times, left, masked, log_sum, upstream, dx, M, P, D, inv_tau,
+# longer than other cells: one program keeps its running sum in registers
+def info_nce_grad_kernel(x, y, rows_x, rows_y, inv_x, inv_y, times, left, masked, log_sum, upstream,
+                         dx, M, P, D, inv_tau,
                          PREDICTIONS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr):
-    "Gradient of the predictions, or (PREDICTIONS False) of the targets, written to the rows of dx"
+    "Gradient of the predictions, or of the targets (PREDICTIONS False), written to the rows of dx"
     start, b = tl.program_id(0)*TILE, tl.program_id(1)
     m = tl.load(masked + b)
     i = start + tl.arange(0, TILE)
@@ -275,25 +334,35 @@ def info_nce_grad_kernel(x, y, rows_x, rows_y, inv_x, inv_y, times, left, masked
         g = tl.dot(ds.to(o.dtype), o, g, input_precision='ieee')
     g *= inv_tau * tl.load(upstream)
     unit = load_tile(x, row_x, ok, D, BLOCK).to(tl.float32) * r[:, None]
-    along = tl.where(r < 1e8, tl.sum(g*unit, 1), 0.)                    # a zero vector has no direction
+    # a zero vector has no direction
+    along = tl.where(r < 1e8, tl.sum(g*unit, 1), 0.)
     d = tl.arange(0, BLOCK)
-    tl.store(dx + row_x.to(tl.int64)[:, None]*D + d[None, :], ((g - unit*along[:, None]) * r[:, None]).to(dx.dtype.element_ty),
+    tl.store(dx + row_x.to(tl.int64)[:, None]*D + d[None, :],
+             ((g - unit*along[:, None]) * r[:, None]).to(dx.dtype.element_ty),
              ok[:, None] & (d < D)[None, :])
 
 # %% ../../nbs/kernels/07_triton_infonce.ipynb #c6c961ea
+def inverse_norms(
+    x: Tensor,  # (rows, D)
+) -> Tensor:    # (rows,) float32
+    "1/|x| of each row, at most 1e8"
+    return 1 / torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).clamp_min(1e-8)
+
+# %% ../../nbs/kernels/07_triton_infonce.ipynb #75a350bd
 class InfoNCE(torch.autograd.Function):
-    "Summed loss (0-d) and the four sums (loss, hits, counted, collided) of predictions (rows, D) and targets (rows, D) at given rows"
+    "Summed loss () and the sums of loss, hits, counted and collided (4,), from rows of c and q"
     @staticmethod
     def forward(ctx, c, q, rows_c, rows_q, times, left, masked, n_negatives, temperature):
         (B, M), D = rows_c.shape, c.shape[1]
-        inv_c, inv_q = (1 / torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).clamp_min(1e-8) for x in (c, q))
         log_sum, stats = torch.empty(B, M, device=c.device), torch.empty(4, B, M, device=c.device)
-        ctx.sizes = M, times.shape[2], D
-        ctx.tiles = dict(TILE=TILE, BLOCK=max(16, triton.next_power_of_2(D)), num_warps=8, num_stages=2)
-        ctx.inv_tau = 1/temperature
-        info_nce_kernel[(triton.cdiv(M, TILE), B)](c, q, rows_c, rows_q, inv_c, inv_q, times, left, masked, log_sum, stats,
-                                                   *ctx.sizes, n_negatives, B, ctx.inv_tau, **ctx.tiles)
-        ctx.save_for_backward(c, q, rows_c, rows_q, inv_c, inv_q, times, left, masked, log_sum)
+        ctx.sizes, ctx.inv_tau = (M, times.shape[2], D), 1/temperature
+        ctx.tiles = dict(TILE=TILE, BLOCK=max(16, triton.next_power_of_2(D)), num_warps=8,
+                         num_stages=2)
+        inputs = (c, q, rows_c, rows_q, inverse_norms(c), inverse_norms(q), times, left, masked,
+                  log_sum)
+        info_nce_kernel[triton.cdiv(M, TILE), B](*inputs, stats, *ctx.sizes, n_negatives, B,
+                                                 ctx.inv_tau, **ctx.tiles)
+        ctx.save_for_backward(*inputs)
         sums = stats.sum((1, 2))
         ctx.mark_non_differentiable(sums)
         return sums[0].clone(), sums
@@ -302,10 +371,12 @@ class InfoNCE(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, upstream, _):
         c, q, rows_c, rows_q, inv_c, inv_q, *draws = ctx.saved_tensors
-        grid = triton.cdiv(ctx.sizes[0], TILE), len(rows_c)
-        dc, dq = torch.zeros_like(c), torch.zeros_like(q)
-        info_nce_grad_kernel[grid](c, q, rows_c, rows_q, inv_c, inv_q, *draws, upstream, dc, *ctx.sizes, ctx.inv_tau, True, **ctx.tiles)
-        info_nce_grad_kernel[grid](q, c, rows_q, rows_c, inv_q, inv_c, *draws, upstream, dq, *ctx.sizes, ctx.inv_tau, False, **ctx.tiles)
+        grid, dc, dq = (triton.cdiv(ctx.sizes[0], TILE),
+                        len(rows_c)), *map(torch.zeros_like, (c, q))
+        info_nce_grad_kernel[grid](c, q, rows_c, rows_q, inv_c, inv_q, *draws, upstream, dc,
+                                   *ctx.sizes, ctx.inv_tau, True, **ctx.tiles)
+        info_nce_grad_kernel[grid](q, c, rows_q, rows_c, inv_q, inv_c, *draws, upstream, dq,
+                                   *ctx.sizes, ctx.inv_tau, False, **ctx.tiles)
         return dc, dq, None, None, None, None, None, None, None
 
 # %% ../../nbs/kernels/07_triton_infonce.ipynb #426ca4ae
@@ -314,11 +385,11 @@ def take(
     targets: Tensor,  # (B, M, D)
     n_negatives: int,  # K
 ) -> bool:
-    "Whether the InfoNCE kernels are made for these inputs; all others go the way of the definition."
+    "Whether the InfoNCE kernels are made for these inputs; for others the definition is used"
     bf16 = predictions.dtype == targets.dtype == torch.bfloat16
     return bf16 and predictions.shape[2] <= 256 and targets.shape[1] <= 4096 and n_negatives <= 1024
 
-
+# %% ../../nbs/kernels/07_triton_infonce.ipynb #a960f54f
 def fused_info_nce_sums(
     predictions: Tensor,  # (B, T, D)
     targets: Tensor,  # (B, M, D) at `indices`
@@ -328,14 +399,17 @@ def fused_info_nce_sums(
     n_codes: int,  # V
     n_negatives: int = 100,  # K
     temperature: float = 0.1,  # tau
-    generator: torch.Generator | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # 0-d: sum of the losses, hits, counted frames, collided negatives
-    "The kernels behind `contrastive_sums`; only the first result carries a gradient."
+    generator: torch.Generator | None = None,  # of the negatives; None: torch's global one
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # () each: losses, hits, counted frames, collisions
+    "InfoNCE by the kernels, see `contrastive_sums`; only the first sum has a gradient"
     B, T, D = predictions.shape
     M = targets.shape[1]
     ids = codes[..., 0]
-    for code in codes.unbind(-1)[1:]: ids = ids*n_codes + code                      # (B, M), one number for all groups
+    # (B, M), the codes of all groups as one number
+    for code in codes.unbind(-1)[1:]: ids = ids*n_codes + code
     rows_q = torch.arange(B*M, device=targets.device).view(B, M)
-    loss, sums = InfoNCE.apply(predictions.reshape(B*T, D), targets.reshape(B*M, D), flat_rows(indices, T), rows_q,
-                               *draw_negatives(ids.contiguous(), valid, n_negatives, generator), n_negatives, temperature)
+    loss, sums = InfoNCE.apply(predictions.reshape(B*T, D), targets.reshape(B*M, D),
+                               flat_rows(indices, T), rows_q,
+                               *draw_negatives(ids.contiguous(), valid, n_negatives, generator),
+                               n_negatives, temperature)
     return loss, *sums[1:]

@@ -1,4 +1,4 @@
-"""One GPU program scans a window chunk by chunk with the memory in its registers: nothing but the inputs and the outputs touches the GPU's memory.
+"""One GPU program scans a window chunk by chunk and keeps the memory matrix in its registers
 
 Docs: https://seismodel.github.io/seismodel/kernels/triton_mlstm.html.md"""
 
@@ -19,48 +19,53 @@ def positions(c, T, backwards, L: tl.constexpr):
     position = c * L + tl.arange(0, L)
     return tl.where(backwards, T - 1 - position, position), position < T
 
+# %% ../../nbs/kernels/02_triton_mlstm.ipynb #0cde120e
 @triton.jit
 def load_rows(base, t, exists, step, columns, width: tl.constexpr, BLOCK: tl.constexpr):
-    "Rows t of a matrix whose rows lie `step` apart, zeros where there is none"
+    "Rows t of a matrix with stride `step`; rows that do not exist are zeros"
     mask = exists[:, None]
     if width != BLOCK: mask = mask & (columns < width)[None, :]
     return tl.load(base + t[:, None] * step + columns[None, :], mask=mask, other=0.)
 
+# %% ../../nbs/kernels/02_triton_mlstm.ipynb #537de890
 @triton.jit
 def store_rows(base, x, t, exists, step, columns, width: tl.constexpr, BLOCK: tl.constexpr):
-    "Write rows t of a matrix, where they exist, in its own dtype"
+    "Write those rows t of a matrix that exist, in the dtype of the matrix"
     mask = exists[:, None]
     if width != BLOCK: mask = mask & (columns < width)[None, :]
     tl.store(base + t[:, None] * step + columns[None, :], x.to(base.dtype.element_ty), mask=mask)
 
 # %% ../../nbs/kernels/02_triton_mlstm.ipynb #7446466c
-LOG_ZERO = tl.constexpr(-1e30)                  # log of nothing
+LOG_ZERO = tl.constexpr(-1e30)               # stands for the logarithm of 0
 LOG2E = tl.constexpr(1.4426950408889634)     # from natural to base-2 logarithms
 
 @triton.jit
 def decay(rows, columns, seen):
-    "2^(rows + columns) where the one has read the other, else 0"
+    "2^(rows + columns) where `seen` is true, else 0"
     return tl.where(seen, tl.exp2((rows[:, None] + columns[None, :]).to(tl.float32)), 0.)
 
+# %% ../../nbs/kernels/02_triton_mlstm.ipynb #382a1978
 @triton.jit
 def capped(x, CAP: tl.constexpr):
-    "CAP tanh(x / CAP), written with the sigmoid that Triton has"
+    "CAP tanh(x / CAP), by the sigmoid, which Triton has"
     return CAP * (2. * tl.sigmoid(2. / CAP * x) - 1.)
 
 # %% ../../nbs/kernels/02_triton_mlstm.ipynb #6947a395
 @triton.jit
 def gate_logs(i, f, b_out, x_out, reverse, T, chunks, log_scale, H, gb, gh, gt,
               L: tl.constexpr, ROWS: tl.constexpr, CAP: tl.constexpr):
-    "b and x of ROWS chunks, in reading order, chunks filled up with frames that write nothing and forget nothing"
+    "b and x of ROWS chunks, in reading order; frames after the end neither write nor forget"
     bh = tl.program_id(0).to(tl.int64)
     start = bh // H * gb + bh % H * gh
-    position = (tl.program_id(1) * ROWS + tl.arange(0, ROWS))[:, None] * L + tl.arange(0, L)[None, :]
+    position = ((tl.program_id(1) * ROWS + tl.arange(0, ROWS))[:, None] * L
+                + tl.arange(0, L)[None, :])
     exists = position < T
     t = tl.where(bh % H >= H - reverse, T - 1 - position, position)
     ig = tl.load(i + start + t * gt, mask=exists, other=0.).to(tl.float32)
     fg = tl.load(f + start + t * gt, mask=exists, other=0.).to(tl.float32)
     if CAP > 0: ig, fg = capped(ig, CAP), capped(fg, CAP)
-    log_f = tl.where(exists, tl.minimum(fg, 0.) - tl.log(1. + tl.exp(-tl.abs(fg))), 0.)         # log sigmoid
+    # log sigmoid
+    log_f = tl.where(exists, tl.minimum(fg, 0.) - tl.log(1. + tl.exp(-tl.abs(fg))), 0.)
     b = tl.cumsum((log_f * LOG2E).to(b_out.dtype.element_ty), 1)
     x = tl.where(exists, (ig * LOG2E + log_scale).to(b.dtype) - b, LOG_ZERO)
     inside = position < chunks * L
@@ -69,19 +74,22 @@ def gate_logs(i, f, b_out, x_out, reverse, T, chunks, log_scale, H, gb, gh, gt,
 
 # %% ../../nbs/kernels/02_triton_mlstm.ipynb #a4c5ea50
 @triton.jit
-def norm_and_gate(y, o, weight, h, t, exists, y_step, o_step, columns, width: tl.constexpr, BLOCK: tl.constexpr,
-                  NORM: tl.constexpr, EPS: tl.constexpr):
-    "Write sigmoid(o) * layer_norm(h) * weight, the norm over the first NORM numbers of a row; the others are zeros and stay so"
+def norm_and_gate(y, o, weight, h, t, exists, y_step, o_step, columns,
+                  width: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr):
+    "Write sigmoid(o) times layer_norm(h) times weight, normed over the first NORM numbers of a row"
+    # the numbers after the first NORM are zeros and stay zeros
     gate = tl.sigmoid(load_rows(o, t, exists, o_step, columns, width, BLOCK).to(tl.float32))
     w = tl.load(weight + columns, mask=columns < NORM, other=0.).to(tl.float32)
     centred = tl.where((columns < NORM)[None, :], h - (tl.sum(h, 1) / NORM)[:, None], 0.)
     deviation = tl.rsqrt(tl.sum(centred * centred, 1) / NORM + EPS)
-    store_rows(y, gate * centred * deviation[:, None] * w[None, :], t, exists, y_step, columns, width, BLOCK)
+    store_rows(y, gate * centred * deviation[:, None] * w[None, :], t, exists, y_step, columns,
+               width, BLOCK)
 
+# %% ../../nbs/kernels/02_triton_mlstm.ipynb #366758c7
 @triton.jit
 def enter(C_in, n_in, C_parts, n_parts, G_parts, bh, segment, segments, at, ck,
           DK: tl.constexpr, DV: tl.constexpr, INITIAL: tl.constexpr, TURNED: tl.constexpr):
-    "The memory before a segment: of the stream so far, then of the segments before it. TURNED: its transpose"
+    "The memory before a segment, from the stream and the segments before it; TURNED: transposed"
     if TURNED: C = tl.zeros((DV, DK), tl.float32)
     else: C = tl.zeros((DK, DV), tl.float32)
     n = tl.zeros((DK,), tl.float32)
@@ -94,13 +102,18 @@ def enter(C_in, n_in, C_parts, n_parts, G_parts, bh, segment, segments, at, ck,
         n = keep * n + tl.load(n_parts + (bh * segments + j) * DK + ck)
     return C, n
 
+# %% ../../nbs/kernels/02_triton_mlstm.ipynb #ffe0d39e
 @triton.jit
-def scan_forward(q, k, v, b, x, o, weight, y, h, den, C_in, n_in, C_parts, n_parts, G_parts, C_out, n_out,
-                 reverse, T, per, segments, chunks, H, qb, qh, qt, kb, kh, kt, vb, vh, vt, ob, oh, ot, hb, hh, ht,
-                 DK: tl.constexpr, DV: tl.constexpr, dk: tl.constexpr, dv: tl.constexpr, L: tl.constexpr,
-                 NORM: tl.constexpr, EPS: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr,
+# longer than other cells: the memory stays in registers from one chunk to the next
+def scan_forward(q, k, v, b, x, o, weight, y, h, den,
+                 C_in, n_in, C_parts, n_parts, G_parts, C_out, n_out,
+                 reverse, T, per, segments, chunks, H,
+                 qb, qh, qt, kb, kh, kt, vb, vh, vt, ob, oh, ot, hb, hh, ht,
+                 DK: tl.constexpr, DV: tl.constexpr, dk: tl.constexpr, dv: tl.constexpr,
+                 L: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr,
+                 INITIAL: tl.constexpr, FINAL: tl.constexpr,
                  DOT: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr):
-    "h and den of one segment of one head, and y if NORM says over how many numbers to norm; FINAL: the memory at its end"
+    "h and den of one segment of one head; y if NORM is above 0; the memory at the end if FINAL"
     bh, segment = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch, head = bh // H, bh % H
     backwards = head >= H - reverse
@@ -115,7 +128,8 @@ def scan_forward(q, k, v, b, x, o, weight, y, h, den, C_in, n_in, C_parts, n_par
     b += bh * chunks * L; x += bh * chunks * L; den += bh * T
     ck, cv, a = tl.arange(0, DK), tl.arange(0, DV), tl.arange(0, L)
     at = ck[:, None] * DV + cv[None, :]
-    C, n = enter(C_in, n_in, C_parts, n_parts, G_parts, bh, segment, segments, at, ck, DK, DV, INITIAL, False)
+    C, n = enter(C_in, n_in, C_parts, n_parts, G_parts, bh, segment, segments, at, ck, DK, DV,
+                 INITIAL, False)
     for c in range(segment * per, tl.minimum((segment + 1) * per, chunks)):
         t, exists = positions(c, T, backwards, L)
         Q = load_rows(q, t, exists, qt, ck, dk, DK).to(DOT)
@@ -123,14 +137,17 @@ def scan_forward(q, k, v, b, x, o, weight, y, h, den, C_in, n_in, C_parts, n_par
         V = load_rows(v, t, exists, vt, cv, dv, DV).to(DOT)
         bt, xs, g = tl.load(b + c * L + a), tl.load(x + c * L + a), tl.load(b + c * L + L - 1)
         r, keep = tl.exp2(bt.to(tl.float32)), tl.exp2(g.to(tl.float32))
-        P = tl.dot(Q, tl.trans(K), input_precision=PRECISION) * decay(bt, xs, a[:, None] >= a[None, :])
+        P = (tl.dot(Q, tl.trans(K), input_precision=PRECISION)
+             * decay(bt, xs, a[:, None] >= a[None, :]))
         total = tl.sum(P, 1) + r * tl.sum(Q.to(tl.float32) * n[None, :], 1)
         num = tl.dot(Q, C.to(DOT), input_precision=PRECISION) * r[:, None]
         num = tl.dot(P.to(DOT), V, num, input_precision=PRECISION)
         out = (num / tl.maximum(tl.abs(total), 1.)[:, None]).to(h.dtype.element_ty)
         store_rows(h, out, t, exists, ht, cv, dv, DV)
         tl.store(den + t, total, mask=exists)
-        if NORM > 0: norm_and_gate(y, o, weight, out.to(tl.float32), t, exists, ht, ot, cv, dv, DV, NORM, EPS)
+        if NORM > 0:
+            norm_and_gate(y, o, weight, out.to(tl.float32), t, exists, ht, ot, cv, dv, DV, NORM,
+                          EPS)
         Ka = K.to(tl.float32) * tl.exp2((xs + g).to(tl.float32))[:, None]
         C = keep * C + tl.dot(tl.trans(Ka.to(DOT)), V, input_precision=PRECISION)
         n = keep * n + tl.sum(Ka, 0)
@@ -140,9 +157,10 @@ def scan_forward(q, k, v, b, x, o, weight, y, h, den, C_in, n_in, C_parts, n_par
 
 # %% ../../nbs/kernels/02_triton_mlstm.ipynb #8480e5df
 @triton.jit
-def scan_memory(k, v, b, x, C_parts, n_parts, G_parts, reverse, T, per, segments, chunks, H, kb, kh, kt, vb, vh, vt,
-                DK: tl.constexpr, DV: tl.constexpr, dk: tl.constexpr, dv: tl.constexpr, L: tl.constexpr,
-                DOT: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr):
+def scan_memory(k, v, b, x, C_parts, n_parts, G_parts, reverse, T, per, segments, chunks, H,
+                kb, kh, kt, vb, vh, vt,
+                DK: tl.constexpr, DV: tl.constexpr, dk: tl.constexpr, dv: tl.constexpr,
+                L: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr):
     "What each segment alone adds to the memory, and its log decay"
     bh, segment = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch, head = bh // H, bh % H
@@ -167,10 +185,12 @@ def scan_memory(k, v, b, x, C_parts, n_parts, G_parts, reverse, T, per, segments
 
 # %% ../../nbs/kernels/02_triton_mlstm.ipynb #497c51cc
 @triton.jit
+# longer than other cells: gate, norm and division are taken back in one pass over memory
 def begin_backward(h, den, b, dy, o, weight, dh, do, dw, e, rho, reverse, T, pieces, length, H,
                    hb, hh, ht, yb, yh, yt, ob, oh, ot,
-                   DV: tl.constexpr, dv: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, ALIGN: tl.constexpr):
-    "rho and e in reading order; from dy the gradients of h and o, and of the norm's weight piece by piece"
+                   DV: tl.constexpr, dv: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr,
+                   EPS: tl.constexpr, ALIGN: tl.constexpr):
+    "rho and e in reading order; if NORM is above 0, the gradients of h, o and the norm's weight"
     bh, piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch, head = bh // H, bh % H
     h += tl.multiple_of(batch * hb + head * hh, ALIGN)
@@ -196,19 +216,24 @@ def begin_backward(h, den, b, dy, o, weight, dh, do, dw, e, rho, reverse, T, pie
             sum_dw += tl.sum(part, 0)
             store_rows(do, part * w[None, :] * (1. - gate), t, exists, ot, cv, dv, DV)
             G = G * gate * w[None, :]
-            G = (G - (tl.sum(G, 1) / NORM)[:, None] - normed * (tl.sum(G * normed, 1) / NORM)[:, None]) * deviation
+            G = (G - (tl.sum(G, 1) / NORM)[:, None] - normed
+                 * (tl.sum(G * normed, 1) / NORM)[:, None]) * deviation
             G = tl.where((cv < NORM)[None, :], G, 0.).to(dh.dtype.element_ty)
             store_rows(dh, G, t, exists, ht, cv, dv, DV)
-            G = G.to(tl.float32)                                        # e belongs to the dh that was written
+            G = G.to(tl.float32)     # rounded as it was written, for e
         total = tl.load(den + t, mask=exists, other=0.)
         size, position = tl.abs(total), c * ROWS + tl.arange(0, ROWS)
-        tl.store(e + position, tl.where(size > 1., tl.sum(G * H_, 1) * tl.where(total > 0, -1., 1.), 0.), mask=position < length)
+        tl.store(e + position,
+                 tl.where(size > 1., tl.sum(G * H_, 1) * tl.where(total > 0, -1., 1.), 0.),
+                 mask=position < length)
         log_b = tl.load(b + position, mask=position < length, other=0.)
-        tl.store(rho + position, log_b - tl.log2(tl.maximum(size, 1.)).to(log_b.dtype), mask=position < length)
+        tl.store(rho + position, log_b - tl.log2(tl.maximum(size, 1.)).to(log_b.dtype),
+                 mask=position < length)
     if NORM > 0: tl.store(dw + (bh * pieces + piece) * DV + cv, sum_dw)
 
 # %% ../../nbs/kernels/02_triton_mlstm.ipynb #d834115a
 @triton.jit
+# longer than other cells: the memory stays in registers from one chunk to the next
 def scan_dq(q, k, v, b, x, dh, e, rho, dq, qdq, C_in, n_in, C_parts, n_parts, G_parts,
             reverse, T, per, segments, chunks, H, qb, qh, qt, kb, kh, kt, vb, vh, vt, hb, hh, ht,
             DK: tl.constexpr, DV: tl.constexpr, dk: tl.constexpr, dv: tl.constexpr, L: tl.constexpr,
@@ -221,19 +246,24 @@ def scan_dq(q, k, v, b, x, dh, e, rho, dq, qdq, C_in, n_in, C_parts, n_parts, G_
     v += tl.multiple_of(batch * vb + head * vh, ALIGN)
     dq += tl.multiple_of(batch * qb + head * qh, ALIGN)
     dh += tl.multiple_of(batch * hb + head * hh, ALIGN)
-    b += bh * chunks * L; x += bh * chunks * L; e += bh * chunks * L; rho += bh * chunks * L; qdq += bh * T
+    b += bh * chunks * L; x += bh * chunks * L; e += bh * chunks * L; rho += bh * chunks * L
+    qdq += bh * T
     ck, cv, a = tl.arange(0, DK), tl.arange(0, DV), tl.arange(0, L)
-    C, n = enter(C_in, n_in, C_parts, n_parts, G_parts, bh, segment, segments, ck[None, :] * DV + cv[:, None], ck, DK, DV, INITIAL, True)
+    C, n = enter(C_in, n_in, C_parts, n_parts, G_parts, bh, segment, segments,
+                 ck[None, :] * DV + cv[:, None], ck, DK, DV, INITIAL, True)
     for c in range(segment * per, tl.minimum((segment + 1) * per, chunks)):
         t, exists = positions(c, T, head >= H - reverse, L)
         Q = load_rows(q, t, exists, qt, ck, dk, DK)
         K = load_rows(k, t, exists, kt, ck, dk, DK).to(DOT)
         V = load_rows(v, t, exists, vt, cv, dv, DV).to(DOT)
         G = load_rows(dh, t, exists, ht, cv, dv, DV).to(DOT)
-        row, xs, et, g = tl.load(rho + c * L + a), tl.load(x + c * L + a), tl.load(e + c * L + a), tl.load(b + c * L + L - 1)
+        row, xs = tl.load(rho + c * L + a), tl.load(x + c * L + a)
+        et, g = tl.load(e + c * L + a), tl.load(b + c * L + L - 1)
         keep = tl.exp2(g.to(tl.float32))
-        dS = (tl.dot(G, tl.trans(V), input_precision=PRECISION) + et[:, None]) * decay(row, xs, a[:, None] >= a[None, :])
-        dQ = (tl.dot(G, C.to(DOT), input_precision=PRECISION) + et[:, None] * n[None, :]) * tl.exp2(row.to(tl.float32))[:, None]
+        dS = ((tl.dot(G, tl.trans(V), input_precision=PRECISION) + et[:, None])
+              * decay(row, xs, a[:, None] >= a[None, :]))
+        dQ = ((tl.dot(G, C.to(DOT), input_precision=PRECISION) + et[:, None] * n[None, :])
+              * tl.exp2(row.to(tl.float32))[:, None])
         dQ = tl.dot(dS.to(DOT), K, dQ, input_precision=PRECISION)
         store_rows(dq, dQ, t, exists, qt, ck, dk, DK)
         tl.store(qdq + t, tl.sum(Q.to(tl.float32) * dQ, 1), mask=exists)
@@ -243,11 +273,14 @@ def scan_dq(q, k, v, b, x, dh, e, rho, dq, qdq, C_in, n_in, C_parts, n_parts, G_
 
 # %% ../../nbs/kernels/02_triton_mlstm.ipynb #d7103a51
 @triton.jit
+# longer than other cells: the gradient of the memory stays in registers from chunk to chunk
 def scan_dkv(q, k, v, b, x, dh, e, rho, dk_out, dv_out, kdk, dC_parts, dn_parts, G_parts,
              reverse, T, per, segments, chunks, H, qb, qh, qt, kb, kh, kt, vb, vh, vt, hb, hh, ht,
-             DK: tl.constexpr, DV: tl.constexpr, dk: tl.constexpr, dv: tl.constexpr, L: tl.constexpr,
-             LOCAL_ONLY: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr):
-    "dk, dv and k . dk of one segment of one head; LOCAL_ONLY: only what the segment adds to the gradient of the memory"
+             DK: tl.constexpr, DV: tl.constexpr, dk: tl.constexpr, dv: tl.constexpr,
+             L: tl.constexpr,
+             LOCAL_ONLY: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+             ALIGN: tl.constexpr):
+    "dk, dv and k . dk of one segment of one head; LOCAL_ONLY: only dC_parts and dn_parts"
     bh, segment = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch, head = bh // H, bh % H
     q += tl.multiple_of(batch * qb + head * qh, ALIGN)
@@ -278,7 +311,8 @@ def scan_dkv(q, k, v, b, x, dh, e, rho, dk_out, dv_out, kdk, dC_parts, dn_parts,
             K = load_rows(k, t, exists, kt, ck, dk, DK).to(DOT)
             V = load_rows(v, t, exists, vt, cv, dv, DV).to(DOT)
             xs = tl.load(x + c * L + a)
-            D = decay(xs, row, a[:, None] <= a[None, :])                             # transposed: (s, t)
+            # transposed: (s, t)
+            D = decay(xs, row, a[:, None] <= a[None, :])
             write, memory = tl.exp2((xs + g).to(tl.float32))[:, None], dC.to(DOT)
             P = tl.dot(K, tl.trans(Q), input_precision=PRECISION) * D
             dV = tl.dot(K, memory, input_precision=PRECISION) * write
@@ -299,7 +333,8 @@ def scan_dkv(q, k, v, b, x, dh, e, rho, dk_out, dv_out, kdk, dC_parts, dn_parts,
 
 # %% ../../nbs/kernels/02_triton_mlstm.ipynb #63a8edf7
 @triton.jit
-def gate_gradients(i, f, qdq, kdk, di, df, reverse, T, H, gb, gh, gt, L: tl.constexpr, CAP: tl.constexpr):
+def gate_gradients(i, f, qdq, kdk, di, df, reverse, T, H, gb, gh, gt, L: tl.constexpr,
+                   CAP: tl.constexpr):
     "Gradients of both gates, through the soft cap"
     bh = tl.program_id(0).to(tl.int64)
     head, later, chunks = bh % H, 0., tl.cdiv(T, L)
@@ -313,7 +348,8 @@ def gate_gradients(i, f, qdq, kdk, di, df, reverse, T, H, gb, gh, gt, L: tl.cons
         fg = tl.load(f + start + t * gt, mask=exists, other=0.).to(tl.float32)
         di_t, df_t = written, crossed
         if CAP > 0:
-            ig, fg = capped(tl.load(i + start + t * gt, mask=exists, other=0.).to(tl.float32), CAP), capped(fg, CAP)
+            ig = capped(tl.load(i + start + t * gt, mask=exists, other=0.).to(tl.float32), CAP)
+            fg = capped(fg, CAP)
             di_t, df_t = di_t * (1. - ig * ig / (CAP * CAP)), df_t * (1. - fg * fg / (CAP * CAP))
         tl.store(di + start + t * gt, di_t, mask=exists)
         tl.store(df + start + t * gt, df_t * tl.sigmoid(-fg), mask=exists)

@@ -1,4 +1,4 @@
-"""Windows in an order that is known, from a step on, prepared by processes that leave signals to their parent
+"""A DataLoader with a known order of windows, from any step on and on any number of devices
 
 Docs: https://seismodel.github.io/seismodel/training/batches.html.md"""
 
@@ -10,6 +10,7 @@ __all__ = ['ResumableBatchSampler', 'make_dataloader', 'sequential_batches', 'cl
 # %% ../../nbs/training/03_batches.ipynb #dec6b0d3
 import os
 from contextlib import contextmanager, nullcontext
+from typing import Iterable, Iterator
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -22,10 +23,11 @@ from .distributed import Ranks
 class ResumableBatchSampler:
     "The numbers of this rank's windows, batch by batch, from a step on"
     def __init__(self,
-        c:TrainConfig, # names steps and batch
-        ranks:Ranks, # who we are
+        c:TrainConfig, # steps, batch_size and accumulate
+        ranks:Ranks, # number of this process and of all
         done:int=0, # optimiser steps done before
-    ): self.c, self.ranks, self.done = c, ranks, done
+    ):
+        self.c, self.ranks, self.done = c, ranks, done
 
     def __len__(self): return (self.c.steps - self.done)*self.c.accumulate
 
@@ -38,12 +40,12 @@ class ResumableBatchSampler:
 # %% ../../nbs/training/03_batches.ipynb #1625c99c
 def make_dataloader(
     data:Dataset, # windows
-    order, # lists of window numbers
-    c:TrainConfig, # names the workers
+    order:Iterable[list[int]], # window numbers of each batch
+    c:TrainConfig, # workers
     device:torch.device, # where the batches will go
     raw:bool=False, # not normalised, see `WindowDataset.batch`
 )->DataLoader: # of batches, see `Batches`
-    "Batches of windows in this order"
+    "A loader of batches in the given order"
     workers = c.workers
     if workers is None: workers = min(8, os.cpu_count() or 1) if device.type == 'cuda' else 0
     return DataLoader(Batches(data, raw), batch_size=None, sampler=order, num_workers=workers,
@@ -55,15 +57,15 @@ def sequential_batches(
     data:Dataset, # windows
     batch_size:int, # of all but the last batch
 )->list[list[int]]: # numbers of the windows of each batch
-    "All windows, once"
+    "Each window once, in order"
     return [list(range(n, min(n + batch_size, len(data)))) for n in range(0, len(data), batch_size)]
 
 # %% ../../nbs/training/03_batches.ipynb #3edc93fc
 @contextmanager
 def closing_workers(
     batches:DataLoader, # from `make_dataloader`
-): # yields an iterator over its batches
-    "Iterate, and end the workers at the end; after an exception its traceback would keep them, and the process would wait for them"
+) -> Iterator[Iterator[dict]]: # as a context: an iterator over the batches
+    "Iterate over a loader, and end its workers afterwards, also after an exception"
     with blocking_signals() if batches.num_workers else nullcontext(): it = iter(batches)
     try: yield it
     finally:

@@ -1,4 +1,4 @@
-"""One sealed file that holds all that a run needs to go on, written whole or not at all, and refused when a single bit of it has changed
+"""One file with all that a run needs to continue, written completely or not at all, and checked
 
 Docs: https://seismodel.github.io/seismodel/training/checkpoints.html.md"""
 
@@ -6,14 +6,14 @@ Docs: https://seismodel.github.io/seismodel/training/checkpoints.html.md"""
 
 # %% auto #0
 __all__ = ['FORMAT', 'training_tensors', 'restore', 'this_machine', 'other_machine', 'checkpoint_files', 'write_checkpoint',
-           'Checkpoint', 'read_checkpoint', 'newest_checkpoint', 'flatten', 'differences']
+           'Checkpoint', 'read_checkpoint', 'check_version', 'newest_checkpoint', 'flatten', 'differences']
 
 # %% ../../nbs/training/05_checkpoints.ipynb #2c685f88
 import json
 import platform
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -29,46 +29,53 @@ from ..core import DamagedCheckpoint, UserError
 def training_tensors(
     model:nn.Module, # as it is now
     optimizer:torch.optim.Optimizer, # over parameters of `model`
-)->dict[str, Tensor]: # 'model.' and 'optimizer.' in front of the names
-    "Weights, buffers and the optimiser's moments, each under a name that says whose it is"
+)->dict[str, Tensor]: # names start with 'model.' or 'optimizer.'
+    "Weights and buffers of the model, and the moments of the optimiser"
     names = {p: name for name, p in model.named_parameters()}
-    moments = {f'optimizer.{names[p]}.{key}': value for p, state in optimizer.state.items() for key, value in state.items()}
+    moments = {f'optimizer.{names[p]}.{key}': value for p, state in optimizer.state.items()
+               for key, value in state.items()}
     return {**{f'model.{name}': t for name, t in model.state_dict().items()}, **moments}
 
+# %% ../../nbs/training/05_checkpoints.ipynb #9eec4bf4
 def restore(
     tensors:dict[str, Tensor], # from `training_tensors`
     model:nn.Module, # of the same configuration
     optimizer:torch.optim.Optimizer, # fresh, over parameters of `model`
     where:str|Path, # the file, for the message
-):
-    "Put weights and moments back; raises `UserError` for a weight or a moment that is missing or too many"
-    load_weights(model, {name[6:]: t for name, t in tensors.items() if name.startswith('model.')}, where)
+) -> None:
+    "Restore weights and moments; raises `UserError` if the tensors do not fit the model"
+    load_weights(model, {name[6:]: t for name, t in tensors.items() if name.startswith('model.')},
+                 where)
     own = dict(model.named_parameters())
     for name, value in tensors.items():
         if not name.startswith('optimizer.'): continue
         parameter, key = name[10:].rsplit('.', 1)
-        if parameter not in own: raise UserError(f"'{where}' has a moment of '{parameter}' that the model does not know.")
+        if parameter not in own:
+            raise UserError(f"'{where}' has a moment of '{parameter}', which the model does not "
+                            "have.")
         optimizer.state[own[parameter]][key] = value.to(own[parameter].device, copy=True)
 
 # %% ../../nbs/training/05_checkpoints.ipynb #cf100251
-FORMAT = 1                                     # raised when a reader of the old form could misread the new one
+FORMAT = 1     # raised when an older version of the package could misread a new file
 
 # %% ../../nbs/training/05_checkpoints.ipynb #23020e84
 def this_machine(
-) -> dict[str, str | int]:  # what decides the order of sums
-    "Threads, type of the processor and of the GPU"
+) -> dict[str, str | int]:  # name -> value
+    "Number of CPU threads, type of CPU and GPU: they decide the order of summation"
     processor = f'{platform.machine()} {torch.backends.cpu.get_cpu_capability()}'
     found = {'CPU threads': torch.get_num_threads(), 'processor': processor}
     if torch.cuda.is_available(): found['GPU'] = torch.cuda.get_device_name()
     return found
 
+# %% ../../nbs/training/05_checkpoints.ipynb #f4ca9e87
 def other_machine(
     saved: dict,  # from `this_machine`, in a checkpoint
-) -> str:         # a sentence; '' where nothing differs, or nothing is known
-    "What is not as it was when the checkpoint was written"
+) -> str:         # a sentence; '' if nothing differs, or if nothing was saved
+    "What differs from the machine that wrote the checkpoint"
     now = this_machine()
     differ = [f"{name} {saved.get(name, 'none')} then, {now.get(name, 'none')} now"
-              for name in [*saved, *(now.keys() - saved.keys())] if saved and saved.get(name) != now.get(name)]
+              for name in [*saved, *(now.keys() - saved.keys())] if saved
+              and saved.get(name) != now.get(name)]
     if not differ: return ''
     return f"The run goes on, but not bit for bit as if it had never stopped: {'; '.join(differ)}."
 
@@ -76,18 +83,21 @@ def other_machine(
 def checkpoint_files(
     run:Path, # a run's folder
 )->list[Path]: # newest first
-    "The checkpoints of a run, whole or not"
-    return sorted((p for p in (run/'checkpoints').glob('step-*') if re.fullmatch(r'step-\d{8,}\.safetensors', p.name)),
+    "The checkpoints of a run; they are not read here"
+    return sorted((p for p in (run/'checkpoints').glob('step-*')
+                   if re.fullmatch(r'step-\d{8,}\.safetensors', p.name)),
                   key=lambda p: int(p.stem[5:]), reverse=True)
 
+# %% ../../nbs/training/05_checkpoints.ipynb #b41cab3c
 def write_checkpoint(
     run:Path, # a run's folder
     tensors:dict[str, Tensor], # from `training_tensors`
     state:dict, # plain values, with the steps done under 'step'
-    keep:int=3, # how many stay
+    keep:int=3, # number of checkpoints that are kept
 )->Path: # the file
-    "Write a sealed checkpoint, then delete the oldest; raises OSError where the disk does not take it, and leaves the others"
-    metadata = {'format': str(FORMAT), 'version': __version__, 'state': json.dumps(state), 'machine': json.dumps(this_machine())}
+    "Write a checkpoint, then delete old ones; after an `OSError` all older ones are still there"
+    metadata = {'format': str(FORMAT), 'version': __version__, 'state': json.dumps(state),
+                'machine': json.dumps(this_machine())}
     blob = sealed_tensors(tensors, metadata)
     path = run/'checkpoints'/f"step-{state['step']:08d}.safetensors"
     path.parent.mkdir(exist_ok=True)
@@ -97,58 +107,80 @@ def write_checkpoint(
 
 # %% ../../nbs/training/05_checkpoints.ipynb #8d6cfe9b
 class Checkpoint(NamedTuple):
-    "What a run needs to go on"
-    path: Path
+    "What a run needs to continue"
+    path: Path      # of the file
     tensors: dict   # name -> tensor, on the CPU
     state: dict     # plain values
-    machine: dict = {}  # where it was written, from `this_machine`; empty in a file of 0.1
+    machine: dict = {}  # from `this_machine` when it was written; empty in a file of version 0.1
 
+# %% ../../nbs/training/05_checkpoints.ipynb #0ef8c1c9
 def read_checkpoint(
     path:Path, # a file from `write_checkpoint`
 )->Checkpoint:
-    "Raises `DamagedCheckpoint` for a file that is not what was written, `UserError` for one that is newer or cannot be opened"
+    "Read and check a file; raises `DamagedCheckpoint`, or `UserError` if it is newer or unreadable"
     try: blob = path.read_bytes()
-    except OSError as e: raise UserError(f"The checkpoint '{path}' cannot be opened ({e.strerror}); see to that and resume again.") from None
+    except OSError as e:
+        raise UserError(f"The checkpoint '{path}' cannot be opened ({e.strerror}); solve that and "
+                        f"resume again.") from None
     try:
         verify_checksum(blob)
         metadata = json.loads(header_of(blob))['__metadata__']
-        if int(metadata['format']) > FORMAT:
-            raise UserError(f"The checkpoint '{path}' was written by seismodel {metadata['version']}, which is newer than this one ({__version__}); update seismodel.")
-        state, tensors, machine = json.loads(metadata['state']), load(blob), json.loads(metadata.get('machine', '{}'))
-        if f"step-{state['step']:08d}.safetensors" != path.name: raise DamagedCheckpoint(f"it is that of step {state['step']}")
-    except DamagedCheckpoint as e: raise DamagedCheckpoint(f"The checkpoint '{path}' cannot be used: {e}.") from None
+        check_version(path, metadata)
+        state, tensors, machine = (json.loads(metadata['state']), load(blob),
+                                   json.loads(metadata.get('machine', '{}')))
+        if f"step-{state['step']:08d}.safetensors" != path.name:
+            raise DamagedCheckpoint(f"it is that of step {state['step']}")
+    except DamagedCheckpoint as e:
+        raise DamagedCheckpoint(f"The checkpoint '{path}' cannot be used: {e}.") from None
     except (SafetensorError, ValueError, KeyError, TypeError) as e:
         if isinstance(e, UserError): raise
-        raise DamagedCheckpoint(f"The checkpoint '{path}' cannot be used: {type(e).__name__} in its header.") from None
+        raise DamagedCheckpoint(f"The checkpoint '{path}' cannot be used: {type(e).__name__} in "
+                                f"its header.") from None
     return Checkpoint(path, tensors, state, machine)
+
+# %% ../../nbs/training/05_checkpoints.ipynb #ea1db094
+def check_version(
+    path:Path, # of the checkpoint
+    metadata:dict, # of its header
+) -> None:
+    "Raise `UserError` for a file format that this version does not know"
+    if int(metadata['format']) > FORMAT:
+        raise UserError(f"The checkpoint '{path}' was written by seismodel "
+                        f"{metadata['version']}, which is newer than this one ({__version__}); "
+                        "update seismodel.")
 
 # %% ../../nbs/training/05_checkpoints.ipynb #70691645
 def newest_checkpoint(
     run:Path, # a run's folder
-    say=print, # where sentences go
-)->Checkpoint|None: # None where none was ever written
-    "The newest good one; damaged ones are named and set aside as `.damaged`. Raises `UserError` if none of them is good"
+    say:Callable[[str], None]=print, # gets the messages
+)->Checkpoint|None: # None if none was ever written
+    "The newest intact checkpoint; damaged ones are renamed. Raises `UserError` if none is intact"
     files = checkpoint_files(run)
     for path in files:
         try: found = read_checkpoint(path)
         except DamagedCheckpoint as e:
             path.replace(path.with_suffix('.damaged'))
-            say(f"{e} It is set aside as '{path.stem}.damaged', and the checkpoint before it is tried.")
+            say(f"{e} It is set aside as '{path.stem}.damaged', and the checkpoint before it is "
+                "tried.")
             continue
         if other := other_machine(found.machine): say(other)
         return found
     if files or list((run/'checkpoints').glob('*.damaged')):
-        raise UserError(f"No checkpoint in '{run/'checkpoints'}' can be used; start a new run in another folder.")
+        raise UserError(f"No checkpoint in '{run/'checkpoints'}' can be used; start a new run in "
+                        "another folder.")
 
 # %% ../../nbs/training/05_checkpoints.ipynb #cec27ca3
 def flatten(
-    settings, # nested dictionaries, lists and plain values
-    name='', # of the field, for the recursion
+    settings:object, # nested dictionaries, lists and plain values
+    name:str='', # of the field, for the recursion
 )->dict: # dotted name -> plain value; a list is one value
-    "A nested configuration as one flat dictionary, in the terms of JSON"
-    if not isinstance(settings, dict): return {name: list(settings) if isinstance(settings, tuple) else settings}
-    return {k: v for key, value in settings.items() for k, v in flatten(value, f'{name}.{key}' if name else str(key)).items()}
+    "A nested configuration as one flat dictionary; tuples become lists, as in JSON"
+    if not isinstance(settings, dict):
+        return {name: list(settings) if isinstance(settings, tuple) else settings}
+    return {k: v for key, value in settings.items()
+            for k, v in flatten(value, f'{name}.{key}' if name else str(key)).items()}
 
+# %% ../../nbs/training/05_checkpoints.ipynb #a8f57f19
 def differences(
     saved:dict, # configuration in the checkpoint
     wanted:dict, # configuration now
@@ -157,4 +189,5 @@ def differences(
     "Compare two configurations field by field"
     a, b = flatten(saved), flatten(wanted)
     return [f"{name} was {a.get(name, 'not there')!r} and is {b.get(name, 'not there')!r}"
-            for name in [*a, *(b.keys() - a.keys())] if name not in free and (name not in a or name not in b or a[name] != b[name])]
+            for name in [*a, *(b.keys() - a.keys())] if name not in free
+            and (name not in a or name not in b or a[name] != b[name])]

@@ -1,4 +1,4 @@
-"""A training step launches some fifteen hundred kernels. On a GPU they are recorded once and replayed, so that the host has nothing to do but to bring the next windows.
+"""Record and replay a training step, compile its blocks, and use bfloat16 and TF32
 
 Docs: https://seismodel.github.io/seismodel/training/cuda_graph.html.md"""
 
@@ -12,8 +12,10 @@ __all__ = ['static_copy', 'copy_into', 'Replay', 'compile_blocks', 'worth_compil
 import shutil
 from contextlib import contextmanager
 from importlib.util import find_spec
+from typing import Callable, Iterator
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..models.blocks import MLSTMBlock
@@ -21,17 +23,19 @@ from ..models.frontend import ConvDownFrontend
 
 # %% ../../nbs/training/09_cuda_graph.ipynb #d53f8589
 def static_copy(
-    inputs, # a tensor, or a dictionary of tensors and other things
-): # the same, in memory of its own
-    "A copy that stays where it is, to be filled anew"
+    inputs:Tensor|dict, # a tensor, or a dictionary of tensors and other values
+) -> Tensor|dict: # the same in memory of its own
+    "A copy at a fixed address, to be filled again for each replay"
     if isinstance(inputs, Tensor): return inputs.clone()
-    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    return {name: value.clone() if isinstance(value, Tensor) else value
+            for name, value in inputs.items()}
 
+# %% ../../nbs/training/09_cuda_graph.ipynb #123763b9
 def copy_into(
-    place, # from `static_copy`
-    inputs, # of the same shapes
-):
-    "Copy the tensors of `inputs` to their places"
+    place:Tensor|dict, # from `static_copy`
+    inputs:Tensor|dict, # of the same shapes
+) -> None:
+    "Copy the tensors of `inputs` into the static copy"
     if isinstance(inputs, Tensor): place.copy_(inputs, non_blocking=True)
     else:
         for name, value in inputs.items():
@@ -39,11 +43,11 @@ def copy_into(
 
 # %% ../../nbs/training/09_cuda_graph.ipynb #3772625c
 class Replay:
-    "`function(inputs)`, run as it is at first, then recorded on the GPU and replayed; its results are those of the last call"
+    "Calls `function(inputs)` as written at first, then records it on the GPU and replays it"
     def __init__(self,
-        function, # of a batch; no host synchronisation, the same shapes in every call
-        generator:torch.Generator, # which `function` draws from
-        first:int=3, # calls that run as they are
+        function:Callable, # of a batch; no host synchronisation, the same shapes in every call
+        generator:torch.Generator, # from which `function` draws
+        first:int=3, # calls that run as written
     ):
         self.function, self.generator, self.left, self.graph = function, generator, first, None
 
@@ -51,32 +55,41 @@ class Replay:
         if self.left:
             self.left -= 1
             return self.function(inputs)
-        if self.graph is None: self.record(inputs)
+        if self.graph is None: self.record_graph(inputs)
         copy_into(self.inputs, inputs)
         self.graph.replay()
-        return self.results
+        return self.results          # overwritten by the next replay
 
-    def record(self, inputs):
-        "Record `function` without running it"
-        self.inputs, self.graph = static_copy(inputs), torch.cuda.CUDAGraph()
-        self.graph.register_generator_state(self.generator)
-        torch.cuda.empty_cache()               # of the plain steps: a recording has memory of its own
-        # thread_local: the loader's thread may pin memory meanwhile, which a global recording would not survive
-        with torch.cuda.graph(self.graph, capture_error_mode='thread_local'): self.results = self.function(self.inputs)
-
-    def close(self):
-        "Let go of the recording"
+    def close(self) -> None:
+        "Delete the recording"
         self.graph = self.results = None
+
+# %% ../../nbs/training/09_cuda_graph.ipynb #c5166664
+@patch
+def record_graph(
+    self:Replay,
+    inputs:Tensor|dict, # as for `function`
+) -> None:
+    "Record `function` without running it"
+    self.inputs, self.graph = static_copy(inputs), torch.cuda.CUDAGraph()
+    self.graph.register_generator_state(self.generator)
+    # frees the memory of the plain steps: a recording has memory of its own
+    torch.cuda.empty_cache()
+    # thread_local: the loader's thread may pin memory meanwhile, which would end a
+    # global recording with an error
+    with torch.cuda.graph(self.graph, capture_error_mode='thread_local'):
+        self.results = self.function(self.inputs)
 
 # %% ../../nbs/training/09_cuda_graph.ipynb #4077587d
 def compile_blocks(
-    model:nn.Module, # with such parts somewhere inside
-)->int: # how many there are
-    "Compile every mLSTM block of a model, and the frontend, in place, for shapes that do not change"
+    model:nn.Module, # with mLSTM blocks somewhere inside
+)->int: # number of compiled parts
+    "Compile every mLSTM block of a model and the frontend, in place, for fixed shapes"
     parts = [m for m in model.modules() if isinstance(m, (MLSTMBlock, ConvDownFrontend))]
     for part in parts: part.compile(dynamic=False, options={'comprehensive_padding': False})
     return len(parts)
 
+# %% ../../nbs/training/09_cuda_graph.ipynb #2c8bf501
 def worth_compiling(
     device:torch.device, # of the run
     steps:int, # of the run
@@ -85,16 +98,18 @@ def worth_compiling(
     able = find_spec('triton') is not None and any(map(shutil.which, ('cc', 'gcc', 'clang')))
     return device.type == 'cuda' and steps >= 2000 and able
 
+# %% ../../nbs/training/09_cuda_graph.ipynb #b8363049
 @contextmanager
-def run_eager():
-    "Inside, compiled parts run as they are written: validation has other shapes, and would be compiled for each"
+def run_eager() -> Iterator[None]: # as a context
+    "Inside, compiled parts run uncompiled"
+    # for validation: its batches have other shapes, and each would be compiled
     with torch.compiler.set_stance('force_eager'): yield
 
 # %% ../../nbs/training/09_cuda_graph.ipynb #048f4b96
 @contextmanager
 def tensor_float32(
     device:torch.device, # of the run; nothing changes on a CPU
-):
+) -> Iterator[None]: # as a context
     "Inside, float32 matrix products on a GPU may use TF32"
     before = torch.get_float32_matmul_precision()
     if device.type == 'cuda': torch.set_float32_matmul_precision('high')
@@ -103,7 +118,7 @@ def tensor_float32(
 
 # %% ../../nbs/training/09_cuda_graph.ipynb #1dfec0c0
 def mixed_precision(
-    device:torch.device, # bfloat16 pays on a GPU only
-)->torch.autocast:
-    "bf16 for the matrix products on a GPU, float32 elsewhere; losses and gates keep float32 by themselves"
+    device:torch.device, # of the run
+)->torch.autocast: # a context
+    "bfloat16 for matrix products on a GPU, float32 on a CPU"
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == 'cuda')

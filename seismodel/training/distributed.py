@@ -1,4 +1,4 @@
-"""The same step on one process or on many: who takes which windows, how means become global means, and how the draws stay the same
+"""The same training on one GPU or many: windows are divided, means and random draws stay the same
 
 Docs: https://seismodel.github.io/seismodel/training/distributed.html.md"""
 
@@ -12,9 +12,11 @@ import os
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import ContextManager, Iterator
 
 import torch
 import torch.distributed as dist
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -23,20 +25,32 @@ from ..core import pick_device
 
 # %% ../../nbs/training/04_distributed.ipynb #79c04b57
 class MeanOverRanks(torch.autograd.Function):
-    "The mean of a tensor over all ranks, and backwards the mean of its gradients"
+    "The mean of a tensor over all ranks; its backward pass is the mean of the gradients"
     @staticmethod
-    def forward(ctx, x):
+    def forward(
+        ctx,
+        x: Tensor,  # the same shape on all ranks
+    ) -> Tensor:
+        "The mean over all ranks"
         y = x.detach().clone()
         dist.all_reduce(y)
         return y / dist.get_world_size()
 
     @staticmethod
-    def backward(ctx, g): return MeanOverRanks.forward(ctx, g)
+    def backward(
+        ctx,
+        g: Tensor,  # gradient of the mean on this rank
+    ) -> Tensor:
+        "The mean of the gradients"
+        return MeanOverRanks.forward(ctx, g)
 
 # %% ../../nbs/training/04_distributed.ipynb #82af1118
 class WholeBatchDraws(TorchFunctionMode):
-    "Inside, what is drawn from a generator is drawn for the rows of all ranks, and this rank's rows are returned"
-    def __init__(self, rank:int, world:int):
+    "Inside, numbers are drawn for the rows of all ranks, and this rank's rows are returned"
+    def __init__(self,
+        rank:int, # number of this process
+        world:int, # number of processes
+    ):
         super().__init__()
         self.rank, self.world = rank, world
 
@@ -45,60 +59,89 @@ class WholeBatchDraws(TorchFunctionMode):
         if kwargs.get('generator') is None: return func(*args, **kwargs)
         if func is torch.Tensor.exponential_:
             x = args[0]
-            return x.copy_(self.mine(x.new_empty(self.world*len(x), *x.shape[1:]).exponential_(*args[1:], **kwargs)))
-        if func is torch.rand: size, before = args[0] if isinstance(args[0], (tuple, list)) else args, ()
+            whole = x.new_empty(self.world*len(x), *x.shape[1:]).exponential_(*args[1:], **kwargs)
+            return x.copy_(self.mine(whole))
+        if func is torch.rand:
+            size, before = args[0] if isinstance(args[0], (tuple, list)) else args, ()
         elif func is torch.randint: size, before = args[-1], args[:-1]
         else: return func(*args, **kwargs)
         return self.mine(func(*before, (self.world*size[0], *size[1:]), **kwargs))
 
-    def mine(self, x): return x.unflatten(0, (self.world, -1))[self.rank]
+    def mine(self,
+        x:Tensor, # (world × rows, …)
+    ) -> Tensor: # (rows, …)
+        "The rows of this rank"
+        return x.unflatten(0, (self.world, -1))[self.rank]
 
 # %% ../../nbs/training/04_distributed.ipynb #0c89358f
 @dataclass(frozen=True)
 class Ranks:
-    "This process among its peers"
-    device: torch.device
-    rank: int = 0
-    world: int = 1
+    "The number of this process among all, and the operations of all processes together"
+    device: torch.device  # of this process
+    rank: int = 0         # number of this process
+    world: int = 1        # number of processes
 
-    def average(self, x:Tensor)->Tensor:
+    def average(self,
+        x:Tensor, # the same shape on all ranks
+    )->Tensor:
         "Mean over the ranks, differentiable"
         return no_reduce(x) if self.world == 1 else MeanOverRanks.apply(x)
 
-    def gather(self, value)->list:
-        "The plain values of all ranks, in order, on every rank"
-        if self.world == 1: return [value]
-        values = [None]*self.world
-        dist.all_gather_object(values, value)
-        return values
-
-    def share(self, value):
-        "Rank 0's plain value, on every rank"
-        if self.world == 1: return value
-        box = [value]
-        dist.broadcast_object_list(box, 0)
-        return box[0]
-
-    def draws(self):
+    def draws(self)->ContextManager:
         "A context in which the model draws as if it had the whole batch"
         return nullcontext() if self.world == 1 else WholeBatchDraws(self.rank, self.world)
 
-    def average_gradients(self, model:nn.Module):
-        "Put the mean over the ranks into the gradients, in one message"
-        grads = [p.grad for p in model.parameters() if p.grad is not None]     # the same ones on every rank
-        if self.world > 1: torch._foreach_copy_(grads, all_reduce_mean(self.average, grads))
+# %% ../../nbs/training/04_distributed.ipynb #9b9cbe7b
+@patch
+def gather(
+    self:Ranks,
+    value:object, # can be pickled
+)->list: # the values of all ranks, in order, on every rank
+    "Collect a Python value from each rank"
+    if self.world == 1: return [value]
+    values = [None]*self.world
+    dist.all_gather_object(values, value)
+    return values
 
-    def same_weights(self, model:nn.Module):
-        "Give every rank the weights and buffers of rank 0"
-        if self.world > 1:
-            for t in model.state_dict().values(): dist.broadcast(t, 0)
+# %% ../../nbs/training/04_distributed.ipynb #c1e4648d
+@patch
+def share(
+    self:Ranks,
+    value:object, # can be pickled; only that of rank 0 counts
+)->object:
+    "The Python value of rank 0, on every rank"
+    if self.world == 1: return value
+    box = [value]
+    dist.broadcast_object_list(box, 0)
+    return box[0]
+
+# %% ../../nbs/training/04_distributed.ipynb #96f9f0be
+@patch
+def average_gradients(
+    self:Ranks,
+    model:nn.Module, # after the backward pass
+)->None:
+    "Replace the gradients by their means over the ranks, in one message"
+    # the same parameters have a gradient on every rank
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    if self.world > 1: torch._foreach_copy_(grads, all_reduce_mean(self.average, grads))
+
+# %% ../../nbs/training/04_distributed.ipynb #729641da
+@patch
+def same_weights(
+    self:Ranks,
+    model:nn.Module,
+)->None:
+    "Give every rank the weights and buffers of rank 0"
+    if self.world > 1:
+        for t in model.state_dict().values(): dist.broadcast(t, 0)
 
 # %% ../../nbs/training/04_distributed.ipynb #83983524
 @contextmanager
 def join_ranks(
-    device:str='auto', # as for `pick_device`; with several ranks every one takes the GPU of its local number
-): # yields `Ranks`
-    "Join the processes that torchrun started (over NCCL on GPUs, over Gloo on CPUs), and leave them at the end; alone without torchrun"
+    device:str='auto', # see `pick_device`; of several ranks, each takes the GPU of its local number
+) -> Iterator[Ranks]: # as a context
+    "Join the processes that torchrun started, if any: by NCCL on GPUs, by Gloo on CPUs"
     world, local = int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('LOCAL_RANK', 0))
     own = pick_device(device)
     if world == 1:
@@ -107,16 +150,20 @@ def join_ranks(
     if own.type == 'cuda':
         own = pick_device(f'cuda:{local}')
         torch.cuda.set_device(own)
-    dist.init_process_group('nccl' if own.type == 'cuda' else 'gloo', timeout=timedelta(hours=1))   # rank 0 may validate for long
+    # the others wait for rank 0 while it validates, perhaps for long
+    dist.init_process_group('nccl' if own.type == 'cuda' else 'gloo', timeout=timedelta(hours=1))
     try: yield Ranks(own, dist.get_rank(), world)
-    except BaseException:                                # a good end is a handshake, and a peer may not come to it
+    # a normal end waits for all ranks, but a lost one would not come
+    except BaseException:
         if own.type == 'cuda': dist.distributed_c10d._abort_process_group()
         else: dist.destroy_process_group()
         raise
     dist.destroy_process_group()
 
+# %% ../../nbs/training/04_distributed.ipynb #12b339c1
 def is_loss(
-    error:RuntimeError, # from a message between ranks, or from anything else
+    error:RuntimeError, # of any origin
 )->bool:
-    "Whether it says that another rank is gone; Gloo has no error of its own and names its source file"
+    "Whether an error says that another rank is lost"
+    # Gloo has no error class of its own, but its messages name its source file
     return isinstance(error, dist.DistError) or 'gloo/transport' in str(error)

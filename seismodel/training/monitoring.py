@@ -1,4 +1,4 @@
-"""What a healthy run looks like at each step, alarms for the quiet ways to fail, and updates that a NaN never reaches
+"""Usual ranges of the metrics, alarms for silent failures, and updates skipped if not finite
 
 Docs: https://seismodel.github.io/seismodel/training/monitoring.html.md"""
 
@@ -11,9 +11,11 @@ __all__ = ['HEALTHY', 'skip_step_if_nonfinite', 'FiniteWatch', 'healthy_at', 'ou
 import json
 import math
 from pathlib import Path
+from typing import Callable, Iterable
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 from ..core import TrainingError
@@ -21,62 +23,79 @@ from ..core import TrainingError
 # %% ../../nbs/training/06_monitoring.ipynb #eb8c2cf2
 def skip_step_if_nonfinite(
     finite:Tensor, # 0-d bool on the device of the weights
-    optimizer:torch.optim.Optimizer, # a fused one: others do not look at the flag
-):
-    "Let the next `optimizer.step()` do nothing where `finite` is False; the host does not wait for it"
-    assert optimizer.defaults.get('fused'), 'only a fused optimizer can be locked on the device'
+    optimizer:torch.optim.Optimizer, # a fused one; others ignore the flag
+) -> None:
+    "Let the next `optimizer.step()` do nothing if `finite` is False; the host does not wait"
+    assert optimizer.defaults.get('fused'), 'only a fused optimizer can skip a step on the device'
     optimizer.found_inf, optimizer.grad_scale = (~finite).float(), None
 
 # %% ../../nbs/training/06_monitoring.ipynb #88d479b8
 class FiniteWatch:
-    "Learns one step late whether updates were withheld, writes the batch into `nonfinite.jsonl`, and ends the run by policy"
+    "Learns one step late whether updates were skipped, logs the batch, and ends the run if it must"
     def __init__(self,
         folder:Path, # of the run
         device:torch.device, # where the steps happen
-        allowed:int=0, # consecutive withheld updates that are passed over
-        in_a_row:int=0, # withheld just now: a resumed run knows
-        gather=lambda value: [value], # value -> the values of all ranks
+        allowed:int=0, # consecutive skipped updates that are tolerated
+        in_a_row:int=0, # consecutive skipped updates so far, of a resumed run
+        gather:Callable=lambda value: [value], # value -> list of the values of all ranks
         write:bool=True, # False on all ranks but one
     ):
-        self.folder, self.allowed, self.in_a_row, self.gather, self.writes = folder, allowed, in_a_row, gather, write
+        self.folder, self.allowed, self.in_a_row = folder, allowed, in_a_row
+        self.gather, self.writes = gather, write
         cuda = device.type == 'cuda'
         self.numbers = torch.empty(4, pin_memory=cuda)
         self.copied, self.pending, self.stop = torch.cuda.Event() if cuda else None, None, False
 
     def add(self,
         step:int, # the step just queued, from 1
-        numbers:Tensor, # (4,) float32: 1 where finite, loss, norm of the gradient, above 0 where a rank was told to stop
-        batches:list, # its batches, as the loader gave them
-    ):
-        "Look at the step before, then send for this one"
+        numbers:Tensor, # (4,): 1 if finite, loss, gradient norm, above 0 if a rank must stop
+        batches:list[dict], # of the step
+    ) -> None:
+        "Read the numbers of the step before, then start copying those of this one"
         self.settle()
         self.numbers.copy_(numbers, non_blocking=True)
         if self.copied: self.copied.record()
         self.pending = step, batches
 
-    def settle(self):
-        "Look at the last step that was added; raises `TrainingError` when too many consecutive updates were withheld"
-        if self.pending is None: return
-        if self.copied: self.copied.synchronize()
-        (step, batches), self.pending = self.pending, None
-        finite, loss, norm, stop = self.numbers.tolist()
-        self.stop = stop > 0
-        self.in_a_row = 0 if finite else self.in_a_row + 1
-        if not finite: self.report(step, loss, norm, batches)
+# %% ../../nbs/training/06_monitoring.ipynb #46c04253
+@patch
+def settle(
+    self:FiniteWatch,
+) -> None:
+    "Read the last numbers; raises `TrainingError` after too many skipped updates"
+    if self.pending is None: return
+    if self.copied: self.copied.synchronize()
+    (step, batches), self.pending = self.pending, None
+    finite, loss, norm, stop = self.numbers.tolist()
+    self.stop = stop > 0
+    self.in_a_row = 0 if finite else self.in_a_row + 1
+    if not finite: self.report_nonfinite(step, loss, norm, batches)
 
-    def report(self, step, loss, norm, batches):
-        "Write the batch down; raise when there have been too many"
-        mine = [(int(n), int(s)) for b in batches for n, s in zip(b['n'], b['source'])]
-        windows, sources = zip(*sorted(pair for part in self.gather(mine) for pair in part))
-        if self.writes:
-            row = {'step': step, 'loss': str(loss), 'grad_norm': str(norm), 'windows': windows, 'sources': sources}
-            with open(self.folder/'nonfinite.jsonl', 'a', encoding='utf-8') as f: f.write(json.dumps(row) + '\n')
-        if self.in_a_row > self.allowed:
-            raise TrainingError(f"The loss is {loss} and the norm of its gradient {norm} at step {step}, with windows {windows[0]} to {windows[-1]}; the update was "
-                                f"withheld. Lower the learning rate, or look at these windows (they are listed in '{self.folder/'nonfinite.jsonl'}').")
+# %% ../../nbs/training/06_monitoring.ipynb #5e2d9f19
+@patch
+def report_nonfinite(
+    self:FiniteWatch,
+    step:int, # whose update was skipped
+    loss:float, # of that step
+    norm:float, # of its gradient
+    batches:list[dict], # of that step
+) -> None:
+    "Log the batch; raise `TrainingError` if too many updates were skipped"
+    mine = [(int(n), int(s)) for b in batches for n, s in zip(b['n'], b['source'])]
+    windows, sources = zip(*sorted(pair for part in self.gather(mine) for pair in part))
+    if self.writes:
+        row = {'step': step, 'loss': str(loss), 'grad_norm': str(norm), 'windows': windows,
+               'sources': sources}
+        with open(self.folder/'nonfinite.jsonl', 'a', encoding='utf-8') as f:
+            f.write(json.dumps(row) + '\n')
+    if self.in_a_row > self.allowed:
+        raise TrainingError(f"The loss is {loss} and the norm of its gradient {norm} at step "
+                            f"{step}, with windows {windows[0]} to {windows[-1]}; the update "
+                            "was withheld. Lower the learning rate, or look at these windows "
+                            f"(they are listed in '{self.folder/'nonfinite.jsonl'}').")
 
 # %% ../../nbs/training/06_monitoring.ipynb #2e9c357a
-HEALTHY = {   # measure -> (step, lowest, highest) at a few steps; None: no bound
+HEALTHY = {   # metric -> (step, lowest, highest) at a few steps; None: no bound
     'contrastive':      [(0, None, 4.9), (200, None, 4.62), (1000, None, 4.1), (5000, None, 3.9)],
     'accuracy':         [(0, 0., None), (200, .01, None), (1000, .06, None), (5000, .08, None)],
     'perplexity':       [(0, 18., None), (100, 18., None), (300, 30., None), (1000, 300., None)],
@@ -88,40 +107,52 @@ HEALTHY = {   # measure -> (step, lowest, highest) at a few steps; None: no boun
     'grad_norm':        [(0, None, 60.), (300, None, 5.), (5000, None, 2.)],
 }
 
+# %% ../../nbs/training/06_monitoring.ipynb #117b4708
 def healthy_at(
-    names, # measures of a row
+    names:Iterable[str], # metrics of a row
     step:int, # optimiser steps done
-)->dict: # measure -> [lowest, highest], None where there is no bound
+)->dict: # metric -> [lowest, highest]; None: no bound
     "The usual ranges at a step"
     def bound(knots, side):
         steps, values = [k[0] for k in knots], [k[side] for k in knots]
         return None if None in values else round(float(np.interp(step, steps, values)), 4)
-    return {name: [bound(HEALTHY[name], 1), bound(HEALTHY[name], 2)] for name in names if name in HEALTHY}
+    return {name: [bound(HEALTHY[name], 1), bound(HEALTHY[name], 2)]
+            for name in names if name in HEALTHY}
 
+# %% ../../nbs/training/06_monitoring.ipynb #8c61e09e
 def outside(
-    row:dict, # measures, with their ranges under 'healthy'
-)->list[str]: # the measures outside their ranges
-    "What is unusual in a row of metrics"
+    row:dict, # metrics, with their ranges under 'healthy'
+)->list[str]: # the metrics outside their ranges
+    "The metrics of a row that are not finite or outside their ranges"
+    within = lambda value, low, high: ((-math.inf if low is None else low) <= value
+                                       <= (math.inf if high is None else high))
     return [name for name, (low, high) in row['healthy'].items()
-            if row[name] is None or not (-math.inf if low is None else low) <= row[name] <= (math.inf if high is None else high)]
+            if row[name] is None or not within(row[name], low, high)]
 
 # %% ../../nbs/training/06_monitoring.ipynb #5c23d34c
 def alarms(
-    m:dict, # measures of this step
-    first:dict, # measures of the first logged step
-    progress:float, # share of the run done, 0 to 1
-    negatives:int=100, # wrong answers beside each right one
-)->list[str]: # one sentence for each thing that is off
-    "Compare the measures of a step with those of a healthy run; a measure that the method does not have raises none"
+    m:dict, # metrics of this step; those of other methods are missing
+    first:dict, # metrics of the first logged step
+    progress:float, # fraction of the run that is done, 0 to 1
+    negatives:int=100, # distractors beside each target
+)->list[str]: # one sentence for each fault
+    "Compare the metrics of a step with those of a healthy run"
     found = []
     if m.get('code_perplexity', math.inf) < 16:
         found.append(f"codebook collapse: the masked frames share {m['code_perplexity']:.1f} codes")
-    if m.get('collided', 0.) > .5: found.append(f"colliding negatives: {m['collided']:.0%} carry the positive's codes")
+    if m.get('collided', 0.) > .5:
+        found.append(f"colliding negatives: {m['collided']:.0%} carry the positive's codes")
     if m.get('feature_variance', math.inf) < .01*first.get('feature_variance', 0.):
-        found.append(f"dead features: variance {m['feature_variance']:.1e}, it began at {first['feature_variance']:.1e}")
-    if m.get('target_variance', math.inf) < .01: found.append(f"dead targets: their variance over frames is {m['target_variance']:.1e}")
-    if m.get('dev_effective_rank', math.inf) < 2: found.append(f"few directions: effective rank {m['dev_effective_rank']:.1f} of the features on dev")
+        found.append(f"dead features: variance {m['feature_variance']:.1e}, it began at "
+                     f"{first['feature_variance']:.1e}")
+    if m.get('target_variance', math.inf) < .01:
+        found.append(f"dead targets: their variance over frames is {m['target_variance']:.1e}")
+    if m.get('dev_effective_rank', math.inf) < 2:
+        found.append(f"few directions: effective rank {m['dev_effective_rank']:.1f} of the "
+                     "features on dev")
     if progress > .5 and m.get('spectrum_mse', 0.) > .98*m.get('zero_spectrum_mse', math.inf):
-        found.append(f"nothing learnt: the error of the spectra is {m['spectrum_mse']:.2f}, and {m['zero_spectrum_mse']:.2f} for the mean of each band")
-    if progress > .5 and m.get('accuracy', 1.) < 2/(negatives + 1): found.append(f"stuck at chance: accuracy {m['accuracy']:.1%}")
+        found.append(f"nothing learnt: the error of the spectra is {m['spectrum_mse']:.2f}, and "
+                     f"{m['zero_spectrum_mse']:.2f} for the mean of each band")
+    if progress > .5 and m.get('accuracy', 1.) < 2/(negatives + 1):
+        found.append(f"stuck at chance: accuracy {m['accuracy']:.1%}")
     return found

@@ -1,4 +1,4 @@
-"""`seismodel pretrain`: from data and a preset to a run, or on with a run that was stopped
+"""From data and a preset to a trained model in a run's folder; or resume a run that was stopped
 
 Docs: https://seismodel.github.io/seismodel/training/pretrain.html.md"""
 
@@ -6,7 +6,8 @@ Docs: https://seismodel.github.io/seismodel/training/pretrain.html.md"""
 
 # %% auto #0
 __all__ = ['open_data', 'free_folder', 'recipe', 'PretrainPlan', 'augment_fields', 'check_window', 'new_plan', 'check_saved',
-           'saved_plan', 'pretrain', 'plan_augment', 'new_folder', 'run_plan']
+           'saved_plan', 'read_plan', 'check_unchanged', 'pretrain', 'start_run', 'plan_augment', 'new_folder',
+           'run_plan']
 
 # %% ../../nbs/training/11_pretrain.ipynb #e8ba7d13
 import json
@@ -20,7 +21,8 @@ from ..core import UserError, check_fields, count_parameters, log, pick_device
 from ..data.sources import SyntheticSource, open_source, parse_weights, whole_path
 from ..data.windows import WindowDataset
 from ..files import is_filled, read_json
-from ..models.pretraining import ModelConfig, Preset, build, config_from_dict, preset as find_preset
+from ..models.pretraining import ModelConfig, Preset, build, config_from_dict
+from ..models.pretraining import preset as find_preset
 from ..signals.augment import PRETRAIN_AUGMENTATION, Augmentation, pretrain_augment
 from ..signals.noise import calm_bank, noise_bank
 from ..signals.records import WINDOW
@@ -34,30 +36,32 @@ def open_data(
     names:list[str], # folders, SeisBench names, or 'synthetic'
     window:int=WINDOW, # samples
 )->tuple[list, list]: # the sources to train on, and those to validate on
-    "Open each source twice; raises `UserError` where one cannot be used, or none can be validated on"
+    "Open the train and dev split of each source; raises `UserError` if none has a dev split"
     training = [open_source(name, 'train', window) for name in names]
     dev = []
     for name in names:
         try: dev.append(open_source(name, 'dev', window))
         except UserError as e: print(f'Not validating on {name}: {e}')
-    if not dev: raise UserError(f"None of the datasets has a dev split to validate on ({', '.join(names)}); add --data synthetic.")
+    if not dev:
+        raise UserError("None of the datasets has a dev split to validate on "
+                        f"({', '.join(names)}); add --data synthetic.")
     return training, dev
 
 # %% ../../nbs/training/11_pretrain.ipynb #8a91307b
 def free_folder(
     name:str, # of the preset
-)->Path: # runs/NAME-1, or the next number that is free
-    "A new folder for a run, so that no run ever overwrites another"
+)->Path: # runs/NAME-1, or the next free number
+    "The first folder name that is free"
     k = 1
     while (Path('runs')/f'{name}-{k}').exists(): k += 1
     return Path('runs')/f'{name}-{k}'
 
 # %% ../../nbs/training/11_pretrain.ipynb #c2ac114f
 def recipe(
-    p:Preset,  # brings its own steps, batch size, learning rate and weight decay
+    p:Preset,  # with its steps, batch size, learning rate and weight decay
     **given,   # fields of `TrainConfig`; None means not given
 )->TrainConfig: # checked
-    "The preset's recipe with the given fields changed; raises `UserError` for one that makes no sense"
+    "The preset's training configuration with some fields changed; raises `UserError` if invalid"
     own = dict(steps=p.steps, batch_size=p.batch_size, lr=p.lr, weight_decay=p.weight_decay)
     config = TrainConfig(**{**own, **{k: v for k, v in given.items() if v is not None}})
     check_config(config)
@@ -67,113 +71,199 @@ def recipe(
 # %% ../../nbs/training/11_pretrain.ipynb #817ed5da
 @dataclass
 class PretrainPlan:
-    "What a pretraining run is told"
-    preset: str
+    "All settings of a pretraining run"
+    preset: str                 # name, such as contrastive-tiny
     data: list[str]             # folders with their whole path, SeisBench names, or 'synthetic'
     weights: list[float]|None   # relative weights of the datasets
     window: int                 # samples
-    model: ModelConfig
-    train: TrainConfig
-    augment: dict|None = None   # fields of `Augmentation`; None: windows stay as they are
+    model: ModelConfig          # method and shapes
+    train: TrainConfig          # steps, batch size, learning rate, …
+    augment: dict|None = None   # fields of `Augmentation`; None: no augmentation
 
     def extra(self)->dict:
-        "What config.json has beside model and training"
-        augment = {} if self.augment is None else {'augment': self.augment}    # runs of version 0.1 have no such field
-        return {'preset': self.preset, 'data': self.data, 'weights': self.weights, 'window': self.window, **augment}
+        "The fields of config.json beside model and training"
+        # like runs of version 0.1, which have no such field
+        augment = {} if self.augment is None else {'augment': self.augment}
+        return {'preset': self.preset, 'data': self.data, 'weights': self.weights,
+                'window': self.window, **augment}
 
-def augment_fields(augment:str|None)->dict|None:
-    "What config.json says of --augment; raises `UserError` for a word that it does not know"
-    if augment not in (None, 'none', 'full'): raise UserError(f"--augment is '{augment}'; choose full or none.")
+# %% ../../nbs/training/11_pretrain.ipynb #9adc4a6d
+def augment_fields(
+    augment: str|None,  # value of --augment: full, none, or None if not given
+) -> dict|None:         # fields of `Augmentation`; None: no augmentation
+    "What config.json holds of --augment; raises `UserError` for other words"
+    if augment not in (None, 'none', 'full'):
+        raise UserError(f"--augment is '{augment}'; choose full or none.")
     return asdict(PRETRAIN_AUGMENTATION) if augment == 'full' else None
 
+# %% ../../nbs/training/11_pretrain.ipynb #55ee6a46
 def check_window(
     window: int,  # samples
 ) -> None:
-    "Raises `UserError` below 4 frames"
-    if window < 13: raise UserError(f"--window is {window}; it must be at least 13 samples, 4 frames.")
+    "Raise `UserError` below 4 frames"
+    if window < 13:
+        raise UserError(f"--window is {window}; it must be at least 13 samples, 4 frames.")
 
-def new_plan(preset, data, weights, window, augment, changes, saved)->PretrainPlan:
-    "From the command line, the file of --config and the preset; None means not given"
+# %% ../../nbs/training/11_pretrain.ipynb #8da15f2d
+def new_plan(
+    preset: str|None,      # of the command line, like the next four; None means not given
+    data: list[str]|None,  # names of datasets
+    weights: str|None,     # relative weights, such as '3,1'
+    window: int|None,      # samples
+    augment: str|None,     # full or none
+    changes: dict,         # 'model.…' or 'train.…' -> value, from `read_settings`
+    saved: dict,           # other entries of the --config file
+) -> PretrainPlan:
+    "The plan of a new run, from the command line, the --config file and the preset"
     check_saved(saved)
     preset = preset or saved.get('preset') or 'contrastive-tiny'
     names = [whole_path(name) for name in data or saved.get('data') or ['synthetic']]
     shares = parse_weights(weights, len(names)) if weights or data else saved.get('weights')
     window = saved.get('window', WINDOW) if window is None else window
     check_window(window)
-    p, change = find_preset(preset), augment_fields(augment) if augment else saved.get('augment')
+    p = find_preset(preset)
+    change = augment_fields(augment) if augment else saved.get('augment')
     model, given = apply_settings(p.model, changes)
     return PretrainPlan(preset, names, shares, window, model, recipe(p, **given), change)
 
-def check_saved(saved:dict):
-    "Raise `UserError` for a field beside model and recipe that holds what it cannot hold"
+# %% ../../nbs/training/11_pretrain.ipynb #099285bc
+def check_saved(
+    saved: dict,  # fields of a plan, such as data and window
+) -> None:
+    "Raise `UserError` for a field, other than model and train, with a value of the wrong type"
     known = {f.name for f in fields(PretrainPlan)}
     check_fields(PretrainPlan, {name: value for name, value in saved.items() if name in known})
     if saved.get('augment') is not None: check_fields(Augmentation, saved['augment'], 'augment.')
 
 # %% ../../nbs/training/11_pretrain.ipynb #0157c3a9
-def saved_plan(folder, preset, data, weights, window, augment, changes)->PretrainPlan:
-    "From config.json of a run; raises `UserError` naming each field that is given and differs, unless it is free to change"
-    if not (folder/'config.json').is_file(): raise UserError(f"'{folder}' holds no run to resume: config.json is missing. Start it with `seismodel pretrain`.")
-    config = read_json(folder/'config.json')
-    missing = {'preset', 'data', 'window', 'model', 'train'} - config.keys()
-    if missing: raise UserError(f"'{folder/'config.json'}' is not of a pretraining run that can be resumed: it has no field '{min(missing)}'.")
-    check_saved({f.name: config.get(f.name) for f in fields(PretrainPlan)})
-    check_window(config['window'])
+def saved_plan(
+    folder: Path,          # of the run
+    preset: str|None,      # of the command line, like the next four; None means not given
+    data: list[str]|None,  # names of datasets
+    weights: str|None,     # relative weights, such as '3,1'
+    window: int|None,      # samples
+    augment: str|None,     # full or none
+    changes: dict,         # 'model.…' or 'train.…' -> value, from `read_settings`
+) -> PretrainPlan:
+    "The plan of a run to resume; raises `UserError` naming each given field that must not change"
+    config = read_plan(folder)
     train, model = train_from_dict(config['train']), config_from_dict(config['model'])
     changed, given = apply_settings(model, changes)
-    if changed != model: raise UserError(f"The model of '{folder}' has its shapes; leave --set model.… away, or start a new run.")
+    if changed != model:
+        raise UserError(f"The model of '{folder}' has its shapes; leave --set model.… away, or "
+                        "start a new run.")
     was = {**config, **asdict(train)}
-    told = {'preset': preset, 'data': data and [whole_path(name) for name in data], 'weights': parse_weights(weights, len(config['data'])), 'window': window}
-    augment_fields(augment)                                                    # is it a word that we know?
-    told['augment'], was['augment'] = augment, 'full' if config.get('augment') else 'none'
-    differ = [f"{name} was {was[name]} and is {value}" for name, value in {**told, **given}.items()
-              if value is not None and f'train.{name}' not in RESUMABLE_FIELDS and was[name] != value]
-    if differ: raise UserError(f"The run in '{folder}' had other settings: {'; '.join(differ)}. Resume it with its own, or start a new run.")
+    now = {'preset': preset, 'data': data and [whole_path(name) for name in data],
+           'weights': parse_weights(weights, len(config['data'])), 'window': window}
+    augment_fields(augment)     # raises for an unknown word
+    now['augment'], was['augment'] = augment, 'full' if config.get('augment') else 'none'
+    check_unchanged(folder, was, {**now, **given})
     train = replace(train, **given)
     check_config(train)
-    return PretrainPlan(config['preset'], config['data'], config['weights'], config['window'], model, train, config.get('augment'))
+    return PretrainPlan(config['preset'], config['data'], config['weights'], config['window'],
+                        model, train, config.get('augment'))
+
+# %% ../../nbs/training/11_pretrain.ipynb #4649fbf8
+def read_plan(
+    folder: Path,  # of a run
+) -> dict:         # its config.json, checked
+    "Read config.json of a pretraining run; raises `UserError` if there is none"
+    if not (folder/'config.json').is_file():
+        raise UserError(f"'{folder}' holds no run to resume: config.json is missing. Start it with "
+                        "`seismodel pretrain`.")
+    config = read_json(folder/'config.json')
+    missing = {'preset', 'data', 'window', 'model', 'train'} - config.keys()
+    if missing:
+        raise UserError(f"'{folder/'config.json'}' is not of a pretraining run that can be "
+                        f"resumed: it has no field '{min(missing)}'.")
+    check_saved({f.name: config.get(f.name) for f in fields(PretrainPlan)})
+    check_window(config['window'])
+    return config
+
+# %% ../../nbs/training/11_pretrain.ipynb #83c31c25
+def check_unchanged(
+    folder: Path,  # of the run, for the message
+    was: dict,     # field -> saved value
+    now: dict,     # field -> value of the command line; None means not given
+) -> None:
+    "Raise `UserError` for fields that differ and are not in `RESUMABLE_FIELDS`"
+    differ = [f"{name} was {was[name]} and is {value}" for name, value in now.items()
+              if value is not None and f'train.{name}' not in RESUMABLE_FIELDS
+              and was[name] != value]
+    if differ:
+        raise UserError(f"The run in '{folder}' had other settings: {'; '.join(differ)}. Resume it "
+                        "with its own, or start a new run.")
 
 # %% ../../nbs/training/11_pretrain.ipynb #cc3b22d4
+# longer than other cells: one line for each option, as `seismodel pretrain --help` shows them
 def pretrain(
-    preset:str=None, # method and size: contrastive-, reconstruction-, spectrum- or joint-, then tiny, small or base; contrastive-tiny if not given
-    data:Annotated[str, {'action': 'append'}]=None, # a packed store, a SeisBench dataset by folder or by name, or synthetic (the default); may be given several times
+    # method and size: contrastive-, reconstruction-, spectrum- or joint-, then tiny, small or base;
+    # contrastive-tiny if not given
+    preset:str=None,
+    # a packed store, a SeisBench dataset by folder or by name, or synthetic (the default);
+    # may be given several times
+    data:Annotated[str, {'action': 'append'}]=None,
     data_weights:str=None, # relative weights of the datasets, such as 3,1; equal if not given
     window:int=None, # samples in a window; 4096 if not given
     steps:int=None, # optimiser steps; the preset's if not given
-    batch_size:int=None, # windows a step, of all devices together; the preset's if not given
+    batch_size:int=None, # windows per step, of all devices together; the preset's if not given
     lr:float=None, # peak learning rate; the preset's if not given
-    weight_decay:float=None, # pull of the weights towards 0, of AdamW; the preset's if not given
-    augment:str=None, # what happens to the training windows: none (if not given), or full (gain, rotation, polarity, real noise, lost components, gaps)
+    weight_decay:float=None, # of AdamW; the preset's if not given
+    # of the training windows: none (if not given), or full (gain, rotation, polarity, real noise,
+    # lost components, gaps)
+    augment:str=None,
     accumulate:int=None, # batches that make one optimiser step; 1 if not given
     seed:int=None, # of weights, data, masks, codes and negatives; 0 if not given
     device:str=None, # auto (if not given), cpu, cuda or cuda:N
     workers:int=None, # processes that prepare windows; chosen by the device if not given
     log_every:int=None, # steps between two lines of metrics.jsonl; 10 if not given
-    validate_every:int=None, # steps between two looks at the dev windows; 100 if not given
-    validation_windows:int=None, # dev windows looked at each time; 64 if not given
+    validate_every:int=None, # steps between two validations; 100 if not given
+    validation_windows:int=None, # dev windows in a validation; 64 if not given
     checkpoint_every:int=None, # steps between two checkpoints; 100 if not given
-    keep:int=None, # checkpoints that stay; 3 if not given
-    skip_nonfinite:int=None, # consecutive steps that may be passed over because the loss is not finite; 0 if not given
-    on_write_error:str=None, # where the disk is full: continue (if not given), or stop
+    keep:int=None, # checkpoints that are kept; 3 if not given
+    # consecutive steps that may be skipped because the loss is not finite; 0 if not given
+    skip_nonfinite:int=None,
+    on_write_error:str=None, # if the disk is full: continue (if not given), or stop
     tensorboard:bool=False, # write TensorBoard events into the run's folder
-    set_fields:Annotated[str, {'action': 'append'}]=None, # NAME=VALUE, any field that `seismodel info PRESET` lists, such as encoder.mask_length=25; may be given several times
-    config:Path=None, # a JSON file with fields under "model" and "train"; the config.json of a run stands for all of its settings
+    # NAME=VALUE, any field that `seismodel info PRESET` lists, such as encoder.mask_length=25;
+    # may be given several times
+    set_fields:Annotated[str, {'action': 'append'}]=None,
+    # a JSON file with fields under "model" and "train"; the config.json of a run stands for all
+    # of its settings
+    config:Path=None,
     out:Path=None, # the run's folder; runs/PRESET-1 or the next free number if not given
-    resume:Path=None, # the folder of a run to go on with; needs nothing else
+    resume:Path=None, # the folder of a run to resume; needs nothing else
 )->Path: # the run's folder
-    "Pretrain a model on three-component waveforms, or go on with a run"
-    given = dict(steps=steps, batch_size=batch_size, lr=lr, weight_decay=weight_decay, accumulate=accumulate, seed=seed, device=device,
-                 workers=workers, log_every=log_every, validate_every=validate_every, validation_windows=validation_windows,
-                 checkpoint_every=checkpoint_every, keep=keep, skip_nonfinite=skip_nonfinite, on_write_error=on_write_error, tensorboard=tensorboard or None)
-    if resume and out: raise UserError("--resume goes on in the run's own folder; leave --out away.")
-    if resume and config: raise UserError("--resume goes on with the run's own settings; leave --config away.")
+    "Pretrain a model on three-component waveforms, or resume a run"
+    given = dict(steps=steps, batch_size=batch_size, lr=lr, weight_decay=weight_decay,
+                 accumulate=accumulate, seed=seed, device=device, workers=workers,
+                 log_every=log_every, validate_every=validate_every,
+                 validation_windows=validation_windows, checkpoint_every=checkpoint_every,
+                 keep=keep, skip_nonfinite=skip_nonfinite, on_write_error=on_write_error,
+                 tensorboard=tensorboard or None)
+    if resume and out:
+        raise UserError("--resume goes on in the run's own folder; leave --out away.")
+    if resume and config:
+        raise UserError("--resume goes on with the run's own settings; leave --config away.")
     changes, saved = read_settings(config, set_fields, given)
-    plan = saved_plan(Path(resume), preset, data, data_weights, window, augment, changes) if resume \
-        else new_plan(preset, data, data_weights, window, augment, changes, saved)
+    words = preset, data, data_weights, window, augment, changes
+    plan = saved_plan(Path(resume), *words) if resume else new_plan(*words, saved)
+    return start_run(plan, out, resume)
+
+# %% ../../nbs/training/11_pretrain.ipynb #aa793678
+def start_run(
+    plan: PretrainPlan,
+    out: Path|None,     # value of --out
+    resume: Path|None,  # value of --resume; None: a new run
+) -> Path:              # the run's folder
+    "Join the ranks, choose the folder and run the plan"
     with join_ranks(plan.train.device) as ranks:
-        folder = Path(ranks.share(str(resume or new_folder(out, plan.preset)) if ranks.rank == 0 else None))   # one name for all ranks
+        name = str(resume or new_folder(out, plan.preset)) if ranks.rank == 0 else None
+        folder = Path(ranks.share(name))     # one name for all ranks
         run_plan(plan, folder, bool(resume), ranks)
-        if ranks.rank == 0: print(f"weights  {folder/'model.safetensors'}\nmetrics  {folder/'metrics.jsonl'}\nfigures  {folder/'figures'}")
+        if ranks.rank == 0:
+            print(f"weights  {folder/'model.safetensors'}\nmetrics  "
+                  f"{folder/'metrics.jsonl'}\nfigures  {folder/'figures'}")
     return folder
 
 # %% ../../nbs/training/11_pretrain.ipynb #c1a5e0d8
@@ -182,40 +272,54 @@ def plan_augment(
     sources:list, # of the training windows
     device:torch.device, # of the training
 )->Callable|None: # (batch, generator) -> batch, for `train`
-    "The augmentation of a plan, with noise from its own records"
+    "The augmentation of a plan, with noise from the training records"
     if plan.augment is None: return None
     real = [s for s in sources if not isinstance(s, SyntheticSource)]
     noise = torch.zeros(0, plan.window, 3)
     if real: noise = noise_bank(real, 256, plan.train.seed, plan.window)
     if real and not len(noise): noise = calm_bank(real, 256, plan.train.seed, plan.window)
-    if real and not len(noise): log.warning('No training record is calm enough to be used as noise: none is added.')
-    return pretrain_augment(noise.to(device), Augmentation(**{**plan.augment, 'snr_db': tuple(plan.augment['snr_db'])}))
+    if real and not len(noise):
+        log.warning('No training record is calm enough to be used as noise: none is added.')
+    settings = {**plan.augment, 'snr_db': tuple(plan.augment['snr_db'])}
+    return pretrain_augment(noise.to(device), Augmentation(**settings))
 
 # %% ../../nbs/training/11_pretrain.ipynb #9c9b101c
-def new_folder(out:Path|None, name:str)->Path:
-    "The folder of a new run; raises `UserError` where something lies in it"
+def new_folder(
+    out: Path|None,  # value of --out; None: the next free folder in runs
+    name: str,       # of the preset
+) -> Path:
+    "The folder of a new run; raises `UserError` if it is not empty"
     folder = Path(out) if out else free_folder(name)
-    if is_filled(folder) or folder.exists() and not folder.is_dir(): raise UserError(f"'{folder}' is there already and not empty; name another --out, or --resume it.")
+    if is_filled(folder) or folder.exists() and not folder.is_dir():
+        raise UserError(f"'{folder}' is there already and not empty; name another --out, or "
+                        "--resume it.")
     return folder
 
+# %% ../../nbs/training/11_pretrain.ipynb #4bc118ce
 def run_plan(
     plan:PretrainPlan, # new or saved
     folder:Path, # of the run
-    resume:bool, # or a new run
-    ranks:Ranks, # who we are
-):
+    resume:bool, # False: a new run
+    ranks:Ranks, # number and device of this process
+) -> None:
     "Open the data, build the model, train"
     c = plan.train
     training, dev = open_data(plan.data, plan.window)
     records = [len(s) for s in training]
-    if c.batch_size > sum(records): raise UserError(f"The batch size is {c.batch_size}, but the data have {sum(records)} records; lower --batch-size.")
-    windows = WindowDataset(training, c.steps*c.accumulate*c.batch_size, plan.weights, c.seed, window=plan.window)
-    dev_windows = WindowDataset(dev, c.validation_windows, seed=c.seed, window=plan.window)   # every dev source counts the same
+    if c.batch_size > sum(records):
+        raise UserError(f"The batch size is {c.batch_size}, but the data have {sum(records)} "
+                        "records; lower --batch-size.")
+    windows = WindowDataset(training, c.steps*c.accumulate*c.batch_size, plan.weights, c.seed,
+                            window=plan.window)
+    # every dev source counts the same
+    dev_windows = WindowDataset(dev, c.validation_windows, seed=c.seed, window=plan.window)
     torch.manual_seed(c.seed)
     model = build(plan.model)
     if ranks.rank == 0:
         where = ranks.device if ranks.world == 1 else f'{ranks.world} × {ranks.device.type}'
-        print(f"{plan.preset}: {count_parameters(model):,} parameters, {c.steps} steps of {c.batch_size*c.accumulate} windows "
-              f"from {', '.join(s.name for s in training)}, on {where}")
+        names = ', '.join(s.name for s in training)
+        print(f"{plan.preset}: {count_parameters(model):,} parameters, {c.steps} steps of "
+              f"{c.batch_size*c.accumulate} windows from {names}, on {where}")
     change = plan_augment(plan, training, ranks.device)
-    train(model, Augmented(windows, change), dev_windows, c, folder, {**plan.extra(), 'records': records}, resume, ranks)
+    train(model, Augmented(windows, change), dev_windows, c, folder,
+          {**plan.extra(), 'records': records}, resume, ranks)

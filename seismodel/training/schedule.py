@@ -1,4 +1,4 @@
-"""What changes from step to step, as functions of its number: the learning rate and the random numbers; which weights decay, and which learn slower
+"""Learning rate and random numbers as functions of the step; which weights decay or learn slowly
 
 Docs: https://seismodel.github.io/seismodel/training/schedule.html.md"""
 
@@ -19,7 +19,7 @@ from .config import TrainConfig
 # %% ../../nbs/training/02_schedule.ipynb #a5354d66
 def lr_at(
     step:int,      # steps done, 0 for the first update
-    c:TrainConfig, # names the peak, the steps and the warm-up
+    c:TrainConfig, # lr (the peak), steps and warmup
 )->float:
     "Linear warm-up, then half a cosine to zero"
     warm = max(1, round(c.warmup*c.steps))
@@ -30,15 +30,17 @@ def lr_at(
 def mix_seed(
     *numbers:int, # such as the run's seed and the step
 )->int: # 64 bits
-    "One seed from several numbers; numpy mixes them well, and torch's CPU generator hears only 32 bits of a seed"
+    "One seed from several numbers"
+    # NumPy mixes all bits; PyTorch's CPU generator uses only 32 bits of a seed
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
+# %% ../../nbs/training/02_schedule.ipynb #bd4c4fd0
 def seed_step(
     generator:torch.Generator, # on the device of the model
     seed:int, # of the run
-    step:int, # which step's randomness
+    step:int, # number of the step
 )->torch.Generator: # the same generator
-    "Put the generator where (seed, step) says"
+    "Seed the generator from seed and step"
     return generator.manual_seed(mix_seed(seed, step))
 
 # %% ../../nbs/training/02_schedule.ipynb #c2c92ad5
@@ -47,15 +49,18 @@ def layer_depths(
 )->dict[nn.Parameter, int]: # 0 for the head, 1 for the last stage of the backbone, …
     "How many stages of the network lie above each weight"
     parts = [[model.encoder], *model.backbone.stages(), [model.head]]
-    depth = {p: len(parts) - 2 for p in model.backbone.parameters()}   # what lies in no stage comes before the first one
+    # parameters of the backbone that belong to no stage count like the encoder's
+    depth = {p: len(parts) - 2 for p in model.backbone.parameters()}
     return {**depth, **{p: len(parts) - 1 - k for k, part in enumerate(parts)
                         for module in part for p in module.parameters()}}
 
+# %% ../../nbs/training/02_schedule.ipynb #219a014d
 def parameter_groups(
     model:nn.Module, # any model of this package
     weight_decay:float, # for the matrices
-    layer_decay:float=1., # of the learning rate from stage to stage; below 1 for models with encoder, backbone and head
-)->list[dict]: # for AdamW: two groups, or two for each stage, with the factor of their learning rate under 'scale'
+    # factor of the learning rate per stage; below 1 needs a model with encoder, backbone and head
+    layer_decay:float=1.,
+)->list[dict]: # for AdamW: two groups, or two per stage, with the factor as 'scale'
     "Matrices decay; biases, norms, gates, the mask vector and the codebook do not"
     spared = ('gate', 'norm', 'mask_emb', 'codevectors')
     decays = lambda name, p: p.ndim >= 2 and not any(word in name for word in spared)

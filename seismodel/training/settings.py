@@ -1,4 +1,4 @@
-"""`--set NAME=VALUE` and `--config FILE.json`: every field of model and recipe, checked by name and by type before anything is opened
+"""`--config FILE.json` and `--set NAME=VALUE` reach every field, checked by name and type
 
 Docs: https://seismodel.github.io/seismodel/training/settings.html.md"""
 
@@ -8,11 +8,12 @@ Docs: https://seismodel.github.io/seismodel/training/settings.html.md"""
 __all__ = ['WORDS', 'PLAN_ENTRIES', 'parse_setting', 'field_names', 'check_names', 'flat_fields', 'read_field_file',
            'read_settings', 'change_model', 'check_masks', 'apply_settings']
 
-# %% ../../nbs/training/01a_settings.ipynb #9482946d
+# %% ../../nbs/training/01a_settings.ipynb #5b01c272
 import ast
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Iterable
 
 from ..core import UserError, check_fields
 from ..files import read_json
@@ -25,9 +26,11 @@ WORDS = {'true': True, 'false': False, 'none': None, 'null': None}
 def parse_setting(
     word:str, # such as encoder.mask_length=25
 )->tuple[str, object]: # the field's whole name, its value
-    "Split what was typed for --set; raises `UserError` where name or value is missing"
+    "Split a word of --set; raises `UserError` if name or value is missing"
     name, _, text = word.partition('=')
-    if not (name and text): raise UserError(f"--set is '{word}'; write NAME=VALUE, such as --set encoder.mask_length=25.")
+    if not (name and text):
+        raise UserError(f"--set is '{word}'; write NAME=VALUE, such as --set "
+                        "encoder.mask_length=25.")
     try: value = WORDS[text.lower()] if text.lower() in WORDS else ast.literal_eval(text)
     except (ValueError, SyntaxError): value = text
     return 'model.'*name.startswith('encoder.') + name, value
@@ -35,62 +38,71 @@ def parse_setting(
 # %% ../../nbs/training/01a_settings.ipynb #b080e158
 def field_names(
     config:object, # a dataclass, whose fields may be dataclasses
-    where:str,     # in front of their names
+    where:str,     # prefix of the names, such as 'model.'
 )->list[str]: # such as model.encoder.mask_length
     "The names of all fields of a configuration"
     found = []
     for f in fields(config):
         value = getattr(config, f.name)
-        found += field_names(value, f'{where}{f.name}.') if is_dataclass(value) else [where + f.name]
+        found += (field_names(value, f'{where}{f.name}.') if is_dataclass(value)
+                  else [where + f.name])
     return found
 
+# %% ../../nbs/training/01a_settings.ipynb #f71bc64d
 def check_names(
-    names,             # such as model.blocks and train.lr
-    model:ModelConfig, # that would be changed
-):
-    "Raise `UserError` for the first field that neither the model nor the recipe has"
+    names:Iterable[str], # such as model.blocks and train.lr
+    model:ModelConfig,   # that would be changed
+) -> None:
+    "Raise `UserError` for the first name that is neither a field of the model nor of `TrainConfig`"
     known = ['model.method', *field_names(model, 'model.'), *field_names(TrainConfig(), 'train.')]
     for name in names:
         if name in known: continue
         last = name.rpartition('.')[2]
         near = [k for k in known if k.endswith(f'.{last}')] + get_close_matches(name, known, 1)
-        advice = f'did you mean {near[0]}?' if near else '`seismodel info PRESET` lists those that there are.'
-        raise UserError(f"This model and its recipe have no field '{name}'; {advice}")
+        advice = f'did you mean {near[0]}?' if near else '`seismodel info PRESET` lists all.'
+        raise UserError(f"Model and training have no field '{name}'; {advice}")
 
 # %% ../../nbs/training/01a_settings.ipynb #8f7ed271
-PLAN_ENTRIES = ('preset', 'data', 'weights', 'window', 'augment')   # beside model and train, in a file written by hand
+PLAN_ENTRIES = ('preset', 'data', 'weights', 'window', 'augment')
 
 def flat_fields(
     values:dict, # fields, some of which hold fields
-    where:str,   # in front of their names
+    where:str,   # prefix of the names
 )->dict: # whole name -> value
-    "Fields of a file under their whole names"
+    "Fields of a file under their whole names, such as model.encoder.mask_length"
     found = {}
     for name, value in values.items():
-        found |= flat_fields(value, f'{where}{name}.') if isinstance(value, dict) else {where + name: value}
+        if isinstance(value, dict): found |= flat_fields(value, f'{where}{name}.')
+        else: found[where + name] = value
     return found
 
+# %% ../../nbs/training/01a_settings.ipynb #be29eb6c
 def read_field_file(
     file:Path, # JSON
-)->tuple[dict, dict]: # whole name of a field -> value; what else it holds
-    "Read what --config names; raises `UserError` where that is not possible"
+)->tuple[dict, dict]: # whole name of a field -> value; the other entries
+    "Read the --config file; raises `UserError` if it is no JSON or has an unknown entry"
     saved = read_json(file, cure='name with --config a JSON file such as {"model": {…}, "train": {…}}')
     found = {}
     for part in ('model', 'train'):
         values = saved.pop(part, {})
-        if not isinstance(values, dict): raise UserError(f"'{part}' in '{file}' is {values!r}; it must be an object with fields of its own.")
+        if not isinstance(values, dict):
+            raise UserError(f"'{part}' in '{file}' is {values!r}; it must be an object with fields "
+                            "of its own.")
         found |= flat_fields(values, f'{part}.')
-    other = set() if 'seismodel' in saved else saved.keys() - set(PLAN_ENTRIES)    # a run's config.json names its version
-    if other: raise UserError(f"'{file}' has an entry '{min(other)}' that is not known; fields belong under 'model' or 'train'.")
+    # config.json of a run names its version, and holds more entries
+    other = set() if 'seismodel' in saved else saved.keys() - set(PLAN_ENTRIES)
+    if other:
+        raise UserError(f"'{file}' has an entry '{min(other)}' that is not known; fields belong "
+                        "under 'model' or 'train'.")
     return found, saved
 
 # %% ../../nbs/training/01a_settings.ipynb #aedeeffd
 def read_settings(
-    file:Path|None, # as --config names it
-    words:list[str]|None, # as --set takes them
-    options:dict, # fields of the recipe with an option of their own -> value, None where it was not given
-)->tuple[dict, dict]: # whole name of a field -> value; what else the file holds
-    "Everything that was said about fields; raises `UserError` for what cannot be read or was said twice"
+    file:Path|None, # value of --config
+    words:list[str]|None, # values of --set
+    options:dict, # field of `TrainConfig` with an option of its own -> value; None: not given
+)->tuple[dict, dict]: # whole name of a field -> value; the other entries of the file
+    "All given fields; raises `UserError` for one that cannot be read or is given twice"
     found, saved = read_field_file(file) if file else ({}, {})
     typed = {f'train.{name}': value for name, value in options.items() if value is not None}
     for name, value in map(parse_setting, words or []):
@@ -103,7 +115,7 @@ def change_model(
     model:ModelConfig, # of a preset, or of a run
     changes:dict, # whole name of a field -> value
 )->ModelConfig:
-    "A model's configuration with some fields changed; raises `UserError` for a value that it cannot hold"
+    "A model's configuration with some fields changed; raises `UserError` for a wrong value"
     values = config_to_dict(model)
     for name, value in changes.items():
         part, *inside, last = name.split('.')
@@ -118,24 +130,29 @@ def change_model(
     check_masks(changed)
     return changed
 
-def check_masks(model:ModelConfig):
-    "Raises `UserError` for an encoder that hides no frame: there would be nothing to predict"
+# %% ../../nbs/training/01a_settings.ipynb #258dbe4f
+def check_masks(
+    model:ModelConfig, # of a run
+) -> None:
+    "Raise `UserError` for an encoder that hides no frame: there would be nothing to predict"
     if not model.encoder.pretraining:
-        raise UserError("'model.encoder.pretraining' is False, but a run needs the encoder's masks; "
-                        "leave it True.")
+        raise UserError("'model.encoder.pretraining' is False, but a run needs the encoder's "
+                        "masks; leave it True.")
     name = 'mask' if hasattr(model.encoder, 'mask') else 'mask_prob'
     if getattr(model.encoder, name) == 0:
         raise UserError(f"'model.encoder.{name}' is 0, which hides no frame, and there would be "
                         "nothing to predict; give a share above 0.")
 
-# %% ../../nbs/training/01a_settings.ipynb #f0f6ce29
+# %% ../../nbs/training/01a_settings.ipynb #7d661ffb
 def apply_settings(
     model:ModelConfig, # of a preset, or of a run
     changes:dict, # whole name of a field -> value
-)->tuple[ModelConfig, dict]: # the model, changed; the given fields of the recipe
-    "Check all names and values; raises `UserError` naming the field"
+)->tuple[ModelConfig, dict]: # the changed model; the given fields of `TrainConfig`
+    "Check all names and values, and apply them; raises `UserError` naming the field"
     check_names(changes, model)
-    given = {name.removeprefix('train.'): value for name, value in changes.items() if name.startswith('train.')}
+    given = {name.removeprefix('train.'): value
+             for name, value in changes.items() if name.startswith('train.')}
     check_fields(TrainConfig, given, 'train.')
-    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}   # JSON has no tuples
+    # JSON has no tuples
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
     return change_model(model, changes), given

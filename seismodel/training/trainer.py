@@ -1,4 +1,4 @@
-"""A training loop one can read, and that never loses a run: what is killed at any moment goes on to the same numbers, bit for bit
+"""One loop for pretraining and fine-tuning; a killed run resumes with the same numbers, bit by bit
 
 Docs: https://seismodel.github.io/seismodel/training/trainer.html.md"""
 
@@ -8,9 +8,9 @@ Docs: https://seismodel.github.io/seismodel/training/trainer.html.md"""
 __all__ = ['PATIENCE', 'LOST', 'inputs_of', 'validation_metrics', 'Augmented', 'training_batches', 'Progress', 'make_optimizer',
            'TrainingRun', 'update_averages', 'averaged_weights', 'optimizer_step', 'train_step', 'update_run', 'set_lr',
            'log_row', 'Signals', 'last_words', 'data_fingerprints', 'changed_data', 'init_or_resume', 'check_resumed',
-           'save_state', 'export_weights', 'tolerate_write_error', 'train', 'clear_sentences', 'check_fit', 'draw_run',
-           'run_steps', 'recorded_update', 'words_when_hung', 'log_step', 'save_step', 'stop_run', 'validate_run',
-           'write_row']
+           'save_state', 'export_weights', 'tolerate_write_error', 'train', 'prepare_run', 'open_run',
+           'clear_sentences', 'check_fit', 'draw_run', 'run_steps', 'StepClock', 'finish_step', 'recorded_update',
+           'words_when_hung', 'log_step', 'save_step', 'stop_run', 'validate_run', 'write_row']
 
 # %% ../../nbs/training/10_trainer.ipynb #07577e0d
 import math
@@ -23,8 +23,9 @@ from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
+from types import FrameType
 from time import monotonic, perf_counter
-from typing import Callable, Iterable, NamedTuple
+from typing import Callable, ContextManager, Iterable, Iterator, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -33,7 +34,9 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from .checkpoints import differences, newest_checkpoint, read_checkpoint, restore, training_tensors, write_checkpoint
+# %% ../../nbs/training/10_trainer.ipynb #cbee25b3
+from .checkpoints import (differences, newest_checkpoint, read_checkpoint,
+                                            restore, training_tensors, write_checkpoint)
 from .distributed import Ranks, is_loss
 from ..core import Interrupted, TrainingError, UserError, pick_device, progress_bar
 from .monitoring import FiniteWatch, alarms, healthy_at, skip_step_if_nonfinite
@@ -53,99 +56,114 @@ def inputs_of(
     model:nn.Module, # with `whole_batch = True` if it wants more than the windows, such as labels
     batch:dict, # from the loader
     device:torch.device, # where the model is
-): # the windows (B, L, 3), or the whole batch
+) -> Tensor|dict: # the windows (B, L, 3), or the whole batch
     "What the model's forward takes, on its device"
     if not getattr(model, 'whole_batch', False): return batch['x'].to(device, non_blocking=True)
-    return {name: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for name, v in batch.items()}
+    return {name: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v
+            for name, v in batch.items()}
 
+# %% ../../nbs/training/10_trainer.ipynb #1da3dfe0
 @torch.no_grad()
 def validation_metrics(
     model:nn.Module, # forward(x, generator) gives (loss, metrics)
-    batches, # iterable of batches with windows under 'x'
+    batches:Iterable[dict], # with windows (B, L, 3) under 'x'
     device:torch.device, # where the model is
     seed:int=0, # of masks, codes and negatives
 )->dict: # name -> mean over the windows, a float
-    "Mean loss and measures over `batches`, in evaluation mode"
+    "Mean loss and metrics over `batches`, in evaluation mode"
     training = model.training
     model.eval()
     generator, sums, windows = torch.Generator(device), {}, 0
     for i, batch in enumerate(batches):
         n = len(batch['x'])
-        with mixed_precision(device), run_eager(): loss, metrics = model(inputs_of(model, batch, device), seed_step(generator, seed, i))
-        for name, value in {'loss': loss, **metrics}.items(): sums[name] = sums.get(name, 0.) + value.float()*n
+        with mixed_precision(device), run_eager():
+            loss, metrics = model(inputs_of(model, batch, device), seed_step(generator, seed, i))
+        for name, value in {'loss': loss, **metrics}.items():
+            sums[name] = sums.get(name, 0.) + value.float()*n
         windows += n
     model.train(training)
     return {name: (s/windows).item() for name, s in sums.items()}
 
 # %% ../../nbs/training/10_trainer.ipynb #68a76830
 class Augmented(NamedTuple):
-    "Windows to train on, and what is done to them on the device"
+    "Windows to train on, and their augmentation"
     data: WindowDataset
-    change: Callable|None  # (batch, generator) -> batch on amplitudes, see `device_batches`; None: nothing
+    # (batch, generator) -> batch, see `device_batches`; None: no augmentation
+    change: Callable|None
 
+# %% ../../nbs/training/10_trainer.ipynb #9fb9c2d6
 @contextmanager
 def training_batches(
     data:Dataset, # the windows to train on
     c:TrainConfig, # names batch, seed and workers
-    ranks:Ranks, # who we are
+    ranks:Ranks, # number and device of this process
     done:int=0, # optimiser steps done before
     augment:Callable|None=None, # (batch, generator) -> batch on amplitudes, see `device_batches`
-): # yields an iterator
-    "This rank's batches from a step on; raises `UserError` where an augmentation is asked of windows without amplitudes"
+) -> Iterator[Iterator[dict]]: # as a context: an iterator over the rank's batches
+    "The batches of this rank from a step on; only a `WindowDataset` can be augmented"
     windows = isinstance(data, WindowDataset)
-    if augment is not None and not windows: raise UserError(f"Only a WindowDataset gives the amplitudes that an augmentation needs, not a {type(data).__name__}; train without.")
+    if augment is not None and not windows:
+        raise UserError("Only a WindowDataset gives the amplitudes that an augmentation needs, "
+                        f"not a {type(data).__name__}; train without.")
     ahead = windows and (augment is not None or ranks.device.type == 'cuda')
-    with closing_workers(make_dataloader(data, ResumableBatchSampler(c, ranks, done), c, ranks.device, raw=ahead)) as batches:
+    with closing_workers(make_dataloader(data, ResumableBatchSampler(c, ranks, done), c,
+                                         ranks.device, raw=ahead)) as batches:
         if not ahead: yield batches
         else:
-            with closing(device_batches(batches, c.batch_size, ranks.device, augment, c.seed, ranks.draws)) as prepared: yield prepared
+            with closing(device_batches(batches, c.batch_size, ranks.device, augment, c.seed,
+                                        ranks.draws)) as prepared:
+                yield prepared
 
 # %% ../../nbs/training/10_trainer.ipynb #41d819cd
 @dataclass
 class Progress:
-    "Where a run stands"
+    "How far a run has come"
     step: int = 0                # optimiser steps done; the place in the data follows from it
     best: float|None = None      # lowest dev loss so far
-    first: dict|None = None      # measures of the first logged step, for the alarms
-    withheld: int = 0            # consecutive updates withheld, just now
+    first: dict|None = None      # metrics of the first logged step, for the alarms
+    withheld: int = 0            # consecutive updates skipped because they were not finite
     bad_traces: dict = field(default_factory=dict)   # name -> reason
-    redrawn: int = 0             # draws in vain
+    redrawn: int = 0             # repeated draws, because a trace was bad
 
     def count(self,
-        batches:list, # of a step
-    ):
+        batches: list[dict],  # of one step
+    ) -> None:
         "Note the bad traces that came with the batches"
         for b in batches:
             self.bad_traces.update(b.get('rejected', {}))
             self.redrawn += int(b['redrawn'].sum()) if 'redrawn' in b else 0
 
     def collect(self,
-        ranks:Ranks, # who we are
-    ):
+        ranks: Ranks,  # number and device of this process
+    ) -> None:
         "Bring the bad traces of all ranks to rank 0"
         parts = ranks.gather((self.bad_traces, self.redrawn))
         if ranks.rank: parts = []
-        self.bad_traces, self.redrawn = {k: v for met, _ in parts for k, v in met.items()}, sum(n for _, n in parts)
+        self.bad_traces, self.redrawn = ({k: v for met, _ in parts for k, v in met.items()},
+                                         sum(n for _, n in parts))
 
 # %% ../../nbs/training/10_trainer.ipynb #ef0415da
 def make_optimizer(
     model: nn.Module,  # on its device
-    c: TrainConfig,
+    c: TrainConfig,    # lr, betas, weight_decay, layer_decay
 ) -> torch.optim.AdamW:
-    "AdamW with a learning rate for each group of parameters: on a GPU a tensor, which recordings read"
+    "AdamW with a learning rate for each group; on a GPU a tensor, which a recorded step reads"
     device = next(model.parameters()).device
     on_gpu = device.type == 'cuda'
-    lr = lambda: torch.tensor(c.lr, device=device) if on_gpu else c.lr       # each group has its own
-    groups = [{**group, 'lr': lr()} for group in parameter_groups(model, c.weight_decay, c.layer_decay)]
+    # each group has its own
+    lr = lambda: torch.tensor(c.lr, device=device) if on_gpu else c.lr
+    groups = [{**group, 'lr': lr()}
+              for group in parameter_groups(model, c.weight_decay, c.layer_decay)]
     return torch.optim.AdamW(groups, lr=lr(), betas=c.betas, fused=True, capturable=on_gpu)
 
+# %% ../../nbs/training/10_trainer.ipynb #677d5560
 @dataclass
 class TrainingRun:
-    "A run in memory: what its steps change, and where they are written down"
-    model: nn.Module                    # forward(x, generator) gives (loss, metrics); set_progress; save_pretrained
-    c: TrainConfig
-    folder: Path
-    ranks: Ranks
+    "A run in memory: what its steps change, and where they are logged"
+    model: nn.Module                    # see the table at the top of this chapter
+    c: TrainConfig                      # the configuration
+    folder: Path                        # of the run
+    ranks: Ranks                        # number and device of this process
     about: dict = field(default_factory=dict)          # the settings, as config.json has them
     at: Progress = field(default_factory=Progress)
     optimizer: torch.optim.Optimizer|None = None       # None: from `make_optimizer`
@@ -153,7 +171,7 @@ class TrainingRun:
     data: Dataset|None = None           # the windows to train on
     dev: Iterable = ()                  # batches to validate on
     show: Tensor|None = None            # (B, L, 3) windows for the figures
-    replay: Replay|None = None          # the update as a recording
+    replay: Replay|None = None          # the recorded update; None: not recorded
     saved: int = 0                      # step of the last checkpoint
 
     def __post_init__(self):
@@ -173,22 +191,24 @@ class TrainingRun:
 @torch.no_grad()
 def update_averages(
     optimizer:torch.optim.Optimizer, # after a step
-    decay:float, # of the average
-):
-    "Move the averages a little towards the weights; an average starts as the weight after its first step"
+    decay:float, # of the average, per step
+) -> None:
+    "Update the moving averages; an average starts as the weight after the first step"
     for p, state in optimizer.state.items():
         if 'average' not in state: state['average'] = p.detach().clone()
     weights = [p.detach() for p in optimizer.state]
     averages = [state['average'] for state in optimizer.state.values()]
     get_ema_multi_avg_fn(decay)(averages, weights, None)
 
+# %% ../../nbs/training/10_trainer.ipynb #19453be5
 @contextmanager
 @torch.no_grad()
 def averaged_weights(
     optimizer:torch.optim.Optimizer, # of the run
-):
-    "Inside the context each weight holds its average, if it has one; the memory stays the same, as CUDA graphs need"
-    pairs = [(p, p.detach().clone(), state['average']) for p, state in optimizer.state.items() if 'average' in state]
+) -> Iterator[None]: # as a context
+    "Inside, each weight that has an average holds it, in the same memory (CUDA graphs need that)"
+    pairs = [(p, p.detach().clone(), state['average'])
+             for p, state in optimizer.state.items() if 'average' in state]
     for p, _, average in pairs: p.copy_(average)
     try: yield
     finally:
@@ -196,20 +216,21 @@ def averaged_weights(
 
 # %% ../../nbs/training/10_trainer.ipynb #8257f7ac
 def optimizer_step(
-    model, # in training
-    optimizer, # fused
-    parts, # the inputs of each forward pass, prepared as they are asked for
-    generator, # on the device
-    c:TrainConfig,
-    ranks:Ranks, # who we are
-    stop_flag:torch.Tensor, # 0-d on the device, above 0 where this rank was told to stop
-): # measures, means over the forward passes; numbers for `FiniteWatch`
-    "One update from `c.accumulate` forward passes; withheld where loss or gradient is not finite. The host waits for nothing"
+    model:nn.Module, # in training mode
+    optimizer:torch.optim.Optimizer, # fused
+    parts:Iterable, # inputs of each forward pass, prepared when they are needed
+    generator:torch.Generator, # on the device
+    c:TrainConfig, # accumulate, clip, average
+    ranks:Ranks, # number and device of this process
+    stop_flag:Tensor, # () on the device, above 0 after a signal to this rank
+) -> tuple[dict, Tensor]: # metrics, means over the forward passes; (4,) numbers for `FiniteWatch`
+    "One update from `c.accumulate` forward passes, skipped if loss or gradient is not finite"
     metrics = {}
     for inputs in parts:
         with mixed_precision(ranks.device): loss, measures = model(inputs, generator)
         (loss/c.accumulate).backward()
-        for name, value in {'loss': loss.detach(), **measures}.items(): metrics[name] = metrics.get(name, 0.) + value/c.accumulate
+        for name, value in {'loss': loss.detach(), **measures}.items():
+            metrics[name] = metrics.get(name, 0.) + value/c.accumulate
     ranks.average_gradients(model)
     norm = nn.utils.clip_grad_norm_(model.parameters(), c.clip)
     loss, stop = ranks.average(torch.stack([metrics['loss'].float(), stop_flag]))
@@ -223,10 +244,10 @@ def optimizer_step(
 # %% ../../nbs/training/10_trainer.ipynb #63dfb08f
 def train_step(
     run: TrainingRun,
-    batches,    # iterator over batches
-    step: int,  # steps done
-):              # measures, means over the forward passes; numbers for `FiniteWatch`; the batches
-    "Set what follows from the number of the step, fetch the batches, and update"
+    batches: Iterator[dict],  # of this rank
+    step: int,                # steps done
+) -> tuple[dict, Tensor, list[dict]]:  # metrics; (4,) numbers for `FiniteWatch`; the batches used
+    "Set what depends on the number of the step, fetch the batches, and update"
     c, used = run.c, []
     run.model.set_progress(step, c.steps)
     set_lr(run.optimizer, lr_at(step, c))
@@ -234,36 +255,56 @@ def train_step(
     def parts():
         for k in range(c.accumulate):
             used.append(next(batches))
-            torch.manual_seed(mix_seed(c.seed, step, k, run.ranks.rank))   # for dropout; after the data, which may draw in this process
+            # for dropout; after `next`, which may draw random numbers in this process too
+            torch.manual_seed(mix_seed(c.seed, step, k, run.ranks.rank))
             yield inputs_of(run.model, used[-1], run.ranks.device)
     if run.replay is None: return *update_run(run, parts()), used
     metrics, numbers = run.replay(*parts())
-    return metrics, numbers.clone(), used      # the next replay writes over its results, and the numbers are read late
+    # `numbers` is read one step late, when the next replay has overwritten its results
+    return metrics, numbers.clone(), used
 
-def update_run(run, parts):
+# %% ../../nbs/training/10_trainer.ipynb #4fa78c0d
+def update_run(
+    run: TrainingRun,
+    parts: Iterable,  # inputs of each forward pass
+) -> tuple[dict, Tensor]:  # as `optimizer_step`
     "`optimizer_step` of a run"
-    return optimizer_step(run.model, run.optimizer, parts, run.generator, run.c, run.ranks, run.stop_flag)
+    return optimizer_step(run.model, run.optimizer, parts, run.generator, run.c, run.ranks,
+                          run.stop_flag)
 
-def set_lr(optimizer, lr):
-    "The learning rate of each group, a tensor on a GPU, where recordings read it"
+# %% ../../nbs/training/10_trainer.ipynb #0d0fe492
+def set_lr(
+    optimizer: torch.optim.Optimizer,
+    lr: float,  # of the groups without a factor of their own
+) -> None:
+    "Set the learning rate of each group; on a GPU it is a tensor, which a recorded step reads"
     for group in optimizer.param_groups:
         own = lr*group.get('scale', 1.)                # see `parameter_groups`
         if isinstance(group['lr'], torch.Tensor): group['lr'].fill_(own)
         else: group['lr'] = own
 
-def log_row(run, metrics, seconds):
-    "The measures of a step as plain numbers, means over the ranks, with what is usual beside them; not finite becomes None"
+# %% ../../nbs/training/10_trainer.ipynb #a0b05675
+def log_row(
+    run: TrainingRun,
+    metrics: dict,   # name -> value of this rank, on the device
+    seconds: float,  # per step
+) -> dict:           # for metrics.jsonl
+    "Metrics of a step, means over the ranks, with their healthy ranges; None: not finite"
     step, c, ranks = run.at.step, run.c, run.ranks
-    values = ranks.average(torch.stack([torch.as_tensor(m, dtype=torch.float32, device=ranks.device) for m in metrics.values()])).tolist()
-    row = {'step': step, **{name: v if math.isfinite(v) else None for name, v in zip(metrics, values)}, 'lr': lr_at(step - 1, c)}
+    own = [torch.as_tensor(m, dtype=torch.float32, device=ranks.device) for m in metrics.values()]
+    values = ranks.average(torch.stack(own)).tolist()
+    row = {'step': step,
+           **{name: v if math.isfinite(v) else None for name, v in zip(metrics, values)},
+           'lr': lr_at(step - 1, c)}
     row['windows_per_second'] = c.batch_size*c.accumulate/seconds
-    if ranks.device.type == 'cuda': row['gpu_memory_gib'] = torch.cuda.max_memory_allocated(ranks.device)/2**30
+    if ranks.device.type == 'cuda':
+        row['gpu_memory_gib'] = torch.cuda.max_memory_allocated(ranks.device)/2**30
     return {**row, 'healthy': healthy_at(row, step)}
 
 # %% ../../nbs/training/10_trainer.ipynb #ebd68d55
 class Signals:
-    "Inside `with`, the `SIGNALS` that the system has are noted in `caught` and do nothing else (in the main thread; others get none)"
-    caught, at, before = 0, 0., {}
+    "Inside `with`, a signal is only noted in `caught`; has no effect outside the main thread"
+    caught, at, before = 0, 0., {}     # number of the first signal, when it came, former handlers
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
@@ -273,8 +314,13 @@ class Signals:
     def __exit__(self, *error):
         for s, handler in self.before.items(): signal.signal(s, handler)
 
-    def note(self, number, frame):
-        if self.caught and number == signal.SIGINT and monotonic() > self.at + 1: raise KeyboardInterrupt
+    def note(self,
+        number: int,  # of the signal
+        frame: FrameType|None,  # where the program was interrupted; not used
+    ) -> None:
+        "Note the first signal; a later SIGINT raises `KeyboardInterrupt`"
+        if self.caught and number == signal.SIGINT and monotonic() > self.at + 1:
+            raise KeyboardInterrupt
         if not self.caught: self.caught, self.at = number, monotonic()
 
 # %% ../../nbs/training/10_trainer.ipynb #1a57f00d
@@ -282,10 +328,10 @@ PATIENCE = 25.     # seconds after SIGTERM
 
 @contextmanager
 def last_words(
-    sentence:str, # what to say
+    sentence:str, # to print
     patience:float, # seconds after SIGTERM
-):
-    "Inside, whoever has not come out that long after a SIGTERM says the sentence, and the process ends with code 1"
+) -> Iterator[None]: # as a context
+    "If the block has not ended `patience` seconds after a SIGTERM, print and exit with code 1"
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -297,7 +343,8 @@ def last_words(
         if number and not out.wait(patience):
             print(f'\n{sentence}', file=sys.stderr, flush=True)
             os._exit(1)
-    thread, before = threading.Thread(target=listen, daemon=True), signal.set_wakeup_fd(speak.fileno(), warn_on_full_buffer=False)
+    thread = threading.Thread(target=listen, daemon=True)
+    before = signal.set_wakeup_fd(speak.fileno(), warn_on_full_buffer=False)
     thread.start()
     try: yield
     finally:
@@ -310,14 +357,15 @@ def last_words(
 # %% ../../nbs/training/10_trainer.ipynb #1ca01ef6
 def data_fingerprints(
     **datasets: Dataset,  # split -> windows
-) -> dict:                # split -> [name of a source, its fingerprint], for those windows that come from sources
-    "What a run writes down of its data"
+) -> dict:                # split -> [[name of a source, its fingerprint], …]
+    "The fingerprints that a run stores of its data"
     return {split: [[s.name, s.fingerprint()] for s in data.sources]
             for split, data in datasets.items() if isinstance(data, WindowDataset)}
 
+# %% ../../nbs/training/10_trainer.ipynb #71946c17
 def changed_data(
-    saved: dict,      # from `data_fingerprints`, when the run began; empty for runs of version 0.1
-    now: dict,        # likewise, today
+    saved: dict,      # from `data_fingerprints` when the run started; empty for runs of version 0.1
+    now: dict,        # from `data_fingerprints` now
 ) -> list[str]:       # names of the sources that differ
     "Compare two sets of fingerprints"
     return [f'{(was or new)[0]} ({split})' for split in saved
@@ -325,10 +373,10 @@ def changed_data(
 
 # %% ../../nbs/training/10_trainer.ipynb #a7c39955
 def init_or_resume(
-    run: TrainingRun,      # fresh
-    resume: bool,  # or a new one
+    run: TrainingRun,  # just made
+    resume: bool,      # False: a new run
 ) -> None:
-    "Open a run's folder, new or to go on in; raises `UserError` where it does not fit"
+    "Start a run in its folder or restore it; raises `UserError` if settings or data differ"
     first = run.ranks.rank == 0
     if not resume:
         if first: run.folder.mkdir(parents=True, exist_ok=True)
@@ -345,87 +393,81 @@ def init_or_resume(
     if first: print(f'Going on from step {run.at.step}, {checkpoint.path.name}.')
     else: run.at.bad_traces, run.at.redrawn = {}, 0
 
+# %% ../../nbs/training/10_trainer.ipynb #e80e84d0
 def check_resumed(
-    run: TrainingRun,
-    saved: dict,  # the settings in a checkpoint, perhaps of an older version
+    run: TrainingRun,  # with the settings and data of now
+    saved: dict,       # the settings in a checkpoint, perhaps of an older version
 ) -> None:
-    "Raise `UserError` where a run goes on with other data or other settings"
+    "Raise `UserError` if data or settings differ from those of the checkpoint"
     saved = {**saved, 'train': with_defaults(saved['train'], TrainConfig())}
     config = getattr(run.model, 'config', None)
     if is_dataclass(config): saved['model'] = with_defaults(saved['model'], config)
     now = dict(run.about)
     changed = changed_data(saved.pop('fingerprints', {}), now.pop('fingerprints', {}))
     if changed:
-        raise UserError(f"The data of the run in '{run.folder}' have changed since it began: {', '.join(changed)} "
-                        "has other records, labels or file sizes. Restore the data, or start a new run.")
+        raise UserError(f"The data of the run in '{run.folder}' have changed since it began: "
+                        f"{', '.join(changed)} has other records, labels or file sizes. Restore "
+                        "the data, or start a new run.")
     differ = differences(saved, now, RESUMABLE_FIELDS)
     if differ:
         raise UserError(f"The run in '{run.folder}' had other settings: {'; '.join(differ)}. "
                         'Resume it with its own, or start a new run.')
 
-
 # %% ../../nbs/training/10_trainer.ipynb #263d78cf
-def save_state(run: TrainingRun):
-    "Write the checkpoint of this step, the weights for `from_pretrained` and the bad traces; raises OSError"
+def save_state(
+    run: TrainingRun,  # on rank 0
+) -> None:
+    "Write the checkpoint of this step, the weights and the list of bad traces; raises `OSError`"
     run.log.sync()
     state = {'step': run.at.step, 'progress': asdict(run.at), 'settings': run.about}
     write_checkpoint(run.folder, training_tensors(run.model, run.optimizer), state, run.c.keep)
     export_weights(run)
     run.saved = run.at.step
 
-def export_weights(run: TrainingRun):
-    "The weights for `from_pretrained` and the bad traces: both follow from the checkpoint, and are made again when a run is resumed"
+# %% ../../nbs/training/10_trainer.ipynb #696632d4
+def export_weights(
+    run: TrainingRun,  # on rank 0
+) -> None:
+    "Write the weights for `from_pretrained` and the list of bad traces; also after resuming"
     with averaged_weights(run.optimizer): run.model.save_pretrained(run.folder, run.extra)
     write_bad_traces(run.folder, run.data, run.at.bad_traces, run.at.redrawn)
 
+# %% ../../nbs/training/10_trainer.ipynb #5d31dec4
 @contextmanager
 def tolerate_write_error(
-    c:TrainConfig, # names the policy
-    what:str, # is being written
-):
-    "An OSError inside is said, and ends the run only by policy"
+    c:TrainConfig, # `on_write_error` decides
+    what:str, # is being written, for the message
+) -> Iterator[None]: # as a context
+    "Inside, an `OSError` is printed; it ends the run only if `on_write_error` is 'stop'"
     try: yield
     except OSError as e:
         sentence = f"{what} could not be written ({e.strerror}); what was there before is whole"
-        if c.on_write_error == 'stop': raise TrainingError(f'{sentence}. Make room, and resume.') from None
+        if c.on_write_error == 'stop':
+            raise TrainingError(f'{sentence}. Make room, and resume.') from None
         tqdm.write(f'{sentence}, and the run goes on without it.')
 
 # %% ../../nbs/training/10_trainer.ipynb #e69fcb31
-LOST = 'A process that prepares windows was lost ({}). Was there too little memory? Resume, perhaps with fewer workers.'
-
 def train(
-    model: nn.Module,         # forward(x, generator) gives (loss, metrics); set_progress; save_pretrained
-    data: Dataset|Augmented,  # at least steps × accumulate × batch_size windows, item n a function of n
+    model: nn.Module,         # see the table at the top of this chapter
+    data: Dataset|Augmented,  # at least steps × accumulate × batch_size windows
     dev: Dataset,             # the windows to validate on
-    c: TrainConfig,           # how
+    c: TrainConfig,           # the configuration
     folder: str|Path,         # the run's folder; a new one, unless the run is resumed
     extra: dict|None=None,    # more for config.json, such as the names of the datasets
-    resume: bool=False,       # go on with the run in `folder`
-    ranks: Ranks|None=None,   # from `join_ranks`, where there are several
+    resume: bool=False,       # continue the run in `folder`
+    ranks: Ranks|None=None,   # from `join_ranks`, if there are several
 ) -> Path:                    # the run's folder
-    "Train `model`. Raises `UserError` for what can be mended, `TrainingError` when the run cannot go on, `Interrupted` when told to stop"
+    "Train; raises `UserError`, `TrainingError` (cannot continue) or `Interrupted` (after a signal)"
     check_config(c)
     data, change = data if isinstance(data, Augmented) else (data, None)
     ranks, folder = ranks or Ranks(pick_device(c.device)), Path(folder)
     check_fit(c, data, folder, resume, ranks)
-    config = getattr(model, 'config', None)
-    about = {'model': asdict(config) if is_dataclass(config) else {}, 'train': asdict(c), **(extra or {}),
-             'fingerprints': data_fingerprints(train=data, dev=dev)}
-    run = TrainingRun(model, c, folder, ranks, about, data=data)
-    alone = replace(c, workers=0)                              # the dev windows are read sooner than workers begin
-    run.dev = make_dataloader(dev, sequential_batches(dev, c.batch_size), alone, ranks.device)
-    run.show = next(iter(run.dev))['x'].to(ranks.device)       # read before anything is written: bad data shows here
-    lock = lock_run(folder) if ranks.rank == 0 else None       # first of all: who is refused has written nothing
-    try:
-        init_or_resume(run, resume)
-        ranks.same_weights(model)
-        if ranks.rank == 0: run.log = RunLog(folder, run.at.step, c.tensorboard, lock)
-    except BaseException:
-        if lock: lock.release()
-        raise
+    run = prepare_run(model, data, dev, c, folder, extra, ranks)
+    open_run(run, resume)
     try:
         with clear_sentences(run), tensor_float32(ranks.device):
-            if resume and ranks.rank == 0: export_weights(run)  # the kill may have come between checkpoint and weights
+            # the kill may have come between checkpoint and weights
+            if resume and ranks.rank == 0: export_weights(run)
             if run.at.step < c.steps: run_steps(run, change)
         if ranks.rank == 0:
             with averaged_weights(run.optimizer): draw_run(model, run.show, folder)
@@ -433,52 +475,113 @@ def train(
         if run.log: run.log.close()
     return folder
 
+# %% ../../nbs/training/10_trainer.ipynb #e803930b
+def prepare_run(
+    model: nn.Module,
+    data: Dataset,      # the windows to train on
+    dev: Dataset,       # the windows to validate on
+    c: TrainConfig,
+    folder: Path,       # of the run; nothing is written yet
+    extra: dict|None,   # more for config.json
+    ranks: Ranks,       # number and device of this process
+) -> TrainingRun:       # at step 0
+    "A run with optimiser, settings and dev batches; reads a dev batch, to find bad data early"
+    config = getattr(model, 'config', None)
+    about = {'model': asdict(config) if is_dataclass(config) else {}, 'train': asdict(c),
+             **(extra or {}), 'fingerprints': data_fingerprints(train=data, dev=dev)}
+    run = TrainingRun(model, c, folder, ranks, about, data=data)
+    # the dev windows are read before workers would have started
+    in_process = replace(c, workers=0)
+    run.dev = make_dataloader(dev, sequential_batches(dev, c.batch_size), in_process, ranks.device)
+    run.show = next(iter(run.dev))['x'].to(ranks.device)
+    return run
+
+# %% ../../nbs/training/10_trainer.ipynb #df31c9ba
+def open_run(
+    run: TrainingRun,  # from `prepare_run`
+    resume: bool,      # False: a new run
+) -> None:
+    "Lock the folder, start or restore the run, and open its log; on an error the lock is released"
+    # the lock comes first: a second process writes nothing
+    lock = lock_run(run.folder) if run.ranks.rank == 0 else None
+    try:
+        init_or_resume(run, resume)
+        run.ranks.same_weights(run.model)
+        if run.ranks.rank == 0:
+            run.log = RunLog(run.folder, run.at.step, run.c.tensorboard, lock)
+    except BaseException:
+        if lock: lock.release()
+        raise
 
 # %% ../../nbs/training/10_trainer.ipynb #a83c0148
+LOST = ('A process that prepares windows was lost ({}). Was there too little memory? '
+        'Resume, perhaps with fewer workers.')
+
 @contextmanager
 def clear_sentences(
     run: TrainingRun,
-):
-    "Inside, errors of loader processes and of other ranks become sentences"
+) -> Iterator[None]: # as a context
+    "Inside, errors of loader processes and of other ranks become one-sentence errors"
     try: yield
-    except UserError as e:                                     # from a worker it comes with a traceback in its text
+    except UserError as e:         # the text of one from a worker contains a traceback
         named = f'{UserError.__module__}.{UserError.__qualname__}: '
         raise UserError(str(e).strip().splitlines()[-1].removeprefix(named)) from None
     except RuntimeError as e:
         if run.ranks.world > 1 and is_loss(e):
-            raise TrainingError('Another rank is lost, and no step can be made without it. The checkpoints are whole; '
+            raise TrainingError('Another rank is lost, and no step can be made without it. '
+                                'The checkpoints are whole; '
                                 f'go on with --resume {run.folder}') from None
         if 'DataLoader worker' not in str(e): raise
         raise TrainingError(LOST.format(str(e).splitlines()[0].rstrip('. '))) from None
-    except (ConnectionError, EOFError) as e:                   # it died while it handed a batch over
+    except (ConnectionError, EOFError) as e:     # the worker died while it sent a batch
         raise TrainingError(LOST.format(str(e) or type(e).__name__)) from None
 
 # %% ../../nbs/training/10_trainer.ipynb #d8d194b1
-def check_fit(c, data, folder, resume, ranks):
-    "Raise `UserError` where settings, data, folder and ranks do not go together"
+def check_fit(
+    c: TrainConfig,
+    data: Dataset,   # the windows to train on
+    folder: Path,    # of the run
+    resume: bool,    # False: a new run
+    ranks: Ranks,    # number and device of this process
+) -> None:
+    "Raise `UserError` if settings, data, folder and number of ranks do not fit together"
     if len(data) < c.steps*c.accumulate*c.batch_size:
-        raise UserError(f"{c.steps} steps of {c.accumulate*c.batch_size} windows need {c.steps*c.accumulate*c.batch_size} windows; there are {len(data)}.")
-    if c.batch_size % ranks.world: raise UserError(f"The batch size is {c.batch_size}, which {ranks.world} ranks cannot share evenly; choose a multiple.")
-    there = ranks.share((folder/'config.json').is_file())      # as rank 0 sees it, before it writes one
-    if there and not resume: raise UserError(f"'{folder}' holds a run already; name another folder, or resume it.")
-    if resume and not there: raise UserError(f"'{folder}' holds no run to resume: config.json is missing.")
+        raise UserError(f"{c.steps} steps of {c.accumulate*c.batch_size} windows need "
+                        f"{c.steps*c.accumulate*c.batch_size} windows; there are {len(data)}.")
+    if c.batch_size % ranks.world:
+        raise UserError(f"The batch size is {c.batch_size}, which {ranks.world} ranks cannot share "
+                        "evenly; choose a multiple.")
+    # what rank 0 sees, before it writes the file
+    there = ranks.share((folder/'config.json').is_file())
+    if there and not resume:
+        raise UserError(f"'{folder}' holds a run already; name another folder, or resume it.")
+    if resume and not there:
+        raise UserError(f"'{folder}' holds no run to resume: config.json is missing.")
 
-def draw_run(model, show, folder):
-    "The figures of the run so far"
+# %% ../../nbs/training/10_trainer.ipynb #bd3103aa
+def draw_run(
+    model: nn.Module,
+    show: Tensor,   # (B, L, 3) windows
+    folder: Path,   # of the run
+) -> None:
+    "Write the figures of the run so far"
     model.eval()
-    save_figures({'metrics': plot_metrics({'train': read_metrics(folder)}), **model_figures(model, show)}, folder/'figures')
+    save_figures({'metrics': plot_metrics({'train': read_metrics(folder)}),
+                  **model_figures(model, show)}, folder/'figures')
 
 # %% ../../nbs/training/10_trainer.ipynb #cc87273a
 def run_steps(
     run: TrainingRun,
-    change: Callable|None,  # what is done to the training windows, see `Augmented`
+    change: Callable|None,  # augmentation, see `Augmented`
 ) -> None:
-    "From where the run stands to its end"
+    "All remaining steps"
     c, ranks, at = run.c, run.ranks, run.at
     if worth_compiling(ranks.device, c.steps): compile_blocks(run.model)
-    watch = FiniteWatch(run.folder, ranks.device, c.skip_nonfinite, at.withheld, ranks.gather, write=ranks.rank == 0)
-    bar = progress_bar(range(at.step + 1, c.steps + 1), initial=at.step, total=c.steps, unit='step', disable=ranks.rank > 0)
-    run.saved, since, done = at.step, perf_counter(), at.step
+    watch = FiniteWatch(run.folder, ranks.device, c.skip_nonfinite, at.withheld, ranks.gather,
+                        write=ranks.rank == 0)
+    bar = progress_bar(range(at.step + 1, c.steps + 1), initial=at.step, total=c.steps, unit='step',
+                       disable=ranks.rank > 0)
+    run.saved, clock = at.step, StepClock(at.step)
     with recorded_update(run), Signals() as signals, words_when_hung(run), \
          training_batches(run.data, c, ranks, at.step, change) as batches:
         for step in bar:
@@ -487,71 +590,117 @@ def run_steps(
             at.step = step
             at.count(used)
             watch.add(step, numbers, used)
-            stop = watch.stop if ranks.world > 1 else signals.caught     # several ranks agree, one step late
-            validate, save = (step == c.steps or step % every == 0 for every in (c.validate_every, c.checkpoint_every))
-            if step == 1 or step % c.log_every == 0 or validate:
-                watch.settle()
-                log_step(run, log_row(run, metrics, (perf_counter() - since)/(step - done)), validate, bar)
-                since, done = perf_counter(), step
-            if save or stop: save_step(run, watch)
+            stop = watch.stop if ranks.world > 1 else signals.caught    # ranks agree one step late
+            finish_step(run, metrics, watch, clock, bar, stop)
             if stop and step < c.steps: stop_run(run, signals.caught)
     if ranks.rank == 0 and run.saved < c.steps:
-        raise TrainingError(f'All steps are done, but the last checkpoint is that of step {run.saved}. '
-                            f'Make room, and go on with --resume {run.folder}')
+        raise TrainingError('All steps are done, but the last checkpoint is that of step '
+                            f'{run.saved}. Make room, and go on with --resume {run.folder}')
+
+# %% ../../nbs/training/10_trainer.ipynb #1da81a0a
+class StepClock:
+    "Seconds per step since the last call"
+    def __init__(self,
+        step: int,  # steps done
+    ):
+        self.step, self.since = step, perf_counter()
+
+    def seconds(self,
+        step: int,  # steps done now
+    ) -> float:
+        "Mean duration of a step since the last `restart`"
+        return (perf_counter() - self.since)/(step - self.step)
+
+    def restart(self,
+        step: int,  # steps done now
+    ) -> None:
+        "Count from here"
+        self.step, self.since = step, perf_counter()
+
+# %% ../../nbs/training/10_trainer.ipynb #489c057b
+def finish_step(
+    run: TrainingRun,
+    metrics: dict,       # of the step
+    watch: FiniteWatch,  # knows which updates were skipped
+    clock: StepClock,
+    bar: tqdm,           # the progress bar
+    stop: bool|int,      # the run ends after this step
+) -> None:
+    "Log, validate and save, if it is time for it"
+    c, step = run.c, run.at.step
+    validate, save = (step == c.steps or step % every == 0
+                      for every in (c.validate_every, c.checkpoint_every))
+    if step == 1 or step % c.log_every == 0 or validate:
+        watch.settle()
+        log_step(run, log_row(run, metrics, clock.seconds(step)), validate, bar)
+        clock.restart(step)
+    if save or stop: save_step(run, watch)
 
 # %% ../../nbs/training/10_trainer.ipynb #e3f3ef29
 @contextmanager
-def recorded_update(run: TrainingRun):
-    "On a GPU, with one forward pass a step, the update is recorded, and replayed from then on"
-    recorded = run.ranks.device.type == 'cuda' and run.c.accumulate == 1 and getattr(run.model, 'steady', True)
-    run.replay = Replay(lambda inputs: update_run(run, [inputs]), run.generator) if recorded else None
+def recorded_update(
+    run: TrainingRun,
+) -> Iterator[None]: # as a context
+    "On a GPU, with one forward pass per step, the update is recorded and replayed"
+    recorded = (run.ranks.device.type == 'cuda' and run.c.accumulate == 1
+                and getattr(run.model, 'steady', True))
+    run.replay = (Replay(lambda inputs: update_run(run, [inputs]), run.generator)
+                  if recorded else None)
     with closing(run.replay) if recorded else nullcontext(): yield
 
-def words_when_hung(run: TrainingRun):
-    "A context: with several ranks, the sentence for one that waits for a lost rank"
+# %% ../../nbs/training/10_trainer.ipynb #cec7528a
+def words_when_hung(
+    run: TrainingRun,
+) -> ContextManager:
+    "With several ranks, `last_words` for a rank that waits for a lost one"
     if run.ranks.world == 1: return nullcontext()
     who = f'seismodel, rank {run.ranks.rank}' if run.ranks.rank else 'seismodel'
-    return last_words(f'{who}: Told to end, and no step ended in {PATIENCE:.0f} s: another rank is lost. '
-                      f'The checkpoints are whole; go on with --resume {run.folder}', PATIENCE)
+    return last_words(f'{who}: Asked to stop, and no step ended in {PATIENCE:.0f} s: another rank '
+                      f'is lost. The checkpoints are whole; go on with --resume {run.folder}',
+                      PATIENCE)
 
 # %% ../../nbs/training/10_trainer.ipynb #90665dbf
 def log_step(
     run: TrainingRun,
     row: dict,       # from `log_row`
-    validate: bool,  # look at the dev windows too
-    bar,             # tqdm's
+    validate: bool,  # also on the dev windows
+    bar: tqdm,       # the progress bar
 ) -> None:
-    "Add the dev measures to a row, and write it; on rank 0"
+    "On rank 0: add the dev metrics to a row if asked, and write it"
     if run.ranks.rank: return
     if validate:
         with averaged_weights(run.optimizer): validate_run(run, row)
     write_row(run, row, bar)
 
+# %% ../../nbs/training/10_trainer.ipynb #751c62e8
 def save_step(
     run: TrainingRun,
-    watch: FiniteWatch,  # knows how many updates were withheld
+    watch: FiniteWatch,  # knows which updates were skipped
 ) -> None:
-    "The checkpoint of this step, with what all ranks know; on rank 0, and by policy without where the disk is full"
+    "Collect the bad traces of all ranks; rank 0 writes the checkpoint of this step"
     watch.settle()
     run.at.withheld = watch.in_a_row
     run.at.collect(run.ranks)
     if run.ranks.rank: return
     with tolerate_write_error(run.c, f'The checkpoint of step {run.at.step}'): save_state(run)
 
+# %% ../../nbs/training/10_trainer.ipynb #9f37e817
 def stop_run(
     run: TrainingRun,
     caught: int,  # number of the signal; 0 where another rank got it
 ) -> None:
-    "Raise `Interrupted`"
-    saved = run.ranks.share(run.saved)     # and together: when one process has ended, torchrun ends the others
+    "Raise `Interrupted` on all ranks"
+    # `share` makes the ranks end together: when one process has ended, torchrun ends the others
+    saved = run.ranks.share(run.saved)
     name = signal.Signals(caught).name if caught else 'a signal'
-    raise Interrupted(caught or signal.SIGTERM, f'Stopped by {name} after step {run.at.step} of {run.c.steps}; the checkpoint of '
-                      f'step {saved} is safe. Go on with --resume {run.folder}')
+    raise Interrupted(caught or signal.SIGTERM,
+                      f'Stopped by {name} after step {run.at.step} of {run.c.steps}; the '
+                      f'checkpoint of step {saved} is safe. Go on with --resume {run.folder}')
 
 # %% ../../nbs/training/10_trainer.ipynb #7267127a
 def validate_run(
-    run: TrainingRun,   # with the weights that are to be judged
-    row: dict,  # of this step; gets the dev measures
+    run: TrainingRun,  # inside `averaged_weights`
+    row: dict,         # of this step; the dev metrics are added
 ) -> None:
     "Validate, keep the best weights, and draw for TensorBoard"
     at, measured = run.at, validation_metrics(run.model, run.dev, run.ranks.device, run.c.seed)
@@ -559,18 +708,21 @@ def validate_run(
     if row['dev_loss'] is not None and (at.best is None or row['dev_loss'] < at.best):
         at.best = row['dev_loss']
         with tolerate_write_error(run.c, 'The best weights so far'):
-            run.model.save_pretrained(run.folder/'best', {**run.extra, 'step': row['step'], 'dev_loss': at.best})
+            run.model.save_pretrained(run.folder/'best',
+                                      {**run.extra, 'step': row['step'], 'dev_loss': at.best})
     if run.log.events: log_pictures(run.log.events, run.model, run.show, row['step'])
 
+# %% ../../nbs/training/10_trainer.ipynb #781ffcd7
 def write_row(
     run: TrainingRun,
-    row: dict,  # of this step
-    bar,        # tqdm's
+    row: dict,  # of this step; the alarms are added
+    bar: tqdm,  # the progress bar
 ) -> None:
-    "Alarms, a line in the metrics, and the bar"
+    "Raise alarms, write a line of metrics, and update the bar"
     at = run.at
     at.first = at.first or {k: v for k, v in row.items() if isinstance(v, float) and k not in CLOCK}
-    row['alarms'] = alarms({k: v for k, v in row.items() if v is not None}, at.first, row['step']/run.c.steps)
+    row['alarms'] = alarms({k: v for k, v in row.items() if v is not None}, at.first,
+                           row['step']/run.c.steps)
     for sentence in row['alarms']: tqdm.write(f"ALARM at step {row['step']}: {sentence}")
     with tolerate_write_error(run.c, f"The measures of step {row['step']}"): run.log.write(row)
     shown = ('loss', 'dev_loss', 'code_perplexity', 'windows_per_second')

@@ -1,4 +1,4 @@
-"""`seismodel verify`: is every byte of stores, checkpoints and weights the one that was written?
+"""Check that every byte of stores, checkpoints and weights is the one that was written
 
 Docs: https://seismodel.github.io/seismodel/training/verify.html.md"""
 
@@ -19,9 +19,9 @@ from .runlog import read_metrics
 
 # %% ../../nbs/training/12_verify.ipynb #30f29040
 def checks_of(
-    path: Path,         # as the user wrote it
-) -> list[tuple]:       # (file or folder, function that raises `UserError` where it is damaged)
-    "What there is to check; raises `UserError` where nothing is"
+    path: Path,         # a file or folder
+) -> list[tuple]:       # (file or folder, function that raises `UserError` if it is damaged)
+    "What there is to check; raises `UserError` if there is nothing"
     if path.is_dir() and is_store(path): return [(path, check_store)]
     if path.is_file() and path.suffix == '.safetensors':
         return [(path, read_checkpoint if path.name.startswith('step-') else read_weights)]
@@ -30,18 +30,23 @@ def checks_of(
     found += [(m, read_model) for m in models if (m/'model.safetensors').exists()]
     if (path/'metrics.jsonl').exists(): found.append((path, read_metrics))
     if found: return found
-    raise UserError(f"'{path}' is no store, no run, no saved model and no file of weights: there is nothing to verify.")
+    raise UserError(f"'{path}' is no store, no run, no saved model and no file of weights: there "
+                    "is nothing to verify.")
 
+# %% ../../nbs/training/12_verify.ipynb #756da3b5
 def check_store(
     folder: Path,  # of a store
 ) -> None:
-    "Compare every checksum; raises `UserError` naming the files that are damaged"
+    "Compare all checksums; raises `UserError` naming the damaged files"
     damaged = Store(folder).verify()
-    if damaged: raise UserError(f"{folder} is damaged: the checksum of {', '.join(damaged)} does not match; copy or pack it again")
+    if damaged:
+        raise UserError(f"{folder} is damaged: the checksum of {', '.join(damaged)} does not "
+                        "match; copy or pack it again")
 
 # %% ../../nbs/training/12_verify.ipynb #daced93a
 def verify(
-    paths: Annotated[str, {'opt': False, 'nargs': '+'}],  # stores, runs, saved models, files of weights or checkpoints
+    # stores, runs, saved models, files of weights or checkpoints
+    paths: Annotated[str, {'opt': False, 'nargs': '+'}],
 ) -> None:
     "Check every byte of stores, checkpoints and weights"
     damaged = 0
@@ -53,4 +58,6 @@ def verify(
             except UserError as e:
                 print(f'DAMAGED  {where}: {e}')
                 damaged += 1
-    if damaged: raise UserError(f'{damaged} of the parts that were checked are damaged; they are named above.')
+    if damaged:
+        raise UserError(f'{damaged} of the parts that were checked are damaged; they are named '
+                        'above.')
