@@ -35,7 +35,7 @@ def snr(
     second, p = int(SAMPLING_RATE), record.p_onset
     if not np.isfinite(p) or p < 4 * second or p + 2 * second > len(record.waveform): return np.nan
     x = record.waveform.astype(float)
-    x = x / max(np.abs(x).max(), np.finfo(float).tiny)                         # powers of 1e-14 m/s would underflow
+    x = x / max(np.abs(x).max(), np.finfo(float).tiny)  # powers of 1e-14 m/s would underflow
     after, before = x[int(p):int(p) + 2 * second], x[int(p) - 4 * second:int(p)]
     power = [band_power(v[None], SAMPLING_RATE)[0] for v in (after, before)]
     return 10 * np.log10(power[0] / power[1]) if min(power) > 1e-30 else np.nan
@@ -46,7 +46,7 @@ class Overview:
     "What `inspect` knows"
     name: str                                            # of the store or folder
     packed: Counter = field(default_factory=Counter)     # (source, split) -> usable traces
-    bad: Counter = field(default_factory=Counter)        # (source, why) -> traces that are not usable
+    bad: Counter = field(default_factory=Counter)  # (source, why) -> traces that are not usable
     rates: Counter = field(default_factory=Counter)      # Hz, at the origin -> traces
     records: list = field(default_factory=list)          # of Record, some of them
     complete: bool = True                                # the counts are of everything
@@ -62,9 +62,11 @@ def of_store(
         o.packed.update({(s["name"], split): n for split, n in s["packed"].items()})
         o.bad.update({(s["name"], why): n for why, n in s["left_out"].items()})
     column = "trace_sampling_rate_hz"
-    for part in pd.read_csv(store.folder/"traces.csv", usecols=lambda c: c == column, chunksize=100_000):
+    for part in pd.read_csv(store.folder/"traces.csv", usecols=lambda c: c == column,
+                            chunksize=100_000):
         if column in part: o.rates.update(part[column].dropna().tolist())
-    o.records = [store.record(k) for k in np.unique(np.linspace(0, len(store) - 1, most).astype(int))]
+    o.records = [store.record(k) for k in np.unique(np.linspace(0, len(store) - 1,
+                                                                most).astype(int))]
     return o
 
 def of_folder(
@@ -87,14 +89,15 @@ def of_folder(
         items = list(islice(stream.items(), most))
         o.packed.update((stream.name, i.split) for i in items if i.record)
         o.complete = len(items) < most
-        o.rates.update(run.rate for i in stream.archive.instruments for runs in i.runs.values() for run in runs)
+        o.rates.update(run.rate for i in stream.archive.instruments for runs in i.runs.values()
+                       for run in runs)
     for item in items:
         if item.record: o.records.append(item.record)
         else:
             o.bad[stream.name, item.why] += 1
             if not isinstance(stream, DatasetItems): continue
             split = source.splits[np.searchsorted(source.rows, item.position - 1)]
-            o.packed[stream.name, str(split)] -= 1                             # it had been counted as usable
+            o.packed[stream.name, str(split)] -= 1  # it had been counted as usable
     return o
 
 def together(
@@ -104,7 +107,8 @@ def together(
     first, *others = found
     for o in others:
         first.name, first.complete = f"{first.name}, {o.name}", first.complete and o.complete
-        for mine, more in ((first.packed, o.packed), (first.bad, o.bad), (first.rates, o.rates)): mine.update(more)
+        for mine, more in ((first.packed, o.packed), (first.bad, o.bad), (first.rates, o.rates)):
+            mine.update(more)
         first.records += o.records
     return first
 
@@ -114,20 +118,26 @@ def describe(
 ) -> str: # lines
     "Counts, rates, durations, picks, SNR, bad traces"
     total, bad, n = sum(o.packed.values()), sum(o.bad.values()), len(o.records)
-    splits = sorted({split for _, split in o.packed}, key=lambda s: (["train", "dev", "test", s].index(s), s))
+    splits = sorted({split for _, split in o.packed},
+                    key=lambda s: (["train", "dev", "test", s].index(s), s))
     names = sorted({name for name, _ in o.packed} | {name for name, _ in o.bad})
     width = max(map(len, names), default=0)
     part = "" if o.complete else " among the first files; pack it to count them all"
-    lines = [f"{o.name}: {total:,} usable traces{part}", f"  {'source':{width}}" + "".join(f"{s:>10}" for s in splits)]
-    lines += [f"  {name:{width}}" + "".join(f"{o.packed[name, s]:>10,}" for s in splits) for name in names]
-    if o.rates: lines.append("rates at the origin: " + ", ".join(f"{r:g} Hz ({k:,})" for r, k in o.rates.most_common(6)))
+    lines = [f"{o.name}: {total:,} usable traces{part}",
+             f"  {'source':{width}}" + "".join(f"{s:>10}" for s in splits)]
+    lines += [f"  {name:{width}}" + "".join(f"{o.packed[name, s]:>10,}" for s in splits)
+              for name in names]
+    if o.rates:
+        lines.append("rates at the origin: " + ", ".join(f"{r:g} Hz ({k:,})" for r,
+                                                         k in o.rates.most_common(6)))
     lines.append(f"bad traces: {bad:,} of {total + bad:,} ({bad / max(total + bad, 1):.1%})")
     lines += [f"  {k:,} {name}: {why}" for (name, why), k in o.bad.most_common(12)]
     if not n: return "\n".join(lines)
     seconds = np.array([len(r.waveform) for r in o.records]) / SAMPLING_RATE
     still = np.array([flat(torch.from_numpy(r.waveform)).numpy() for r in o.records])
     lines.append(f"of {n:,} records that were read:")
-    lines.append(f"  duration {seconds.min():.0f} to {seconds.max():.0f} s, median {np.median(seconds):.0f} s")
+    lines.append(f"  duration {seconds.min():.0f} to {seconds.max():.0f} s, median "
+                 f"{np.median(seconds):.0f} s")
     lines.append(f"  with a flat or missing component: {still.any(1).mean():.1%}")
     for phase, at in (("P", 4), ("S", 5)):
         status = Counter(STATUS[r[at]] for r in o.records)
@@ -136,7 +146,8 @@ def describe(
     db = db[np.isfinite(db)]
     if len(db):
         low, middle, high = np.quantile(db, (.05, .5, .95))
-        lines.append(f"  SNR of P: median {middle:.0f} dB, nine in ten from {low:.0f} to {high:.0f} dB ({len(db)} records)")
+        lines.append(f"  SNR of P: median {middle:.0f} dB, nine in ten from {low:.0f} to "
+                     f"{high:.0f} dB ({len(db)} records)")
     return "\n".join(lines)
 
 # %% ../../nbs/data/08_inspection.ipynb #7997efb2
@@ -149,13 +160,15 @@ def page(
     picked = [r for r in records if np.isfinite(r.p_onset) or np.isfinite(r.s_onset)]
     other = [r for r in records if not (np.isfinite(r.p_onset) or np.isfinite(r.s_onset))]
     some = [group[k] for group, n in ((picked, 2 * rows - 2), (other, 2 * rows)) if group
-            for k in np.unique(np.linspace(0, len(group) - 1, min(n, len(group))).astype(int))][:2 * rows]
+            for k in np.unique(np.linspace(0, len(group) - 1,
+                                           min(n, len(group))).astype(int))][:2 * rows]
     rows = -(-len(some) // 2)
     fig = Figure(figsize=(11, 1.9 * rows), layout="constrained")
     axes = fig.subplots(rows, 2, squeeze=False).flat
     for ax, r in zip(axes, some):
         db = snr(r)
-        title = (r.name if len(r.name) < 48 else r.name[:45] + "…") + (f", {db:.0f} dB" if np.isfinite(db) else "")
+        title = (r.name if len(r.name) < 48 else r.name[:45] + "…") + (f", {db:.0f} dB"
+                                                                       if np.isfinite(db) else "")
         show_window(normalize(torch.from_numpy(r.waveform)), r.p_onset, r.s_onset, ax, title)
     for ax in list(axes)[len(some):]: ax.set_axis_off()
     return fig
@@ -163,30 +176,39 @@ def page(
 # %% ../../nbs/data/08_inspection.ipynb #a6f79f97
 @delegates(Selection)
 def inspect(
-    where:Annotated[str, {"opt": False, "nargs": "+"}], # stores, folders or names of SeisBench data sets, or files, folders and patterns of miniSEED, SAC, …
+    # stores, folders or names of SeisBench data sets, or files, folders and patterns of miniSEED,
+    # SAC, …
+    where:Annotated[str, {"opt": False, "nargs": "+"}],
     out:Path=Path("inspect.png"), # the page of waveforms
     records:int=400,              # how many to read for durations, picks and SNR
     window:int=WINDOW,            # samples; traces below half of it count as bad
     verify:bool=False,            # compare all checksums of a store
     **selection,
 )->Overview: # what was found
-    "Show what a store or a folder holds: counts, rates, durations, SNR, bad traces, and a page of waveforms"
+    """Show what a store or a folder holds: counts, rates, durations, SNR, bad traces, and a page
+    of waveforms"""
     if records < 1: raise UserError(f"--records is {records}: give 1 or more")
     if window < 1: raise UserError(f"--window is {window}: give 1 or more samples")
-    if Path(out).suffix not in (".png", ".pdf", ".svg"): raise UserError(f"--out is {out}: give a file that ends in .png, .pdf or .svg")
-    where, selection = [str(w) for w in ([where] if isinstance(where, (str, Path)) else where)], Selection(**selection)
+    if Path(out).suffix not in (".png", ".pdf", ".svg"):
+        raise UserError(f"--out is {out}: give a file that ends in .png, .pdf or .svg")
+    where, selection = [str(w) for w in ([where] if isinstance(where, (str, Path))
+                                         else where)], Selection(**selection)
     files = [w for w in where if means_files(w)]
     stores = [Store(Path(w).expanduser()) for w in where if is_store(Path(w).expanduser())]
-    if stores and selection.given: raise UserError(f"{stores[0].folder} is a store: options that choose from waveform files are for archives")
+    if stores and selection.given:
+        raise UserError(f"{stores[0].folder} is a store: options that choose from waveform files "
+                        f"are for archives")
     alone = [[w] for w in where if w not in files and not is_store(Path(w).expanduser())]
     found = [of_store(store, records) for store in stores]
-    found += [of_folder(group, records, window, selection) for group in ([files] if files else []) + alone]
+    found += [of_folder(group, records, window, selection)
+              for group in ([files] if files else []) + alone]
     o = together(found)
     print(describe(o))
     for store in stores if verify else []:
         damaged = store.verify()
         if damaged:
-            raise UserError(f"{store.folder} is damaged, the checksum is another for {', '.join(damaged)}: copy or pack it again")
+            raise UserError(f"{store.folder} is damaged, the checksum is another for "
+                            f"{', '.join(damaged)}: copy or pack it again")
         print("every checksum is right")
     if o.records:
         Path(out).parent.mkdir(parents=True, exist_ok=True)

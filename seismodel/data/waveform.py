@@ -35,11 +35,13 @@ def read_waveform(
     archive = open_archive(path)
     names = [i.name for i in archive.instruments]
     if len(names) > 1:
-        raise UserError(f"{path} has several instruments ({', '.join(names[:4])}): write one of them to "
+        raise UserError(f"{path} has several instruments ({', '.join(names[:4])}): write one of "
+                        f"them to "
                         'a new file')
     if not names:
         name, why = next(iter(archive.left_out.items()))
-        if name != str(path): why = f'it has no samples on a channel that ends in Z, N, E, 1 or 2 ({why})'
+        if name != str(path):
+            why = f'it has no samples on a channel that ends in Z, N, E, 1 or 2 ({why})'
         raise UserError(f'{path} is not a waveform file that can be used: {why}')
     instrument, = archive.instruments
     x, start = _whole(instrument, path)

@@ -27,7 +27,8 @@ def fold(
     x: Tensor,  # (B, T, D)
     pool: int   # frames that become one
 ) -> Tensor:  # (B, ceil(T / pool), pool · D)
-    "Put `pool` neighbouring frames side by side into the channels of one; the last frame is repeated if need be."
+    """Put `pool` neighbouring frames side by side into the channels of one; the last frame is
+    repeated if need be."""
     return pad_frames(x, pool).unflatten(1, (-1, pool)).flatten(2)
 
 # %% ../../nbs/models/06_backbones.ipynb #9291f048
@@ -45,7 +46,8 @@ def stage_shapes(
     dim: int = 128,                      # D
     pooling: tuple[int, ...] = (4, 4)    # frames folded into one, level by level
 ) -> list[tuple[int, int]]:  # (frames, width) of each stage, down, middle, up
-    "Shapes of the stages of an `MLSTMUNet`: a level divides the length by its pooling (rounded up), doubles the width."
+    """Shapes of the stages of an `MLSTMUNet`: a level divides the length by its pooling (rounded
+    up), doubles the width."""
     down = [(frames, dim)]
     for pool in pooling: down.append((-(-down[-1][0] // pool), 2 * down[-1][1]))
     return down + down[-2::-1]
@@ -55,26 +57,31 @@ def check_features(
     x: Tensor,  # what should be (B, T, D)
     dim: int    # D
 ):
-    "Raises ValueError, with the shape in the sentence, unless `x` has shape (B, T, dim) with T ≥ 1."
+    """Raises ValueError, with the shape in the sentence, unless `x` has shape (B, T, dim) with T
+    ≥ 1."""
     if x.ndim != 3 or x.shape[1] < 1 or x.shape[2] != dim:
-        raise ValueError(f'the backbone needs features of shape (B, T, {dim}) with T at least 1, not {tuple(x.shape)}.')
+        raise ValueError(f'the backbone needs features of shape (B, T, {dim}) with T at least 1, '
+                         f'not {tuple(x.shape)}.')
 
 
 class MLSTMSequential(nn.Module):
-    "A learned vector added to each frame, bidirectional mLSTM blocks in sequence, RMSNorm. ValueError for another width."
+    """A learned vector added to each frame, bidirectional mLSTM blocks in sequence, RMSNorm.
+    ValueError for another width."""
     def __init__(
         self,
         dim: int = 176,                # D
         blocks: int = 24,              # blocks in sequence
         heads: int = 4,                # memories per block
         ff: float = 3.5,               # hidden width of the feed-forward part, over D
-        direction: str = 'per_head',   # how a block reads both ways: 'per_head', 'shared' or 'two_pass'
+        # how a block reads both ways: 'per_head', 'shared' or 'two_pass'
+        direction: str = 'per_head',
         dropout: float = 0.            # on the branches, never on the residual path
     ):
         super().__init__()
         self.dim = dim
         self.base = nn.Parameter(.1 * torch.randn(dim))    # what a frame of zeros becomes
-        self.blocks = nn.ModuleList([MLSTMBlock(dim, heads, ff, direction, dropout, blocks) for _ in range(blocks)])
+        self.blocks = nn.ModuleList([MLSTMBlock(dim, heads, ff, direction, dropout, blocks)
+                                     for _ in range(blocks)])
         self.norm = nn.RMSNorm(dim, eps=1e-6)
 
     def forward(
@@ -82,7 +89,8 @@ class MLSTMSequential(nn.Module):
         x: Tensor  # (B, T, D)
     ) -> Tensor:   # (B, T, D), every frame of unit mean square (times the norm's weight)
         check_features(x, self.dim)
-        x = x.to(self.norm.weight.dtype) + self.base    # the sum over the blocks stays float32 under autocast
+        # the sum over the blocks stays float32 under autocast
+        x = x.to(self.norm.weight.dtype) + self.base
         for block in self.blocks: x = block(x)
         return self.norm(x)
 
@@ -92,37 +100,43 @@ class MLSTMSequential(nn.Module):
 
 # %% ../../nbs/models/06_backbones.ipynb #f0e072b4
 class MLSTMUNet(nn.Module):
-    "mLSTM blocks on several time scales, one additive skip a level, final RMSNorm. ValueError for another width."
+    """mLSTM blocks on several time scales, one additive skip a level, final RMSNorm. ValueError
+    for another width."""
     def __init__(
         self,
         dim: int = 128,                        # D, the width at full time resolution
         blocks: int = 3,                       # blocks in each stage
         pooling: tuple[int, ...] = (4, 4),     # frames folded into one, level by level
         heads: int = 4,                        # memories per block, the same in all stages
-        ff: float = 3.0,                       # hidden width of the feed-forward part, over the width of the stage
-        direction: str = 'per_head',           # how a block reads both ways: 'per_head', 'shared' or 'two_pass'
+        ff: float = 3.0,  # hidden width of the feed-forward part, over the width of the stage
+        # how a block reads both ways: 'per_head', 'shared' or 'two_pass'
+        direction: str = 'per_head',
         dropout: float = 0.                    # on the branches, never on the residual path
     ):
         super().__init__()
         self.dim, self.pooling = dim, tuple(pooling)
-        depth = blocks * (2 * len(pooling) + 1)          # blocks on the way of a frame: for the init of their outputs
+        # blocks on the way of a frame: for the init of their outputs
+        depth = blocks * (2 * len(pooling) + 1)
         block = lambda width: MLSTMBlock(width, heads, ff, direction, dropout, depth)
         stage = lambda width: nn.Sequential(*[block(width) for _ in range(blocks)])
         levels = [(dim * 2**level, pool) for level, pool in enumerate(pooling)]
         self.encoder = nn.ModuleList([stage(width) for width, _ in levels])
-        self.downs = nn.ModuleList([nn.Linear(pool * width, 2 * width, bias=False) for width, pool in levels])
+        self.downs = nn.ModuleList([nn.Linear(pool * width, 2 * width, bias=False) for width,
+                                    pool in levels])
         self.middle = stage(dim * 2**len(pooling))
-        self.ups = nn.ModuleList([nn.Linear(2 * width, pool * width, bias=False) for width, pool in levels])
+        self.ups = nn.ModuleList([nn.Linear(2 * width, pool * width, bias=False) for width,
+                                  pool in levels])
         self.decoder = nn.ModuleList([stage(width) for width, _ in levels])
         self.norm = nn.RMSNorm(dim, eps=1e-6)
-        for linear in [*self.downs, *self.ups]: nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+        for linear in [*self.downs, *self.ups]:
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
 
     def forward(
         self,
         x: Tensor  # (B, T, D)
     ) -> Tensor:   # (B, T, D), every frame of unit mean square (times the norm's weight)
         check_features(x, self.dim)
-        x = x.to(self.norm.weight.dtype)                 # the residual path stays float32 under autocast
+        x = x.to(self.norm.weight.dtype)  # the residual path stays float32 under autocast
         skips = []
         for stage, down, pool in zip(self.encoder, self.downs, self.pooling):
             x = stage(x)                                 # (B, T, D)
@@ -135,6 +149,8 @@ class MLSTMUNet(nn.Module):
         return self.norm(x)
 
     def stages(self) -> list[list[nn.Module]]:
-        "The parts in the order in which a frame passes them: each stage with the linear map that leads down or up"
-        down, up = [[*pair] for pair in zip(self.encoder, self.downs)], [[*pair] for pair in zip(self.decoder, self.ups)]
+        """The parts in the order in which a frame passes them: each stage with the linear map
+        that leads down or up"""
+        down, up = [[*pair] for pair in zip(self.encoder, self.downs)], [[*pair]
+                                                                         for pair in zip(self.decoder, self.ups)]
         return [*down, [self.middle], *up[:0:-1], [*up[0], self.norm]]

@@ -33,9 +33,11 @@ def split_windows(
 )->tuple[torch.Tensor, list[int], list[int]]: # (N, window, 3) normalised, first sample of each, true frames of each
     "Windows side by side over a record; raises `ValueError` where a sample is not finite"
     x = torch.as_tensor(waveform, dtype=torch.float32)
-    pieces = [p for p in x.split(window) if len(p) >= 8 or len(x) < 8]          # a rest of under two frames says nothing
+    # a rest of under two frames says nothing
+    pieces = [p for p in x.split(window) if len(p) >= 8 or len(x) < 8]
     padded = [torch.nn.functional.pad(normalize(p), (0, 0, 0, window - len(p))) for p in pieces]
-    return torch.stack(padded), [k*window for k in range(len(pieces))], [frames(len(p)) for p in pieces]
+    return torch.stack(padded), [k*window for k in range(len(pieces))], [frames(len(p))
+                                                                         for p in pieces]
 
 # %% ../../nbs/models/11_embedding.ipynb #9e2e9274
 @torch.no_grad()
@@ -48,8 +50,9 @@ def record_features(
 )->tuple[np.ndarray, list[int], list[int]]: # (N, D) or (N, T, D), first samples, true frames
     "Features of a record of any length"
     x, starts, true = split_windows(waveform)
-    f = torch.cat([model.features(part.to(device)).float().cpu() for part in x.split(batch_size)])   # (N, T, D)
-    real = (torch.arange(f.shape[1]) < torch.tensor(true)[:, None])[..., None]                       # (N, T, 1)
+    # (N, T, D)
+    f = torch.cat([model.features(part.to(device)).float().cpu() for part in x.split(batch_size)])
+    real = (torch.arange(f.shape[1]) < torch.tensor(true)[:, None])[..., None]  # (N, T, 1)
     f = f*real
     return (f if frames else f.sum(1)/real.sum(1)).numpy(), starts, true
 
@@ -86,16 +89,20 @@ def records_of_archive(
                     if len(part) >= 8 or not first: yield name, without_gaps(part), first + a*WINDOW
 
 def records_of(
-    sources: list,       # data sets, by folder or by name, stores, synthetic; or files, folders and patterns
+    # data sets, by folder or by name, stores, synthetic; or files, folders and patterns
+    sources: list,
     split: str,          # of a data set
     selection: Selection | None = None,   # of files; None: everything
 ):                       # yields (name, waveform (L, 3) at 100 Hz, its first sample in the record)
     "Every record of a source, one after the other; unusable ones are named and left out"
     files = [source for source in sources if means_files(source)]
     if len(files) == len(sources): return (yield from records_of_archive(sources, selection))
-    if files: raise UserError(f"'{files[0]}' means waveform files and others are data sets; embed them one after the other.")
+    if files:
+        raise UserError(f"'{files[0]}' means waveform files and others are data sets; embed them "
+                        f"one after the other.")
     if selection and selection.given:
-        raise UserError(f"'{sources[0]}' is a data set: leave the options away that choose from waveform files.")
+        raise UserError(f"'{sources[0]}' is a data set: leave the options away that choose from "
+                        f"waveform files.")
     for name in sources:
         dataset, prefix = open_source(name, split), f'{Path(name).name}/' if sources[1:] else ''
         for i in range(len(dataset)):
@@ -107,14 +114,17 @@ def records_of(
 @delegates(Selection)
 def embed(
     model:Path, # a run's folder, or one that save_pretrained wrote
-    sources:Annotated[str, {'opt': False, 'nargs': '+'}], # data sets, by folder or by name; or files, folders and patterns: an SDS archive, miniSEED, SAC, …
+    # data sets, by folder or by name; or files, folders and patterns: an SDS archive, miniSEED,
+    # SAC, …
+    sources:Annotated[str, {'opt': False, 'nargs': '+'}],
     out:Path=Path('features.npz'), # the file to write
     split:str='train', # of a dataset: train, dev or test
     frames:bool=False, # keep one vector for every 40 ms instead of the mean over each window
     device:str='auto', # auto, cpu, cuda or cuda:N
     **selection,
 )->Path: # the file written
-    "Write the features of a data set or of waveform files to .npz: features, name, start_sample, true_frames"
+    """Write the features of a data set or of waveform files to .npz: features, name,
+    start_sample, true_frames"""
     target, out = pick_device(device), Path(out)
     sources = [sources] if isinstance(sources, (str, Path)) else list(sources)
     selection = Selection(**selection)
@@ -125,11 +135,13 @@ def embed(
         f, starts, true = record_features(net, waveform, target, frames)
         found = f, [name]*len(f), first + np.array(starts), true
         for key, value in zip(rows, found): rows[key].append(np.asarray(value))
-    if not rows['features']: raise UserError(f"'{sources[0]}' has no usable record in its split '{split}'.")
+    if not rows['features']:
+        raise UserError(f"'{sources[0]}' has no usable record in its split '{split}'.")
     arrays = {key: np.concatenate(values) for key, values in rows.items()}
     out.parent.mkdir(parents=True, exist_ok=True)
     def save(path):
-        with open(path, 'wb') as f: np.savez(f, **arrays)   # by handle: numpy would append .npz to the name
+        # by handle: numpy would append .npz to the name
+        with open(path, 'wb') as f: np.savez(f, **arrays)
     write_atomically(out, save)
     print(f"{len(arrays['features'])} windows, features {arrays['features'].shape}, in {out}")
     return out

@@ -25,9 +25,11 @@ from .quantizer import GumbelVectorQuantizer, MaskedCodes, quantize_masked
 def check_traces(x: torch.Tensor,   # what should be (B, L, C)
                  components: int    # C
                  ) -> None:
-    "Raises a ValueError unless `x` has three dimensions, the components last, and at least one sample"
+    """Raises a ValueError unless `x` has three dimensions, the components last, and at least one
+    sample"""
     if x.dim() != 3 or x.shape[2] != components or x.shape[1] < 1:
-        raise ValueError(f"Traces must have the shape (batch, samples, {components}), components last, "
+        raise ValueError(f"Traces must have the shape (batch, samples, {components}), components "
+                         f"last, "
                          f"and not {tuple(x.shape)}.")
 
 # %% ../../nbs/models/04_encoders.ipynb #fdc0b64e
@@ -52,11 +54,12 @@ class ConvDownConfig:
     min_temperature: float = .5            # and at the last
     temperature_schedule: str = 'cosine'   # the way between them: cosine or exponential
     scale_logits: bool = True              # divide the quantizer's logits by the root of the width
-    target_gradients: str = 'quantizer'    # how far the targets' gradients flow: quantizer or encoder
+    target_gradients: str = 'quantizer'  # how far the targets' gradients flow: quantizer or encoder
     pretraining: bool = True               # masked features and targets; False: features alone
 
     def __post_init__(self):
-        for name in ('in_features', 'conv_features', 'out_features', 'kernel_size', 'dilation', 'mask_length',
+        for name in ('in_features', 'conv_features', 'out_features', 'kernel_size', 'dilation',
+                     'mask_length',
                      'mask_channel_length', 'num_codevector_groups', 'num_codevectors_per_group',
                      'codevector_dim', 'target_features'):
             check_count(name, getattr(self, name))
@@ -83,7 +86,8 @@ class ConvDownFeatures(NamedTuple):
 
 # %% ../../nbs/models/04_encoders.ipynb #a4905d9f
 class ConvDownEncoderContrastive(nn.Module):
-    "Contrastive encoder: trace (B, L, C) to masked features and quantized targets (wav2vec 2.0, Baevski et al. 2020)"
+    """Contrastive encoder: trace (B, L, C) to masked features and quantized targets (wav2vec
+    2.0, Baevski et al. 2020)"""
     def __init__(self, config: ConvDownConfig = ConvDownConfig()   # shapes, masks, codebooks
                  ):
         super().__init__()
@@ -91,8 +95,10 @@ class ConvDownEncoderContrastive(nn.Module):
         self.pretraining = c.pretraining
         self.frontend = ConvDownFrontend(c.in_features, c.conv_features, c.kernel_size, c.dilation)
         self.projection = nn.Linear(c.conv_features, c.out_features)
-        self.mask_emb = nn.Parameter(torch.rand(c.out_features))   # uniform in [0, 1), as wav2vec 2.0 starts it
-        self.quantizer = GumbelVectorQuantizer(c.conv_features, c.num_codevector_groups, c.num_codevectors_per_group,
+        # uniform in [0, 1), as wav2vec 2.0 starts it
+        self.mask_emb = nn.Parameter(torch.rand(c.out_features))
+        self.quantizer = GumbelVectorQuantizer(c.conv_features, c.num_codevector_groups,
+                                               c.num_codevectors_per_group,
                                                c.codevector_dim, c.max_temperature, c.scale_logits)
         self.target_projection = nn.Linear(c.codevector_dim, c.target_features)
 
@@ -104,8 +110,9 @@ class ConvDownEncoderContrastive(nn.Module):
 
     def mask_features(self, features: torch.Tensor,                     # (B, T, out_features)
              generator: torch.Generator | None = None          # randomness of the masks
-             ) -> tuple[torch.Tensor, torch.Tensor]:           # masked features; mask (B, T), True = hidden
-        "Step A2: spans of frames become `mask_emb`; then, if asked for, spans of channels become zero"
+             ) -> tuple[torch.Tensor, torch.Tensor]:  # masked features; mask (B, T), True = hidden
+        """Step A2: spans of frames become `mask_emb`; then, if asked for, spans of channels
+        become zero"""
         c, (B, T, D) = self.config, features.shape
         mask = span_mask(B, T, c.mask_prob, c.mask_length, c.mask_mode, features.device, generator)
         features = apply_mask(features, mask, self.mask_emb)
@@ -117,28 +124,35 @@ class ConvDownEncoderContrastive(nn.Module):
 
     def quantizer_input(self, clean: torch.Tensor   # (B, T, conv_features)
               ) -> torch.Tensor:
-        "The clean frames as the quantizer sees them: detached, unless the encoder is to learn from its targets"
+        """The clean frames as the quantizer sees them: detached, unless the encoder is to learn
+        from its targets"""
         return clean.detach() if self.config.target_gradients == 'quantizer' else clean
 
-    def masked_targets(self, clean: torch.Tensor,            # (B, T, conv_features) frames before both paths
-                       indices: torch.Tensor,                 # (B, M) int64, which frames of each row
-                       valid: torch.Tensor,                  # (B, M) bool, those of them that are hidden
+    def masked_targets(self, clean: torch.Tensor,  # (B, T, conv_features) frames before both paths
+                       indices: torch.Tensor,  # (B, M) int64, which frames of each row
+                       valid: torch.Tensor,  # (B, M) bool, those of them that are hidden
                        generator: torch.Generator | None = None   # randomness of the codes
-                       ) -> MaskedCodes:                     # `vectors` are the targets (B, M, target_features)
-        "Steps B1 and B2 at the hidden frames alone: all that pretraining asks for, at two thirds of the price"
-        quantized = quantize_masked(self.quantizer, self.quantizer_input(clean), indices, valid, generator)
+                       ) -> MaskedCodes:  # `vectors` are the targets (B, M, target_features)
+        """Steps B1 and B2 at the hidden frames alone: all that pretraining asks for, at two
+        thirds of the price"""
+        quantized = quantize_masked(self.quantizer, self.quantizer_input(clean), indices, valid,
+                                    generator)
         return quantized._replace(vectors=self.target_projection(quantized.vectors))
 
     def forward(self, x: torch.Tensor,                       # (B, L, C) normalised trace
-                generator: torch.Generator | None = None     # randomness of masks and codes, on the device of `x`
-                ) -> ConvDownFeatures | torch.Tensor:        # or features (B, T, out_features) alone
-        "Masked features and quantized targets; raises a ValueError below 13 samples: too few frames to mask"
+                # randomness of masks and codes, on the device of `x`
+                generator: torch.Generator | None = None
+                ) -> ConvDownFeatures | torch.Tensor:  # or features (B, T, out_features) alone
+        """Masked features and quantized targets; raises a ValueError below 13 samples: too few
+        frames to mask"""
         if not self.pretraining: return self.encode(x)
         check_traces(x, self.config.in_features)
-        clean = self.frontend(x)                                            # steps 2-7  (B, T, conv)
-        features, mask = self.mask_features(self.projection(clean), generator)       # A1, A2     (B, T, out)
-        quantized = self.quantizer(self.quantizer_input(clean), generator)            # B1         (B, T, codevector_dim)
-        targets = self.target_projection(quantized.vectors)                 # B2         (B, T, target)
+        clean = self.frontend(x)  # steps 2-7  (B, T, conv)
+        # A1, A2     (B, T, out)
+        features, mask = self.mask_features(self.projection(clean), generator)
+        # B1         (B, T, codevector_dim)
+        quantized = self.quantizer(self.quantizer_input(clean), generator)
+        targets = self.target_projection(quantized.vectors)  # B2         (B, T, target)
         return ConvDownFeatures(features, targets, mask, quantized.codes, quantized.logits, clean)
 
 # %% ../../nbs/models/04_encoders.ipynb #f9961261
@@ -148,7 +162,7 @@ class BidirAutoregConfig:
     in_features: int = 3           # components of the trace
     d_model: int = 256             # width of convolutions, tokens and features
     kernel_size: int = 3           # samples under one tap of each convolution
-    dropout: float = 0.            # after the projection: 0 in pretraining, about 0.1 in fine-tuning
+    dropout: float = 0.  # after the projection: 0 in pretraining, about 0.1 in fine-tuning
     mask: float = .75              # share of the frames that is hidden
     num_zero_elements: int = 10    # frames in a span: 0.4 s
     mask_mode: str = 'exact'       # sampler of the spans: exact, wav2vec2 or spec
@@ -167,9 +181,11 @@ class BidirAutoregConfig:
 # %% ../../nbs/models/04_encoders.ipynb #97dd72d8
 @dataclass(frozen=True, eq=False)
 class MaskedTokens:
-    "What the reconstruction encoder returns; `features, tokens = out` unpacks the pair of the specification"
+    """What the reconstruction encoder returns; `features, tokens = out` unpacks the pair of the
+    specification"""
     features: torch.Tensor   # (B, T, d_model), hidden frames replaced
-    tokens: torch.Tensor     # (B, T, d_model), the frames before projection and mask, attached to the graph
+    # (B, T, d_model), the frames before projection and mask, attached to the graph
+    tokens: torch.Tensor
     mask: torch.Tensor       # (B, T) bool, True = hidden
 
     def __iter__(self) -> Iterator[torch.Tensor]: return iter((self.features, self.tokens))
@@ -181,7 +197,8 @@ class MaskedTokens:
 
 # %% ../../nbs/models/04_encoders.ipynb #7e6048fa
 class BidirAutoregEncoder(nn.Module):
-    "Reconstruction encoder: trace (B, L, C) to masked features and the tokens they hide (like MAE, He et al. 2022)"
+    """Reconstruction encoder: trace (B, L, C) to masked features and the tokens they hide (like
+    MAE, He et al. 2022)"""
     def __init__(self, config: BidirAutoregConfig = BidirAutoregConfig()   # shapes and masks
                  ):
         super().__init__()
@@ -200,14 +217,18 @@ class BidirAutoregEncoder(nn.Module):
         return self.dropout(self.projection(self.subsampling(x)[0]))
 
     def forward(self, x: torch.Tensor,                      # (B, L, C) normalised trace
-                generator: torch.Generator | None = None    # randomness of the masks, on the device of `x`
+                # randomness of the masks, on the device of `x`
+                generator: torch.Generator | None = None
                 ) -> MaskedTokens | torch.Tensor:           # or features (B, T, d_model) alone
-        "Masked features and whole tokens; raises a ValueError below 13 samples: too few frames to mask"
+        """Masked features and whole tokens; raises a ValueError below 13 samples: too few frames
+        to mask"""
         if not self.pretraining: return self.encode(x)
         c = self.config
         check_traces(x, c.in_features)
         features, tokens = self.subsampling(x)                        # step 2     (B, T, d) twice
         features = self.dropout(self.projection(features))            # steps 3, 4 (B, T, d)
-        mask = span_mask(*features.shape[:2], c.mask, c.num_zero_elements, c.mask_mode, x.device, generator)
-        features = apply_mask(features, mask, 0. if self.mask_emb is None else self.mask_emb)   # step 5
+        mask = span_mask(*features.shape[:2], c.mask, c.num_zero_elements, c.mask_mode, x.device,
+                         generator)
+        # step 5
+        features = apply_mask(features, mask, 0. if self.mask_emb is None else self.mask_emb)
         return MaskedTokens(features, tokens, mask)                   # step 6

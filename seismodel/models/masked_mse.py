@@ -26,7 +26,8 @@ def masked_mse(
     target: Tensor,      # (B, T, D) what it should say
     mask: Tensor         # (B, T) bool, True where the input was hidden
 ) -> Tensor:  # 0-d, float32 or wider: mean over all hidden frames of the batch and over D; 0 if none is hidden
-    "Mean squared error at the masked frames (He et al. 2022). Raises ValueError for shapes that would broadcast."
+    """Mean squared error at the masked frames (He et al. 2022). Raises ValueError for shapes
+    that would broadcast."""
     if prediction.shape != target.shape or mask.shape != target.shape[:-1]:
         shapes = f"{tuple(prediction.shape)}, {tuple(target.shape)} and {tuple(mask.shape)}"
         raise ValueError(f"masked_mse needs shapes (B, T, D), (B, T, D) and (B, T), not {shapes}.")
@@ -39,7 +40,8 @@ def masked_mse(
 def token_targets(
     tokens: Tensor  # (B, T, D) output of the convolutions, unmasked
 ) -> Tensor:  # (B, T, D) float32 or wider, no gradient, each frame with mean 0 and variance 1 over D
-    "Reconstruction targets from the model's own tokens: detached, layer-normalised without parameters, per frame."
+    """Reconstruction targets from the model's own tokens: detached, layer-normalised without
+    parameters, per frame."""
     tokens = at_least_float32(tokens.detach())
     return F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6)
 
@@ -48,13 +50,14 @@ def patch_targets(
     x: Tensor,       # (B, L, C) waveforms, any amplitude
     stride: int = 4  # samples per frame
 ) -> Tensor:  # (B, ceil(L / stride), stride · C) float32 or wider, no gradient
-    "The raw samples of each frame, normalised per window and component; a last, partial frame is filled with zeros."
+    """The raw samples of each frame, normalised per window and component; a last, partial frame
+    is filled with zeros."""
     x = at_least_float32(x.detach())
     size = x.abs().amax(1, keepdim=True)                                   # (B, 1, C)
-    x = x / torch.where(size > 0, size, 1.)                                # in [-1, 1]: squares cannot underflow
+    x = x / torch.where(size > 0, size, 1.)  # in [-1, 1]: squares cannot underflow
     x = x - x.mean(1, keepdim=True)
     std = x.square().mean(1, keepdim=True).sqrt()
-    x = torch.where(std > 1e-6, x / std.clamp_min(1e-6), 0.)               # a constant component becomes zeros
+    x = torch.where(std > 1e-6, x / std.clamp_min(1e-6), 0.)  # a constant component becomes zeros
     x = F.pad(x, (0, 0, 0, -x.shape[1] % stride))
     return x.unflatten(1, (-1, stride)).flatten(2)                         # (B, T, stride·C)
 
@@ -74,15 +77,19 @@ def interpolate_masked(
     target: Tensor,  # (B, T, D)
     mask: Tensor     # (B, T) bool, True where hidden
 ) -> Tensor:  # (B, T, D): `target` with hidden frames on straight lines; zeros in a row that has no visible frame
-    "Linear interpolation over hidden frames from the visible ones, edges held. No synchronisation with the host."
+    """Linear interpolation over hidden frames from the visible ones, edges held. No
+    synchronisation with the host."""
     frames = mask.shape[1]
     target = at_least_float32(target)
     p, n = visible_neighbours(mask)
-    p, n = torch.where(p < 0, n, p), torch.where(n == frames, p, n)      # at an edge: the one that exists
+    # at an edge: the one that exists
+    p, n = torch.where(p < 0, n, p), torch.where(n == frames, p, n)
     t = torch.arange(frames, device=mask.device)
-    weight = ((t - p) / (n - p).clamp_min(1)).to(target.dtype)[..., None]   # (B, T, 1), 0 where n = p or at an edge
+    # (B, T, 1), 0 where n = p or at an edge
+    weight = ((t - p) / (n - p).clamp_min(1)).to(target.dtype)[..., None]
     weight = torch.where((n > p)[..., None], weight, 0.)
-    index = lambda i: i.clamp(0, frames - 1)[..., None].expand_as(target)   # the clamp acts on empty rows alone
+    # the clamp acts on empty rows alone
+    index = lambda i: i.clamp(0, frames - 1)[..., None].expand_as(target)
     left, right = target.gather(1, index(p)), target.gather(1, index(n))    # (B, T, D)
     return torch.lerp(left, right, weight).masked_fill(mask.all(1)[:, None, None], 0.)
 
@@ -115,7 +122,8 @@ def feature_variance(
 def effective_rank(
     x: Tensor  # (B, T, D) features, finite
 ) -> Tensor:  # 0-d: between 1 and D, or 0 if all frames are equal
-    "exp of the entropy of the normalised singular values (Roy and Vetterli 2007). No gradient; for logs, now and then."
+    """exp of the entropy of the normalised singular values (Roy and Vetterli 2007). No gradient;
+    for logs, now and then."""
     x = x.flatten(0, -2).double()
     x = x - x.mean(0)
     sigma = torch.linalg.eigvalsh(x.mT @ x).clamp_min(0.).sqrt()       # (D,)

@@ -31,7 +31,8 @@ from .encoders import (BidirAutoregConfig, BidirAutoregEncoder, ConvDownConfig,
                                        ConvDownEncoderContrastive, check_traces)
 from ..core import DamagedCheckpoint, UserError, check_fields, log
 from .infonce import ContrastiveSums, contrastive_mean, contrastive_sums, masked_frames
-from .masked_mse import (effective_rank, feature_variance, interpolation_predictor, masked_mse, patch_targets,
+from .masked_mse import (effective_rank, feature_variance, interpolation_predictor,
+                                         masked_mse, patch_targets,
                                   token_targets, zero_predictor)
 from .masking import max_masked
 from .quantizer import code_usage, entropy_perplexity, temperature_at
@@ -47,7 +48,7 @@ class ContrastiveConfig:
     pooling: tuple[int, ...] = (4, 4) # frames folded into one, on the way down
     heads: int = 4                    # half of them read the window backwards in time
     ff: float = 3.                    # width of the feed-forward part over the width of the stage
-    direction: str = 'per_head'       # how a block sees both directions: per_head, shared or two_pass
+    direction: str = 'per_head'  # how a block sees both directions: per_head, shared or two_pass
     dropout: float = 0.               # inside the blocks
     negatives: int = 100              # K, wrong answers beside each right one
     temperature: float = .1           # of InfoNCE; the quantizer has its own
@@ -62,9 +63,9 @@ class ReconstructionConfig:
     blocks: int = 24                  # mLSTM blocks, all at the frame rate
     heads: int = 4                    # half of them read the window backwards in time
     ff: float = 3.5                   # width of the feed-forward part over the width of the stage
-    direction: str = 'per_head'       # how a block sees both directions: per_head, shared or two_pass
+    direction: str = 'per_head'  # how a block sees both directions: per_head, shared or two_pass
     dropout: float = 0.               # inside the blocks
-    target: str = 'tokens'            # predicted: tokens (conv features), patch (samples) or spectrum
+    target: str = 'tokens'  # predicted: tokens (conv features), patch (samples) or spectrum
 
 # %% ../../nbs/models/10_pretraining.ipynb #72279d77
 OBJECTIVES = ('spectrum', 'contrastive', 'tokens', 'patch')
@@ -79,7 +80,7 @@ class MaskedConfig:
     pooling: tuple[int, ...] = (4, 4) # of the U-Net: frames folded into one, on the way down
     heads: int = 4                    # half of them read the window backwards in time
     ff: float = 3.                    # width of the feed-forward part over the width of the stage
-    direction: str = 'per_head'       # how a block sees both directions: per_head, shared or two_pass
+    direction: str = 'per_head'  # how a block sees both directions: per_head, shared or two_pass
     dropout: float = 0.               # inside the blocks
     spectrum: float = 1.              # weight of the error of band powers, see `spectrum_targets`
     contrastive: float = 0.           # weight of InfoNCE with its diversity term
@@ -98,7 +99,8 @@ def encoder_class(
     method:str, # of CONFIGS
     d:dict,     # fields of the encoder
 )->type: # of its configuration
-    "The encoder that a method has; under 'masked' the one that knows the field `d_model`, or else the contrastive one"
+    """The encoder that a method has; under 'masked' the one that knows the field `d_model`, or
+    else the contrastive one"""
     return ENCODERS.get(method, BidirAutoregConfig if 'd_model' in d else ConvDownConfig)
 
 def config_to_dict(
@@ -112,16 +114,21 @@ def config_from_dict(
 )->ModelConfig: # the same configuration
     "Rebuild a configuration; raises `UserError` naming the field that is missing, unknown or wrong"
     method = d.get('method') if isinstance(d, dict) else None
-    if method not in CONFIGS: raise UserError(f"config field 'method' is {method!r}; it must be one of {', '.join(CONFIGS)}.")
+    if method not in CONFIGS:
+        raise UserError(f"config field 'method' is {method!r}; it must be one of "
+                        f"{', '.join(CONFIGS)}.")
     d = {k: v for k, v in d.items() if k != 'method'}
     check_fields(CONFIGS[method], d)
     kind = encoder_class(method, d.get('encoder', {}))
     check_fields(kind, d.get('encoder', {}), 'encoder.')
     for name in ('blocks', 'heads', 'ff', 'negatives', 'temperature'):
-        if not d.get(name, 1) > 0: raise UserError(f"config field '{name}' is {d[name]}; it must be above 0.")
+        if not d.get(name, 1) > 0:
+            raise UserError(f"config field '{name}' is {d[name]}; it must be above 0.")
     try: d['encoder'] = kind(**d.get('encoder', {}))
-    except ValueError as e: raise UserError(f"config field 'encoder' makes no encoder: {e}") from None
-    if min(d.get('pooling', [2]), default=2) < 1: raise UserError(f"config field 'pooling' is {d['pooling']}; each number must be at least 1.")
+    except ValueError as e:
+        raise UserError(f"config field 'encoder' makes no encoder: {e}") from None
+    if min(d.get('pooling', [2]), default=2) < 1:
+        raise UserError(f"config field 'pooling' is {d['pooling']}; each number must be at least 1.")
     if 'pooling' in d: d['pooling'] = tuple(d['pooling'])   # JSON has no tuples
     return CONFIGS[method](**d)
 
@@ -148,7 +155,8 @@ def all_reduce_mean(
     return [part.view_as(t).to(t.dtype) for part, t in zip(parts, tensors)]
 
 # %% ../../nbs/models/10_pretraining.ipynb #4e68c0c8
-IDENTITY = ('model', 'picker', 'question', 'peer')  # fields of config.json that a model is built from
+# fields of config.json that a model is built from
+IDENTITY = ('model', 'picker', 'question', 'peer')
 
 def write_model(
     folder: Path,   # made if it is not there
@@ -170,7 +178,8 @@ class Pretrainer(nn.Module):
     def __init__(self, config, encoder, backbone, head):
         super().__init__()
         self.config, self.encoder, self.backbone, self.head = config, encoder, backbone, head
-        self.average, self.draws = no_reduce, nullcontext     # with several ranks the trainer puts the mean over them, and their draws, here
+        # with several ranks the trainer puts the mean over them, and their draws, here
+        self.average, self.draws = no_reduce, nullcontext
 
     def features(self,
         x:torch.Tensor, # (B, L, 3) normalised windows of any length, 100 Hz, Z N E
@@ -182,18 +191,22 @@ class Pretrainer(nn.Module):
         step:int,  # optimiser steps done
         steps:int, # optimiser steps of the whole run
     ):
-        "Move to its place at `step` what changes over a run: the temperature of the quantizer, if there is one"
+        """Move to its place at `step` what changes over a run: the temperature of the quantizer,
+        if there is one"""
         if not hasattr(self.encoder, 'quantizer'): return
         e = self.config.encoder
-        tau = temperature_at(step, steps, e.max_temperature, e.min_temperature, e.temperature_schedule)
+        tau = temperature_at(step, steps, e.max_temperature, e.min_temperature,
+                             e.temperature_schedule)
         self.encoder.quantizer.temperature.fill_(tau)
 
     def save_pretrained(self,
         folder:str|Path, # made if it is not there
         extra:dict|None=None, # more entries for config.json, such as how the model was trained
     ):
-        "Write `config.json` and `model.safetensors`; raises OSError where the disk does not take them"
-        write_model(folder, {'model': config_to_dict(self.config), **(extra or {})}, self.state_dict())
+        """Write `config.json` and `model.safetensors`; raises OSError where the disk does not
+        take them"""
+        write_model(folder, {'model': config_to_dict(self.config), **(extra or {})},
+                    self.state_dict())
 
 # %% ../../nbs/models/10_pretraining.ipynb #2355afea
 def infonce_loss(
@@ -208,15 +221,23 @@ def infonce_loss(
 )->tuple[torch.Tensor, dict]: # 0-d loss; name -> 0-d metric
     "InfoNCE over the masked frames plus the diversity of the codes"
     k = c.encoder
-    indices, valid = masked_frames(mask, max_masked(mask.shape[1], k.mask_prob, k.mask_length, k.mask_mode))
+    indices, valid = masked_frames(mask, max_masked(mask.shape[1], k.mask_prob, k.mask_length,
+                                                    k.mask_mode))
     with draws():
-        targets, codes, usage = encoder.masked_targets(clean, indices, valid, generator)     # nothing at visible frames
-        sums = contrastive_sums(predictions, targets, codes, usage, indices, valid, c.negatives, c.temperature, generator)
-    *sums, taken = all_reduce_mean(average, [*sums, code_usage(codes, k.num_codevectors_per_group, valid).float()])
-    out = contrastive_mean(ContrastiveSums(*sums), c.negatives, c.diversity_weight)     # taken is (G, V)
+        # nothing at visible frames
+        targets, codes, usage = encoder.masked_targets(clean, indices, valid, generator)
+        sums = contrastive_sums(predictions, targets, codes, usage, indices, valid, c.negatives,
+                                c.temperature, generator)
+    *sums, taken = all_reduce_mean(average, [*sums,
+                                             code_usage(codes, k.num_codevectors_per_group,
+                                                        valid).float()])
+    # taken is (G, V)
+    out = contrastive_mean(ContrastiveSums(*sums), c.negatives, c.diversity_weight)
     codes_used = entropy_perplexity(taken/taken.sum(-1, keepdim=True).clamp_min(1))
-    return out.loss, dict(contrastive=out.contrastive, diversity=out.diversity, accuracy=out.accuracy,
-        perplexity=out.perplexity, code_perplexity=codes_used, collided=out.collided, masked=mask.float().mean(),
+    return out.loss, dict(contrastive=out.contrastive, diversity=out.diversity,
+                          accuracy=out.accuracy,
+        perplexity=out.perplexity, code_perplexity=codes_used, collided=out.collided,
+        masked=mask.float().mean(),
         gumbel_temperature=encoder.quantizer.temperature)
 
 # %% ../../nbs/models/10_pretraining.ipynb #d4e6c04f
@@ -226,8 +247,10 @@ class ContrastivePretraining(Pretrainer):
         config:ContrastiveConfig=ContrastiveConfig(), # shapes of the parts
     ):
         c, e = config, config.encoder
-        backbone = MLSTMUNet(e.out_features, c.blocks, c.pooling, c.heads, c.ff, c.direction, c.dropout)
-        super().__init__(c, ConvDownEncoderContrastive(e), backbone, nn.Linear(e.out_features, e.target_features))
+        backbone = MLSTMUNet(e.out_features, c.blocks, c.pooling, c.heads, c.ff, c.direction,
+                             c.dropout)
+        super().__init__(c, ConvDownEncoderContrastive(e), backbone,
+                         nn.Linear(e.out_features, e.target_features))
 
     def predict(self,
         x:torch.Tensor, # (B, L, 3)
@@ -239,18 +262,22 @@ class ContrastivePretraining(Pretrainer):
 
     def forward(self,
         x:torch.Tensor, # (B, L, 3) normalised windows
-        generator:torch.Generator|None=None, # randomness of masks, codes and negatives, on the device of `x`
+        # randomness of masks, codes and negatives, on the device of `x`
+        generator:torch.Generator|None=None,
     )->Step:
         "InfoNCE over the masked frames plus the diversity of the codes"
         c, k, encoder = self.config, self.config.encoder, self.encoder
         check_traces(x, k.in_features)
         average, draws = (self.average, self.draws) if self.training else (no_reduce, nullcontext)
         clean = encoder.frontend(x)
-        with draws(): features, mask = encoder.mask_features(encoder.projection(clean), generator)   # at least 2 hidden frames a row
+        # at least 2 hidden frames a row
+        with draws(): features, mask = encoder.mask_features(encoder.projection(clean), generator)
         predictions = self.head(self.backbone(features))
-        loss, metrics = infonce_loss(encoder, c, clean, mask, predictions, generator, average, draws)
+        loss, metrics = infonce_loss(encoder, c, clean, mask, predictions, generator, average,
+                                     draws)
         metrics['feature_variance'] = feature_variance(clean)
-        if not self.training: metrics['effective_rank'] = effective_rank(clean)   # too expensive for every step
+        # too expensive for every step
+        if not self.training: metrics['effective_rank'] = effective_rank(clean)
         return Step(loss, {name: m.detach() for name, m in metrics.items()})
 
 # %% ../../nbs/models/10_pretraining.ipynb #92ec4cff
@@ -262,7 +289,8 @@ def target_width(
 )->int: # numbers of a frame
     "How wide a target is"
     tokens = encoder.d_model if isinstance(encoder, BidirAutoregConfig) else encoder.conv_features
-    return {'tokens': tokens, 'patch': 4*encoder.in_features, 'spectrum': BANDS*encoder.in_features}[name]
+    return {'tokens': tokens, 'patch': 4*encoder.in_features,
+            'spectrum': BANDS*encoder.in_features}[name]
 
 def masked_target(
     name:str, # of TARGETS
@@ -278,9 +306,12 @@ class ReconstructionPretraining(Pretrainer):
         config:ReconstructionConfig=ReconstructionConfig(), # shapes of the parts
     ):
         c, d = config, config.encoder.d_model
-        if c.target not in TARGETS: raise UserError(f"config field 'target' is {c.target!r}; it must be {', '.join(TARGETS[:-1])} or {TARGETS[-1]}.")
+        if c.target not in TARGETS:
+            raise UserError(f"config field 'target' is {c.target!r}; it must be "
+                            f"{', '.join(TARGETS[:-1])} or {TARGETS[-1]}.")
         backbone = MLSTMSequential(d, c.blocks, c.heads, c.ff, c.direction, c.dropout)
-        decoder = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, target_width(c.target, config.encoder)))
+        decoder = nn.Sequential(nn.LayerNorm(d),
+                                nn.Linear(d, target_width(c.target, config.encoder)))
         super().__init__(c, BidirAutoregEncoder(config.encoder), backbone, decoder)
 
     def predict(self,
@@ -288,7 +319,8 @@ class ReconstructionPretraining(Pretrainer):
         generator:torch.Generator|None=None, # randomness of the masks
     ):
         "The encoder's outputs, the target (B, T, D) and its reconstruction (B, T, D)"
-        with self.draws() if self.training else nullcontext(): e = self.encoder(x, generator=generator)
+        with self.draws() if self.training else nullcontext():
+            e = self.encoder(x, generator=generator)
         target = masked_target(self.config.target, x, e.tokens)
         return e, target, self.head(self.backbone(e.features))
 
@@ -300,11 +332,14 @@ class ReconstructionPretraining(Pretrainer):
         e, target, reconstruction = self.predict(x, generator)
         hidden = e.mask.sum().float().clamp_min(1)
         average = self.average if self.training else no_reduce
-        loss = masked_mse(reconstruction, target, e.mask) * (hidden/average(hidden))     # 1 on one device, exactly
-        metrics = dict(mse=loss, masked=e.mask.float().mean(), feature_variance=feature_variance(e.tokens),
+        # 1 on one device, exactly
+        loss = masked_mse(reconstruction, target, e.mask) * (hidden/average(hidden))
+        metrics = dict(mse=loss, masked=e.mask.float().mean(),
+                       feature_variance=feature_variance(e.tokens),
                        target_variance=feature_variance(target))
         if not self.training:   # too expensive for every step
-            metrics.update(zero_mse=zero_predictor(target, e.mask), line_mse=interpolation_predictor(target, e.mask),
+            metrics.update(zero_mse=zero_predictor(target, e.mask),
+                           line_mse=interpolation_predictor(target, e.mask),
                            effective_rank=effective_rank(e.tokens))
         return Step(loss, {name: m.detach() for name, m in metrics.items()})
 
@@ -316,17 +351,27 @@ class MaskedPretraining(Pretrainer):
     ):
         c, e = config, config.encoder
         weights = {name: getattr(c, name) for name in OBJECTIVES}
-        if min(weights.values()) < 0 or not any(weights.values()): raise UserError(f"config fields {', '.join(OBJECTIVES)} are weights: at least one must be above 0, and none below.")
-        if c.backbone not in ('unet', 'sequential'): raise UserError(f"config field 'backbone' is {c.backbone!r}; it must be unet or sequential.")
+        if min(weights.values()) < 0 or not any(weights.values()):
+            raise UserError(f"config fields {', '.join(OBJECTIVES)} are weights: at least one "
+                            f"must be above 0, and none below.")
+        if c.backbone not in ('unet', 'sequential'):
+            raise UserError(f"config field 'backbone' is {c.backbone!r}; it must be unet or "
+                            f"sequential.")
         conv = isinstance(e, ConvDownConfig)
-        if c.contrastive and not conv: raise UserError("config field 'contrastive' is above 0, but this encoder has no quantizer; use the contrastive encoder (without d_model).")
-        encoder, D = (ConvDownEncoderContrastive(e), e.out_features) if conv else (BidirAutoregEncoder(e), e.d_model)
+        if c.contrastive and not conv:
+            raise UserError("config field 'contrastive' is above 0, but this encoder has no "
+                            "quantizer; use the contrastive encoder (without d_model).")
+        encoder, D = (ConvDownEncoderContrastive(e),
+                      e.out_features) if conv else (BidirAutoregEncoder(e), e.d_model)
         if conv and not c.contrastive: del encoder.quantizer, encoder.target_projection
         shapes = dict(heads=c.heads, ff=c.ff, direction=c.direction, dropout=c.dropout)
-        backbone = MLSTMUNet(D, c.blocks, c.pooling, **shapes) if c.backbone == 'unet' else MLSTMSequential(D, c.blocks, **shapes)
+        backbone = MLSTMUNet(D, c.blocks, c.pooling,
+                             **shapes) if c.backbone == 'unet' else MLSTMSequential(D, c.blocks,
+                                                                                    **shapes)
         weights = {name: w for name, w in weights.items() if w}
         width = lambda name: e.target_features if name == 'contrastive' else target_width(name, e)
-        super().__init__(c, encoder, backbone, nn.ModuleDict({name: nn.Linear(D, width(name)) for name in weights}))
+        super().__init__(c, encoder, backbone,
+                         nn.ModuleDict({name: nn.Linear(D, width(name)) for name in weights}))
         self.weights = weights
 
     def mask_features(self,
@@ -349,28 +394,37 @@ class MaskedPretraining(Pretrainer):
         "What the model says of the hidden frames, beside what it should say"
         clean, features, mask = self.mask_features(x, generator)
         context = self.backbone(features)
-        return mask, {name: (masked_target(name, x, clean), self.head[name](context)) for name in self.weights if name != 'contrastive'}
+        return mask, {name: (masked_target(name, x, clean), self.head[name](context))
+                      for name in self.weights if name != 'contrastive'}
 
     def forward(self,
         x:torch.Tensor, # (B, L, 3) normalised windows
-        generator:torch.Generator|None=None, # randomness of masks, codes and negatives, on the device of `x`
+        # randomness of masks, codes and negatives, on the device of `x`
+        generator:torch.Generator|None=None,
     )->Step:
-        "The weighted sum of the objectives; raises a ValueError below 13 samples: too few frames to mask"
+        """The weighted sum of the objectives; raises a ValueError below 13 samples: too few
+        frames to mask"""
         clean, features, mask = self.mask_features(x, generator)
         context = self.backbone(features)
         average, draws = (self.average, self.draws) if self.training else (no_reduce, nullcontext)
         hidden = mask.sum().float().clamp_min(1)
-        loss, metrics = 0., dict(masked=mask.float().mean(), feature_variance=feature_variance(clean))
+        loss, metrics = 0., dict(masked=mask.float().mean(),
+                                 feature_variance=feature_variance(clean))
         for name, weight in self.weights.items():
             said = self.head[name](context)
-            if name == 'contrastive': part, more = infonce_loss(self.encoder, self.config, clean, mask, said, generator, average, draws)
+            if name == 'contrastive':
+                part, more = infonce_loss(self.encoder, self.config, clean, mask, said, generator,
+                                          average, draws)
             else:
                 target = masked_target(name, x, clean)
-                part = masked_mse(said, target, mask) * (hidden/average(hidden))            # 1 on one device, exactly
+                # 1 on one device, exactly
+                part = masked_mse(said, target, mask) * (hidden/average(hidden))
                 more = {f'{name}_mse': part, f'zero_{name}_mse': zero_predictor(target, mask)}
-                if not self.training: more[f'line_{name}_mse'] = interpolation_predictor(target, mask)
+                if not self.training:
+                    more[f'line_{name}_mse'] = interpolation_predictor(target, mask)
             loss, metrics = loss + weight*part, {**metrics, **more}
-        if not self.training: metrics['effective_rank'] = effective_rank(clean)             # too expensive for every step
+        # too expensive for every step
+        if not self.training: metrics['effective_rank'] = effective_rank(clean)
         return Step(loss, {name: m.detach() for name, m in metrics.items()})
 
 # %% ../../nbs/models/10_pretraining.ipynb #7c8bc795
@@ -393,7 +447,8 @@ def contrastive_size(
     scale_logits:bool=True, # of the quantizer
 )->ContrastiveConfig:
     "A contrastive model of one size; everything else as published"
-    encoder = ConvDownConfig(conv_features=conv, out_features=dim, codevector_dim=codes, target_features=codes, scale_logits=scale_logits)
+    encoder = ConvDownConfig(conv_features=conv, out_features=dim, codevector_dim=codes,
+                             target_features=codes, scale_logits=scale_logits)
     return ContrastiveConfig(encoder, blocks=blocks, heads=heads)
 
 def masked_size(
@@ -404,23 +459,36 @@ def masked_size(
     c = CONTRASTIVE[name]
     return MaskedConfig(c.encoder, blocks=c.blocks, heads=c.heads, **weights)
 
-CONTRASTIVE = {'tiny': contrastive_size(32, 64, 64, 1, heads=2, scale_logits=False), 'small': contrastive_size(64, 256, 256, 2), 'base': contrastive_size(128, 256, 256, 3)}
+CONTRASTIVE = {'tiny': contrastive_size(32, 64, 64, 1, heads=2, scale_logits=False),
+               'small': contrastive_size(64, 256, 256, 2),
+               'base': contrastive_size(128, 256, 256, 3)}
 PRESETS = {
-    'contrastive-tiny': Preset(CONTRASTIVE['tiny'], steps=300, batch_size=8, lr=3e-3, weight_decay=.1),
-    'contrastive-small': Preset(CONTRASTIVE['small'], steps=6000, batch_size=256, lr=3e-3, weight_decay=.1),
-    'contrastive-base': Preset(CONTRASTIVE['base'], steps=100_000, batch_size=256, lr=1e-3, weight_decay=.1),
-    'reconstruction-tiny': Preset(ReconstructionConfig(BidirAutoregConfig(d_model=64), blocks=4, ff=3., target='spectrum'),
+    'contrastive-tiny': Preset(CONTRASTIVE['tiny'], steps=300, batch_size=8, lr=3e-3,
+                               weight_decay=.1),
+    'contrastive-small': Preset(CONTRASTIVE['small'], steps=6000, batch_size=256, lr=3e-3,
+                                weight_decay=.1),
+    'contrastive-base': Preset(CONTRASTIVE['base'], steps=100_000, batch_size=256, lr=1e-3,
+                               weight_decay=.1),
+    'reconstruction-tiny': Preset(ReconstructionConfig(BidirAutoregConfig(d_model=64), blocks=4,
+                                                       ff=3., target='spectrum'),
                                   steps=300, batch_size=8, lr=3e-3, weight_decay=.01),
-    'reconstruction-small': Preset(ReconstructionConfig(BidirAutoregConfig(d_model=128), blocks=12, ff=4., target='spectrum'),
+    'reconstruction-small': Preset(ReconstructionConfig(BidirAutoregConfig(d_model=128), blocks=12,
+                                                        ff=4., target='spectrum'),
                                    steps=12_000, batch_size=128, lr=2e-3, weight_decay=.01),
-    'reconstruction-base': Preset(ReconstructionConfig(BidirAutoregConfig(d_model=176), target='spectrum'),
+    'reconstruction-base': Preset(ReconstructionConfig(BidirAutoregConfig(d_model=176),
+                                                       target='spectrum'),
                                   steps=100_000, batch_size=256, lr=2e-3, weight_decay=.01),
     'spectrum-tiny': Preset(masked_size('tiny'), steps=300, batch_size=8, lr=3e-3, weight_decay=.1),
-    'spectrum-small': Preset(masked_size('small'), steps=6000, batch_size=256, lr=3e-3, weight_decay=.1),
-    'spectrum-base': Preset(masked_size('base'), steps=100_000, batch_size=256, lr=1e-3, weight_decay=.1),
-    'joint-tiny': Preset(masked_size('tiny', contrastive=.2), steps=300, batch_size=8, lr=3e-3, weight_decay=.1),
-    'joint-small': Preset(masked_size('small', contrastive=.2), steps=6000, batch_size=256, lr=3e-3, weight_decay=.1),
-    'joint-base': Preset(masked_size('base', contrastive=.2), steps=100_000, batch_size=256, lr=1e-3, weight_decay=.1),
+    'spectrum-small': Preset(masked_size('small'), steps=6000, batch_size=256, lr=3e-3,
+                             weight_decay=.1),
+    'spectrum-base': Preset(masked_size('base'), steps=100_000, batch_size=256, lr=1e-3,
+                            weight_decay=.1),
+    'joint-tiny': Preset(masked_size('tiny', contrastive=.2), steps=300, batch_size=8, lr=3e-3,
+                         weight_decay=.1),
+    'joint-small': Preset(masked_size('small', contrastive=.2), steps=6000, batch_size=256, lr=3e-3,
+                          weight_decay=.1),
+    'joint-base': Preset(masked_size('base', contrastive=.2), steps=100_000, batch_size=256,
+                         lr=1e-3, weight_decay=.1),
 }
 
 # %% ../../nbs/models/10_pretraining.ipynb #21eaadd9
@@ -428,17 +496,20 @@ def preset(
     name:str, # such as 'contrastive-tiny'
 )->Preset: # model and recipe
     "Look a preset up; raises `UserError` naming those that exist"
-    if name not in PRESETS: raise UserError(f"There is no preset '{name}'; choose one of {', '.join(PRESETS)}.")
+    if name not in PRESETS:
+        raise UserError(f"There is no preset '{name}'; choose one of {', '.join(PRESETS)}.")
     return PRESETS[name]
 
 def build(
     config:ModelConfig, # which method, which shapes
 )->Pretrainer: # with fresh weights
     "The model that a configuration describes"
-    classes = {'contrastive': ContrastivePretraining, 'reconstruction': ReconstructionPretraining, 'masked': MaskedPretraining}
+    classes = {'contrastive': ContrastivePretraining, 'reconstruction': ReconstructionPretraining,
+               'masked': MaskedPretraining}
     try: return classes[config.method](config)
     except UserError: raise
-    except (ValueError, RuntimeError) as e: raise UserError(f"The configuration makes no model: {e}") from None
+    except (ValueError, RuntimeError) as e:
+        raise UserError(f"The configuration makes no model: {e}") from None
 
 # %% ../../nbs/models/10_pretraining.ipynb #846f356b
 def read_weights(
@@ -463,11 +534,13 @@ def read_model(
     "Read a model's two files; raises `UserError` with the file and what is wrong with it"
     file, weights = Path(folder)/'config.json', Path(folder)/'model.safetensors'
     for f in (file, weights):
-        if not f.is_file(): raise UserError(f"No pretrained model in '{folder}': {f.name} is missing.")
+        if not f.is_file():
+            raise UserError(f"No pretrained model in '{folder}': {f.name} is missing.")
     config = read_json(file, {'model': dict}, 'restore it or train again')
     own, weights = read_weights(weights)
     for name in [name for name in own if config.get(name) != own[name]]:
-        log.warning("'%s': field '%s' is not that of the weights beside it; theirs is used.", file, name)
+        log.warning("'%s': field '%s' is not that of the weights beside it; theirs is used.", file,
+                    name)
     return {**config, **own}, weights
 
 def read_config(
@@ -483,7 +556,8 @@ def from_pretrained(
     "Build the model and load its weights; raises `UserError` as `read_model` and `load_weights` do"
     config, weights = read_model(folder)
     if {'picker', 'question'} & config.keys():
-        raise UserError(f"'{folder}' holds a fine-tuned model, which is no longer one for pretraining; "
+        raise UserError(f"'{folder}' holds a fine-tuned model, which is no longer one for "
+                        f"pretraining; "
                         "name the pretrained run that it came from.")
     model = build(config_from_dict(config['model']))
     load_weights(model, weights, Path(folder)/'model.safetensors')
@@ -495,11 +569,15 @@ def load_weights(
     weights:dict,    # name -> tensor
     where:str|Path,  # the file they came from, for the message
 ):
-    "Load every weight; raises `UserError` naming the first one that is missing, unknown or of another shape"
+    """Load every weight; raises `UserError` naming the first one that is missing, unknown or of
+    another shape"""
     own = model.state_dict()
-    for name in own.keys() - weights.keys(): raise UserError(f"'{where}' lacks the weight '{name}' that the configuration asks for.")
-    for name in weights.keys() - own.keys(): raise UserError(f"'{where}' has a weight '{name}' that the configuration does not know.")
+    for name in own.keys() - weights.keys():
+        raise UserError(f"'{where}' lacks the weight '{name}' that the configuration asks for.")
+    for name in weights.keys() - own.keys():
+        raise UserError(f"'{where}' has a weight '{name}' that the configuration does not know.")
     for name, w in own.items():
         if w.shape != weights[name].shape:
-            raise UserError(f"'{where}': weight '{name}' has shape {tuple(weights[name].shape)}, the configuration asks for {tuple(w.shape)}.")
+            raise UserError(f"'{where}': weight '{name}' has shape {tuple(weights[name].shape)}, "
+                            f"the configuration asks for {tuple(w.shape)}.")
     model.load_state_dict(weights)

@@ -34,7 +34,7 @@ def band_weights(
     step = (high / low) ** (1 / (bands - 1))
     centres = low * step ** np.arange(bands)
     bins = np.fft.rfftfreq(samples, 1 / rate)
-    fine = np.linspace(0, bins[-1], 40 * len(bins))             # the lowest bands lie between two bins
+    fine = np.linspace(0, bins[-1], 40 * len(bins))  # the lowest bands lie between two bins
     octaves = np.log(np.maximum(fine, 1e-9)[:, None] / centres) / np.log(step)
     triangles = np.clip(1 - np.abs(octaves), 0, None)           # (fine, K)
     hats = np.stack([np.interp(fine, bins, row) for row in np.eye(len(bins))])   # (bins, fine)

@@ -115,12 +115,14 @@ def measure(
     inventory=None,    # obspy.Inventory
 ) -> Amplitude:
     "Channel and amplitude of a pick"
-    window, code, found = AMPLITUDE_WINDOW.get(phase[:1], 5.), instrument.name.rpartition('.')[2], []
+    window, code, found = AMPLITUDE_WINDOW.get(phase[:1],
+                                               5.), instrument.name.rpartition('.')[2], []
     for letter in channels_for(instrument, phase[:1]):
         x, rate, at = samples_near(instrument, letter, time, BEFORE, window + AFTER)
         end = at + int(window*rate) + 1
         if len(x) > at + 1: found.append((float(np.ptp(x[at:end])), letter, x, rate, at, end))
-    if not found: return Amplitude(code + channels_for(instrument, phase[:1])[0], None, None, None, False, '')
+    if not found:
+        return Amplitude(code + channels_for(instrument, phase[:1])[0], None, None, None, False, '')
     counts, letter, x, rate, at, end = max(found, key=lambda row: row[0])
     velocity = wood_anderson = None
     missing = ''

@@ -25,7 +25,8 @@ def check_formats(
 ) -> tuple[str, ...]:         # each once
     "Raises `UserError` for a program that is not known"
     for name in names or ():
-        if name not in PICK_FORMATS: raise UserError(f"--format is '{name}'; choose from {', '.join(PICK_FORMATS)}.")
+        if name not in PICK_FORMATS:
+            raise UserError(f"--format is '{name}'; choose from {', '.join(PICK_FORMATS)}.")
     return tuple(dict.fromkeys(names or ()))
 
 def site_of(
@@ -63,7 +64,8 @@ def write_pyocto(
 ):
     "Picks and stations for PyOcto"
     columns = 'station', 'phase', 'time', 'probability', 'amplitude', 'instrument'
-    lines = ((site_of(r), r['phase'], r['epoch'], r['probability'], r['amplitude'], r['instrument']) for r in rows)
+    lines = ((site_of(r), r['phase'], r['epoch'], r['probability'], r['amplitude'],
+              r['instrument']) for r in rows)
     _write_csv(folder/'picks.pyocto.csv', columns, lines)
     if not places: return
     stations = [(name, *place) for name, place in places.items()]
@@ -82,7 +84,8 @@ def write_gamma(
     amp = lambda size: (f'{float(size)/2:.6g}',) if known else ()
     lines = [(site_of(r), r['time'].rstrip('Z'), r['probability'], r['phase'].lower(), *amp(size))
              for r, size in zip(rows, sizes)]
-    _write_csv(folder/'picks.gamma.csv', ('id', 'timestamp', 'prob', 'type', *(('amp',) if known else ())), lines)
+    _write_csv(folder/'picks.gamma.csv', ('id', 'timestamp', 'prob', 'type',
+                                          *(('amp',) if known else ())), lines)
     if not places: return
     middle = [sum(p[k] for p in places.values())/len(places) for k in (0, 1)]
     plane = lambda lat, lon: util_geo_km(middle[1], middle[0], lon, lat)
@@ -103,19 +106,24 @@ def write_real(
         second = float(r['epoch']) % 86_400
         size = float(r['wood_anderson'] or 0)/2
         name = r['time'][:10].replace('-', ''), f"{r['network']}.{r['station']}.{r['phase']}.txt"
-        lines.setdefault(name, []).append((second, f"{second:.4f} {r['probability']:.4f} {size:.6g}\n"))
+        lines.setdefault(name, []).append((second,
+                                           f"{second:.4f} {r['probability']:.4f} {size:.6g}\n"))
     for (day, name), found in lines.items():
         (folder/'real'/day).mkdir(parents=True, exist_ok=True)
         text = ''.join(line for _, line in sorted(found))
-        write_atomically(folder/'real'/day/name, lambda part: part.write_text(text, encoding='utf-8'))
+        write_atomically(folder/'real'/day/name,
+                         lambda part: part.write_text(text, encoding='utf-8'))
     if not places: return
     (folder/'real').mkdir(exist_ok=True)
     own = {tuple(name.split('.')[:2]): place for name, place in places.items()}
-    text = ''.join(f'{lon:.5f} {lat:.5f} {net} {sta} BHZ {up/1000:.4f}\n' for (net, sta), (lat, lon, up) in own.items())
-    write_atomically(folder/'real/station.dat', lambda part: part.write_text(text, encoding='utf-8'))
+    text = ''.join(f'{lon:.5f} {lat:.5f} {net} {sta} BHZ {up/1000:.4f}\n' for (net, sta),
+                   (lat, lon, up) in own.items())
+    write_atomically(folder/'real/station.dat',
+                     lambda part: part.write_text(text, encoding='utf-8'))
 
 # %% ../../nbs/picking/03a_formats.ipynb #2942829e
-WEIGHTS = (.05, .1, .2, .5)     # s: an uncertainty up to these has the weight code 0, 1, 2, 3; above, 4
+# s: an uncertainty up to these has the weight code 0, 1, 2, 3; above, 4
+WEIGHTS = (.05, .1, .2, .5)
 
 def hypoinverse_line(
     row: dict,           # of a pick

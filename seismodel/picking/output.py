@@ -68,7 +68,7 @@ def write_picks(
 
 def read_picks(
     path: Path,           # that `write_picks` wrote
-):                        # pandas.DataFrame; numbers as numbers, codes and times as text, clipped as bool
+):  # pandas.DataFrame; numbers as numbers, codes and times as text, clipped as bool
     "The table of picks, with locations such as 00 as they are"
     import pandas as pd
     table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding='utf-8')
@@ -98,13 +98,15 @@ def to_catalog(
             where = WaveformStreamID(*(row[k] for k in (*CODES[:3], 'channel')))
             said = [Comment(text=f"probability {row['probability']}")]
             error = QuantityError(uncertainty=float(row['uncertainty']))
-            event.picks.append(Pick(time=UTCDateTime(row['time']), time_errors=error, phase_hint=row['phase'],
-                                    waveform_id=where, method_id=method, evaluation_mode='automatic', comments=said))
+            event.picks.append(Pick(time=UTCDateTime(row['time']), time_errors=error,
+                                    phase_hint=row['phase'],
+                                    waveform_id=where, method_id=method,
+                                    evaluation_mode='automatic', comments=said))
         catalog.append(event)
     return catalog
 
 def write_quakeml(
-    rows: list[dict],     # or anything that yields them, those of an instrument and day side by side
+    rows: list[dict],  # or anything that yields them, those of an instrument and day side by side
     path: Path,           # an XML file, replaced whole
     method: str,          # what made them
 ):
@@ -153,17 +155,23 @@ def plot_picks(
     stream, picks = own(stream), [pick for pick in picks if pick.trace_id == best]
     begin, end = around(stream, picks)
     channels = sorted({tr.stats.channel for tr in stream})
-    fig, axs = plt.subplots(len(channels) + 1, 1, figsize=(8, 1 + .75*len(channels)), sharex=True, layout='constrained')
+    fig, axs = plt.subplots(len(channels) + 1, 1, figsize=(8, 1 + .75*len(channels)), sharex=True,
+                            layout='constrained')
     for ax, channel in zip(axs, channels):
-        for tr in stream.select(channel=channel).slice(begin, end): ax.plot(tr.times() + (tr.stats.starttime - begin), tr.data, color='.25', lw=.5)
+        for tr in stream.select(channel=channel).slice(begin, end):
+            ax.plot(tr.times() + (tr.stats.starttime - begin), tr.data, color='.25', lw=.5)
         ax.set(ylabel=channel, yticks=[])
     for tr in own(annotations).slice(begin, end):
         label = tr.stats.channel.rpartition('_')[2]
-        if label[0] in COLORS: axs[-1].plot(tr.times() + (tr.stats.starttime - begin), tr.data, color=COLORS[label[0]], lw=1, label=label)
+        if label[0] in COLORS:
+            axs[-1].plot(tr.times() + (tr.stats.starttime - begin), tr.data, color=COLORS[label[0]],
+                         lw=1, label=label)
     for pick in picks:
         if not begin <= pick.peak_time <= end: continue
-        for ax in axs: ax.axvline(pick.peak_time - begin, color=COLORS.get(pick.phase, 'k'), lw=.8, ls=':')
-    axs[-1].set(ylabel='probability', ylim=(0, 1.05), xlim=(0, end - begin), xlabel=f'seconds after {begin.strftime("%Y-%m-%d %H:%M:%S")}')
+        for ax in axs:
+            ax.axvline(pick.peak_time - begin, color=COLORS.get(pick.phase, 'k'), lw=.8, ls=':')
+    axs[-1].set(ylabel='probability', ylim=(0, 1.05), xlim=(0, end - begin),
+                xlabel=f'seconds after {begin.strftime("%Y-%m-%d %H:%M:%S")}')
     axs[-1].legend(fontsize=7, loc='upper right')
     axs[0].set_title(best, fontsize=9)
     return fig

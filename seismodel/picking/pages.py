@@ -95,12 +95,14 @@ def draw_day(
 ):
     "Hours of a day as lines, with a tick for each pick"
     lines, label = day_lines(instrument, pieces)
-    size = np.nanmedian([np.nanquantile(np.abs(y - np.nanmedian(y)), .999) if np.isfinite(y).any() else np.nan
+    size = np.nanmedian([np.nanquantile(np.abs(y - np.nanmedian(y)), .999) if np.isfinite(y).any()
+                         else np.nan
                          for *_, y in lines])
     hours = sorted({line[0] for line in lines})
     for hour, second, at, y in lines:
         y = (y - np.nanmedian(y))/(2*(size or 1)) if np.isfinite(y).any() else y
-        ax.plot((second + at/SAMPLING_RATE)/60, hour - np.clip(y, -1, 1), color='.6', lw=.4, zorder=1)
+        ax.plot((second + at/SAMPLING_RATE)/60, hour - np.clip(y, -1, 1), color='.6', lw=.4,
+                zorder=1)
     for row in rows:
         second = float(row['epoch']) % 86_400
         ax.plot(second % 3600/60, second//3600 + (.3 if row['phase'][0] == 'S' else -.3), '|',
@@ -133,7 +135,8 @@ def draw_event(
         ax.set_ylabel(c + (f'\n> {CORNER:g} Hz' if cut else ''), fontsize=8)
         for row in rows:
             late = float(row['epoch']) - begin
-            if 0 <= late <= length: ax.axvline(late, color=COLORS.get(row['phase'][0], 'k'), lw=.9, ls='--')
+            if 0 <= late <= length:
+                ax.axvline(late, color=COLORS.get(row['phase'][0], 'k'), lw=.9, ls='--')
     said = ', '.join(f"{r['phase']} {r['probability']:.2f}" for r in event)
     axs[0].set_title(f"{event[0]['time'][11:21]}: {said}", fontsize=8)
     axs[-1].set_xlabel('s')
@@ -149,10 +152,12 @@ def day_page(
     events, n = surest_events(rows), len(instrument.components)
     hours = len({(span.start + TICK*first)//(3600*10**9) for span, first, _ in pieces})
     fig = Figure(figsize=(11, 1.6 + .24*hours + (1 + .8*n if events else 0)), layout='constrained')
-    top, *below = fig.subfigures(2, 1, height_ratios=[1.3 + .24*hours, 1 + .8*n]) if events else [fig]
+    top, *below = fig.subfigures(2, 1, height_ratios=[1.3 + .24*hours,
+                                                      1 + .8*n]) if events else [fig]
     draw_day(top.subplots(), instrument, pieces, rows)
     counts = ', '.join(f"{sum(r['phase'] == p for r in rows)} {p}" for p in 'PS')
-    fig.suptitle(f'{instrument.name}  {date}: {counts}  (ticks above a line P, below it S)', fontsize=10)
+    fig.suptitle(f'{instrument.name}  {date}: {counts}  (ticks above a line P, below it S)',
+                 fontsize=10)
     if not events: return fig
     axs = below[0].subplots(n, max(3, len(events)), sharex='col', squeeze=False)
     for column, event in zip(axs.T, events): draw_event(column, instrument, pieces, event, rows)

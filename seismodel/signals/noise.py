@@ -25,7 +25,8 @@ def quiet(
     margin:int=100, # samples before the first onset that are left out
 ) -> int: # samples, 0 where nothing is known to be noise
     "Length of the part at the beginning of a record in which no phase arrives"
-    onsets = [t for t in (record.p_onset, record.s_onset, record.p_weak, record.s_weak) if np.isfinite(t)]
+    onsets = [t for t in (record.p_onset, record.s_onset, record.p_weak, record.s_weak)
+              if np.isfinite(t)]
     absent = STATUS.index("absent")
     if not onsets and record.p_status == record.s_status == absent: return len(record.waveform)
     return max(int(min(onsets)) - margin, 0) if np.isfinite(record.p_onset) else 0
@@ -46,12 +47,13 @@ def drawn_records(
     most: int,                 # records that are tried
     rng: np.random.Generator,  # of the order
 ) -> Iterator[Record]:
-    "Records of all sources in random order, each at most once; those that cannot be used are passed over"
+    """Records of all sources in random order, each at most once; those that cannot be used are
+    passed over"""
     upto = np.cumsum([len(s) for s in sources])
     for k in rng.permutation(upto[-1])[:most].tolist():
         s = int(np.searchsorted(upto, k, side="right"))
         try: yield sources[s].record(k - int(upto[s]) + len(sources[s]))
-        except BadRecord: continue                                             # the loader counts and names it
+        except BadRecord: continue  # the loader counts and names it
 
 def unit_rms(
     bank: torch.Tensor,  # (N, L, 3)
@@ -73,7 +75,8 @@ def noise_bank(
         if len(x) >= least and not flat(torch.from_numpy(x)).any(): pieces.append(x)
         if len(pieces) == count: break
     if not pieces: return torch.zeros(0, window, 3)
-    bank = np.stack([mirrored(pieces[k % len(pieces)], int(rng.integers(2 * window)), window) for k in range(count)])
+    bank = np.stack([mirrored(pieces[k % len(pieces)], int(rng.integers(2 * window)), window)
+                     for k in range(count)])
     bank = torch.from_numpy(bank - bank.mean(1, keepdims=True, dtype=float)).float()
     return unit_rms(bank)
 
@@ -90,7 +93,8 @@ def calm_bank(
     for record in drawn_records(sources, 20 * count, rng):
         x, first = record.waveform, int(rng.integers(2 * window))
         if len(x) < window // 2 or flat(torch.from_numpy(x)).any(): continue
-        x = mirrored(x, first, window) if len(x) < window else x[first % (len(x) - window + 1):][:window]
+        x = mirrored(x, first, window) if len(x) < window else x[first % (len(x) - window
+                                                                          + 1):][:window]
         x = x - x.mean(0, dtype=float)
         if (np.abs(x).max(0) < most * x.std(0)).all(): bank.append(x.astype(np.float32))
         if len(bank) == count: break
@@ -100,7 +104,8 @@ def calm_bank(
 
 # %% ../../nbs/signals/07_noise.ipynb #a6e0a67e
 class EventsInNoise(Source):
-    "Synthetic events in real noise as a source; record i depends on (seed, i), on the noise and on the number of events"
+    """Synthetic events in real noise as a source; record i depends on (seed, i), on the noise
+    and on the number of events"""
     name = "synthetic"
 
     def __init__(self,
@@ -110,26 +115,35 @@ class EventsInNoise(Source):
         spread_db:float=3.,  # by which the ratio of signal to noise may differ from the event's own
     ):
         self.noise, self.seed, self.spread_db, L = noise.numpy(), seed, spread_db, noise.shape[1]
-        self.level = np.sqrt(band_power(self.noise[:, :1000], SAMPLING_RATE))             # of the first ten seconds
-        self.config = SyntheticConfig(samples=3 * L // 2, noise_only=0., double=0., faults=0., snr_db=(15., 14., 3., 60.))
-        parts = [self._make(range(3 * k, 3 * min(k + 32, events), 3)) for k in range(0, events, 32)]     # of `SyntheticSource`'s train stream
-        self.waves, self.onsets = (np.concatenate(p) for p in zip(*parts))                # (E, 3L/2, 3), (E, 2)
+        # of the first ten seconds
+        self.level = np.sqrt(band_power(self.noise[:, :1000], SAMPLING_RATE))
+        self.config = SyntheticConfig(samples=3 * L // 2, noise_only=0., double=0., faults=0.,
+                                      snr_db=(15., 14., 3., 60.))
+        # of `SyntheticSource`'s train stream
+        parts = [self._make(range(3 * k, 3 * min(k + 32, events), 3)) for k in range(0, events, 32)]
+        self.waves, self.onsets = (np.concatenate(p) for p in zip(*parts))  # (E, 3L/2, 3), (E, 2)
 
     def _make(self, numbers):
         "Clean waves for noise of band power 1, and their onsets"
-        hiss = np.random.default_rng([self.seed, numbers[0]]).standard_normal((len(numbers), self.config.samples, 3), np.float32)
+        hiss = np.random.default_rng([self.seed, numbers[0]]).standard_normal((len(numbers),
+                                                                               self.config.samples,
+                                                                               3), np.float32)
         s = synthesize(numbers, self.seed, self.config, hiss)
         level = np.sqrt(band_power(hiss[:, :1000], SAMPLING_RATE))[:, None, None]
-        return ((s.waveforms - hiss) / level).astype(np.float32), np.stack([s.p_onset, s.s_onset], 1)
+        return ((s.waveforms - hiss) / level).astype(np.float32), np.stack([s.p_onset, s.s_onset],
+                                                                           1)
 
     def __len__(self): return 1_000_000
 
     def record(self, i:int) -> Record:
         rng, L = np.random.default_rng([self.seed, i]), self.noise.shape[1]
-        event, noise, first = (int(rng.integers(n)) for n in (len(self.waves), len(self.noise), self.waves.shape[1] - L + 1))
+        event, noise, first = (int(rng.integers(n))
+                               for n in (len(self.waves), len(self.noise),
+                                         self.waves.shape[1] - L + 1))
         size = self.level[noise] * 10 ** (rng.uniform(-self.spread_db, self.spread_db) / 20)
         x = self.noise[noise] + np.float32(size) * self.waves[event, first:first + L]
         onset = self.onsets[event] - first
         onset[~((onset >= 0) & (onset < L))] = np.nan
-        status = [STATUS.index("picked" if np.isfinite(t) else "absent") for t in onset]   # it knows
-        return Record(x, float(onset[0]), float(onset[1]), f"event {event} in noise {noise}", *status)
+        status = [STATUS.index("picked" if np.isfinite(t) else "absent") for t in onset]  # it knows
+        return Record(x, float(onset[0]), float(onset[1]), f"event {event} in noise {noise}",
+                      *status)

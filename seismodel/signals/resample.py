@@ -66,7 +66,7 @@ def values_at(
 def _weighted(windows, row, fraction, rate, to):
     "Rows of windows times the weights of their fractions"
     out, ratio = np.empty(len(row)), rate/to*np.arange(1, 65)
-    if (np.abs(ratio - np.round(ratio)) < 1e-9).any():               # at most 64 different fractions
+    if (np.abs(ratio - np.round(ratio)) < 1e-9).any():  # at most 64 different fractions
         kinds, kind = np.unique(fraction, return_inverse=True)
         for k, weights in enumerate(low_pass(kinds/2**20, rate, to)):
             own = np.flatnonzero(kind == k)

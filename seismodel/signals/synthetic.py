@@ -31,17 +31,21 @@ class SyntheticConfig:
     distance_km:tuple = (1., 300.)          # epicentral, log-uniform between the two
     depth_km:tuple = (.5, 40.)              # log-uniform between the two
     magnitude:tuple = (-.5, 6.)             # limits: the magnitude follows from the drawn SNR
-    snr_db:tuple = (15., 14., -4., 60.)     # P, 2-20 Hz: mean and spread of a normal law, and its limits
+    # P, 2-20 Hz: mean and spread of a normal law, and its limits
+    snr_db:tuple = (15., 14., -4., 60.)
     bursts:float = .3                       # share with cultural noise
-    faults:float = .08                      # share with a gap, spikes, a step, a calibration pulse or clipping
+    faults:float = .08  # share with a gap, spikes, a step, a calibration pulse or clipping
     vertical_only:float = .04               # share of one-component stations: N and E are zero
 
 # %% ../../nbs/signals/02_synthetic.ipynb #664dee02
 def instrument(station, freq):
-    "Amplitude (B, F) for ground velocity: broadband, 1 Hz or 4.5 Hz; the recorder's low-pass; 15 % record acceleration"
-    corner = np.array([.02, 1., 4.5], np.float32)[np.digitize(station.seismometer, (.5, .95))][:, None]
-    high = freq**2 / np.sqrt((freq**2 - corner**2)**2 + (1.4 * freq * corner)**2)               # damping 0.7
-    low = 1 / np.sqrt(1 + (freq / station.cut[:, None].astype('f'))**(2 * station.order[:, None].astype('f')))
+    """Amplitude (B, F) for ground velocity: broadband, 1 Hz or 4.5 Hz; the recorder's low-pass;
+    15 % record acceleration"""
+    corner = np.array([.02, 1., 4.5], np.float32)[np.digitize(station.seismometer, (.5, .95))][:,
+                                                                                               None]
+    high = freq**2 / np.sqrt((freq**2 - corner**2)**2 + (1.4 * freq * corner)**2)  # damping 0.7
+    low = 1 / np.sqrt(1 + (freq / station.cut[:, None].astype('f'))**(2 * station.order[:,
+                                                                                        None].astype('f')))
     unit = np.where(station.accelerometer[:, None] < .15, 2 * np.pi * freq, 1).astype('f')
     return high * np.maximum(low, 1e-5) * unit
 
@@ -51,12 +55,17 @@ def site(station, freq):
     return 1 + station.swing[:, None].astype('f') / (1 + ((freq - peak) / (.3 * peak))**2)
 
 # %% ../../nbs/signals/02_synthetic.ipynb #d1747a5e
-# period (s), New Low and New High Noise Model (dB of (m/s^2)^2/Hz): corners of the tables of Peterson (1993)
+# period (s), New Low and New High Noise Model (dB of (m/s^2)^2/Hz): corners of the tables of
+# Peterson (1993)
 PETERSON = np.array([
-    (.1, -168.0, -91.5), (.17, -166.7, -95.5), (.22, -166.7, -97.4), (.32, -166.7, -110.5), (.4, -166.7, -112.8),
-    (.8, -169.1, -119.9), (1.24, -163.7, -113.8), (2.4, -148.7, -104.5), (3.8, -142.7, -98.0), (4.3, -141.1, -97.0),
-    (4.6, -141.1, -96.5), (5., -141.2, -97.7), (6., -149.0, -100.3), (6.3, -150.4, -101.1), (7.9, -156.9, -113.4),
-    (10., -163.7, -115.8), (12., -166.1, -117.6), (15.4, -162.3, -120.2), (20., -173.4, -138.2), (21.9, -177.5, -138.1),
+    (.1, -168.0, -91.5), (.17, -166.7, -95.5), (.22, -166.7, -97.4), (.32, -166.7, -110.5),
+    (.4, -166.7, -112.8),
+    (.8, -169.1, -119.9), (1.24, -163.7, -113.8), (2.4, -148.7, -104.5), (3.8, -142.7, -98.0),
+    (4.3, -141.1, -97.0),
+    (4.6, -141.1, -96.5), (5., -141.2, -97.7), (6., -149.0, -100.3), (6.3, -150.4, -101.1),
+    (7.9, -156.9, -113.4),
+    (10., -163.7, -115.8), (12., -166.1, -117.6), (15.4, -162.3, -120.2), (20., -173.4, -138.2),
+    (21.9, -177.5, -138.1),
     (31.6, -185.0, -136.5), (101., -185.0, -131.5)])
 
 def noise_models(
@@ -64,18 +73,21 @@ def noise_models(
 ) -> np.ndarray:                # (2, F) dB of (m/s^2)^2/Hz
     "New Low and New High Noise Model; above 10 Hz their last value goes on."
     period = -np.log(freq)
-    return np.stack([np.interp(period, np.log(PETERSON[:, 0]), PETERSON[:, k]) for k in (1, 2)]).astype(np.float32)
+    return np.stack([np.interp(period, np.log(PETERSON[:, 0]), PETERSON[:, k])
+                     for k in (1, 2)]).astype(np.float32)
 
 # %% ../../nbs/signals/02_synthetic.ipynb #113f6d42
 KNOTS = np.log([.01, .3, 1, 3, 8, 20, 50])
 
 def noise_amplitude(quiet, normal, freq):
-    "Root of the ground velocity's power density (B, 3, F), m/s/sqrt(Hz): a curve that wanders between the two models"
+    """Root of the ground velocity's power density (B, 3, F), m/s/sqrt(Hz): a curve that wanders
+    between the two models"""
     low, high = noise_models(freq)
     steps = .1 * normal[:, :6] - np.array([.14, -.04, -.03, .06, -.03, 0])
     knots = np.cumsum(np.hstack([quiet[:, None], steps]), 1)        # 0: low model, 1: high model
     place = np.stack([np.interp(np.log(freq), KNOTS, row) for row in knots]).astype(np.float32)
-    apart = (np.array([0, 1, 1]) + np.array([3, 1.5, 1.5]) * normal[:, 6:9]).astype(np.float32)     # dB, components
+    # dB, components
+    apart = (np.array([0, 1, 1]) + np.array([3, 1.5, 1.5]) * normal[:, 6:9]).astype(np.float32)
     level = (low + place.clip(0, 1) * (high - low))[:, None] + apart[..., None]
     return np.exp(np.float32(np.log(10) / 20) * level) / (2 * np.pi * freq)
 
@@ -83,7 +95,8 @@ def noise_amplitude(quiet, normal, freq):
 def gaussian(generators, amplitude, ax):
     "Stationary noise (B, C, n) of the one-sided root power density `amplitude` (B, C, F)"
     n = len(ax.time)
-    a = white(generators, (amplitude.shape[1], n + 2)).view(np.complex64)       # (B, C, F): many sum up to each sample
+    # (B, C, F): many sum up to each sample
+    a = white(generators, (amplitude.shape[1], n + 2)).view(np.complex64)
     a *= amplitude * np.float32(np.sqrt(ax.rate * n / 4))
     return np.fft.irfft(a, n)
 
@@ -94,18 +107,23 @@ def ambient(generators, amplitude, normal, ax):
     return gaussian(generators, amplitude, ax) * np.exp(drift)[:, None]
 
 def burst(rng, level, ax):
-    "Footsteps, cars, machines, (3, n): a narrow band that swells and goes; level (3, 1): of the noise around it"
-    centre, width, size, length = np.exp(rng.uniform(np.log((3, .02, .3, .1)), np.log((40, .5, 5, 8))))
+    """Footsteps, cars, machines, (3, n): a narrow band that swells and goes; level (3, 1): of
+    the noise around it"""
+    centre, width, size, length = np.exp(rng.uniform(np.log((3, .02, .3, .1)),
+                                                     np.log((40, .5, 5, 8))))
     band = np.exp(-.5 * (np.log(ax.freq / centre) / width)**2).astype(np.float32)
-    wave = gaussian([rng], band[None, None], ax)[0]                 # (1, n): one motion, more of it on one component
+    # (1, n): one motion, more of it on one component
+    wave = gaussian([rng], band[None, None], ax)[0]
     swell = np.exp(-.5 * ((ax.time - rng.uniform(0, ax.time[-1])) / length)**2)
     return size * level * rng.uniform(.3, 1, (3, 1)) * swell * wave / wave.std()
 
 # %% ../../nbs/signals/02_synthetic.ipynb #7438196b
 def add_fault(rng, x, level):
-    "One of five things that go wrong: gap, spikes, step, calibration pulse, clipping; x (L, 3) is changed in place"
+    """One of five things that go wrong: gap, spikes, step, calibration pulse, clipping; x (L, 3)
+    is changed in place"""
     kind, n = rng.integers(5), len(x)
-    a, size = rng.integers(n), level * np.exp(rng.uniform(np.log(5), np.log(500))) * rng.choice((-1, 1))
+    a, size = rng.integers(n), level * np.exp(rng.uniform(np.log(5), np.log(500))) * rng.choice((-1,
+                                                                                                 1))
     if kind == 0: x[a:a + rng.integers(1, n // 5 + 2)] = 0
     if kind == 1: x[rng.integers(0, n, 5)] += size
     if kind == 2: x[a:] += size
@@ -115,14 +133,16 @@ def add_fault(rng, x, level):
         x.clip(-most, most, out=x)
 
 def digitise(rng, x, level):
-    "Round to counts of a random size; then leave counts, go back to m/s, or to a unit that nobody wrote down"
+    """Round to counts of a random size; then leave counts, go back to m/s, or to a unit that
+    nobody wrote down"""
     low, unit, how = rng.random(3)
     count = level / (.5 * 6000**low)
     return np.round(x / count) * (1. if how < .5 else count if how < .8 else 1e-15 * 1e18**unit)
 
 # %% ../../nbs/signals/02_synthetic.ipynb #ad3cd3d8
 def band_power(x, rate):
-    "Mean power (B,) of x (B, n, 3) between 2 and 20 Hz, components together, over Hann-tapered pieces of two seconds"
+    """Mean power (B,) of x (B, n, 3) between 2 and 20 Hz, components together, over Hann-tapered
+    pieces of two seconds"""
     m = min(int(2 * rate), x.shape[1])
     k, taper = x.shape[1] // m, np.hanning(m + 2)[1:-1, None].astype(np.float32)
     pieces = x[:, :k * m].reshape(len(x), k, m, 3) * taper
@@ -136,14 +156,16 @@ def snr_of(clean, noise, onsets, rate):
     m, n = int(2 * rate), clean.shape[1]
     first = np.where((onsets >= 0) & (onsets < n), onsets, np.inf).min(1)
     piece = np.zeros((len(clean), m, 3), np.float32)
-    for row, x, i in zip(piece, clean, np.where(np.isfinite(first), first, 0).astype(int)): row[:n - i] = x[i:i + m]
+    for row, x, i in zip(piece, clean, np.where(np.isfinite(first), first, 0).astype(int)):
+        row[:n - i] = x[i:i + m]
     return 10 * np.log10(band_power(piece, rate) / band_power(noise[:, :5 * m], rate))
 
 # %% ../../nbs/signals/02_synthetic.ipynb #cb4c9edc
 def complete(event, config, normal):
     "Draws that depend on the configuration or on each other: distance, depth, SNR, t*"
     between = lambda u, pair: pair[0] * (pair[1] / pair[0])**u
-    event.distance, event.depth = between(event.distance, config.distance_km), between(event.depth, config.depth_km)
+    event.distance, event.depth = between(event.distance, config.distance_km), between(event.depth,
+                                                                                       config.depth_km)
     mean, spread, low, high = config.snr_db
     event.snr_db = np.clip(mean + spread * normal, low, high)
     event.t_p = event.kappa + np.hypot(event.distance, event.depth) / 6 / event.q
@@ -162,7 +184,8 @@ def companion(event, other):
     return other
 
 def begins(event, arrival, config):
-    "When P comes, s after the first sample of the window: anywhere in it or, for the share `late`, before it"
+    """When P comes, s after the first sample of the window: anywhere in it or, for the share
+    `late`, before it"""
     length = config.samples / config.sampling_rate
     before = event.window * (arrival.time[:, 1] - arrival.time[:, 0] + .5 * length)
     return np.where(event.late < config.late, -before, .97 * length * event.window)
@@ -173,23 +196,29 @@ def magnitude_for(event, arrival, gain, noise, freq, limits):
     gain (E, F), noise (E, 3, F): amplitudes of station and of noise"""
     band = slice(*np.searchsorted(freq, (2., 20.)), 32)
     grid = np.linspace(*limits, 9)
-    size2 = (arrival.vector[:, 0]**2).sum(1) + 2 * event.coda_p * arrival.strength[:, 0]**2     # two seconds of coda
+    # two seconds of coda
+    size2 = (arrival.vector[:, 0]**2).sum(1) + 2 * event.coda_p * arrival.strength[:, 0]**2
     background, snr = (noise[..., band].astype(float)**2).sum(1).mean(1), []
     for moment in 10**(1.5 * grid + 9.1):                           # N m; Hanks and Kanamori (1979)
-        wave = source_spectra(event, np.full(len(size2), moment), arrival.beta, freq[band])[:, 0] * gain[:, band]
-        snr.append(10 * np.log10(moment**2 * size2 * (wave**2).mean(1) / background))           # 2 |A|^2 / 2 s
-    return np.array([np.interp(want, have, grid) for want, have in zip(event.snr_db, np.transpose(snr))])
+        wave = source_spectra(event, np.full(len(size2), moment), arrival.beta,
+                              freq[band])[:, 0] * gain[:, band]
+        # 2 |A|^2 / 2 s
+        snr.append(10 * np.log10(moment**2 * size2 * (wave**2).mean(1) / background))
+    return np.array([np.interp(want, have, grid) for want,
+                     have in zip(event.snr_db, np.transpose(snr))])
 
 # %% ../../nbs/signals/02_synthetic.ipynb #6583ff79
 def waves(generators, event, station, begin, gain, noise, config, ax):
-    "Clean waveforms (E, L, 3), onsets of P and S in samples (E, 2), magnitudes (E,), P times (E,); `begin` None: drawn"
+    """Clean waveforms (E, L, 3), onsets of P and S in samples (E, 2), magnitudes (E,), P times
+    (E,); `begin` None: drawn"""
     arrival = arrivals(event, crust_of(station))
     begin = begins(event, arrival, config) if begin is None else begin
     size = magnitude_for(event, arrival, gain, noise, ax.freq, config.magnitude)
     moment = 10**(1.5 * size + 9.1)
     spectra = np.maximum(gain[:, None] * source_spectra(event, moment, arrival.beta, ax.freq), 1e-9)
     shift = begin - arrival.time[:, 0]
-    clean = seismogram(generators, event, arrival, shift, moment[:, None, None] * spectra, ax)[..., -config.samples:]
+    clean = seismogram(generators, event, arrival, shift, moment[:, None, None] * spectra,
+                       ax)[..., -config.samples:]
     return clean.transpose(0, 2, 1), (arrival.time[:, :2] + shift[:, None]) * ax.rate, size, begin
 
 # %% ../../nbs/signals/02_synthetic.ipynb #ec00b278
@@ -200,7 +229,8 @@ class SyntheticBatch(NamedTuple):
     s_onset:np.ndarray          # (B,) of the stronger event
     p2_onset:np.ndarray         # (B,) of the weaker event
     s2_onset:np.ndarray         # (B,) of the weaker event
-    distance_km:np.ndarray      # (B,) epicentral; like all below of the stronger event, NaN where there is none
+    # (B,) epicentral; like all below of the stronger event, NaN where there is none
+    distance_km:np.ndarray
     depth_km:np.ndarray         # (B,)
     magnitude:np.ndarray        # (B,) moment magnitude
     back_azimuth_deg:np.ndarray # (B,) of the source seen from the station, from north to east
@@ -212,7 +242,8 @@ def take_rows(draws, rows):
     return SimpleNamespace(**{name: value[rows] for name, value in vars(draws).items()})
 
 def draw_earthquakes(generators, config):
-    "All numbers that are not waveforms: station, first and second event (namespaces), and normal numbers (B, 18)"
+    """All numbers that are not waveforms: station, first and second event (namespaces), and
+    normal numbers (B, 18)"""
     dials = STATION, EVENT, EVENT
     u = np.stack([rng.random(sum(map(len, dials))) for rng in generators])
     normal = np.stack([rng.standard_normal(18) for rng in generators])
@@ -232,7 +263,8 @@ def background(generators, station, normal, config, ax):
 
 # %% ../../nbs/signals/02_synthetic.ipynb #5859e3e8
 def chunk(indices, seed, config, real=None):
-    "A few records at once: waveforms (B, L, 3) and labels (B, 9); real (B, L, 3): noise to take instead of our own"
+    """A few records at once: waveforms (B, L, 3) and labels (B, 9); real (B, L, 3): noise to
+    take instead of our own"""
     ax, generators = axes(config.samples, config.sampling_rate), [stream(seed, k) for k in indices]
     station, event, other, normal = draw_earthquakes(generators, config)
     gain, noise, ground = background(generators, station, normal, config, ax)
@@ -244,28 +276,36 @@ def chunk(indices, seed, config, real=None):
     begin = np.zeros(len(indices))
     for rows, source, columns in ((one, event, [0, 1]), (two, other, [2, 3])):
         if not len(rows): continue
-        when = None if source is event else begin[rows] + 1.5 * (other.late[rows] - .5) * config.samples / ax.rate
-        wave, onset, size, begin[rows] = waves([generators[i] for i in rows], take_rows(source, rows), take_rows(station, rows),
+        when = None if source is event else begin[rows] + 1.5 * (other.late[rows]
+                                                                 - .5) * config.samples / ax.rate
+        wave, onset, size, begin[rows] = waves([generators[i] for i in rows],
+                                               take_rows(source, rows), take_rows(station, rows),
                                                when, gain[rows], noise[rows], config, ax)
         clean[rows] += wave
         labels[rows[:, None], columns] = onset
         if source is event: labels[rows, 6] = size
-    for column, value in ((4, event.distance), (5, event.depth), (7, np.degrees(event.back_azimuth))):
+    for column, value in ((4, event.distance), (5, event.depth),
+                          (7, np.degrees(event.back_azimuth))):
         labels[one, column] = value[one]
     labels[one, 8] = snr_of(clean[one], ground[one], labels[one, :4], ax.rate)
     if real is not None:
-        clean[one] *= 10**((event.snr_db[one] - labels[one, 8]) / 20)[:, None, None] * (ground[one].std(1) > 0)[:, None]
+        clean[one] *= 10**((event.snr_db[one]
+                            - labels[one, 8]) / 20)[:, None, None] * (ground[one].std(1) > 0)[:,
+                                                                                              None]
         labels[one, 8] = event.snr_db[one]
     level = ground.std((1, 2))
-    return record(generators, station, clean + ground, level, config, real is not None), in_window(labels, config)
+    return record(generators, station, clean + ground, level, config,
+                  real is not None), in_window(labels, config)
 
 # %% ../../nbs/signals/02_synthetic.ipynb #61795eaf
 def record(generators, station, x, level, config, real):
-    "What the recorder makes of x (B, L, 3): faults, counts, missing components; level (B,): of the noise"
+    """What the recorder makes of x (B, L, 3): faults, counts, missing components; level (B,): of
+    the noise"""
     x = x.astype(np.float32)
-    for rng, row, noise, fault, vertical in zip(generators, x, level, station.fault, station.vertical):
+    for rng, row, noise, fault, vertical in zip(generators, x, level, station.fault,
+                                                station.vertical):
         if fault < config.faults: add_fault(rng, row, noise)
-        if real: continue                                               # has its own counts and missing components
+        if real: continue  # has its own counts and missing components
         row[:] = digitise(rng, row, noise)
         if vertical < config.vertical_only: row[:, 1:] = 0
     return x
@@ -281,7 +321,8 @@ def synthesize(
     indices:Sequence,                   # numbers of the records, 0 or more
     seed:int=0,                         # of the data set: other seeds, other records
     config:SyntheticConfig=SyntheticConfig(),   # the dials
-    noise:Optional[np.ndarray]=None     # (B, L, 3) quiet real windows to bury the events in; None: synthetic noise
+    # (B, L, 3) quiet real windows to bury the events in; None: synthetic noise
+    noise:Optional[np.ndarray]=None
 ) -> SyntheticBatch:                    # of len(indices) records
     """Three-component windows and their exact labels. Record k depends on (seed, indices[k], config) and on its row of
     `noise` alone, not on the rest of the batch. Raises ValueError if `noise` has another shape than the windows, or if
@@ -291,6 +332,8 @@ def synthesize(
     shape = (len(indices), config.samples, 3)
     if noise is not None and np.shape(noise) != shape:
         raise ValueError(f'noise has the shape {np.shape(noise)}; these windows need {shape}')
-    parts = [chunk(indices[i:i + 32], seed, config, None if noise is None else noise[i:i + 32])     # 32 fit the cache
+    # 32 fit the cache
+    parts = [chunk(indices[i:i + 32], seed, config, None if noise is None else noise[i:i + 32])
              for i in range(0, len(indices), 32)]
-    return SyntheticBatch(np.concatenate([p[0] for p in parts]), *np.concatenate([p[1] for p in parts]).T)
+    return SyntheticBatch(np.concatenate([p[0] for p in parts]),
+                          *np.concatenate([p[1] for p in parts]).T)
