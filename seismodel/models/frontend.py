@@ -26,6 +26,7 @@ def same_padding(kernel_size:int, # taps of the convolution
                          f"an odd size")
     return reach//2
 
+# %% ../../nbs/models/01_frontend.ipynb #84a8dfe8
 def frames(samples:int, # length of the window
            strides:tuple[int, ...]=(2, 2), # of the convolutions, first to last
            ) -> int: # frames that come out
@@ -53,6 +54,7 @@ class TraceConv(nn.Conv1d):
                      (0, *self.padding), (1, *self.dilation), self.groups)
         return y.squeeze(2)
 
+# %% ../../nbs/models/01_frontend.ipynb #8a726f4b
 def convolve(conv:nn.Conv1d, # any strided convolution
              x:Tensor, # (B, L, C_in)
              ) -> Tensor: # (B, L', C_out)

@@ -1,4 +1,4 @@
-"""The mean squared error at hidden frames, what it may be asked to predict, and how to see that it was not cheated.
+"""Mean squared error at the hidden frames, from predictions and targets (B, T, D) and a mask (B, T); the targets, trivial predictors to compare with, and two measures of collapse
 
 Docs: https://seismodel.github.io/seismodel/models/masked_mse.html.md"""
 
@@ -22,10 +22,10 @@ def at_least_float32(
 
 # %% ../../nbs/models/08_masked_mse.ipynb #bbd00f89
 def masked_mse(
-    prediction: Tensor,  # (B, T, D) what the model says
-    target: Tensor,      # (B, T, D) what it should say
+    prediction: Tensor,  # (B, T, D) of the model
+    target: Tensor,      # (B, T, D) what it should predict
     mask: Tensor         # (B, T) bool, True where the input was hidden
-) -> Tensor:  # 0-d, float32 or wider: mean over all hidden frames of the batch and over D; 0 if none is hidden
+) -> Tensor:             # 0-d, float32 or wider: mean over hidden frames and D; 0 if none is hidden
     """Mean squared error at the masked frames (He et al. 2022). Raises ValueError for shapes
     that would broadcast."""
     if prediction.shape != target.shape or mask.shape != target.shape[:-1]:
@@ -39,7 +39,7 @@ def masked_mse(
 # %% ../../nbs/models/08_masked_mse.ipynb #3978173b
 def token_targets(
     tokens: Tensor  # (B, T, D) output of the convolutions, unmasked
-) -> Tensor:  # (B, T, D) float32 or wider, no gradient, each frame with mean 0 and variance 1 over D
+) -> Tensor:        # (B, T, D) without gradient, each frame of mean 0 and variance 1 over D
     """Reconstruction targets from the model's own tokens: detached, layer-normalised without
     parameters, per frame."""
     tokens = at_least_float32(tokens.detach())
@@ -64,7 +64,7 @@ def patch_targets(
 # %% ../../nbs/models/08_masked_mse.ipynb #99bd26b8
 def visible_neighbours(
     mask: Tensor  # (B, T) bool, True where hidden
-) -> tuple[Tensor, Tensor]:  # (B, T) int64 each: last visible frame at or before t (−1: none), next one (T: none)
+) -> tuple[Tensor, Tensor]:  # (B, T) int64: last visible frame up to t (−1: none), next (T: none)
     "Index of the nearest visible frame on either side of each frame."
     frames = mask.shape[1]
     t = torch.arange(frames, device=mask.device).expand_as(mask)
@@ -76,7 +76,7 @@ def visible_neighbours(
 def interpolate_masked(
     target: Tensor,  # (B, T, D)
     mask: Tensor     # (B, T) bool, True where hidden
-) -> Tensor:  # (B, T, D): `target` with hidden frames on straight lines; zeros in a row that has no visible frame
+) -> Tensor:  # (B, T, D): hidden frames on straight lines; zeros in a row without visible ones
     """Linear interpolation over hidden frames from the visible ones, edges held. No
     synchronisation with the host."""
     frames = mask.shape[1]
@@ -101,7 +101,7 @@ def zero_predictor(
     "`masked_mse` of the predictor that says zero: the mean square of the hidden targets."
     return masked_mse(torch.zeros_like(target), target, mask)
 
-
+# %% ../../nbs/models/08_masked_mse.ipynb #119cd234
 def interpolation_predictor(
     target: Tensor,  # (B, T, D)
     mask: Tensor     # (B, T) bool, True where hidden

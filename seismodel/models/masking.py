@@ -1,4 +1,4 @@
-"""Which frames of a window the model does not see: spans of fixed length, drawn on the device, with a share that can be relied on.
+"""Which frames of a window are hidden from the model: spans of fixed length, drawn on the device, as a mask (B, T) with an exact fraction of hidden frames.
 
 Docs: https://seismodel.github.io/seismodel/models/masking.html.md"""
 
@@ -48,6 +48,7 @@ class SpanPlan(NamedTuple):
     many: int       # few, or few + 1
     chance: float   # probability of `many`
 
+# %% ../../nbs/models/02_masking.ipynb #44f11d53
 def check_masking(frames:int, # frames per row
                   ratio:float, # share of frames to hide
                   span:int, # frames in a span
@@ -64,6 +65,7 @@ def check_masking(frames:int, # frames per row
         raise ValueError(f"a row of {frames} frames cannot have 2 masked and 2 visible: use 4 at "
                          f"least")
 
+# %% ../../nbs/models/02_masking.ipynb #6ee4b24e
 def mode_name(mode:str, # from a configuration
               ) -> str: # one of MODES, if it is any
     "Version 0.1 called the mode `spec` by the name `seed`; its configurations still mean the same"
