@@ -1,4 +1,4 @@
-"""From a source to the ground under a station: travel times, radiation, spectra and coda of three-component waves with exact onsets
+"""From a source to the ground under a station: numbers drawn for source, path and station in, three-component waves with exact onsets out
 
 Docs: https://seismodel.github.io/seismodel/signals/earthquake.html.md"""
 
@@ -47,7 +47,11 @@ EVENT = dict(
     head=(.1, .5, False), sp=(-.8, .8, False), ps=(-.4, .4, False), s2p=(-.6, .6, False),
     window=(0., 1., False), late=(0., 1., False), second=(0., 1., False), swarm=(0., 1., False))
 
-def scale(uniform, dials):
+# %% ../../nbs/signals/01_earthquake.ipynb #70d2a2c1
+def scale(
+    uniform: np.ndarray,  # (E, number of entries) uniform numbers
+    dials: dict,          # name -> range; see `EVENT` and `STATION`
+) -> SimpleNamespace:     # an array (E,) for each entry
     "Numbers from 0 to 1, (B, len(dials)), onto the ranges of the dials: a namespace of arrays (B,)"
     low, high, log = (np.array(c, float) for c in zip(*dials.values()))
     safe = np.where(log > 0, low, 1.)  # the others are not raised to a power
@@ -62,7 +66,10 @@ class Crust(NamedTuple):
     vp:np.ndarray           # (E, 4) km/s
     vs:np.ndarray           # (E, 4) km/s
 
-def crust_of(station) -> Crust:
+# %% ../../nbs/signals/01_earthquake.ipynb #ae603c66
+def crust_of(
+    station: SimpleNamespace,  # draws of the stations, arrays (B,)
+) -> Crust:
     "The columns under the stations"
     bottom = np.cumsum([station.sediment, station.upper, station.lower,
                         np.full_like(station.upper, np.inf)], 0).T
@@ -77,7 +84,7 @@ def rays(
     bottom:np.ndarray,      # (E, n) km, of each layer
     depth:np.ndarray,       # (E,) km, of the source
     x:np.ndarray            # (E,) km, epicentral distance
-) -> tuple:                 # times in s, ray parameters in s/km, both (E, n): direct, then one head wave an interface
+) -> tuple:                 # times in s, ray parameters in s/km, both (E, n): direct, head waves
     "Travel times in flat layers; infinite where a head wave does not exist."
     # km of each layer over the source
     above = np.diff(np.minimum(bottom, depth[:, None]), prepend=0.)
@@ -109,7 +116,10 @@ def directions(
     return np.stack([c * up, s * n, s * e, -s * up, c * n, c * e, o, -e, n], 1).reshape(-1, 3, 3)
 
 # %% ../../nbs/signals/01_earthquake.ipynb #7ec0847e
-def radiation(event, ray):
+def radiation(
+    event: SimpleNamespace,  # draws of the events, arrays (E,)
+    ray: np.ndarray,         # (E, 3, 3) from `directions`, at the source
+) -> np.ndarray:             # (E, 3) of P, SV and SH
     """Far-field pattern (E, 3) of P, SV and SH of a double couple, `ray` (E, 3, 3) from
     `directions` at the source"""
     z, s = event.dip, np.sqrt(1 - event.dip**2)  # fault normal: uniform on the sphere
@@ -135,7 +145,11 @@ class Arrivals(NamedTuple):
     strength:np.ndarray
     beta:np.ndarray         # (E,) km/s at the source
 
-def arrivals(event, crust) -> Arrivals:
+# %% ../../nbs/signals/01_earthquake.ipynb #7b49c241
+def arrivals(
+    event: SimpleNamespace,  # draws of the events, arrays (E,)
+    crust: Crust,            # under each station
+) -> Arrivals:               # seven phases of each event
     "Times and amplitudes of all phases"
     E = np.arange(len(event.depth))
     layer = (event.depth[:, None] > crust.bottom).sum(1)                        # of the source
@@ -163,7 +177,15 @@ def arrivals(event, crust) -> Arrivals:
     return Arrivals(time, vector, strength, crust.vs[E, layer])
 
 # %% ../../nbs/signals/01_earthquake.ipynb #cd51de2a
-def echoes(event, crust, layer, time, vector, strength, slowness):
+def echoes(
+    event: SimpleNamespace,  # draws of the events, arrays (E,)
+    crust: Crust,            # under each station
+    layer: np.ndarray,       # (E,) number of the source layer
+    time: np.ndarray,        # (E, 7) s, changed in place
+    vector: np.ndarray,      # (E, 7, 3), changed in place
+    strength: np.ndarray,    # (E, 2) of P and S
+    slowness: list,          # of P and S, (E,) s/km
+) -> None:
     """Fill in rows 4 to 6: Ps and Sp from the base of the sediment, and sP, reflected above a
     source with a downgoing P"""
     E, (p, q) = np.arange(len(layer)), slowness
@@ -186,6 +208,7 @@ class Axes(NamedTuple):
     freq:np.ndarray         # (F,) Hz
     rate:float              # Hz
 
+# %% ../../nbs/signals/01_earthquake.ipynb #e035cbe6
 @lru_cache(maxsize=8)
 def axes(samples:int, rate:float) -> Axes:
     "Time and frequency of a window of so many samples"
@@ -196,17 +219,17 @@ def axes(samples:int, rate:float) -> Axes:
 
 # %% ../../nbs/signals/01_earthquake.ipynb #86ba34c0
 def source_spectra(
-    event,                      # needs stress_drop (Pa), t_p and t_s (t*, s): arrays (E,)
+    event:SimpleNamespace,      # needs stress_drop (Pa), t_p and t_s (attenuation, s)
     moment:np.ndarray,          # (E,) N m
     beta:np.ndarray,            # (E,) km/s
     freq:np.ndarray             # (F,) Hz
-) -> np.ndarray:                # (E, 2, F) velocity amplitude of P and S for a displacement spectrum of unit level
-    "Brune (1970) with attenuation: 2 pi f / (1 + (f/fc)^2) exp(-pi f t*)"
+) -> np.ndarray:                # (E, 2, F) velocity amplitude of P and S for unit displacement
+    "Brune (1970) with attenuation over the travel time"
     corner = .49 * 1e3 * beta * (event.stress_drop / moment)**(1 / 3)                           # Hz
     corner = np.stack([1.3 * corner, corner], 1)[..., None].astype(np.float32)  # P, S
     t_star = np.stack([event.t_p, event.t_s], 1)[..., None].astype(np.float32)
-    return 2 * np.pi * freq / (1 + (freq / corner)**2) * np.exp(np.maximum(-np.pi * freq * t_star,
-                                                                           -30))
+    fading = np.exp(np.maximum(-np.pi * freq * t_star, -30))
+    return 2 * np.pi * freq / (1 + (freq / corner)**2) * fading
 
 # %% ../../nbs/signals/01_earthquake.ipynb #86679196
 def minimum_phase(
@@ -224,9 +247,11 @@ def minimum_phase(
     return out
 
 # %% ../../nbs/signals/01_earthquake.ipynb #53848d10
-def white(generators, shape):
-    """Noise (len(generators), *shape) of zero mean and unit variance; uniform, which no filter
-    lets one see"""
+def white(
+    generators: list,  # one random stream per record
+    shape: tuple,      # of the noise of one record
+) -> np.ndarray:       # (len(generators), *shape) float32
+    "Uniform noise of zero mean and unit variance; after a filter it looks like normal noise"
     out = np.empty((len(generators), *shape), np.float32)
     for rng, row in zip(generators, out): rng.random(out=row, dtype=np.float32)
     out -= np.float32(.5)
@@ -234,7 +259,13 @@ def white(generators, shape):
     return out
 
 # %% ../../nbs/signals/01_earthquake.ipynb #0ee18b62
-def direct_waves(generators, event, onset, vector, ax):
+def direct_waves(
+    generators: list,        # one random stream per record
+    event: SimpleNamespace,  # draws of the events, arrays (E,)
+    onset: np.ndarray,       # (E, 7) s after the first sample of the window
+    vector: np.ndarray,      # (E, 7, 3) amplitude and direction of each phase
+    ax: Axes,                # time and frequency of the buffer
+) -> np.ndarray:             # (E, 2, 3, n)
     """Excitation (E, 2, 3, n) of the phases: short bursts of noise, of unit energy, along their
     vectors"""
     drive = np.zeros((len(onset), 2, 3, len(ax.time)), np.float32)
@@ -257,7 +288,15 @@ def direct_waves(generators, event, onset, vector, ax):
     return drive
 
 # %% ../../nbs/signals/01_earthquake.ipynb #41d904d3
-def fading(event, power, onset, travel, rise, hertz, ax):
+def fading(
+    event: SimpleNamespace,  # draws of the events, arrays (E,)
+    power: np.ndarray,       # (E,) decay with time
+    onset: np.ndarray,       # (E,) s
+    travel: np.ndarray,      # (E,) s after the origin
+    rise: np.ndarray,        # (E,) s
+    hertz: list,             # frequencies
+    ax: Axes,                # time and frequency of the buffer
+) -> list:                   # of (E, n), one per frequency
     """Envelopes (E, n) of scattered waves, one for each frequency of `hertz`, 1 at the onset:
     t^-p exp(-pi f t / Q(f))"""
     column = lambda a: a[:, None].astype(np.float32)
@@ -268,7 +307,15 @@ def fading(event, power, onset, travel, rise, hertz, ax):
     return [np.exp(spread - column(np.pi * f**(1 - event.qn) / event.q0) * lag) * ramp
             for f in hertz]
 
-def coda(generators, event, arrival, onset, size, ax):
+# %% ../../nbs/signals/01_earthquake.ipynb #bb418bbc
+def coda(
+    generators: list,        # one random stream per record
+    event: SimpleNamespace,  # draws of the events, arrays (E,)
+    arrival: Arrivals,       # of these events
+    onset: np.ndarray,       # (E, 7) s after the first sample of the window
+    size: np.ndarray,        # (E, 2) of the coda of P and S
+    ax: Axes,                # time and frequency of the buffer
+) -> list:                   # of three (E, 3, n)
     "Excitations (E, 3, n) of the coda: of P, of S, and what S has more of below 4 Hz; size (E, 2)"
     noise = white(generators, (3, len(ax.time)))
     noise[:, 1:] += np.float32(.5) * noise[:, :1]  # partly coherent between components
@@ -284,12 +331,12 @@ def coda(generators, event, arrival, onset, size, ax):
 
 # %% ../../nbs/signals/01_earthquake.ipynb #52385f9a
 def seismogram(
-    generators:Sequence,        # one random stream an event
-    event,                      # draws, arrays (E,)
+    generators:Sequence,        # one random stream per event
+    event:SimpleNamespace,      # draws, arrays (E,)
     arrival:Arrivals,           # of these events
     shift:np.ndarray,           # (E,) origin time, s after the first sample of the window
     spectra:np.ndarray,         # (E, 2, F) amplitude of all filters together for a unit of moment
-    ax:Axes
+    ax:Axes                     # time and frequency of the buffer
 ) -> np.ndarray:                # (E, 3, n) float32
     "What the instrument writes of an event: exactly zero before its first phase."
     onset, unit = arrival.time + shift[:, None], arrival.strength.max(1)  # unit: float32 has limits

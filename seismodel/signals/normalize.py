@@ -1,4 +1,4 @@
-"""Each component of a window to mean 0 and standard deviation 1: one window with all checks, many at once for 16 bits on a CPU, in float64 on a GPU, and without the windows in which nothing moves
+"""Windows (..., L, C) in, each component with mean 0 and standard deviation 1 out: with all checks, fast for 16-bit integers on a CPU, in float64 on a GPU; and how flat windows are found
 
 Docs: https://seismodel.github.io/seismodel/signals/normalize.html.md"""
 
@@ -24,16 +24,15 @@ def _spread(x):
 
 def flat(
     x:torch.Tensor, # (..., L, C) samples
-) -> torch.Tensor:  # (..., C) bool: True where a component holds nothing but one value, up to float32 rounding
+) -> torch.Tensor:  # (..., C) bool: True where a component is constant up to float32 rounding
     "Components whose standard deviation is at most 2^-23 of their largest absolute value"
     return _spread(x)[2].squeeze(-2)
 
 # %% ../../nbs/signals/05_normalize.ipynb #0c7d91a6
 def normalize(
     x:torch.Tensor, # (..., L, C) samples, any finite amplitude
-) -> torch.Tensor:  # the same shape: mean 0 and standard deviation 1 per component, zeros where a component is flat
-    """Demean and scale every component by itself. Raises ValueError when a sample is NaN or
-    infinite."""
+) -> torch.Tensor:  # mean 0 and standard deviation 1 per component, zeros where it is flat
+    "Demean and scale every component by itself. ValueError for a sample that is not finite."
     if not torch.isfinite(x).all():
         raise ValueError("normalize: the waveform holds NaN or infinite samples")
     y, var, still = _spread(x)
@@ -74,6 +73,7 @@ def valid_mask(
     t = torch.arange(samples, device=valid.device)
     return ((t >= valid[:, :1]) & (t < valid[:, 1:]))[..., None]
 
+# %% ../../nbs/signals/05_normalize.ipynb #d09f67d9
 def standardize(
     x:torch.Tensor,     # (B, W, 3) finite samples of any type, on any device
     valid:torch.Tensor, # (B, 2) [first, last) sample that counts

@@ -1,4 +1,4 @@
-"""Samples at any rate become samples at 100 Hz, each at its true time: no delay, no drift, no aliasing, in one go or in pieces
+"""A run of samples at any rate in, samples at 100 Hz out, each at its true time: no delay, no drift, no aliasing, as a whole or in pieces
 
 Docs: https://seismodel.github.io/seismodel/signals/resample.html.md"""
 
@@ -34,6 +34,7 @@ def half_width(
     "How far the low-pass reaches to either side"
     return ceil(LOBES*max(1., rate/to))
 
+# %% ../../nbs/signals/04_resample.ipynb #4b782760
 def low_pass(
     fraction: np.ndarray,  # (m,) where the output lies behind input sample 0, in input samples
     rate: float,  # of the input, Hz
@@ -47,22 +48,6 @@ def low_pass(
     return weights/weights.sum(1, keepdims=True)
 
 # %% ../../nbs/signals/04_resample.ipynb #a73d94b6
-def values_at(
-    x: np.ndarray,  # (n,) samples without a gap
-    position: np.ndarray,  # (m,) in input samples, in ascending order
-    rate: float,  # of the input, Hz
-    to: float = 100.,  # of the output, Hz
-) -> np.ndarray:  # (m,) float64
-    "Low-passed values of a run between its samples; its ends are held"
-    if not len(position): return np.empty(0)
-    H = half_width(rate, to)
-    whole = np.floor(position).astype(np.int64)
-    fraction = np.round((position - whole)*2**20).astype(np.int64)                   # of 2^20
-    first, last = int(whole[0]) + 1 - H, int(whole[-1]) + H
-    held = np.asarray(x, float)[np.arange(first, last + 1).clip(0, len(x) - 1)]
-    windows = np.lib.stride_tricks.sliding_window_view(held, 2*H)
-    return _weighted(windows, whole - whole[0], fraction, rate, to)
-
 def _weighted(windows, row, fraction, rate, to):
     "Rows of windows times the weights of their fractions"
     out, ratio = np.empty(len(row)), rate/to*np.arange(1, 65)
@@ -80,6 +65,23 @@ def _weighted(windows, row, fraction, rate, to):
         weights = table[step]*(1 - rest) + table[step + 1]*rest
         out[a:a + 2048] = np.einsum('mt,mt->m', windows[row[a:a + 2048]], weights)
     return out
+
+# %% ../../nbs/signals/04_resample.ipynb #bbfbf970
+def values_at(
+    x: np.ndarray,  # (n,) samples without a gap
+    position: np.ndarray,  # (m,) in input samples, in ascending order
+    rate: float,  # of the input, Hz
+    to: float = 100.,  # of the output, Hz
+) -> np.ndarray:  # (m,) float64
+    "Low-passed values of a run between its samples; its ends are held"
+    if not len(position): return np.empty(0)
+    H = half_width(rate, to)
+    whole = np.floor(position).astype(np.int64)
+    fraction = np.round((position - whole)*2**20).astype(np.int64)                   # of 2^20
+    first, last = int(whole[0]) + 1 - H, int(whole[-1]) + H
+    held = np.asarray(x, float)[np.arange(first, last + 1).clip(0, len(x) - 1)]
+    windows = np.lib.stride_tricks.sliding_window_view(held, 2*H)
+    return _weighted(windows, whole - whole[0], fraction, rate, to)
 
 # %% ../../nbs/signals/04_resample.ipynb #ef1ab84f
 def resample(
