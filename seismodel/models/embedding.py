@@ -22,7 +22,7 @@ from ..data.archive import Selection, open_archive, spans_of
 from ..data.sources import means_files, open_source
 from ..files import write_atomically
 from .frontend import frames
-from .pretraining import from_pretrained
+from .pretraining import Pretrainer, from_pretrained
 from ..signals.records import WINDOW, recorded_mean
 from ..signals.normalize import normalize
 
@@ -42,7 +42,7 @@ def split_windows(
 # %% ../../nbs/models/11_embedding.ipynb #9e2e9274
 @torch.no_grad()
 def record_features(
-    model, # a pretraining model in evaluation mode
+    model:Pretrainer, # in evaluation mode
     waveform:np.ndarray, # (L, 3), 100 Hz
     device:torch.device, # where the model is
     frames:bool=False, # one vector a frame instead of the mean over a window's frames

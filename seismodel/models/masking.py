@@ -22,7 +22,7 @@ MODES = ("exact", "wav2vec2", "spec")
 def sample_without_replacement(rows:int, # independent draws
            n:int, # numbers in a draw
            among:int, # candidates 0 … among−1
-           device=None, # of the result
+           device:torch.device|str|None=None, # of the result
            generator:torch.Generator|None=None, # source of randomness, on the same device
            ) -> Tensor: # (rows, n) int64
     "For each row `n` different numbers below `among`, every subset equally likely, in random order"
@@ -96,7 +96,7 @@ def exact_starts(rows:int, # windows in the batch
                  frames:int, # frames in a window
                  n:int, # spans in each row, n·span ≤ frames
                  span:int, # frames in a span
-                 device=None, # of the result
+                 device:torch.device|str|None=None, # of the result
                  generator:torch.Generator|None=None, # source of randomness, on the same device
                  ) -> Tensor: # (rows, n) int64
     """First frames (rows, n), in order, of `n` spans that do not overlap; every arrangement is
@@ -110,7 +110,7 @@ def exact_starts(rows:int, # windows in the batch
 def wav2vec2_starts(rows:int, # windows in the batch
                     frames:int, # frames in a window
                     plan:SpanPlan, # from `plan_spans`
-                    device=None, # of the result
+                    device:torch.device|str|None=None, # of the result
                     generator:torch.Generator|None=None, # source of randomness, on the same device
                     ) -> Tensor: # (rows, plan.many) int64
     """First frames (rows, plan.many), all different; spans may overlap; `frames` = unused
@@ -125,7 +125,7 @@ def spec_starts(rows:int, # windows in the batch
                 frames:int, # frames in a window
                 n:int, # spans in each row
                 span:int, # frames in a span
-                device=None, # of the result
+                device:torch.device|str|None=None, # of the result
                 generator:torch.Generator|None=None, # source of randomness, on the same device
                 ) -> Tensor: # (rows, n) int64
     """First frames (rows, n), drawn with replacement from all that fit: the raw sampler, without
@@ -148,7 +148,7 @@ def span_mask(rows:int, # windows in the batch
               ratio:float, # share of frames to hide, 0 … 1; 0 hides nothing
               span:int, # frames in a span, shortened to frames − 2 where the row is short
               mode:str="exact", # "exact", "wav2vec2" or "spec"
-              device=None, # of the mask; by default the generator's
+              device:torch.device|str|None=None, # of the mask; by default the generator's
               generator:torch.Generator|None=None, # source of randomness, on the same device
               ) -> Tensor: # (rows, frames) bool, True = masked
     """Random spans, at least 2 masked and 2 visible frames a row; raises ValueError as
@@ -184,7 +184,7 @@ def channel_mask(rows:int, # windows in the batch
                  ratio:float, # share of channels to hide, 0 … 1
                  span:int=1, # neighbouring channels that are hidden together
                  mode:str="exact", # as in `span_mask`
-                 device=None, # of the mask; by default the generator's
+                 device:torch.device|str|None=None, # of the mask; by default the generator's
                  generator:torch.Generator|None=None, # source of randomness, on the same device
                  ) -> Tensor: # (rows, channels) bool, True = hidden in all frames of the window
     "Channels to hide in each window; raises ValueError as `span_mask` does"

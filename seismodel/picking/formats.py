@@ -1,4 +1,4 @@
-"""`seismodel pick --format pyocto|gamma|real|hypoinverse|nonlinloc`: files that those programs read as they are
+"""Rows of picks and station coordinates in, files that these programs read out; `seismodel pick --format NAME`
 
 Docs: https://seismodel.github.io/seismodel/picking/formats.html.md"""
 
@@ -29,14 +29,16 @@ def check_formats(
             raise UserError(f"--format is '{name}'; choose from {', '.join(PICK_FORMATS)}.")
     return tuple(dict.fromkeys(names or ()))
 
+# %% ../../nbs/picking/03a_formats.ipynb #23dd71f7
 def site_of(
     row: dict,                # of a pick
 ) -> str:                     # NET.STA.LOC
     "The name of a station for an associator"
     return '.'.join(str(row[k]) for k in CODES[:3])
 
+# %% ../../nbs/picking/03a_formats.ipynb #1b0e2943
 def sites_in(
-    inventory,                # obspy.Inventory
+    inventory: object,        # obspy.Inventory
 ) -> dict:                    # NET.STA.LOC -> latitude, longitude in degrees, elevation in m
     "Where stations are, by location code; the last epoch counts"
     places = {}
@@ -49,6 +51,7 @@ def sites_in(
                 places[name + channel.location_code] = channel.latitude, channel.longitude, height
     return {name: tuple(map(float, place)) for name, place in places.items()}
 
+# %% ../../nbs/picking/03a_formats.ipynb #59f437a8
 def _write_csv(path, columns, rows):
     "A table, replaced whole"
     def write(part):
@@ -71,6 +74,7 @@ def write_pyocto(
     stations = [(name, *place) for name, place in places.items()]
     _write_csv(folder/'stations.pyocto.csv', ('id', 'latitude', 'longitude', 'elevation'), stations)
 
+# %% ../../nbs/picking/03a_formats.ipynb #5c29fe18
 def write_gamma(
     rows: list[dict],    # picks, or anything that yields them
     folder: Path,        # gets the files
@@ -84,8 +88,8 @@ def write_gamma(
     amp = lambda size: (f'{float(size)/2:.6g}',) if known else ()
     lines = [(site_of(r), r['time'].rstrip('Z'), r['probability'], r['phase'].lower(), *amp(size))
              for r, size in zip(rows, sizes)]
-    _write_csv(folder/'picks.gamma.csv', ('id', 'timestamp', 'prob', 'type',
-                                          *(('amp',) if known else ())), lines)
+    columns = 'id', 'timestamp', 'prob', 'type', *(('amp',) if known else ())
+    _write_csv(folder/'picks.gamma.csv', columns, lines)
     if not places: return
     middle = [sum(p[k] for p in places.values())/len(places) for k in (0, 1)]
     plane = lambda lat, lon: util_geo_km(middle[1], middle[0], lon, lat)
@@ -147,8 +151,9 @@ def hypoinverse_line(
     put(112, f"{row['location'][:2]:2}")
     return ''.join(line)
 
+# %% ../../nbs/picking/03a_formats.ipynb #dd934880
 def write_hypoinverse(
-    events,              # lists of picks, one per event
+    events: list,        # lists of picks, one per event
     path: Path,          # a file, replaced whole
 ):
     "Phase lines of events"
@@ -161,7 +166,7 @@ def write_hypoinverse(
 
 # %% ../../nbs/picking/03a_formats.ipynb #44ef833d
 def write_nonlinloc(
-    events,              # lists of picks, one per event
+    events: list,        # lists of picks, one per event
     path: Path,          # a file, replaced whole
 ):
     "Observations of events"
@@ -175,6 +180,7 @@ def write_nonlinloc(
                 f.write(text.getvalue().rstrip(b'\n') + b'\n\n')
     write_atomically(path, write)
 
+# %% ../../nbs/picking/03a_formats.ipynb #a1ecfc15
 def write_places(
     places: dict,        # from `sites_in`
     path: Path,          # a file, replaced whole
@@ -190,7 +196,7 @@ def write_format(
     name: str,           # one of `PICK_FORMATS`
     rows: list[dict],    # or anything that yields them, those of an instrument and day side by side
     folder: Path,        # of the results
-    inventory=None,      # obspy.Inventory, for stations
+    inventory: object = None,  # obspy.Inventory, for stations
 ):
     "Write picks for a program"
     places = sites_in(inventory) if inventory is not None else {}
