@@ -207,7 +207,7 @@ def complete(
     config: SyntheticConfig,  # settings of the generator
     normal: np.ndarray,       # (E,) normal numbers
 ) -> SimpleNamespace:         # the same draws
-    "Draws that depend on the configuration or on each other: distance, depth, SNR, t*"
+    "Draws that depend on the configuration or on each other: distance, depth, SNR, attenuation"
     between = lambda u, pair: pair[0] * (pair[1] / pair[0])**u
     event.distance = between(event.distance, config.distance_km)
     event.depth = between(event.depth, config.depth_km)
