@@ -106,13 +106,15 @@ def blocks_of(
     return [Block(path, kind, edge, step) for edge in edges]
 
 # %% ../../nbs/data/00_formats.ipynb #1f996058
-def code(text: str) -> str:
+def code(
+    text: str,  # from a header
+) -> str:       # without padding
     "A code without the blanks and zeros that some formats pad with"
     return ''.join(text.replace('\0', ' ').split())
 
 # %% ../../nbs/data/00_formats.ipynb #50313266
 def entries_of(
-    block: Block,
+    block: Block,  # of a file
 ) -> tuple[list[Entry], dict[str, str]]:  # entries; channel -> why it is not used
     "What the headers of a block say. Raises `UserError` for a damaged file."
     entries, left, size = [], {}, Path(block.file).stat().st_size
@@ -131,7 +133,7 @@ def entries_of(
 
 # %% ../../nbs/data/00_formats.ipynb #9b0b369e
 def decode(
-    block: Block,
+    block: Block,  # of a file
     smallest: int = 4096,  # bytes of miniSEED that are not halved any more
 ) -> list[tuple[str, int, np.ndarray]]:  # channel, time of sample 0 in ns, samples (n,)
     "Samples of a block; what is damaged is missing"

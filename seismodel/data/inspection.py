@@ -217,17 +217,15 @@ def verify_stores(
 # %% ../../nbs/data/08_inspection.ipynb #67650241
 @delegates(Selection)
 def inspect(
-    # stores, folders or names of SeisBench data sets, or files, folders and patterns of miniSEED,
-    # SAC, …
-    where:Annotated[str, {"opt": False, "nargs": "+"}],
+    where:Annotated[str, {"opt": False, "nargs": "+"}], # stores, data sets, files or patterns
     out:Path=Path("inspect.png"), # the page of waveforms
     records:int=400,              # how many to read for durations, picks and SNR
     window:int=WINDOW,            # samples; traces below half of it count as bad
     verify:bool=False,            # compare all checksums of a store
     **selection,
 )->Overview: # what was found
-    """Show what a store or a folder holds: counts, rates, durations, SNR, bad traces, and a page
-    of waveforms"""
+    """Show what a store, a SeisBench data set (by folder or by name) or waveform files (miniSEED,
+    SAC, …) hold: counts, rates, durations, SNR, bad traces, and a page of waveforms"""
     if records < 1: raise UserError(f"--records is {records}: give 1 or more")
     if window < 1: raise UserError(f"--window is {window}: give 1 or more samples")
     if Path(out).suffix not in (".png", ".pdf", ".svg"):

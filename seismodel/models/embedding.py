@@ -124,17 +124,15 @@ def save_arrays(
 @delegates(Selection)
 def embed(
     model:Path, # a run's folder, or one that save_pretrained wrote
-    # data sets, by folder or by name; or files, folders and patterns: an SDS archive, miniSEED,
-    # SAC, …
-    sources:Annotated[str, {'opt': False, 'nargs': '+'}],
+    sources:Annotated[str, {'opt': False, 'nargs': '+'}], # data sets; or files, folders, patterns
     out:Path=Path('features.npz'), # the file to write
     split:str='train', # of a dataset: train, dev or test
     frames:bool=False, # keep one vector for every 40 ms instead of the mean over each window
     device:str='auto', # auto, cpu, cuda or cuda:N
     **selection,
 )->Path: # the file written
-    """Write features of a data set or waveform files to .npz: features, name, start_sample,
-    true_frames"""
+    """Write features of data sets (by folder or by name), or of waveform files (an SDS archive,
+    miniSEED, SAC, …), to .npz: features, name, start_sample, true_frames"""
     target, out, selection = pick_device(device), Path(out), Selection(**selection)
     sources = [sources] if isinstance(sources, (str, Path)) else list(sources)
     if out.suffix != '.npz': raise UserError(f"'{out}' must end in .npz.")

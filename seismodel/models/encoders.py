@@ -140,7 +140,8 @@ class ConvDownPaths(ConvDownLayers):
             features = features.masked_fill(dead[:, None], 0.)   # (B, 1, D) against (B, T, D)
         return features, mask
 
-    def quantizer_input(self, clean: torch.Tensor) -> torch.Tensor:   # (B, T, conv_features)
+    def quantizer_input(self, clean: torch.Tensor   # (B, T, conv_features)
+                        ) -> torch.Tensor:          # the same values
         "Clean frames for the quantizer: detached, unless the encoder learns from its targets"
         return clean.detach() if self.config.target_gradients == 'quantizer' else clean
 
@@ -218,7 +219,7 @@ class BidirAutoregEncoder(nn.Module):
         # a learned vector starts where the plain mask is, at zero, and goes where the loss sends it
         self.mask_emb = nn.Parameter(torch.zeros(c.d_model)) if c.mask_value == 'learned' else None
 
-    def encode(self, x: torch.Tensor) -> torch.Tensor:   # (B, L, C) to (B, T, d_model)
+    def encode(self, x: torch.Tensor) -> torch.Tensor:   # from (B, L, C), (B, T, d_model)
         "Features with nothing masked: what fine-tuning and `embed` use"
         check_traces(x, self.config.in_features)
         return self.dropout(self.projection(self.subsampling(x)[0]))

@@ -180,8 +180,10 @@ def write_model(
 # %% ../../nbs/models/10_pretraining.ipynb #5077d1bc
 class Pretrainer(nn.Module):
     "Encoder, backbone and head: what the methods share. Each adds its `forward`, the loss."
-    def __init__(self, config: ModelConfig, encoder: nn.Module, backbone: nn.Module,
-                 head: nn.Module):
+    def __init__(self, config: ModelConfig,   # kept in `config.json`
+                 encoder: nn.Module,          # waveform to frames
+                 backbone: nn.Module,         # frames to frames with context
+                 head: nn.Module):            # context to predictions
         super().__init__()
         self.config, self.encoder, self.backbone, self.head = config, encoder, backbone, head
         # with several ranks the trainer puts the mean over them, and their draws, here

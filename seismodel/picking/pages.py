@@ -146,7 +146,7 @@ def draw_event(
 
 # %% ../../nbs/picking/03b_pages.ipynb #efbac9ee
 def day_page(
-    instrument: Instrument,
+    instrument: Instrument,   # of an archive
     date: str,           # of the day
     pieces: list,        # of the day
     rows: list[dict],    # its picks
@@ -170,7 +170,7 @@ def day_page(
 
 # %% ../../nbs/picking/03b_pages.ipynb #d6474ed2
 def draw_page(
-    instrument: Instrument,
+    instrument: Instrument,   # of an archive
     date: str,           # of the day
     pieces: list,        # of the day
     rows: list[dict],    # its picks
