@@ -225,10 +225,10 @@ def infonce_loss(
     most = max_masked(mask.shape[1], k.mask_prob, k.mask_length, k.mask_mode)
     indices, valid = masked_frames(mask, most)
     with draws():                                 # visible frames are not quantized
-        targets, codes, usage = encoder.masked_targets(clean, indices, valid, generator)
-        sums = contrastive_sums(predictions, targets, codes, usage, indices, valid, c.negatives,
-                                c.temperature, generator)
-    taken = code_usage(codes, k.num_codevectors_per_group, valid).float()
+        quantized = encoder.masked_targets(clean, indices, valid, generator)
+        sums = contrastive_sums(predictions, quantized, indices, valid, c.negatives, c.temperature,
+                                generator)
+    taken = code_usage(quantized.codes, k.num_codevectors_per_group, valid).float()
     *sums, taken = all_reduce_mean(average, [*sums, taken])    # taken is (G, V)
     out = contrastive_mean(ContrastiveSums(*sums), c.negatives, c.diversity_weight)
     codes_used = entropy_perplexity(taken/taken.sum(-1, keepdim=True).clamp_min(1))
