@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 from seismodel.models.encoders import (BidirAutoregConfig, BidirAutoregEncoder, ConvDownConfig, ConvDownEncoderContrastive,
                                 ConvDownFeatures, MaskedTokens)
 from seismodel.core import count_parameters
+from seismodel.finetuning.finetune import start_model
 from seismodel.models.masking import max_masked
+from seismodel.models.pretraining import ReconstructionConfig, build
+from seismodel.training.settings import read_settings
 
 ENCODERS = [ConvDownEncoderContrastive, BidirAutoregEncoder]
 SMALL = {ConvDownEncoderContrastive: ConvDownConfig(conv_features=16, out_features=12, codevector_dim=8,
@@ -25,8 +28,7 @@ def make(cls, seed=0, **changes):
 
 def rng(seed=0): return torch.Generator().manual_seed(seed)
 def windows(batch=3, samples=400, seed=0): return torch.randn(batch, samples, 3, generator=rng(seed))
-def tensors(out):
-    return list(out) if isinstance(out, ConvDownFeatures) else [out.features, out.tokens, out.mask]
+def tensors(out): return list(vars(out).values())
 
 
 @pytest.fixture(scope='module')
@@ -206,6 +208,48 @@ def test_fine_tuning_returns_unmasked_features_alone(cls):
 
 
 @pytest.mark.parametrize('cls', ENCODERS)
+def test_the_pair_of_the_specification(cls):
+    "`features, targets = encoder(x)`, an index and the length; everything else by name"
+    out = make(cls)(windows(), rng())
+    targets = out.targets if cls is ConvDownEncoderContrastive else out.tokens
+    masked_features, second = out
+    assert masked_features is out.features and second is targets
+    assert out[0] is out.features and out[1] is targets and out[-1] is targets and out[:1] == (out.features,)
+    assert len(out) == 2 and len(vars(out)) == (6 if cls is ConvDownEncoderContrastive else 3)
+    with pytest.raises(IndexError): out[2]
+
+
+def test_dilation_acts_on_both_convolutions():
+    encoder = make(ConvDownEncoderContrastive, dilation=2)
+    assert [conv.dilation for conv in (encoder.frontend.conv1, encoder.frontend.conv2)] == [(2,), (2,)]
+    x = windows(1, 64).requires_grad_()
+    encoder.encode(x)[0, 8].sum().backward()
+    seen = x.grad[0].abs().sum(-1).nonzero().flatten()
+    assert seen.max() - seen.min() + 1 == 13
+
+
+@pytest.mark.parametrize('cls', ENCODERS)
+def test_a_short_row_has_shorter_spans_and_below_13_samples_none(cls):
+    with pytest.raises(ValueError): make(cls)(windows(1, 12), rng())
+    assert make(cls)(windows(1, 13), rng()).mask.sum() == 2      # four frames
+
+
+@pytest.mark.parametrize('field', ['encoder.dropout', 'dropout'])
+def test_dropout_of_fine_tuning_can_be_chosen(field, tmp_path):
+    "By `seismodel finetune --set model.encoder.dropout=.1`, though the run that it starts from has none"
+    config = ReconstructionConfig(SMALL[BidirAutoregEncoder], blocks=1, heads=2)
+    build(config).save_pretrained(tmp_path)
+    changes, _ = read_settings(None, [f'model.{field}=.1'], {})
+    model = start_model(str(tmp_path), changes=changes).train()
+    rates = {m.p for m in (model.encoder if 'encoder' in field else model.backbone).modules() if isinstance(m, torch.nn.Dropout)}
+    assert rates == {.1}
+    a, b = model.features(windows()), model.features(windows())
+    assert not torch.equal(a, b)
+    model.eval()
+    assert torch.equal(model.features(windows()), model.features(windows()))
+
+
+@pytest.mark.parametrize('cls', ENCODERS)
 def test_masks_are_drawn_in_evaluation_mode_too(cls):
     assert make(cls).eval()(windows(), rng()).mask.float().mean() > .5
 
@@ -264,10 +308,8 @@ def test_channel_mask():
     assert torch.equal(out.features[kept], none.features[kept])
 
 
-def test_pair_of_the_specification():
+def test_positions_of_the_hidden_frames():
     out = make(BidirAutoregEncoder)(windows(), rng())
-    features, tokens = out
-    assert features is out.features and tokens is out.tokens
     for positions, row in zip(out.mask_indices, out.mask, strict=True):
         assert positions.dtype == torch.int64 and torch.equal(torch.zeros_like(row).index_fill(0, positions, True), row)
 

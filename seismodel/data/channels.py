@@ -1,4 +1,4 @@
-"""One mapping from channel codes to Z, N, E for the whole package: Z 1 2, vertical only, hydrophones, azimuths, and by hand
+"""Component letters in, a mapping to Z, N, E out: Z 1 2, vertical only, hydrophones, azimuths from an inventory, or given by hand
 
 Docs: https://seismodel.github.io/seismodel/data/channels.html.md"""
 
@@ -29,6 +29,7 @@ def parse_components(
                         "such as Z=3,N=1,E=2.")
     return {letter: c for c, letter in pairs}
 
+# %% ../../nbs/data/00a_channels.ipynb #e02f9dfe
 def map_components(
     letters: str,  # component letters of one instrument, such as 'Z12H'
     by_hand: dict[str, str] | None = None,  # letter -> Z, N or E, from `parse_components`
@@ -59,16 +60,18 @@ def zne_order(
         out.append(c if new in out or new != c and new in named else new)
     return ''.join(out)
 
+# %% ../../nbs/data/00a_channels.ipynb #20a7bb27
 def zne_orders(
-    metadata,  # of a SeisBench data set, a pandas DataFrame with `trace_component_order`
+    metadata: object,  # pandas DataFrame of a SeisBench data set with `trace_component_order`
     by_hand: dict[str, str] | None = None,  # letter -> Z, N or E
 ):  # pandas Series of text
     "`zne_order` of every record"
     old = metadata['trace_component_order'].astype(str)
     return old.map({order: zne_order(order, by_hand) for order in old.unique()})
 
+# %% ../../nbs/data/00a_channels.ipynb #82549283
 def translate_components(
-    metadata,  # of a SeisBench data set, a pandas DataFrame, changed in place
+    metadata: object,  # pandas DataFrame of a SeisBench data set, changed in place
     by_hand: dict[str, str] | None = None,  # letter -> Z, N or E
 ):
     "Write `trace_component_order` in the letters Z, N, E"
@@ -84,6 +87,7 @@ def unit_vector(
     a, d = np.radians([azimuth, dip])
     return np.array([-np.sin(d), np.cos(d)*np.cos(a), np.cos(d)*np.sin(a)])
 
+# %% ../../nbs/data/00a_channels.ipynb #7bbff03e
 def rotation(
     pointing: list[tuple[float, float]],  # azimuth and dip of three channels, degrees
 ) -> np.ndarray | None:  # (3, 3) Z, N, E out of the channels, or None where they do not span space

@@ -1,4 +1,4 @@
-"""Reading miniSEED, SAC, GSE2 and other files without trusting them, in blocks of bounded size, and what their headers say
+"""A waveform file in, its channels, times and samples out: miniSEED, SAC, GSE2 and others, read safely and in blocks of bounded size
 
 Docs: https://seismodel.github.io/seismodel/data/formats.html.md"""
 
@@ -36,15 +36,17 @@ def first_format(
         is_format = buffered_load_entry_point('obspy', f'obspy.plugin.{family}.{name}', 'isFormat')
         try:
             if is_format(str(path)): return name
-        except Exception: continue       # written for another format, and stumbles over this one
+        except Exception: continue       # raised by the test of another format
     return None
 
+# %% ../../nbs/data/00_formats.ipynb #a21d9ace
 def format_of(
     path: str,  # of a file
 ) -> str | None:  # one of `FORMATS`, or None
     "Which of the formats of waveforms a file has"
     return first_format(path, 'waveform', FORMATS)
 
+# %% ../../nbs/data/00_formats.ipynb #a752d11b
 def read_file(
     path: str | Path,  # of a file
     headonly: bool = False,  # headers without samples
@@ -52,7 +54,7 @@ def read_file(
     first: int = 0,  # byte at which to begin; only of miniSEED
     length: int = -1,  # bytes to read; -1: to the end
 ):  # obspy.Stream
-    "Read a waveform file and nothing but one. Raises `UserError` for other and damaged files."
+    "Read a waveform file. Raises `UserError` for other and damaged files."
     import obspy
     kind = kind or format_of(path)
     if kind not in FORMATS:
@@ -76,6 +78,7 @@ class Block(NamedTuple):
     first: int    # byte
     length: int   # bytes; -1: to the end
 
+# %% ../../nbs/data/00_formats.ipynb #e85ba608
 class Entry(NamedTuple):
     "Samples of a channel without a gap, in one block"
     block: Block
@@ -84,6 +87,7 @@ class Entry(NamedTuple):
     npts: int     # samples
     rate: float   # Hz
 
+# %% ../../nbs/data/00_formats.ipynb #8742598c
 def blocks_of(
     path: str,  # of a file
     kind: str,  # its format
@@ -101,12 +105,16 @@ def blocks_of(
         return [Block(path, kind, 0, -1)]                # no record begins at some edge
     return [Block(path, kind, edge, step) for edge in edges]
 
-def code(text: str) -> str:
+# %% ../../nbs/data/00_formats.ipynb #1f996058
+def code(
+    text: str,  # from a header
+) -> str:       # without padding
     "A code without the blanks and zeros that some formats pad with"
     return ''.join(text.replace('\0', ' ').split())
 
+# %% ../../nbs/data/00_formats.ipynb #50313266
 def entries_of(
-    block: Block,
+    block: Block,  # of a file
 ) -> tuple[list[Entry], dict[str, str]]:  # entries; channel -> why it is not used
     "What the headers of a block say. Raises `UserError` for a damaged file."
     entries, left, size = [], {}, Path(block.file).stat().st_size
@@ -125,7 +133,7 @@ def entries_of(
 
 # %% ../../nbs/data/00_formats.ipynb #9b0b369e
 def decode(
-    block: Block,
+    block: Block,  # of a file
     smallest: int = 4096,  # bytes of miniSEED that are not halved any more
 ) -> list[tuple[str, int, np.ndarray]]:  # channel, time of sample 0 in ns, samples (n,)
     "Samples of a block; what is damaged is missing"
@@ -140,6 +148,7 @@ def decode(
     return [('.'.join(map(code, tr.id.split('.'))), tr.stats.starttime.ns, np.asarray(tr.data))
             for tr in stream if tr.data.dtype.kind in 'iuf']
 
+# %% ../../nbs/data/00_formats.ipynb #24d09a6d
 def printable(
     text: str,  # perhaps with bytes that are no UTF-8
 ) -> str:

@@ -1,4 +1,4 @@
-"""A day of a station as one array: three components at 100 Hz, gaps as zeros and named
+"""The file of one station in, an array (L, 3) at 100 Hz out, in the order Z, N, E, with zeros in gaps and a list of them
 
 Docs: https://seismodel.github.io/seismodel/data/waveform.html.md"""
 
@@ -26,29 +26,7 @@ class Waveform(NamedTuple):
     components: str              # those that the file has, such as 'ZNE' or 'Z'
     gaps: list[tuple[int, int]]  # [first, last) samples in which one of these is missing
 
-def read_waveform(
-    path: str | Path,  # a file of one station, in any of the formats that are read
-) -> Waveform:
-    "Read one station's continuous data. Raises `UserError` for what cannot be read as such."
-    from obspy import UTCDateTime
-    if not Path(path).is_file(): raise UserError(f'the waveform file {path} does not exist')
-    archive = open_archive(path)
-    names = [i.name for i in archive.instruments]
-    if len(names) > 1:
-        raise UserError(f"{path} has several instruments ({', '.join(names[:4])}): write one of them to "
-                        'a new file')
-    if not names:
-        name, why = next(iter(archive.left_out.items()))
-        if name != str(path): why = f'it has no samples on a channel that ends in Z, N, E, 1 or 2 ({why})'
-        raise UserError(f'{path} is not a waveform file that can be used: {why}')
-    instrument, = archive.instruments
-    x, start = _whole(instrument, path)
-    there = ~np.isnan(x)                                                     # (L, 3)
-    gaps = spans_of(~there[:, [COMPONENTS.index(c) for c in instrument.components]].all(1))
-    x -= recorded_mean(x)                                                    # each component's own
-    return Waveform(np.where(there, x, 0).astype(np.float32), str(UTCDateTime(ns=start)),
-                    instrument.name, instrument.components, gaps)
-
+# %% ../../nbs/data/01a_waveform.ipynb #f4b79301
 def _whole(instrument, path):
     "All spans on one time axis, (L, 3) with NaN in gaps, and its beginning in ns"
     spans = instrument.spans()
@@ -62,3 +40,28 @@ def _whole(instrument, path):
     for first, span in zip(firsts, spans):
         x[first:first + span.count] = instrument.read(span, 0, span.count)
     return x, start
+
+# %% ../../nbs/data/01a_waveform.ipynb #cc0fa652
+def read_waveform(
+    path: str | Path,  # a file of one station, in any of the formats that are read
+) -> Waveform:
+    "Read one station's continuous data. Raises `UserError` for what cannot be read as such."
+    from obspy import UTCDateTime
+    if not Path(path).is_file(): raise UserError(f'the waveform file {path} does not exist')
+    archive = open_archive(path)
+    names = [i.name for i in archive.instruments]
+    if len(names) > 1:
+        raise UserError(f"{path} has several instruments ({', '.join(names[:4])}): "
+                        "write one of them to a new file")
+    if not names:
+        name, why = next(iter(archive.left_out.items()))
+        if name != str(path):
+            why = f'it has no samples on a channel that ends in Z, N, E, 1 or 2 ({why})'
+        raise UserError(f'{path} is not a waveform file that can be used: {why}')
+    instrument, = archive.instruments
+    x, start = _whole(instrument, path)
+    there = ~np.isnan(x)                                                     # (L, 3)
+    gaps = spans_of(~there[:, [COMPONENTS.index(c) for c in instrument.components]].all(1))
+    x -= recorded_mean(x)                                                    # each component's own
+    return Waveform(np.where(there, x, 0).astype(np.float32), str(UTCDateTime(ns=start)),
+                    instrument.name, instrument.components, gaps)

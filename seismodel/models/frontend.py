@@ -17,11 +17,15 @@ from torch.nn import functional as F
 def same_padding(kernel_size:int, # taps of the convolution
                  dilation:int=1, # distance between taps, samples
                  ) -> int: # zeros at either end
-    "Zeros at either end that centre output t on input stride·t; raises ValueError if that takes half a zero"
+    """Zeros at either end that centre output t on input stride·t; raises ValueError if that
+    takes half a zero"""
     reach = dilation*(kernel_size - 1)   # from the first tap to the last
-    if reach % 2: raise ValueError(f"kernel size {kernel_size} with dilation {dilation} has no middle: use an odd size")
+    if reach % 2:
+        raise ValueError(f"kernel size {kernel_size} with dilation {dilation} has no middle: use "
+                         f"an odd size")
     return reach//2
 
+# %% ../../nbs/models/01_frontend.ipynb #84a8dfe8
 def frames(samples:int, # length of the window
            strides:tuple[int, ...]=(2, 2), # of the convolutions, first to last
            ) -> int: # frames that come out
@@ -35,7 +39,7 @@ def receptive_field(kernel_size:int=3, # taps of each convolution
                     dilation:int=1, # distance between taps, the same in each
                     ) -> int: # samples of the window that can change one frame
     "Samples that one frame sees: 1 + Σ d (k−1) · (product of the strides before)"
-    field, step = 1, 1                                # step: samples between neighbouring inputs of this layer
+    field, step = 1, 1  # step: samples between neighbouring inputs of this layer
     for stride in strides:
         field += dilation*(kernel_size - 1)*step
         step *= stride
@@ -45,9 +49,11 @@ def receptive_field(kernel_size:int=3, # taps of each convolution
 class TraceConv(nn.Conv1d):
     "`Conv1d` that takes and gives channels that lie last in memory without a copy"
     def forward(self, x:Tensor) -> Tensor:             # (B, C_in, L) to (B, C_out, L')
-        y = F.conv2d(x.unsqueeze(2), self.weight.unsqueeze(2), self.bias, (1, *self.stride), (0, *self.padding), (1, *self.dilation), self.groups)
+        y = F.conv2d(x.unsqueeze(2), self.weight.unsqueeze(2), self.bias, (1, *self.stride),
+                     (0, *self.padding), (1, *self.dilation), self.groups)
         return y.squeeze(2)
 
+# %% ../../nbs/models/01_frontend.ipynb #8a726f4b
 def convolve(conv:nn.Conv1d, # any strided convolution
              x:Tensor, # (B, L, C_in)
              ) -> Tensor: # (B, L', C_out)
@@ -56,7 +62,8 @@ def convolve(conv:nn.Conv1d, # any strided convolution
 
 # %% ../../nbs/models/01_frontend.ipynb #baf7a944
 class ConvDownFrontend(nn.Module):
-    "2 × [Conv1d stride 2 → LayerNorm → GELU] → LayerNorm: waveform (B, L, C) to frames (B, ⌈L/4⌉, dim), any L ≥ 1"
+    """2 × [Conv1d stride 2 → LayerNorm → GELU] → LayerNorm: waveform (B, L, C) to frames (B,
+    ⌈L/4⌉, dim), any L ≥ 1"""
     def __init__(self,
                  in_features:int=3, # components of the waveform
                  dim:int=256, # features of a frame
@@ -64,7 +71,8 @@ class ConvDownFrontend(nn.Module):
                  dilation:int=1, # distance between taps of both convolutions
                  ):
         super().__init__()
-        shape = dict(kernel_size=kernel_size, stride=2, padding=same_padding(kernel_size, dilation), dilation=dilation)
+        shape = dict(kernel_size=kernel_size, stride=2, padding=same_padding(kernel_size, dilation),
+                     dilation=dilation)
         self.conv1, self.norm1 = TraceConv(in_features, dim, **shape), nn.LayerNorm(dim)
         self.conv2, self.norm2 = TraceConv(dim, dim, **shape), nn.LayerNorm(dim)
         self.norm = nn.LayerNorm(dim)
@@ -76,7 +84,8 @@ class ConvDownFrontend(nn.Module):
 
 # %% ../../nbs/models/01_frontend.ipynb #db5ada4e
 class Conv1dSubsampling(nn.Module):
-    "2 × [Conv1d stride 2 → ReLU or GELU]: waveform (B, L, C) to (features, tokens), one tensor (B, ⌈L/4⌉, d_model), twice"
+    """2 × [Conv1d stride 2 → ReLU or GELU]: waveform (B, L, C) to (features, tokens), one tensor
+    (B, ⌈L/4⌉, d_model), twice"""
     def __init__(self,
                  in_features:int=3, # components of the waveform
                  d_model:int=256, # features of a frame
@@ -98,7 +107,8 @@ class Conv1dSubsampling(nn.Module):
 def multiply_adds(module:nn.Module, # any module
                   *inputs:Tensor, # what its forward takes
                   ) -> int: # multiply–adds of its convolutions and matrix products
-    "Multiply–adds of one forward pass, counted by PyTorch while it runs (half of its floating point operations)"
+    """Multiply–adds of one forward pass, counted by PyTorch while it runs (half of its floating
+    point operations)"""
     from torch.utils.flop_counter import FlopCounterMode    # would import Triton with this module
     with torch.no_grad(), FlopCounterMode(display=False) as counter: module(*inputs)
     return counter.get_total_flops()//2

@@ -1,4 +1,4 @@
-"""The mean squared error at hidden frames, what it may be asked to predict, and how to see that it was not cheated.
+"""Mean squared error at the hidden frames, from predictions and targets (B, T, D) and a mask (B, T); the targets, trivial predictors to compare with, and two measures of collapse
 
 Docs: https://seismodel.github.io/seismodel/models/masked_mse.html.md"""
 
@@ -22,11 +22,12 @@ def at_least_float32(
 
 # %% ../../nbs/models/08_masked_mse.ipynb #bbd00f89
 def masked_mse(
-    prediction: Tensor,  # (B, T, D) what the model says
-    target: Tensor,      # (B, T, D) what it should say
+    prediction: Tensor,  # (B, T, D) of the model
+    target: Tensor,      # (B, T, D) what it should predict
     mask: Tensor         # (B, T) bool, True where the input was hidden
-) -> Tensor:  # 0-d, float32 or wider: mean over all hidden frames of the batch and over D; 0 if none is hidden
-    "Mean squared error at the masked frames (He et al. 2022). Raises ValueError for shapes that would broadcast."
+) -> Tensor:             # 0-d, float32 or wider: mean over hidden frames and D; 0 if none is hidden
+    """Mean squared error at the masked frames (He et al. 2022). Raises ValueError for shapes
+    that would broadcast."""
     if prediction.shape != target.shape or mask.shape != target.shape[:-1]:
         shapes = f"{tuple(prediction.shape)}, {tuple(target.shape)} and {tuple(mask.shape)}"
         raise ValueError(f"masked_mse needs shapes (B, T, D), (B, T, D) and (B, T), not {shapes}.")
@@ -38,8 +39,9 @@ def masked_mse(
 # %% ../../nbs/models/08_masked_mse.ipynb #3978173b
 def token_targets(
     tokens: Tensor  # (B, T, D) output of the convolutions, unmasked
-) -> Tensor:  # (B, T, D) float32 or wider, no gradient, each frame with mean 0 and variance 1 over D
-    "Reconstruction targets from the model's own tokens: detached, layer-normalised without parameters, per frame."
+) -> Tensor:        # (B, T, D) without gradient, each frame of mean 0 and variance 1 over D
+    """Reconstruction targets from the model's own tokens: detached, layer-normalised without
+    parameters, per frame."""
     tokens = at_least_float32(tokens.detach())
     return F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6)
 
@@ -48,20 +50,21 @@ def patch_targets(
     x: Tensor,       # (B, L, C) waveforms, any amplitude
     stride: int = 4  # samples per frame
 ) -> Tensor:  # (B, ceil(L / stride), stride · C) float32 or wider, no gradient
-    "The raw samples of each frame, normalised per window and component; a last, partial frame is filled with zeros."
+    """The raw samples of each frame, normalised per window and component; a last, partial frame
+    is filled with zeros."""
     x = at_least_float32(x.detach())
     size = x.abs().amax(1, keepdim=True)                                   # (B, 1, C)
-    x = x / torch.where(size > 0, size, 1.)                                # in [-1, 1]: squares cannot underflow
+    x = x / torch.where(size > 0, size, 1.)  # in [-1, 1]: squares cannot underflow
     x = x - x.mean(1, keepdim=True)
     std = x.square().mean(1, keepdim=True).sqrt()
-    x = torch.where(std > 1e-6, x / std.clamp_min(1e-6), 0.)               # a constant component becomes zeros
+    x = torch.where(std > 1e-6, x / std.clamp_min(1e-6), 0.)  # a constant component becomes zeros
     x = F.pad(x, (0, 0, 0, -x.shape[1] % stride))
     return x.unflatten(1, (-1, stride)).flatten(2)                         # (B, T, stride·C)
 
 # %% ../../nbs/models/08_masked_mse.ipynb #99bd26b8
 def visible_neighbours(
     mask: Tensor  # (B, T) bool, True where hidden
-) -> tuple[Tensor, Tensor]:  # (B, T) int64 each: last visible frame at or before t (−1: none), next one (T: none)
+) -> tuple[Tensor, Tensor]:  # (B, T) int64: last visible frame up to t (−1: none), next (T: none)
     "Index of the nearest visible frame on either side of each frame."
     frames = mask.shape[1]
     t = torch.arange(frames, device=mask.device).expand_as(mask)
@@ -73,16 +76,20 @@ def visible_neighbours(
 def interpolate_masked(
     target: Tensor,  # (B, T, D)
     mask: Tensor     # (B, T) bool, True where hidden
-) -> Tensor:  # (B, T, D): `target` with hidden frames on straight lines; zeros in a row that has no visible frame
-    "Linear interpolation over hidden frames from the visible ones, edges held. No synchronisation with the host."
+) -> Tensor:  # (B, T, D): hidden frames on straight lines; zeros in a row without visible ones
+    """Linear interpolation over hidden frames from the visible ones, edges held. No
+    synchronisation with the host."""
     frames = mask.shape[1]
     target = at_least_float32(target)
     p, n = visible_neighbours(mask)
-    p, n = torch.where(p < 0, n, p), torch.where(n == frames, p, n)      # at an edge: the one that exists
+    # at an edge: the one that exists
+    p, n = torch.where(p < 0, n, p), torch.where(n == frames, p, n)
     t = torch.arange(frames, device=mask.device)
-    weight = ((t - p) / (n - p).clamp_min(1)).to(target.dtype)[..., None]   # (B, T, 1), 0 where n = p or at an edge
+    # (B, T, 1), 0 where n = p or at an edge
+    weight = ((t - p) / (n - p).clamp_min(1)).to(target.dtype)[..., None]
     weight = torch.where((n > p)[..., None], weight, 0.)
-    index = lambda i: i.clamp(0, frames - 1)[..., None].expand_as(target)   # the clamp acts on empty rows alone
+    # the clamp acts on empty rows alone
+    index = lambda i: i.clamp(0, frames - 1)[..., None].expand_as(target)
     left, right = target.gather(1, index(p)), target.gather(1, index(n))    # (B, T, D)
     return torch.lerp(left, right, weight).masked_fill(mask.all(1)[:, None, None], 0.)
 
@@ -94,7 +101,7 @@ def zero_predictor(
     "`masked_mse` of the predictor that says zero: the mean square of the hidden targets."
     return masked_mse(torch.zeros_like(target), target, mask)
 
-
+# %% ../../nbs/models/08_masked_mse.ipynb #119cd234
 def interpolation_predictor(
     target: Tensor,  # (B, T, D)
     mask: Tensor     # (B, T) bool, True where hidden
@@ -115,7 +122,8 @@ def feature_variance(
 def effective_rank(
     x: Tensor  # (B, T, D) features, finite
 ) -> Tensor:  # 0-d: between 1 and D, or 0 if all frames are equal
-    "exp of the entropy of the normalised singular values (Roy and Vetterli 2007). No gradient; for logs, now and then."
+    """exp of the entropy of the normalised singular values (Roy and Vetterli 2007). No gradient;
+    for logs, now and then."""
     x = x.flatten(0, -2).double()
     x = x - x.mean(0)
     sigma = torch.linalg.eigvalsh(x.mT @ x).clamp_min(0.).sqrt()       # (D,)

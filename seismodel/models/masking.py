@@ -1,4 +1,4 @@
-"""Which frames of a window the model does not see: spans of fixed length, drawn on the device, with a share that can be relied on.
+"""Which frames of a window are hidden from the model: spans of fixed length, drawn on the device, as a mask (B, T) with an exact fraction of hidden frames.
 
 Docs: https://seismodel.github.io/seismodel/models/masking.html.md"""
 
@@ -22,7 +22,7 @@ MODES = ("exact", "wav2vec2", "spec")
 def sample_without_replacement(rows:int, # independent draws
            n:int, # numbers in a draw
            among:int, # candidates 0 … among−1
-           device=None, # of the result
+           device:torch.device|str|None=None, # of the result
            generator:torch.Generator|None=None, # source of randomness, on the same device
            ) -> Tensor: # (rows, n) int64
     "For each row `n` different numbers below `among`, every subset equally likely, in random order"
@@ -48,18 +48,24 @@ class SpanPlan(NamedTuple):
     many: int       # few, or few + 1
     chance: float   # probability of `many`
 
+# %% ../../nbs/models/02_masking.ipynb #44f11d53
 def check_masking(frames:int, # frames per row
                   ratio:float, # share of frames to hide
                   span:int, # frames in a span
                   mode:str, # sampler
                   ) -> None:
-    "Raises ValueError where no mask can be drawn: unknown mode, ratio outside 0 … 1, empty span, fewer than 4 frames"
-    if mode not in MODES: raise ValueError(f"mode is {mode!r}, but must be one of {', '.join(MODES)}")
-    if not 0 <= ratio <= 1: raise ValueError(f"the mask ratio is {ratio}, but must lie between 0 and 1")
+    """Raises ValueError where no mask can be drawn: unknown mode, ratio outside 0 … 1, empty
+    span, fewer than 4 frames"""
+    if mode not in MODES:
+        raise ValueError(f"mode is {mode!r}, but must be one of {', '.join(MODES)}")
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"the mask ratio is {ratio}, but must lie between 0 and 1")
     if span < 1: raise ValueError(f"the span is {span} frames, but must be at least 1")
     if ratio > 0 and frames < 4:
-        raise ValueError(f"a row of {frames} frames cannot have 2 masked and 2 visible: use 4 at least")
+        raise ValueError(f"a row of {frames} frames cannot have 2 masked and 2 visible: use 4 at "
+                         f"least")
 
+# %% ../../nbs/models/02_masking.ipynb #6ee4b24e
 def mode_name(mode:str, # from a configuration
               ) -> str: # one of MODES, if it is any
     "Version 0.1 called the mode `spec` by the name `seed`; its configurations still mean the same"
@@ -77,7 +83,7 @@ def plan_spans(frames:int, # frames per row
     span = max(1, min(span, frames - 2))
     if ratio == 0: return SpanPlan(span, 0, 0, 0.)
     if mode == "spec":
-        n = int(ratio*(frames - span))                      # as the formula stands: spans counted as frames
+        n = int(ratio*(frames - span))  # as the formula stands: spans counted as frames
         return SpanPlan(span, n, n, 0.)
     wanted = ratio*frames/span                              # r T / s, rarely a whole number
     fewest, most = math.ceil(2/span), (frames - 2)//span    # 2 masked, 2 visible
@@ -90,24 +96,28 @@ def exact_starts(rows:int, # windows in the batch
                  frames:int, # frames in a window
                  n:int, # spans in each row, n·span ≤ frames
                  span:int, # frames in a span
-                 device=None, # of the result
+                 device:torch.device|str|None=None, # of the result
                  generator:torch.Generator|None=None, # source of randomness, on the same device
                  ) -> Tensor: # (rows, n) int64
-    "First frames (rows, n), in order, of `n` spans that do not overlap; every arrangement is equally likely"
-    slots = sample_without_replacement(rows, n, frames - n*(span - 1), device, generator).sort(dim=-1).values   # (rows, n)
+    """First frames (rows, n), in order, of `n` spans that do not overlap; every arrangement is
+    equally likely"""
+    # (rows, n)
+    slots = sample_without_replacement(rows, n, frames - n*(span - 1), device,
+                                       generator).sort(dim=-1).values
     return slots + (span - 1)*torch.arange(n, device=device)
 
 # %% ../../nbs/models/02_masking.ipynb #e77fcbe7
 def wav2vec2_starts(rows:int, # windows in the batch
                     frames:int, # frames in a window
                     plan:SpanPlan, # from `plan_spans`
-                    device=None, # of the result
+                    device:torch.device|str|None=None, # of the result
                     generator:torch.Generator|None=None, # source of randomness, on the same device
                     ) -> Tensor: # (rows, plan.many) int64
-    "First frames (rows, plan.many), all different; spans may overlap; `frames` = unused (Baevski et al. 2020)"
+    """First frames (rows, plan.many), all different; spans may overlap; `frames` = unused
+    (Baevski et al. 2020)"""
     starts = sample_without_replacement(rows, plan.many, frames - plan.span + 1, device, generator)
-    one_more = torch.rand(rows, 1, device=device, generator=generator) < plan.chance          # (rows, 1)
-    drawn = plan.few + (plan.many - plan.few)*one_more                                        # spans in this row
+    one_more = torch.rand(rows, 1, device=device, generator=generator) < plan.chance  # (rows, 1)
+    drawn = plan.few + (plan.many - plan.few)*one_more  # spans in this row
     return torch.where(torch.arange(plan.many, device=device) < drawn, starts, frames)
 
 # %% ../../nbs/models/02_masking.ipynb #1cdcbb5c
@@ -115,18 +125,21 @@ def spec_starts(rows:int, # windows in the batch
                 frames:int, # frames in a window
                 n:int, # spans in each row
                 span:int, # frames in a span
-                device=None, # of the result
+                device:torch.device|str|None=None, # of the result
                 generator:torch.Generator|None=None, # source of randomness, on the same device
                 ) -> Tensor: # (rows, n) int64
-    "First frames (rows, n), drawn with replacement from all that fit: the raw sampler, without any promise"
+    """First frames (rows, n), drawn with replacement from all that fit: the raw sampler, without
+    any promise"""
     return torch.randint(0, frames - span + 1, (rows, n), device=device, generator=generator)
 
 # %% ../../nbs/models/02_masking.ipynb #f3bb8591
 def ensure_two_visible(mask:Tensor, # (rows, frames) bool, True = masked; at least 2 frames
                        generator:torch.Generator|None=None, # chooses the frames that become visible
                        ) -> Tensor: # (rows, frames) bool
-    "At least two False in each row: rows that have them already are left alone, others get random ones"
-    keys = torch.rand(mask.shape, device=mask.device, generator=generator) + (~mask).float()   # visible ones above 1
+    """At least two False in each row: rows that have them already are left alone, others get
+    random ones"""
+    # visible ones above 1
+    keys = torch.rand(mask.shape, device=mask.device, generator=generator) + (~mask).float()
     return mask.scatter(1, keys.topk(2, dim=-1).indices, False)
 
 # %% ../../nbs/models/02_masking.ipynb #e3b8c322
@@ -135,10 +148,11 @@ def span_mask(rows:int, # windows in the batch
               ratio:float, # share of frames to hide, 0 … 1; 0 hides nothing
               span:int, # frames in a span, shortened to frames − 2 where the row is short
               mode:str="exact", # "exact", "wav2vec2" or "spec"
-              device=None, # of the mask; by default the generator's
+              device:torch.device|str|None=None, # of the mask; by default the generator's
               generator:torch.Generator|None=None, # source of randomness, on the same device
               ) -> Tensor: # (rows, frames) bool, True = masked
-    "Random spans, at least 2 masked and 2 visible frames a row; raises ValueError as `check_masking` says"
+    """Random spans, at least 2 masked and 2 visible frames a row; raises ValueError as
+    `check_masking` says"""
     if device is None and generator is not None: device = generator.device
     mode = mode_name(mode)
     plan = plan_spans(frames, ratio, span, mode)
@@ -147,7 +161,7 @@ def span_mask(rows:int, # windows in the batch
     if mode == "wav2vec2": starts = wav2vec2_starts(rows, frames, plan, device, generator)
     if mode == "spec": starts = spec_starts(rows, frames, plan.many, plan.span, device, generator)
     mask = cover(starts, plan.span, frames)
-    if mode == "spec":                                   # the other two keep the promise by their plan
+    if mode == "spec":  # the other two keep the promise by their plan
         mask = ensure_two_visible(mask, generator)       # 2 visible
         mask = ~ensure_two_visible(~mask, generator)     # 2 masked
     return mask
@@ -158,7 +172,8 @@ def max_masked(frames:int, # frames per row
                 span:int, # as in `span_mask`
                 mode:str="exact", # as in `span_mask`
                 ) -> int: # no row of `span_mask` has more masked frames than this
-    "Upper bound of the masked frames per row, known before the draw; raises ValueError as `span_mask` does"
+    """Upper bound of the masked frames per row, known before the draw; raises ValueError as
+    `span_mask` does"""
     plan = plan_spans(frames, ratio, span, mode)
     if ratio == 0: return 0
     return min(frames - 2, max(2, plan.many*plan.span))
@@ -169,7 +184,7 @@ def channel_mask(rows:int, # windows in the batch
                  ratio:float, # share of channels to hide, 0 … 1
                  span:int=1, # neighbouring channels that are hidden together
                  mode:str="exact", # as in `span_mask`
-                 device=None, # of the mask; by default the generator's
+                 device:torch.device|str|None=None, # of the mask; by default the generator's
                  generator:torch.Generator|None=None, # source of randomness, on the same device
                  ) -> Tensor: # (rows, channels) bool, True = hidden in all frames of the window
     "Channels to hide in each window; raises ValueError as `span_mask` does"
@@ -180,9 +195,11 @@ def apply_mask(x:Tensor, # (B, T, D) features
                mask:Tensor, # (B, T) bool, True = hidden
                value:Tensor|float=0., # a vector (D,) for all hidden frames, or a number
                ) -> Tensor: # (B, T, D), dtype of x
-    "A copy of `x` with `value` in the hidden frames; raises ValueError if the mask does not belong to `x`"
+    """A copy of `x` with `value` in the hidden frames; raises ValueError if the mask does not
+    belong to `x`"""
     if mask.shape != x.shape[:2]:
-        raise ValueError(f"the mask is {tuple(mask.shape)}, but the features are {tuple(x.shape)}: (B, T) and (B, T, D)")
+        raise ValueError(f"the mask is {tuple(mask.shape)}, but the features are "
+                         f"{tuple(x.shape)}: (B, T) and (B, T, D)")
     if isinstance(value, Tensor):
         return torch.where(mask[..., None], value.to(x.dtype), x)     # (B, T, 1), (D,), (B, T, D)
     return x.masked_fill(mask[..., None], value)

@@ -1,4 +1,4 @@
-"""Encoder, backbone, head and loss joined into one module per method, with presets by size, and models that can be saved and loaded
+"""One module per method joins encoder, backbone, head and loss: normalised windows (B, L, 3) in, a loss with its metrics out. Presets by size, saving and loading
 
 Docs: https://seismodel.github.io/seismodel/models/pretraining.html.md"""
 
@@ -6,11 +6,12 @@ Docs: https://seismodel.github.io/seismodel/models/pretraining.html.md"""
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'CONFIGS', 'ENCODERS', 'ModelConfig', 'IDENTITY', 'TARGETS', 'CONTRASTIVE', 'PRESETS',
-           'ContrastiveConfig', 'ReconstructionConfig', 'MaskedConfig', 'encoder_class', 'config_to_dict',
+           'ContrastiveConfig', 'ReconstructionConfig', 'MaskedConfig', 'config_to_dict', 'encoder_class',
            'config_from_dict', 'Step', 'no_reduce', 'all_reduce_mean', 'write_model', 'Pretrainer', 'infonce_loss',
-           'ContrastivePretraining', 'target_width', 'masked_target', 'ReconstructionPretraining', 'MaskedPretraining',
-           'Preset', 'contrastive_size', 'masked_size', 'preset', 'build', 'read_weights', 'read_model', 'read_config',
-           'from_pretrained', 'load_weights']
+           'ContrastivePretraining', 'target_width', 'masked_target', 'reconstruction_metrics',
+           'ReconstructionPretraining', 'check_masked', 'MaskedParts', 'objective_loss', 'MaskedPretraining', 'Preset',
+           'contrastive_size', 'masked_size', 'reconstruction_size', 'preset', 'build', 'read_weights', 'read_model',
+           'read_config', 'from_pretrained', 'load_weights']
 
 # %% ../../nbs/models/10_pretraining.ipynb #3dd052a1
 import json
@@ -28,11 +29,12 @@ from .. import __version__
 from ..files import header_of, read_json, sealed_tensors, verify_checksum, write_atomically
 from .backbones import MLSTMSequential, MLSTMUNet
 from .encoders import (BidirAutoregConfig, BidirAutoregEncoder, ConvDownConfig,
-                                       ConvDownEncoderContrastive, check_traces)
+                                       ConvDownEncoderContrastive, MaskedTokens, check_traces)
 from ..core import DamagedCheckpoint, UserError, check_fields, log
-from .infonce import ContrastiveSums, contrastive_mean, contrastive_sums, masked_frames
-from .masked_mse import (effective_rank, feature_variance, interpolation_predictor, masked_mse, patch_targets,
-                                  token_targets, zero_predictor)
+from .infonce import (ContrastiveSums, contrastive_mean, contrastive_sums,
+                                      masked_frames)
+from .masked_mse import (effective_rank, feature_variance, interpolation_predictor,
+                                         masked_mse, patch_targets, token_targets, zero_predictor)
 from .masking import max_masked
 from .quantizer import code_usage, entropy_perplexity, temperature_at
 from .spectrum import BANDS, spectrum_targets
@@ -47,7 +49,7 @@ class ContrastiveConfig:
     pooling: tuple[int, ...] = (4, 4) # frames folded into one, on the way down
     heads: int = 4                    # half of them read the window backwards in time
     ff: float = 3.                    # width of the feed-forward part over the width of the stage
-    direction: str = 'per_head'       # how a block sees both directions: per_head, shared or two_pass
+    direction: str = 'per_head'  # how a block sees both directions: per_head, shared or two_pass
     dropout: float = 0.               # inside the blocks
     negatives: int = 100              # K, wrong answers beside each right one
     temperature: float = .1           # of InfoNCE; the quantizer has its own
@@ -62,9 +64,9 @@ class ReconstructionConfig:
     blocks: int = 24                  # mLSTM blocks, all at the frame rate
     heads: int = 4                    # half of them read the window backwards in time
     ff: float = 3.5                   # width of the feed-forward part over the width of the stage
-    direction: str = 'per_head'       # how a block sees both directions: per_head, shared or two_pass
+    direction: str = 'per_head'  # how a block sees both directions: per_head, shared or two_pass
     dropout: float = 0.               # inside the blocks
-    target: str = 'tokens'            # predicted: tokens (conv features), patch (samples) or spectrum
+    target: str = 'tokens'  # predicted: tokens (conv features), patch (samples) or spectrum
 
 # %% ../../nbs/models/10_pretraining.ipynb #72279d77
 OBJECTIVES = ('spectrum', 'contrastive', 'tokens', 'patch')
@@ -79,7 +81,7 @@ class MaskedConfig:
     pooling: tuple[int, ...] = (4, 4) # of the U-Net: frames folded into one, on the way down
     heads: int = 4                    # half of them read the window backwards in time
     ff: float = 3.                    # width of the feed-forward part over the width of the stage
-    direction: str = 'per_head'       # how a block sees both directions: per_head, shared or two_pass
+    direction: str = 'per_head'  # how a block sees both directions: per_head, shared or two_pass
     dropout: float = 0.               # inside the blocks
     spectrum: float = 1.              # weight of the error of band powers, see `spectrum_targets`
     contrastive: float = 0.           # weight of InfoNCE with its diversity term
@@ -94,34 +96,43 @@ CONFIGS = {c.method: c for c in (ContrastiveConfig, ReconstructionConfig, Masked
 ENCODERS = {'contrastive': ConvDownConfig, 'reconstruction': BidirAutoregConfig}
 ModelConfig = ContrastiveConfig|ReconstructionConfig|MaskedConfig
 
-def encoder_class(
-    method:str, # of CONFIGS
-    d:dict,     # fields of the encoder
-)->type: # of its configuration
-    "The encoder that a method has; under 'masked' the one that knows the field `d_model`, or else the contrastive one"
-    return ENCODERS.get(method, BidirAutoregConfig if 'd_model' in d else ConvDownConfig)
-
 def config_to_dict(
-    config:ModelConfig, # any model configuration
-)->dict: # plain values, ready for JSON
+    config: ModelConfig,  # any model configuration
+) -> dict:                # plain values, ready for JSON
     "The configuration with its method's name"
     return {'method': config.method, **asdict(config)}
 
+# %% ../../nbs/models/10_pretraining.ipynb #df0b4a3c
+def encoder_class(
+    method: str,  # of CONFIGS
+    d: dict,      # fields of the encoder
+) -> type:        # of its configuration
+    """The encoder of a method; under 'masked' the one that knows `d_model`, or else the
+    contrastive one"""
+    return ENCODERS.get(method, BidirAutoregConfig if 'd_model' in d else ConvDownConfig)
+
+# %% ../../nbs/models/10_pretraining.ipynb #96301477
 def config_from_dict(
-    d:dict, # what `config_to_dict` wrote
-)->ModelConfig: # the same configuration
+    d: dict,        # what `config_to_dict` wrote
+) -> ModelConfig:   # the same configuration
     "Rebuild a configuration; raises `UserError` naming the field that is missing, unknown or wrong"
     method = d.get('method') if isinstance(d, dict) else None
-    if method not in CONFIGS: raise UserError(f"config field 'method' is {method!r}; it must be one of {', '.join(CONFIGS)}.")
+    if method not in CONFIGS:
+        raise UserError(f"config field 'method' is {method!r}; it must be one of "
+                        f"{', '.join(CONFIGS)}.")
     d = {k: v for k, v in d.items() if k != 'method'}
     check_fields(CONFIGS[method], d)
     kind = encoder_class(method, d.get('encoder', {}))
     check_fields(kind, d.get('encoder', {}), 'encoder.')
     for name in ('blocks', 'heads', 'ff', 'negatives', 'temperature'):
-        if not d.get(name, 1) > 0: raise UserError(f"config field '{name}' is {d[name]}; it must be above 0.")
+        if not d.get(name, 1) > 0:
+            raise UserError(f"config field '{name}' is {d[name]}; it must be above 0.")
     try: d['encoder'] = kind(**d.get('encoder', {}))
-    except ValueError as e: raise UserError(f"config field 'encoder' makes no encoder: {e}") from None
-    if min(d.get('pooling', [2]), default=2) < 1: raise UserError(f"config field 'pooling' is {d['pooling']}; each number must be at least 1.")
+    except ValueError as e:
+        raise UserError(f"config field 'encoder' makes no encoder: {e}") from None
+    if min(d.get('pooling', [2]), default=2) < 1:
+        raise UserError(f"config field 'pooling' is {d['pooling']}; "
+                        "each number must be at least 1.")
     if 'pooling' in d: d['pooling'] = tuple(d['pooling'])   # JSON has no tuples
     return CONFIGS[method](**d)
 
@@ -133,22 +144,24 @@ class Step(NamedTuple):
 
 # %% ../../nbs/models/10_pretraining.ipynb #c154ceb1
 def no_reduce(
-    x:torch.Tensor, # a sum, or a count, of this device
-)->torch.Tensor: # the same
-    "The mean over devices where there is one"
+    x: torch.Tensor,    # a sum, or a count, of this rank
+) -> torch.Tensor:      # the same
+    "The mean over ranks where there is one"
     return x
 
+# %% ../../nbs/models/10_pretraining.ipynb #a5279b7b
 def all_reduce_mean(
-    average,  # from `no_reduce`, or the mean over devices
-    tensors,  # several, of any shapes
-)->list[torch.Tensor]: # their averages, shapes and types kept
+    average: Callable,             # `no_reduce`, or the mean over ranks
+    tensors: list[torch.Tensor],   # of any shapes
+) -> list[torch.Tensor]:           # their averages, shapes and types kept
     "Average several tensors as one"
     flat = average(torch.cat([t.flatten() for t in tensors]))
     parts = flat.split([t.numel() for t in tensors])
     return [part.view_as(t).to(t.dtype) for part, t in zip(parts, tensors)]
 
 # %% ../../nbs/models/10_pretraining.ipynb #4e68c0c8
-IDENTITY = ('model', 'picker', 'question', 'peer')  # fields of config.json that a model is built from
+# fields of config.json that a model is built from
+IDENTITY = ('model', 'picker', 'question', 'peer')
 
 def write_model(
     folder: Path,   # made if it is not there
@@ -171,176 +184,204 @@ def write_model(
 # %% ../../nbs/models/10_pretraining.ipynb #5077d1bc
 class Pretrainer(nn.Module):
     "Encoder, backbone and head: what the methods share. Each adds its `forward`, the loss."
-    def __init__(self, config, encoder, backbone, head):
+    def __init__(self, config: ModelConfig,   # kept in `config.json`
+                 encoder: nn.Module,          # waveform to frames
+                 backbone: nn.Module,         # frames to frames with context
+                 head: nn.Module):            # context to predictions
         super().__init__()
         self.config, self.encoder, self.backbone, self.head = config, encoder, backbone, head
-        self.average, self.draws = no_reduce, nullcontext     # with several ranks the trainer puts the mean over them, and their draws, here
+        # with several ranks the trainer puts the mean over them, and their draws, here
+        self.average, self.draws = no_reduce, nullcontext
 
-    def features(self,
-        x:torch.Tensor, # (B, L, 3) normalised windows of any length, 100 Hz, Z N E
-    )->torch.Tensor: # (B, T, D), one vector for every 40 ms
+    def features(self, x: torch.Tensor  # (B, L, 3) normalised windows of any length, 100 Hz, Z N E
+                 ) -> torch.Tensor:     # (B, T, D), one vector for every 40 ms
         "What the backbone makes of the whole window, with nothing masked"
         return self.backbone(self.encoder.encode(x))
 
-    def set_progress(self,
-        step:int,  # optimiser steps done
-        steps:int, # optimiser steps of the whole run
-    ):
-        "Move to its place at `step` what changes over a run: the temperature of the quantizer, if there is one"
+    def set_progress(self, step: int,   # optimiser steps done
+                     steps: int):       # optimiser steps of the whole run
+        "Set what changes over a run: the temperature of the quantizer, if there is one"
         if not hasattr(self.encoder, 'quantizer'): return
         e = self.config.encoder
-        tau = temperature_at(step, steps, e.max_temperature, e.min_temperature, e.temperature_schedule)
+        tau = temperature_at(step, steps, e.max_temperature, e.min_temperature,
+                             e.temperature_schedule)
         self.encoder.quantizer.temperature.fill_(tau)
 
-    def save_pretrained(self,
-        folder:str|Path, # made if it is not there
-        extra:dict|None=None, # more entries for config.json, such as how the model was trained
-    ):
-        "Write `config.json` and `model.safetensors`; raises OSError where the disk does not take them"
-        write_model(folder, {'model': config_to_dict(self.config), **(extra or {})}, self.state_dict())
+    def save_pretrained(self, folder: str|Path,          # made if it is not there
+                        extra: dict|None = None):        # more entries for config.json
+        "Write `config.json` and `model.safetensors`; raises OSError as `write_model` does"
+        write_model(folder, {'model': config_to_dict(self.config), **(extra or {})},
+                    self.state_dict())
 
 # %% ../../nbs/models/10_pretraining.ipynb #2355afea
 def infonce_loss(
-    encoder:ConvDownEncoderContrastive, # with its quantizer
-    c:ContrastiveConfig|MaskedConfig, # the encoder's configuration, and that of the loss
-    clean:torch.Tensor, # (B, T, conv_features), the encoder's frames before the mask
-    mask:torch.Tensor,  # (B, T) bool, True = hidden
-    predictions:torch.Tensor, # (B, T, target_features)
-    generator:torch.Generator|None=None, # randomness of codes and negatives
-    average:Callable=no_reduce, # the mean over devices
-    draws:Callable=nullcontext, # context of the random draws
-)->tuple[torch.Tensor, dict]: # 0-d loss; name -> 0-d metric
+    encoder: ConvDownEncoderContrastive,          # with its quantizer
+    c: ContrastiveConfig|MaskedConfig,            # the encoder's configuration, and the loss's
+    clean: torch.Tensor,                          # (B, T, conv_features), frames before the mask
+    mask: torch.Tensor,                           # (B, T) bool, True = hidden
+    predictions: torch.Tensor,                    # (B, T, target_features)
+    generator: torch.Generator|None = None,       # randomness of codes and negatives
+    average: Callable = no_reduce,                # the mean over ranks
+    draws: Callable = nullcontext,                # context of the random draws
+) -> tuple[torch.Tensor, dict]:                   # 0-d loss; name -> 0-d metric
     "InfoNCE over the masked frames plus the diversity of the codes"
     k = c.encoder
     most = max_masked(mask.shape[1], k.mask_prob, k.mask_length, k.mask_mode)
     indices, valid = masked_frames(mask, most)
-    with draws():
-        quantized = encoder.masked_targets(clean, indices, valid, generator)    # of hidden frames
+    with draws():                                 # visible frames are not quantized
+        quantized = encoder.masked_targets(clean, indices, valid, generator)
         sums = contrastive_sums(predictions, quantized, indices, valid, c.negatives, c.temperature,
                                 generator)
     taken = code_usage(quantized.codes, k.num_codevectors_per_group, valid).float()
-    *sums, taken = all_reduce_mean(average, [*sums, taken])
-    out = contrastive_mean(ContrastiveSums(*sums), c.negatives, c.diversity_weight)     # taken is (G, V)
+    *sums, taken = all_reduce_mean(average, [*sums, taken])    # taken is (G, V)
+    out = contrastive_mean(ContrastiveSums(*sums), c.negatives, c.diversity_weight)
     codes_used = entropy_perplexity(taken/taken.sum(-1, keepdim=True).clamp_min(1))
-    return out.loss, dict(contrastive=out.contrastive, diversity=out.diversity, accuracy=out.accuracy,
-        perplexity=out.perplexity, code_perplexity=codes_used, collided=out.collided, masked=mask.float().mean(),
-        gumbel_temperature=encoder.quantizer.temperature)
+    return out.loss, dict(contrastive=out.contrastive, diversity=out.diversity,
+                          accuracy=out.accuracy, perplexity=out.perplexity,
+                          code_perplexity=codes_used, collided=out.collided,
+                          masked=mask.float().mean(),
+                          gumbel_temperature=encoder.quantizer.temperature)
 
 # %% ../../nbs/models/10_pretraining.ipynb #d4e6c04f
 class ContrastivePretraining(Pretrainer):
     "wav2vec 2.0 on waveforms: find the quantized target of each hidden frame among 100 others"
-    def __init__(self,
-        config:ContrastiveConfig=ContrastiveConfig(), # shapes of the parts
-    ):
+    def __init__(self, config: ContrastiveConfig = ContrastiveConfig()):   # shapes of the parts
         c, e = config, config.encoder
-        backbone = MLSTMUNet(e.out_features, c.blocks, c.pooling, c.heads, c.ff, c.direction, c.dropout)
-        super().__init__(c, ConvDownEncoderContrastive(e), backbone, nn.Linear(e.out_features, e.target_features))
+        backbone = MLSTMUNet(e.out_features, c.blocks, c.pooling, c.heads, c.ff, c.direction,
+                             c.dropout)
+        super().__init__(c, ConvDownEncoderContrastive(e), backbone,
+                         nn.Linear(e.out_features, e.target_features))
 
-    def predict(self,
-        x:torch.Tensor, # (B, L, 3)
-        generator:torch.Generator|None=None, # randomness of masks and codes
-    ):
+    def predict(self, x: torch.Tensor,                       # (B, L, 3)
+                generator: torch.Generator|None = None):     # randomness of masks and codes
         "The encoder's outputs and the predictions of the targets, (B, T, target_features)"
         e = self.encoder(x, generator=generator)
         return e, self.head(self.backbone(e.features))
 
-    def forward(self,
-        x:torch.Tensor, # (B, L, 3) normalised windows
-        generator:torch.Generator|None=None, # randomness of masks, codes and negatives, on the device of `x`
-    )->Step:
+    def forward(self, x: torch.Tensor,                       # (B, L, 3) normalised windows
+                generator: torch.Generator|None = None       # of all draws, on the device of `x`
+                ) -> Step:
         "InfoNCE over the masked frames plus the diversity of the codes"
-        c, k, encoder = self.config, self.config.encoder, self.encoder
-        check_traces(x, k.in_features)
+        c, encoder = self.config, self.encoder
+        check_traces(x, c.encoder.in_features)
         average, draws = (self.average, self.draws) if self.training else (no_reduce, nullcontext)
         clean = encoder.frontend(x)
-        with draws(): features, mask = encoder.mask_features(encoder.projection(clean), generator)   # at least 2 hidden frames a row
-        predictions = self.head(self.backbone(features))
-        loss, metrics = infonce_loss(encoder, c, clean, mask, predictions, generator, average, draws)
+        with draws(): features, mask = encoder.mask_features(encoder.projection(clean), generator)
+        said = self.head(self.backbone(features))
+        loss, metrics = infonce_loss(encoder, c, clean, mask, said, generator, average, draws)
         metrics['feature_variance'] = feature_variance(clean)
-        if not self.training: metrics['effective_rank'] = effective_rank(clean)   # too expensive for every step
+        if not self.training: metrics['effective_rank'] = effective_rank(clean)  # too slow to train
         return Step(loss, {name: m.detach() for name, m in metrics.items()})
 
 # %% ../../nbs/models/10_pretraining.ipynb #92ec4cff
 TARGETS = ('tokens', 'patch', 'spectrum')
 
 def target_width(
-    name:str, # of TARGETS
-    encoder:ConvDownConfig|BidirAutoregConfig, # of the model
-)->int: # numbers of a frame
+    name: str,                                  # of TARGETS
+    encoder: ConvDownConfig|BidirAutoregConfig, # of the model
+) -> int:                                       # numbers per frame
     "How wide a target is"
     tokens = encoder.d_model if isinstance(encoder, BidirAutoregConfig) else encoder.conv_features
-    return {'tokens': tokens, 'patch': 4*encoder.in_features, 'spectrum': BANDS*encoder.in_features}[name]
+    return {'tokens': tokens, 'patch': 4*encoder.in_features,
+            'spectrum': BANDS*encoder.in_features}[name]
 
+# %% ../../nbs/models/10_pretraining.ipynb #3e2c327f
 def masked_target(
-    name:str, # of TARGETS
-    x:torch.Tensor, # (B, L, 3) normalised windows
-    tokens:torch.Tensor, # (B, T, D), the encoder's frames before the mask
-)->torch.Tensor: # (B, T, target_width), float32, no gradient
-    "What should be said of each frame"
-    return token_targets(tokens) if name == 'tokens' else patch_targets(x) if name == 'patch' else spectrum_targets(x)
+    name: str,              # of TARGETS
+    x: torch.Tensor,        # (B, L, 3) normalised windows
+    tokens: torch.Tensor,   # (B, T, D), the encoder's frames before the mask
+) -> torch.Tensor:          # (B, T, target_width), float32, no gradient
+    "What should be predicted for each frame"
+    if name == 'tokens': return token_targets(tokens)
+    return patch_targets(x) if name == 'patch' else spectrum_targets(x)
 
+# %% ../../nbs/models/10_pretraining.ipynb #74c1997e
+def reconstruction_metrics(
+    loss: torch.Tensor,    # 0-d, the mean squared error
+    e: MaskedTokens,       # what the encoder returned
+    target: torch.Tensor,  # (B, T, D)
+    training: bool,        # leave out what is too slow for every step
+) -> dict:                 # name -> 0-d tensor
+    "Metrics of a reconstruction: its error, variances, and in evaluation trivial predictors"
+    metrics = dict(mse=loss, masked=e.mask.float().mean(),
+                   feature_variance=feature_variance(e.tokens),
+                   target_variance=feature_variance(target))
+    if not training:
+        metrics.update(zero_mse=zero_predictor(target, e.mask),
+                       line_mse=interpolation_predictor(target, e.mask),
+                       effective_rank=effective_rank(e.tokens))
+    return metrics
+
+# %% ../../nbs/models/10_pretraining.ipynb #10ef7d1e
 class ReconstructionPretraining(Pretrainer):
     "Masked autoencoding of waveforms: reconstruct the hidden frames"
-    def __init__(self,
-        config:ReconstructionConfig=ReconstructionConfig(), # shapes of the parts
-    ):
+    # shapes of the parts
+    def __init__(self, config: ReconstructionConfig = ReconstructionConfig()):
         c, d = config, config.encoder.d_model
-        if c.target not in TARGETS: raise UserError(f"config field 'target' is {c.target!r}; it must be {', '.join(TARGETS[:-1])} or {TARGETS[-1]}.")
+        if c.target not in TARGETS:
+            raise UserError(f"config field 'target' is {c.target!r}; it must be "
+                            f"{', '.join(TARGETS[:-1])} or {TARGETS[-1]}.")
         backbone = MLSTMSequential(d, c.blocks, c.heads, c.ff, c.direction, c.dropout)
-        decoder = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, target_width(c.target, config.encoder)))
-        super().__init__(c, BidirAutoregEncoder(config.encoder), backbone, decoder)
+        head = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, target_width(c.target, config.encoder)))
+        super().__init__(c, BidirAutoregEncoder(config.encoder), backbone, head)
 
-    def predict(self,
-        x:torch.Tensor, # (B, L, 3)
-        generator:torch.Generator|None=None, # randomness of the masks
-    ):
+    def predict(self, x: torch.Tensor,                      # (B, L, 3)
+                generator: torch.Generator|None = None):    # randomness of the masks
         "The encoder's outputs, the target (B, T, D) and its reconstruction (B, T, D)"
-        with self.draws() if self.training else nullcontext(): e = self.encoder(x, generator=generator)
+        with self.draws() if self.training else nullcontext(): e = self.encoder(x, generator)
         target = masked_target(self.config.target, x, e.tokens)
         return e, target, self.head(self.backbone(e.features))
 
-    def forward(self,
-        x:torch.Tensor, # (B, L, 3) normalised windows
-        generator:torch.Generator|None=None, # randomness of the masks, on the device of `x`
-    )->Step:
+    def forward(self, x: torch.Tensor,                      # (B, L, 3) normalised windows
+                generator: torch.Generator|None = None      # of the masks, on the device of `x`
+                ) -> Step:
         "Mean squared error over the masked frames"
         e, target, reconstruction = self.predict(x, generator)
         hidden = e.mask.sum().float().clamp_min(1)
         average = self.average if self.training else no_reduce
-        loss = masked_mse(reconstruction, target, e.mask) * (hidden/average(hidden))     # 1 on one device, exactly
-        metrics = dict(mse=loss, masked=e.mask.float().mean(), feature_variance=feature_variance(e.tokens),
-                       target_variance=feature_variance(target))
-        if not self.training:   # too expensive for every step
-            metrics.update(zero_mse=zero_predictor(target, e.mask), line_mse=interpolation_predictor(target, e.mask),
-                           effective_rank=effective_rank(e.tokens))
+        # the factor is 1 on one device, exactly
+        loss = masked_mse(reconstruction, target, e.mask) * (hidden/average(hidden))
+        metrics = reconstruction_metrics(loss, e, target, self.training)
         return Step(loss, {name: m.detach() for name, m in metrics.items()})
 
 # %% ../../nbs/models/10_pretraining.ipynb #0bbebdac
-class MaskedPretraining(Pretrainer):
-    "Either encoder, either backbone, and one objective or several at the hidden frames"
-    def __init__(self,
-        config:MaskedConfig=MaskedConfig(), # shapes of the parts
-    ):
-        c, e = config, config.encoder
-        weights = {name: getattr(c, name) for name in OBJECTIVES}
-        if min(weights.values()) < 0 or not any(weights.values()): raise UserError(f"config fields {', '.join(OBJECTIVES)} are weights: at least one must be above 0, and none below.")
-        if c.backbone not in ('unet', 'sequential'): raise UserError(f"config field 'backbone' is {c.backbone!r}; it must be unet or sequential.")
-        conv = isinstance(e, ConvDownConfig)
-        if c.contrastive and not conv: raise UserError("config field 'contrastive' is above 0, but this encoder has no quantizer; use the contrastive encoder (without d_model).")
-        encoder, D = (ConvDownEncoderContrastive(e), e.out_features) if conv else (BidirAutoregEncoder(e), e.d_model)
-        if conv and not c.contrastive: del encoder.quantizer, encoder.target_projection
+def check_masked(
+    c: MaskedConfig,      # encoder, backbone and weights
+) -> dict[str, float]:    # objective -> weight, those above 0
+    """The objectives of a configuration; raises `UserError` naming the fields that do not fit
+    together"""
+    weights = {name: getattr(c, name) for name in OBJECTIVES}
+    if min(weights.values()) < 0 or not any(weights.values()):
+        raise UserError(f"config fields {', '.join(OBJECTIVES)} are weights: at least one "
+                        f"must be above 0, and none below.")
+    if c.backbone not in ('unet', 'sequential'):
+        raise UserError(f"config field 'backbone' is {c.backbone!r}; it must be unet or "
+                        f"sequential.")
+    if c.contrastive and not isinstance(c.encoder, ConvDownConfig):
+        raise UserError("config field 'contrastive' is above 0, but this encoder has no "
+                        "quantizer; use the contrastive encoder (without d_model).")
+    return {name: w for name, w in weights.items() if w}
+
+# %% ../../nbs/models/10_pretraining.ipynb #0324b661
+class MaskedParts(Pretrainer):
+    "Either encoder, either backbone, and a linear head for each objective"
+    def __init__(self, config: MaskedConfig = MaskedConfig()):   # shapes of the parts
+        c, e, weights = config, config.encoder, check_masked(config)
+        if isinstance(e, ConvDownConfig): encoder, D = ConvDownEncoderContrastive(e), e.out_features
+        else: encoder, D = BidirAutoregEncoder(e), e.d_model
+        if hasattr(encoder, 'quantizer') and not c.contrastive:
+            del encoder.quantizer, encoder.target_projection
         shapes = dict(heads=c.heads, ff=c.ff, direction=c.direction, dropout=c.dropout)
-        backbone = MLSTMUNet(D, c.blocks, c.pooling, **shapes) if c.backbone == 'unet' else MLSTMSequential(D, c.blocks, **shapes)
-        weights = {name: w for name, w in weights.items() if w}
+        if c.backbone == 'unet': backbone = MLSTMUNet(D, c.blocks, c.pooling, **shapes)
+        else: backbone = MLSTMSequential(D, c.blocks, **shapes)
         width = lambda name: e.target_features if name == 'contrastive' else target_width(name, e)
-        super().__init__(c, encoder, backbone, nn.ModuleDict({name: nn.Linear(D, width(name)) for name in weights}))
+        heads = nn.ModuleDict({name: nn.Linear(D, width(name)) for name in weights})
+        super().__init__(c, encoder, backbone, heads)
         self.weights = weights
 
-    def mask_features(self,
-        x:torch.Tensor, # (B, L, 3)
-        generator:torch.Generator|None=None, # randomness of the masks
-    ): # frames before the mask (B, T, D'), masked features (B, T, D), mask (B, T)
-        "The encoder's part, with `draws` where the trainer has put them"
+    def mask_features(self, x: torch.Tensor,                     # (B, L, 3)
+                      generator: torch.Generator|None = None):   # randomness of the masks
+        "Frames before the mask (B, T, D'), masked features (B, T, D), mask (B, T)"
         encoder, draws = self.encoder, self.draws if self.training else nullcontext
         if isinstance(encoder, BidirAutoregEncoder):
             with draws(): e = encoder(x, generator=generator)
@@ -349,35 +390,52 @@ class MaskedPretraining(Pretrainer):
         clean = encoder.frontend(x)
         with draws(): return clean, *encoder.mask_features(encoder.projection(clean), generator)
 
-    def predict(self,
-        x:torch.Tensor, # (B, L, 3)
-        generator:torch.Generator|None=None, # randomness of the masks
-    ): # mask (B, T); name of each objective but InfoNCE -> target and prediction, (B, T, D) both
-        "What the model says of the hidden frames, beside what it should say"
+# %% ../../nbs/models/10_pretraining.ipynb #28dec3fc
+def objective_loss(
+    name: str,             # of TARGETS
+    said: torch.Tensor,    # (B, T, D) predictions
+    target: torch.Tensor,  # (B, T, D)
+    mask: torch.Tensor,    # (B, T) bool, True = hidden
+    average: Callable,     # `no_reduce`, or the mean over ranks
+    training: bool,        # leave out what is too slow for every step
+) -> tuple[torch.Tensor, dict]:   # 0-d loss; name -> 0-d metric
+    "Mean squared error of one objective at the hidden frames, and that of trivial predictors"
+    hidden = mask.sum().float().clamp_min(1)
+    part = masked_mse(said, target, mask) * (hidden/average(hidden))    # 1 on one device, exactly
+    more = {f'{name}_mse': part, f'zero_{name}_mse': zero_predictor(target, mask)}
+    if not training: more[f'line_{name}_mse'] = interpolation_predictor(target, mask)
+    return part, more
+
+# %% ../../nbs/models/10_pretraining.ipynb #102ceefd
+class MaskedPretraining(MaskedParts):
+    "The weighted sum of one objective or several at the hidden frames"
+    def predict(self, x: torch.Tensor,                     # (B, L, 3)
+                generator: torch.Generator|None = None):   # randomness of the masks
+        "Mask (B, T); name of each objective but InfoNCE -> target and prediction, (B, T, D) both"
         clean, features, mask = self.mask_features(x, generator)
         context = self.backbone(features)
-        return mask, {name: (masked_target(name, x, clean), self.head[name](context)) for name in self.weights if name != 'contrastive'}
+        return mask, {name: (masked_target(name, x, clean), self.head[name](context))
+                      for name in self.weights if name != 'contrastive'}
 
-    def forward(self,
-        x:torch.Tensor, # (B, L, 3) normalised windows
-        generator:torch.Generator|None=None, # randomness of masks, codes and negatives, on the device of `x`
-    )->Step:
-        "The weighted sum of the objectives; raises a ValueError below 13 samples: too few frames to mask"
+    def forward(self, x: torch.Tensor,                     # (B, L, 3) normalised windows
+                generator: torch.Generator|None = None     # of all draws, on the device of `x`
+                ) -> Step:
+        "The weighted loss; raises a ValueError below 13 samples: too few frames to mask"
         clean, features, mask = self.mask_features(x, generator)
         context = self.backbone(features)
         average, draws = (self.average, self.draws) if self.training else (no_reduce, nullcontext)
-        hidden = mask.sum().float().clamp_min(1)
-        loss, metrics = 0., dict(masked=mask.float().mean(), feature_variance=feature_variance(clean))
+        loss, metrics = 0., dict(masked=mask.float().mean(),
+                                 feature_variance=feature_variance(clean))
         for name, weight in self.weights.items():
             said = self.head[name](context)
-            if name == 'contrastive': part, more = infonce_loss(self.encoder, self.config, clean, mask, said, generator, average, draws)
+            if name == 'contrastive':
+                part, more = infonce_loss(self.encoder, self.config, clean, mask, said, generator,
+                                          average, draws)
             else:
                 target = masked_target(name, x, clean)
-                part = masked_mse(said, target, mask) * (hidden/average(hidden))            # 1 on one device, exactly
-                more = {f'{name}_mse': part, f'zero_{name}_mse': zero_predictor(target, mask)}
-                if not self.training: more[f'line_{name}_mse'] = interpolation_predictor(target, mask)
+                part, more = objective_loss(name, said, target, mask, average, self.training)
             loss, metrics = loss + weight*part, {**metrics, **more}
-        if not self.training: metrics['effective_rank'] = effective_rank(clean)             # too expensive for every step
+        if not self.training: metrics['effective_rank'] = effective_rank(clean)  # too slow to train
         return Step(loss, {name: m.detach() for name, m in metrics.items()})
 
 # %% ../../nbs/models/10_pretraining.ipynb #7c8bc795
@@ -386,71 +444,100 @@ class Preset:
     "A model and the recipe that trains it"
     model: ModelConfig
     steps: int          # optimiser steps
-    batch_size: int     # windows a step
+    batch_size: int     # windows per step
     lr: float           # peak learning rate
-    weight_decay: float
+    weight_decay: float # of AdamW
 
 # %% ../../nbs/models/10_pretraining.ipynb #1c8d38a6
 def contrastive_size(
-    dim:int,    # width of the conv stack's output, the U-Net's first stage
-    conv:int,   # channels of the conv stack
-    codes:int,  # dimension of a pair of code vectors, and of the targets
-    blocks:int, # blocks a stage
-    heads:int=4, # memories of a block
-    scale_logits:bool=True, # of the quantizer
-)->ContrastiveConfig:
+    dim: int,    # width of the conv stack's output and of the U-Net's first stage
+    conv: int,   # channels of the conv stack
+    codes: int,  # dimension of a pair of code vectors, and of the targets
+    blocks: int, # blocks per stage
+    heads: int = 4,              # memories of a block
+    scale_logits: bool = True,   # of the quantizer
+) -> ContrastiveConfig:
     "A contrastive model of one size; everything else as published"
-    encoder = ConvDownConfig(conv_features=conv, out_features=dim, codevector_dim=codes, target_features=codes, scale_logits=scale_logits)
+    encoder = ConvDownConfig(conv_features=conv, out_features=dim, codevector_dim=codes,
+                             target_features=codes, scale_logits=scale_logits)
     return ContrastiveConfig(encoder, blocks=blocks, heads=heads)
 
+CONTRASTIVE = {'tiny': contrastive_size(32, 64, 64, 1, heads=2, scale_logits=False),
+               'small': contrastive_size(64, 256, 256, 2),
+               'base': contrastive_size(128, 256, 256, 3)}
+
+# %% ../../nbs/models/10_pretraining.ipynb #6d6296f3
 def masked_size(
-    name:str, # of a contrastive preset
-    **weights:float, # of the objectives
-)->MaskedConfig:
+    name: str,         # of a contrastive preset
+    **weights: float,  # of the objectives
+) -> MaskedConfig:
     "Encoder and U-Net of a contrastive model with other objectives"
     c = CONTRASTIVE[name]
     return MaskedConfig(c.encoder, blocks=c.blocks, heads=c.heads, **weights)
 
-CONTRASTIVE = {'tiny': contrastive_size(32, 64, 64, 1, heads=2, scale_logits=False), 'small': contrastive_size(64, 256, 256, 2), 'base': contrastive_size(128, 256, 256, 3)}
+# %% ../../nbs/models/10_pretraining.ipynb #9a17571f
+def reconstruction_size(
+    d_model: int,    # width of the encoder and the backbone
+    blocks: int,     # mLSTM blocks
+    ff: float,       # width of the feed-forward part over `d_model`
+) -> ReconstructionConfig:
+    "A reconstruction model of one size, which predicts spectra"
+    return ReconstructionConfig(BidirAutoregConfig(d_model=d_model), blocks=blocks, ff=ff,
+                                target='spectrum')
+
+# %% ../../nbs/models/10_pretraining.ipynb #e01f1f92
 PRESETS = {
-    'contrastive-tiny': Preset(CONTRASTIVE['tiny'], steps=300, batch_size=8, lr=3e-3, weight_decay=.1),
-    'contrastive-small': Preset(CONTRASTIVE['small'], steps=6000, batch_size=256, lr=3e-3, weight_decay=.1),
-    'contrastive-base': Preset(CONTRASTIVE['base'], steps=100_000, batch_size=256, lr=1e-3, weight_decay=.1),
-    'reconstruction-tiny': Preset(ReconstructionConfig(BidirAutoregConfig(d_model=64), blocks=4, ff=3., target='spectrum'),
+    'contrastive-tiny': Preset(CONTRASTIVE['tiny'],
+                               steps=300, batch_size=8, lr=3e-3, weight_decay=.1),
+    'contrastive-small': Preset(CONTRASTIVE['small'],
+                                steps=6000, batch_size=256, lr=3e-3, weight_decay=.1),
+    'contrastive-base': Preset(CONTRASTIVE['base'],
+                               steps=100_000, batch_size=256, lr=1e-3, weight_decay=.1),
+    'reconstruction-tiny': Preset(reconstruction_size(64, 4, 3.),
                                   steps=300, batch_size=8, lr=3e-3, weight_decay=.01),
-    'reconstruction-small': Preset(ReconstructionConfig(BidirAutoregConfig(d_model=128), blocks=12, ff=4., target='spectrum'),
+    'reconstruction-small': Preset(reconstruction_size(128, 12, 4.),
                                    steps=12_000, batch_size=128, lr=2e-3, weight_decay=.01),
-    'reconstruction-base': Preset(ReconstructionConfig(BidirAutoregConfig(d_model=176), target='spectrum'),
+    'reconstruction-base': Preset(reconstruction_size(176, 24, 3.5),
                                   steps=100_000, batch_size=256, lr=2e-3, weight_decay=.01),
-    'spectrum-tiny': Preset(masked_size('tiny'), steps=300, batch_size=8, lr=3e-3, weight_decay=.1),
-    'spectrum-small': Preset(masked_size('small'), steps=6000, batch_size=256, lr=3e-3, weight_decay=.1),
-    'spectrum-base': Preset(masked_size('base'), steps=100_000, batch_size=256, lr=1e-3, weight_decay=.1),
-    'joint-tiny': Preset(masked_size('tiny', contrastive=.2), steps=300, batch_size=8, lr=3e-3, weight_decay=.1),
-    'joint-small': Preset(masked_size('small', contrastive=.2), steps=6000, batch_size=256, lr=3e-3, weight_decay=.1),
-    'joint-base': Preset(masked_size('base', contrastive=.2), steps=100_000, batch_size=256, lr=1e-3, weight_decay=.1),
+    'spectrum-tiny': Preset(masked_size('tiny'),
+                            steps=300, batch_size=8, lr=3e-3, weight_decay=.1),
+    'spectrum-small': Preset(masked_size('small'),
+                             steps=6000, batch_size=256, lr=3e-3, weight_decay=.1),
+    'spectrum-base': Preset(masked_size('base'),
+                            steps=100_000, batch_size=256, lr=1e-3, weight_decay=.1),
+    'joint-tiny': Preset(masked_size('tiny', contrastive=.2),
+                         steps=300, batch_size=8, lr=3e-3, weight_decay=.1),
+    'joint-small': Preset(masked_size('small', contrastive=.2),
+                          steps=6000, batch_size=256, lr=3e-3, weight_decay=.1),
+    'joint-base': Preset(masked_size('base', contrastive=.2),
+                         steps=100_000, batch_size=256, lr=1e-3, weight_decay=.1),
 }
 
 # %% ../../nbs/models/10_pretraining.ipynb #21eaadd9
 def preset(
-    name:str, # such as 'contrastive-tiny'
-)->Preset: # model and recipe
+    name: str,  # such as 'contrastive-tiny'
+) -> Preset:    # model and recipe
     "Look a preset up; raises `UserError` naming those that exist"
-    if name not in PRESETS: raise UserError(f"There is no preset '{name}'; choose one of {', '.join(PRESETS)}.")
+    if name not in PRESETS:
+        raise UserError(f"There is no preset '{name}'; choose one of {', '.join(PRESETS)}.")
     return PRESETS[name]
 
+# %% ../../nbs/models/10_pretraining.ipynb #55ac2512
 def build(
-    config:ModelConfig, # which method, which shapes
-)->Pretrainer: # with fresh weights
+    config: ModelConfig,  # which method, which shapes
+) -> Pretrainer:         # with fresh weights
     "The model that a configuration describes"
-    classes = {'contrastive': ContrastivePretraining, 'reconstruction': ReconstructionPretraining, 'masked': MaskedPretraining}
+    classes = {'contrastive': ContrastivePretraining, 'reconstruction': ReconstructionPretraining,
+               'masked': MaskedPretraining}
     try: return classes[config.method](config)
     except UserError: raise
-    except (ValueError, RuntimeError) as e: raise UserError(f"The configuration makes no model: {e}") from None
+    except (ValueError, RuntimeError) as e:
+        raise UserError(f"The configuration makes no model: {e}") from None
 
 # %% ../../nbs/models/10_pretraining.ipynb #846f356b
 def read_weights(
     file: Path,           # model.safetensors
-) -> tuple[dict, dict]:   # the fields that say which model this is, none in a file of 0.1; name -> weight
+) -> tuple[dict, dict]:   # fields that identify the model, none in a file of 0.1; name -> weight
     "Raises `UserError` for a file that is not what was written"
     try:
         blob = file.read_bytes()
@@ -464,19 +551,23 @@ def read_weights(
     raise UserError(f"'{file}' cannot be read: {why}. The weights are truncated or damaged; "
                     "copy them again, or resume the run, which writes them anew.")
 
+# %% ../../nbs/models/10_pretraining.ipynb #db52ede7
 def read_model(
     folder: str | Path,  # with config.json and model.safetensors
 ) -> tuple[dict, dict]:  # config.json, with what the weights say of themselves; name -> weight
     "Read a model's two files; raises `UserError` with the file and what is wrong with it"
     file, weights = Path(folder)/'config.json', Path(folder)/'model.safetensors'
     for f in (file, weights):
-        if not f.is_file(): raise UserError(f"No pretrained model in '{folder}': {f.name} is missing.")
+        if not f.is_file():
+            raise UserError(f"No pretrained model in '{folder}': {f.name} is missing.")
     config = read_json(file, {'model': dict}, 'restore it or train again')
     own, weights = read_weights(weights)
     for name in [name for name in own if config.get(name) != own[name]]:
-        log.warning("'%s': field '%s' is not that of the weights beside it; theirs is used.", file, name)
+        log.warning("'%s': field '%s' is not that of the weights beside it; theirs is used.", file,
+                    name)
     return {**config, **own}, weights
 
+# %% ../../nbs/models/10_pretraining.ipynb #b6de09fc
 def read_config(
     folder: str | Path,  # with config.json and model.safetensors
 ) -> dict:               # what `read_model` gives
@@ -490,7 +581,8 @@ def from_pretrained(
     "Build the model and load its weights; raises `UserError` as `read_model` and `load_weights` do"
     config, weights = read_model(folder)
     if {'picker', 'question'} & config.keys():
-        raise UserError(f"'{folder}' holds a fine-tuned model, which is no longer one for pretraining; "
+        raise UserError(f"'{folder}' holds a fine-tuned model, which is no longer one for "
+                        f"pretraining; "
                         "name the pretrained run that it came from.")
     model = build(config_from_dict(config['model']))
     load_weights(model, weights, Path(folder)/'model.safetensors')
@@ -502,11 +594,15 @@ def load_weights(
     weights:dict,    # name -> tensor
     where:str|Path,  # the file they came from, for the message
 ):
-    "Load every weight; raises `UserError` naming the first one that is missing, unknown or of another shape"
+    """Load every weight; raises `UserError` naming the first one that is missing, unknown or of
+    another shape"""
     own = model.state_dict()
-    for name in own.keys() - weights.keys(): raise UserError(f"'{where}' lacks the weight '{name}' that the configuration asks for.")
-    for name in weights.keys() - own.keys(): raise UserError(f"'{where}' has a weight '{name}' that the configuration does not know.")
+    for name in own.keys() - weights.keys():
+        raise UserError(f"'{where}' lacks the weight '{name}' that the configuration asks for.")
+    for name in weights.keys() - own.keys():
+        raise UserError(f"'{where}' has a weight '{name}' that the configuration does not know.")
     for name, w in own.items():
         if w.shape != weights[name].shape:
-            raise UserError(f"'{where}': weight '{name}' has shape {tuple(weights[name].shape)}, the configuration asks for {tuple(w.shape)}.")
+            raise UserError(f"'{where}': weight '{name}' has shape {tuple(weights[name].shape)}, "
+                            f"the configuration asks for {tuple(w.shape)}.")
     model.load_state_dict(weights)

@@ -1,4 +1,4 @@
-"""What a frame sounds like, band by band, in the second around it: a target that no weight can move
+"""Log power in 20 frequency bands around every frame: windows (B, L, 3) to targets (B, T, 60), a target that does not depend on any weight
 
 Docs: https://seismodel.github.io/seismodel/models/spectrum.html.md"""
 
@@ -34,7 +34,7 @@ def band_weights(
     step = (high / low) ** (1 / (bands - 1))
     centres = low * step ** np.arange(bands)
     bins = np.fft.rfftfreq(samples, 1 / rate)
-    fine = np.linspace(0, bins[-1], 40 * len(bins))             # the lowest bands lie between two bins
+    fine = np.linspace(0, bins[-1], 40 * len(bins))  # the lowest bands lie between two bins
     octaves = np.log(np.maximum(fine, 1e-9)[:, None] / centres) / np.log(step)
     triangles = np.clip(1 - np.abs(octaves), 0, None)           # (fine, K)
     hats = np.stack([np.interp(fine, bins, row) for row in np.eye(len(bins))])   # (bins, fine)
@@ -48,7 +48,7 @@ def transform(bands: int, device: torch.device) -> tuple[Tensor, Tensor]:
     weights = torch.from_numpy(band_weights(bands)).float()
     return torch.hann_window(FFT, device=device), weights.to(device)
 
-
+# %% ../../nbs/models/09_spectrum.ipynb #eb3fa879
 @torch.no_grad()
 def log_spectra(
     x: Tensor,             # (B, L, C) normalised windows, 100 Hz

@@ -1,4 +1,4 @@
-"""Peak to peak after a pick: in counts as recorded, and with a StationXML inventory in m/s and on a Wood-Anderson seismograph
+"""An instrument and a pick in, the peak-to-peak amplitude after it out: in counts, and with a StationXML inventory in m/s and on a Wood-Anderson seismograph
 
 Docs: https://seismodel.github.io/seismodel/picking/amplitude.html.md"""
 
@@ -20,7 +20,7 @@ from ..signals.records import COMPONENTS, reason
 AMPLITUDE_WINDOW = {'P': 5., 'S': 10.}   # s after a pick
 
 def channels_for(
-    instrument: Instrument,
+    instrument: Instrument,   # of an archive
     phase: str,       # 'P' or 'S'
 ) -> list[str]:       # last letters of channels
     "On which channels a phase is read"
@@ -28,13 +28,14 @@ def channels_for(
     letters = [c for c, component in instrument.mapping.items() if component in wanted]
     return letters or list(instrument.mapping)
 
+# %% ../../nbs/picking/01b_amplitude.ipynb #92084092
 def samples_near(
-    instrument: Instrument,
+    instrument: Instrument,   # of an archive
     letter: str,      # last letter of a channel
     time: int,        # ns since 1970
     before: float,    # s
     after: float,     # s
-) -> tuple[np.ndarray, float, int]:   # samples as recorded, their rate in Hz, which of them is at `time`
+) -> tuple[np.ndarray, float, int]:   # samples, their rate in Hz, the one at `time`
     "The samples of a channel around a time that has any, without those beyond a gap"
     for run in instrument.runs[letter]:
         at = round((time - run.start)*run.rate/1e9)
@@ -63,14 +64,16 @@ WOOD_ANDERSON = dict(poles=[-5.49779 + 5.60886j, -5.49779 - 5.60886j], zeros=[0j
                      gain=1., sensitivity=2080.)         # of ground velocity
 BEFORE, AFTER = 15., 5.     # s that are read beside the window, for the filters
 NO_EPOCH = 'the inventory has no response for it at this time: amplitudes in counts only'
-GAIN_ONLY = 'its response is a gain without poles and zeros: m/s by the gain, no Wood-Anderson amplitude'
+GAIN_ONLY = ('its response is a gain without poles and zeros: m/s by the gain, '
+             'no Wood-Anderson amplitude')
 
+# %% ../../nbs/picking/01b_amplitude.ipynb #d97e3c36
 def physical(
     x: np.ndarray,      # (n,) samples as recorded, without a gap
     rate: float,        # Hz
     first: int,         # sample of the pick
     last: int,          # sample after the window
-    response,           # ObsPy's, or None
+    response: object,   # ObsPy's, or None
 ) -> tuple[float | None, float | None, str]:  # m/s and mm, peak to peak; why one is missing
     "Amplitudes in physical units"
     from obspy import Trace
@@ -88,8 +91,9 @@ def physical(
     size = lambda tr: float(np.ptp(tr.data[first:last]))
     return size(trace), 1000*size(pendulum), ''
 
+# %% ../../nbs/picking/01b_amplitude.ipynb #859dc52a
 def response_of(
-    inventory,        # obspy.Inventory or None
+    inventory: object,  # obspy.Inventory or None
     channel: str,     # NET.STA.LOC.CHA
     time: int,        # ns since 1970
 ):                    # ObsPy's response, or None where there is none at that time
@@ -108,19 +112,22 @@ class Amplitude(NamedTuple):
     clipped: bool                  # the record reaches the limit of its instrument
     missing: str                   # why an amplitude with an inventory is missing, or ''
 
+# %% ../../nbs/picking/01b_amplitude.ipynb #210a7111
 def measure(
-    instrument: Instrument,
+    instrument: Instrument,   # of an archive
     phase: str,        # 'P' or 'S'
     time: int,         # of the pick, ns since 1970
-    inventory=None,    # obspy.Inventory
+    inventory: object = None,  # obspy.Inventory
 ) -> Amplitude:
     "Channel and amplitude of a pick"
-    window, code, found = AMPLITUDE_WINDOW.get(phase[:1], 5.), instrument.name.rpartition('.')[2], []
+    window, found = AMPLITUDE_WINDOW.get(phase[:1], 5.), []
+    code = instrument.name.rpartition('.')[2]
     for letter in channels_for(instrument, phase[:1]):
         x, rate, at = samples_near(instrument, letter, time, BEFORE, window + AFTER)
         end = at + int(window*rate) + 1
         if len(x) > at + 1: found.append((float(np.ptp(x[at:end])), letter, x, rate, at, end))
-    if not found: return Amplitude(code + channels_for(instrument, phase[:1])[0], None, None, None, False, '')
+    if not found:
+        return Amplitude(code + channels_for(instrument, phase[:1])[0], None, None, None, False, '')
     counts, letter, x, rate, at, end = max(found, key=lambda row: row[0])
     velocity = wood_anderson = None
     missing = ''

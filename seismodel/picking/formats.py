@@ -1,4 +1,4 @@
-"""`seismodel pick --format pyocto|gamma|real|hypoinverse|nonlinloc`: files that those programs read as they are
+"""Rows of picks and station coordinates in, files that these programs read out; `seismodel pick --format NAME`
 
 Docs: https://seismodel.github.io/seismodel/picking/formats.html.md"""
 
@@ -25,17 +25,20 @@ def check_formats(
 ) -> tuple[str, ...]:         # each once
     "Raises `UserError` for a program that is not known"
     for name in names or ():
-        if name not in PICK_FORMATS: raise UserError(f"--format is '{name}'; choose from {', '.join(PICK_FORMATS)}.")
+        if name not in PICK_FORMATS:
+            raise UserError(f"--format is '{name}'; choose from {', '.join(PICK_FORMATS)}.")
     return tuple(dict.fromkeys(names or ()))
 
+# %% ../../nbs/picking/03a_formats.ipynb #23dd71f7
 def site_of(
     row: dict,                # of a pick
 ) -> str:                     # NET.STA.LOC
     "The name of a station for an associator"
     return '.'.join(str(row[k]) for k in CODES[:3])
 
+# %% ../../nbs/picking/03a_formats.ipynb #1b0e2943
 def sites_in(
-    inventory,                # obspy.Inventory
+    inventory: object,        # obspy.Inventory
 ) -> dict:                    # NET.STA.LOC -> latitude, longitude in degrees, elevation in m
     "Where stations are, by location code; the last epoch counts"
     places = {}
@@ -48,6 +51,7 @@ def sites_in(
                 places[name + channel.location_code] = channel.latitude, channel.longitude, height
     return {name: tuple(map(float, place)) for name, place in places.items()}
 
+# %% ../../nbs/picking/03a_formats.ipynb #59f437a8
 def _write_csv(path, columns, rows):
     "A table, replaced whole"
     def write(part):
@@ -63,12 +67,14 @@ def write_pyocto(
 ):
     "Picks and stations for PyOcto"
     columns = 'station', 'phase', 'time', 'probability', 'amplitude', 'instrument'
-    lines = ((site_of(r), r['phase'], r['epoch'], r['probability'], r['amplitude'], r['instrument']) for r in rows)
+    lines = ((site_of(r), r['phase'], r['epoch'], r['probability'], r['amplitude'],
+              r['instrument']) for r in rows)
     _write_csv(folder/'picks.pyocto.csv', columns, lines)
     if not places: return
     stations = [(name, *place) for name, place in places.items()]
     _write_csv(folder/'stations.pyocto.csv', ('id', 'latitude', 'longitude', 'elevation'), stations)
 
+# %% ../../nbs/picking/03a_formats.ipynb #5c29fe18
 def write_gamma(
     rows: list[dict],    # picks, or anything that yields them
     folder: Path,        # gets the files
@@ -82,7 +88,8 @@ def write_gamma(
     amp = lambda size: (f'{float(size)/2:.6g}',) if known else ()
     lines = [(site_of(r), r['time'].rstrip('Z'), r['probability'], r['phase'].lower(), *amp(size))
              for r, size in zip(rows, sizes)]
-    _write_csv(folder/'picks.gamma.csv', ('id', 'timestamp', 'prob', 'type', *(('amp',) if known else ())), lines)
+    columns = 'id', 'timestamp', 'prob', 'type', *(('amp',) if known else ())
+    _write_csv(folder/'picks.gamma.csv', columns, lines)
     if not places: return
     middle = [sum(p[k] for p in places.values())/len(places) for k in (0, 1)]
     plane = lambda lat, lon: util_geo_km(middle[1], middle[0], lon, lat)
@@ -103,19 +110,24 @@ def write_real(
         second = float(r['epoch']) % 86_400
         size = float(r['wood_anderson'] or 0)/2
         name = r['time'][:10].replace('-', ''), f"{r['network']}.{r['station']}.{r['phase']}.txt"
-        lines.setdefault(name, []).append((second, f"{second:.4f} {r['probability']:.4f} {size:.6g}\n"))
+        lines.setdefault(name, []).append((second,
+                                           f"{second:.4f} {r['probability']:.4f} {size:.6g}\n"))
     for (day, name), found in lines.items():
         (folder/'real'/day).mkdir(parents=True, exist_ok=True)
         text = ''.join(line for _, line in sorted(found))
-        write_atomically(folder/'real'/day/name, lambda part: part.write_text(text, encoding='utf-8'))
+        write_atomically(folder/'real'/day/name,
+                         lambda part: part.write_text(text, encoding='utf-8'))
     if not places: return
     (folder/'real').mkdir(exist_ok=True)
     own = {tuple(name.split('.')[:2]): place for name, place in places.items()}
-    text = ''.join(f'{lon:.5f} {lat:.5f} {net} {sta} BHZ {up/1000:.4f}\n' for (net, sta), (lat, lon, up) in own.items())
-    write_atomically(folder/'real/station.dat', lambda part: part.write_text(text, encoding='utf-8'))
+    text = ''.join(f'{lon:.5f} {lat:.5f} {net} {sta} BHZ {up/1000:.4f}\n' for (net, sta),
+                   (lat, lon, up) in own.items())
+    write_atomically(folder/'real/station.dat',
+                     lambda part: part.write_text(text, encoding='utf-8'))
 
 # %% ../../nbs/picking/03a_formats.ipynb #2942829e
-WEIGHTS = (.05, .1, .2, .5)     # s: an uncertainty up to these has the weight code 0, 1, 2, 3; above, 4
+# s: an uncertainty up to these has the weight code 0, 1, 2, 3; above, 4
+WEIGHTS = (.05, .1, .2, .5)
 
 def hypoinverse_line(
     row: dict,           # of a pick
@@ -139,8 +151,9 @@ def hypoinverse_line(
     put(112, f"{row['location'][:2]:2}")
     return ''.join(line)
 
+# %% ../../nbs/picking/03a_formats.ipynb #dd934880
 def write_hypoinverse(
-    events,              # lists of picks, one per event
+    events: list,        # lists of picks, one per event
     path: Path,          # a file, replaced whole
 ):
     "Phase lines of events"
@@ -153,7 +166,7 @@ def write_hypoinverse(
 
 # %% ../../nbs/picking/03a_formats.ipynb #44ef833d
 def write_nonlinloc(
-    events,              # lists of picks, one per event
+    events: list,        # lists of picks, one per event
     path: Path,          # a file, replaced whole
 ):
     "Observations of events"
@@ -167,6 +180,7 @@ def write_nonlinloc(
                 f.write(text.getvalue().rstrip(b'\n') + b'\n\n')
     write_atomically(path, write)
 
+# %% ../../nbs/picking/03a_formats.ipynb #a1ecfc15
 def write_places(
     places: dict,        # from `sites_in`
     path: Path,          # a file, replaced whole
@@ -182,7 +196,7 @@ def write_format(
     name: str,           # one of `PICK_FORMATS`
     rows: list[dict],    # or anything that yields them, those of an instrument and day side by side
     folder: Path,        # of the results
-    inventory=None,      # obspy.Inventory, for stations
+    inventory: object = None,  # obspy.Inventory, for stations
 ):
     "Write picks for a program"
     places = sites_in(inventory) if inventory is not None else {}

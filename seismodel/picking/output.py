@@ -1,4 +1,4 @@
-"""Picks as a table, as QuakeML and as a picture: what locators, SeisComP and people read
+"""SeisBench picks in; a CSV table, a QuakeML file and a figure of waveform, probabilities and picks out
 
 Docs: https://seismodel.github.io/seismodel/picking/output.html.md"""
 
@@ -6,7 +6,7 @@ Docs: https://seismodel.github.io/seismodel/picking/output.html.md"""
 
 # %% auto #0
 __all__ = ['CODES', 'NUMBERS', 'PICK_COLUMNS', 'COLORS', 'pick_rows', 'with_amplitude', 'write_picks', 'read_picks', 'container',
-           'to_catalog', 'write_quakeml', 'around', 'plot_picks']
+           'to_catalog', 'write_quakeml', 'around', 'draw_station', 'plot_picks']
 
 # %% ../../nbs/picking/03_output.ipynb #449dea43
 import csv
@@ -40,13 +40,15 @@ def pick_rows(
             begin=str(p.start_time), end=str(p.end_time)))
     return rows
 
+# %% ../../nbs/picking/03_output.ipynb #bca8b268
 def _epoch(ns):
     "Seconds since 1970 as text, without the rounding of floating-point numbers"
     return f"{'-' if ns < 0 else ''}{abs(ns)//10**9}.{abs(ns) % 10**9//1000:06}"
 
+# %% ../../nbs/picking/03_output.ipynb #ae20b98f
 def with_amplitude(
     row: dict,            # of a pick
-    a: Amplitude,
+    a: Amplitude,         # measured after it
 ) -> dict:                # with channel and amplitudes
     "A row with what was measured after the pick"
     text = lambda value: '' if value is None else f'{value:.6g}'
@@ -66,9 +68,10 @@ def write_picks(
             writer.writerows(rows)
     write_atomically(path, write)
 
+# %% ../../nbs/picking/03_output.ipynb #4f8fcabe
 def read_picks(
     path: Path,           # that `write_picks` wrote
-):                        # pandas.DataFrame; numbers as numbers, codes and times as text, clipped as bool
+):  # pandas.DataFrame; numbers as numbers, codes and times as text, clipped as bool
     "The table of picks, with locations such as 00 as they are"
     text = dict.fromkeys((*CODES, 'channel', 'phase', 'time', 'clipped', 'begin', 'end', 'file'), str)
     table = read_table(path, PICK_COLUMNS, NUMBERS, 'pick again', dtype=text, keep_default_na=False,
@@ -82,6 +85,7 @@ def container(
     "Instrument and day of a pick"
     return '.'.join(row[k] for k in CODES) + ' ' + row['time'][:10]
 
+# %% ../../nbs/picking/03_output.ipynb #44c00d06
 def to_catalog(
     rows: list[dict],     # picks, those of an instrument and day side by side
     method: str,          # what made them, for the method's identifier
@@ -93,18 +97,21 @@ def to_catalog(
     allowed = ''.join(c if c.isalnum() or c in '-_.' else '_' for c in method)
     method, catalog = ResourceIdentifier(f'smi:local/{allowed}'), Catalog()
     for name, group in groupby(rows, container):
-        event = Event(event_descriptions=[EventDescription(text=f'picks of {name}, not associated')])
+        said = EventDescription(text=f'picks of {name}, not associated')
+        event = Event(event_descriptions=[said])
         for row in group:
             where = WaveformStreamID(*(row[k] for k in (*CODES[:3], 'channel')))
             said = [Comment(text=f"probability {row['probability']}")]
             error = QuantityError(uncertainty=float(row['uncertainty']))
-            event.picks.append(Pick(time=UTCDateTime(row['time']), time_errors=error, phase_hint=row['phase'],
-                                    waveform_id=where, method_id=method, evaluation_mode='automatic', comments=said))
+            event.picks.append(Pick(time=UTCDateTime(row['time']), time_errors=error, comments=said,
+                                    phase_hint=row['phase'], waveform_id=where,
+                                    method_id=method, evaluation_mode='automatic'))
         catalog.append(event)
     return catalog
 
+# %% ../../nbs/picking/03_output.ipynb #c52c10d5
 def write_quakeml(
-    rows: list[dict],     # or anything that yields them, those of an instrument and day side by side
+    rows: list[dict],  # or anything that yields them, those of an instrument and day side by side
     path: Path,           # an XML file, replaced whole
     method: str,          # what made them
 ):
@@ -129,41 +136,60 @@ def write_quakeml(
 COLORS = {'P': 'C0', 'S': 'C3', 'D': 'C2'}
 
 def around(
-    stream, # obspy.Stream
-    picks,  # a SeisBench PickList
+    stream: object,  # obspy.Stream
+    picks: list,     # of SeisBench's Pick
     longest:float=600., # seconds that are drawn whole
     length:float=60.,   # seconds drawn of more
 )->tuple: # begin and end, obspy.UTCDateTime
     "What to draw of a stream"
     begin, end = min(tr.stats.starttime for tr in stream), max(tr.stats.endtime for tr in stream)
     if end - begin <= longest: return begin, end
-    centre = max(picks, key=lambda pick: pick.peak_value).peak_time if len(picks) else begin + length/3
+    best = max(picks, key=lambda pick: pick.peak_value, default=None)
+    centre = best.peak_time if best else begin + length/3
     begin = max(begin, min(centre - length/3, end - length))
     return begin, begin + length
 
+# %% ../../nbs/picking/03_output.ipynb #089f75a6
+def draw_station(
+    axs: list,              # matplotlib axes: one per channel, and one for probabilities
+    stream: object,         # obspy.Stream of one instrument
+    annotations: object,    # obspy.Stream of its probabilities
+    begin: object,          # obspy.UTCDateTime
+    end: object,            # obspy.UTCDateTime
+) -> None:
+    "Components and probabilities over the seconds after `begin`"
+    for ax, channel in zip(axs, sorted({tr.stats.channel for tr in stream})):
+        for tr in stream.select(channel=channel).slice(begin, end):
+            ax.plot(tr.times() + (tr.stats.starttime - begin), tr.data, color='.25', lw=.5)
+        ax.set(ylabel=channel, yticks=[])
+    for tr in annotations.slice(begin, end):
+        label = tr.stats.channel.rpartition('_')[2]
+        if label[0] in COLORS:
+            axs[-1].plot(tr.times() + (tr.stats.starttime - begin), tr.data, color=COLORS[label[0]],
+                         lw=1, label=label)
+
+# %% ../../nbs/picking/03_output.ipynb #1e468ba6
 def plot_picks(
-    stream,      # obspy.Stream, of which one instrument is drawn
-    annotations, # what `annotate` made of it
-    picks,       # what `classify` made of it
-): # matplotlib.figure.Figure
+    stream: object,       # obspy.Stream, of which one instrument is drawn
+    annotations: object,  # what `annotate` made of it
+    picks: list,          # what `classify` made of it
+):                        # matplotlib.figure.Figure
     "Components, probabilities and picks of the station with the surest pick"
     import matplotlib.pyplot as plt
-    best = max(picks, key=lambda pick: pick.peak_value).trace_id if len(picks) else stream[0].id.rpartition('.')[0]
+    surest = max(picks, key=lambda pick: pick.peak_value, default=None)
+    best = surest.trace_id if surest else stream[0].id.rpartition('.')[0]
     own = lambda st: st.__class__([tr for tr in st if tr.id.rpartition('.')[0] == best])
     stream, picks = own(stream), [pick for pick in picks if pick.trace_id == best]
     begin, end = around(stream, picks)
-    channels = sorted({tr.stats.channel for tr in stream})
-    fig, axs = plt.subplots(len(channels) + 1, 1, figsize=(8, 1 + .75*len(channels)), sharex=True, layout='constrained')
-    for ax, channel in zip(axs, channels):
-        for tr in stream.select(channel=channel).slice(begin, end): ax.plot(tr.times() + (tr.stats.starttime - begin), tr.data, color='.25', lw=.5)
-        ax.set(ylabel=channel, yticks=[])
-    for tr in own(annotations).slice(begin, end):
-        label = tr.stats.channel.rpartition('_')[2]
-        if label[0] in COLORS: axs[-1].plot(tr.times() + (tr.stats.starttime - begin), tr.data, color=COLORS[label[0]], lw=1, label=label)
+    rows = len({tr.stats.channel for tr in stream}) + 1
+    fig, axs = plt.subplots(rows, 1, figsize=(8, .25 + .75*rows), sharex=True, layout='constrained')
+    draw_station(axs, stream, own(annotations), begin, end)
     for pick in picks:
         if not begin <= pick.peak_time <= end: continue
-        for ax in axs: ax.axvline(pick.peak_time - begin, color=COLORS.get(pick.phase, 'k'), lw=.8, ls=':')
-    axs[-1].set(ylabel='probability', ylim=(0, 1.05), xlim=(0, end - begin), xlabel=f'seconds after {begin.strftime("%Y-%m-%d %H:%M:%S")}')
+        for ax in axs:
+            ax.axvline(pick.peak_time - begin, color=COLORS.get(pick.phase, 'k'), lw=.8, ls=':')
+    axs[-1].set(ylabel='probability', ylim=(0, 1.05), xlim=(0, end - begin),
+                xlabel=f'seconds after {begin.strftime("%Y-%m-%d %H:%M:%S")}')
     axs[-1].legend(fontsize=7, loc='upper right')
     axs[0].set_title(best, fontsize=9)
     return fig

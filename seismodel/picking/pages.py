@@ -1,4 +1,4 @@
-"""What `seismodel pick --figures` draws: the day line by line with its picks, and its surest events in close-up
+"""An instrument and its picks of a day in, a PNG out: a helicorder with the picks, and the most probable events enlarged
 
 Docs: https://seismodel.github.io/seismodel/picking/pages.html.md"""
 
@@ -32,6 +32,7 @@ def high_passed(
     sos = butter(2, CORNER, 'highpass', fs=SAMPLING_RATE, output='sos')
     return np.where(gap, np.nan, sosfiltfilt(sos, still))
 
+# %% ../../nbs/picking/03b_pages.ipynb #a9cd829b
 def is_hidden(
     x: np.ndarray,   # (n,) at 100 Hz, NaN where nothing was recorded
 ) -> bool:
@@ -70,8 +71,9 @@ def envelope(
     low, high = parts.min(1).filled(np.nan), parts.max(1).filled(np.nan)
     return np.repeat(np.arange(n//every)*every, 2), np.stack([low, high], -1).ravel()
 
+# %% ../../nbs/picking/03b_pages.ipynb #9c6843c0
 def day_lines(
-    instrument: Instrument,
+    instrument: Instrument,   # of an archive
     pieces: list,        # of a day, each within an hour
 ) -> tuple[list, str]:   # of each piece hour of the day, seconds after the full hour, values; label
     "The helicorder of a day"
@@ -87,20 +89,23 @@ def day_lines(
     name = instrument.name.rpartition('.')[2] + component
     return (lines if cut else raw), f'{name} above {CORNER:g} Hz' if cut else name
 
+# %% ../../nbs/picking/03b_pages.ipynb #1e978190
 def draw_day(
     ax,                  # matplotlib's
-    instrument: Instrument,
+    instrument: Instrument,   # of an archive
     pieces: list,        # of a day
     rows: list[dict],    # its picks
 ):
     "Hours of a day as lines, with a tick for each pick"
     lines, label = day_lines(instrument, pieces)
-    size = np.nanmedian([np.nanquantile(np.abs(y - np.nanmedian(y)), .999) if np.isfinite(y).any() else np.nan
-                         for *_, y in lines])
+    sizes = [np.nanquantile(np.abs(y - np.nanmedian(y)), .999) if np.isfinite(y).any() else np.nan
+             for *_, y in lines]
+    size = np.nanmedian(sizes)
     hours = sorted({line[0] for line in lines})
     for hour, second, at, y in lines:
         y = (y - np.nanmedian(y))/(2*(size or 1)) if np.isfinite(y).any() else y
-        ax.plot((second + at/SAMPLING_RATE)/60, hour - np.clip(y, -1, 1), color='.6', lw=.4, zorder=1)
+        ax.plot((second + at/SAMPLING_RATE)/60, hour - np.clip(y, -1, 1), color='.6', lw=.4,
+                zorder=1)
     for row in rows:
         second = float(row['epoch']) % 86_400
         ax.plot(second % 3600/60, second//3600 + (.3 if row['phase'][0] == 'S' else -.3), '|',
@@ -111,8 +116,8 @@ def draw_day(
 
 # %% ../../nbs/picking/03b_pages.ipynb #2f310867
 def draw_event(
-    axs,                 # matplotlib's, one per component
-    instrument: Instrument,
+    axs: list,           # matplotlib axes, one per component
+    instrument: Instrument,   # of an archive
     pieces: list,        # of a day
     event: list[dict],   # its picks
     rows: list[dict],    # all picks of the day
@@ -133,13 +138,15 @@ def draw_event(
         ax.set_ylabel(c + (f'\n> {CORNER:g} Hz' if cut else ''), fontsize=8)
         for row in rows:
             late = float(row['epoch']) - begin
-            if 0 <= late <= length: ax.axvline(late, color=COLORS.get(row['phase'][0], 'k'), lw=.9, ls='--')
+            if 0 <= late <= length:
+                ax.axvline(late, color=COLORS.get(row['phase'][0], 'k'), lw=.9, ls='--')
     said = ', '.join(f"{r['phase']} {r['probability']:.2f}" for r in event)
     axs[0].set_title(f"{event[0]['time'][11:21]}: {said}", fontsize=8)
     axs[-1].set_xlabel('s')
 
+# %% ../../nbs/picking/03b_pages.ipynb #efbac9ee
 def day_page(
-    instrument: Instrument,
+    instrument: Instrument,   # of an archive
     date: str,           # of the day
     pieces: list,        # of the day
     rows: list[dict],    # its picks
@@ -149,10 +156,12 @@ def day_page(
     events, n = surest_events(rows), len(instrument.components)
     hours = len({(span.start + TICK*first)//(3600*10**9) for span, first, _ in pieces})
     fig = Figure(figsize=(11, 1.6 + .24*hours + (1 + .8*n if events else 0)), layout='constrained')
-    top, *below = fig.subfigures(2, 1, height_ratios=[1.3 + .24*hours, 1 + .8*n]) if events else [fig]
+    heights = [1.3 + .24*hours, 1 + .8*n]
+    top, *below = fig.subfigures(2, 1, height_ratios=heights) if events else [fig]
     draw_day(top.subplots(), instrument, pieces, rows)
     counts = ', '.join(f"{sum(r['phase'] == p for r in rows)} {p}" for p in 'PS')
-    fig.suptitle(f'{instrument.name}  {date}: {counts}  (ticks above a line P, below it S)', fontsize=10)
+    fig.suptitle(f'{instrument.name}  {date}: {counts}  (ticks above a line P, below it S)',
+                 fontsize=10)
     if not events: return fig
     axs = below[0].subplots(n, max(3, len(events)), sharex='col', squeeze=False)
     for column, event in zip(axs.T, events): draw_event(column, instrument, pieces, event, rows)
@@ -161,7 +170,7 @@ def day_page(
 
 # %% ../../nbs/picking/03b_pages.ipynb #d6474ed2
 def draw_page(
-    instrument: Instrument,
+    instrument: Instrument,   # of an archive
     date: str,           # of the day
     pieces: list,        # of the day
     rows: list[dict],    # its picks
@@ -174,6 +183,7 @@ def draw_page(
     save = lambda part: fig.savefig(part, dpi=110, format='png', metadata={'Source': key})
     write_atomically(path, save)
 
+# %% ../../nbs/picking/03b_pages.ipynb #955b8e87
 def page_key(
     path: Path,          # a PNG that may be there
 ) -> str | None:         # of the result that it shows; None: no picture

@@ -1,4 +1,4 @@
-"""From a source to the ground under a station: travel times, radiation, spectra and coda of three-component waves with exact onsets
+"""From a source to the ground under a station: numbers drawn for source, path and station in, three-component waves with exact onsets out
 
 Docs: https://seismodel.github.io/seismodel/signals/earthquake.html.md"""
 
@@ -26,27 +26,37 @@ def stream(
 
 # %% ../../nbs/signals/01_earthquake.ipynb #e65cfaff
 STATION = dict(             # low, high, and True where the logarithm is uniform
-    sediment=(.1, 2.5, False), upper=(8., 18., False), lower=(8., 20., False),               # thickness, km
+    sediment=(.1, 2.5, False), upper=(8., 18., False), lower=(8., 20., False),  # thickness, km
     vp0=(1., 4., False), vp1=(5.6, 6.2, False), vp2=(6.4, 7., False), vp3=(7.8, 8.3, False), # km/s
-    ratio0=(1.75, 2.4, False), ratio=(1.68, 1.79, False),                                    # vp / vs
-    peak=(2., 8., True), swing=(0., 3., False),                              # site resonance: Hz, height
-    seismometer=(0., 1., False), accelerometer=(0., 1., False), cut=(14., 90., True), order=(1., 8., False),
+    ratio0=(1.75, 2.4, False), ratio=(1.68, 1.79, False),  # vp / vs
+    peak=(2., 8., True), swing=(0., 3., False),  # site resonance: Hz, height
+    seismometer=(0., 1., False), accelerometer=(0., 1., False), cut=(14., 90., True),
+    order=(1., 8., False),
     quiet=(.2, .8, False), event=(0., 1., False), burst=(0., 1., False),
     fault=(0., 1., False), vertical=(0., 1., False))
 EVENT = dict(
     distance=(0., 1., False), depth=(0., 1., False), back_azimuth=(0., 2 * np.pi, False),
     dip=(-1., 1., False), strike=(0., 2 * np.pi, False), rake=(0., 2 * np.pi, False),
-    stress_drop=(3e5, 3e7, True), kappa=(.001, .02, False), q=(250., 2500., True), ts_tp=(1.5, 3., False),
-    rise_p=(.005, .2, True), rise_s=(.005, .1, True), ring_p=(.03, .4, True), ring_s=(.06, .8, True),    # s
-    coda_p=(.15, 5., True), coda_s=(.08, 1.5, True), power=(.6, 2., False), q0=(60., 250., True), qn=(.5, 1., False),
+    stress_drop=(3e5, 3e7, True), kappa=(.001, .02, False), q=(250., 2500., True),
+    ts_tp=(1.5, 3., False),
+    # s
+    rise_p=(.005, .2, True), rise_s=(.005, .1, True), ring_p=(.03, .4, True),
+    ring_s=(.06, .8, True),
+    coda_p=(.15, 5., True), coda_s=(.08, 1.5, True), power=(.6, 2., False), q0=(60., 250., True),
+    qn=(.5, 1., False),
     head=(.1, .5, False), sp=(-.8, .8, False), ps=(-.4, .4, False), s2p=(-.6, .6, False),
     window=(0., 1., False), late=(0., 1., False), second=(0., 1., False), swarm=(0., 1., False))
 
-def scale(uniform, dials):
+# %% ../../nbs/signals/01_earthquake.ipynb #70d2a2c1
+def scale(
+    uniform: np.ndarray,  # (E, number of entries) uniform numbers
+    dials: dict,          # name -> range; see `EVENT` and `STATION`
+) -> SimpleNamespace:     # an array (E,) for each entry
     "Numbers from 0 to 1, (B, len(dials)), onto the ranges of the dials: a namespace of arrays (B,)"
     low, high, log = (np.array(c, float) for c in zip(*dials.values()))
-    safe = np.where(log > 0, low, 1.)                               # the others are not raised to a power
-    value = np.where(log > 0, safe * (np.where(log > 0, high, 1.) / safe)**uniform, low + (high - low) * uniform)
+    safe = np.where(log > 0, low, 1.)  # the others are not raised to a power
+    value = np.where(log > 0, safe * (np.where(log > 0, high, 1.) / safe)**uniform,
+                     low + (high - low) * uniform)
     return SimpleNamespace(**dict(zip(dials, value.T.copy())))
 
 # %% ../../nbs/signals/01_earthquake.ipynb #1a53cd5d
@@ -56,9 +66,13 @@ class Crust(NamedTuple):
     vp:np.ndarray           # (E, 4) km/s
     vs:np.ndarray           # (E, 4) km/s
 
-def crust_of(station) -> Crust:
+# %% ../../nbs/signals/01_earthquake.ipynb #ae603c66
+def crust_of(
+    station: SimpleNamespace,  # draws of the stations, arrays (B,)
+) -> Crust:
     "The columns under the stations"
-    bottom = np.cumsum([station.sediment, station.upper, station.lower, np.full_like(station.upper, np.inf)], 0).T
+    bottom = np.cumsum([station.sediment, station.upper, station.lower,
+                        np.full_like(station.upper, np.inf)], 0).T
     vp = np.stack([station.vp0, station.vp1, station.vp2, station.vp3], 1)
     return Crust(bottom.copy(), vp, vp / np.stack([station.ratio0, *[station.ratio] * 3], 1))
 
@@ -70,15 +84,17 @@ def rays(
     bottom:np.ndarray,      # (E, n) km, of each layer
     depth:np.ndarray,       # (E,) km, of the source
     x:np.ndarray            # (E,) km, epicentral distance
-) -> tuple:                 # times in s, ray parameters in s/km, both (E, n): direct, then one head wave an interface
+) -> tuple:                 # times in s, ray parameters in s/km, both (E, n): direct, head waves
     "Travel times in flat layers; infinite where a head wave does not exist."
-    above = np.diff(np.minimum(bottom, depth[:, None]), prepend=0.)             # km of each layer over the source
+    # km of each layer over the source
+    above = np.diff(np.minimum(bottom, depth[:, None]), prepend=0.)
     p = np.sin(ANGLES) / np.where(above > 0, v, 0).max(1)[:, None]              # (E, A)
-    eta = np.sqrt(np.maximum(v[:, None]**-2 - p[..., None]**2, 0))              # vertical slowness (E, A, n)
+    eta = np.sqrt(np.maximum(v[:, None]**-2 - p[..., None]**2, 0))  # vertical slowness (E, A, n)
     time = (eta * above[:, None]).sum(-1) + p * x[:, None]                      # tau(p) + p x
-    best = time.argmax(1)[:, None]                                              # stationary: here, a maximum
-    top, q = bottom[:, :-1], 1 / v[:, 1:]                           # interfaces, slowness below them
-    legs = 2 * np.diff(np.minimum(bottom[:, None], top[..., None]), prepend=0.) - above[:, None]      # down and up
+    best = time.argmax(1)[:, None]  # stationary: here, a maximum
+    top, q = bottom[:, :-1], 1 / v[:, 1:]  # interfaces, slowness below them
+    # down and up
+    legs = 2 * np.diff(np.minimum(bottom[:, None], top[..., None]), prepend=0.) - above[:, None]
     eta = np.sqrt(np.maximum(v[:, None]**-2 - q[..., None]**2, 0))
     reach = (legs * q[..., None] / np.maximum(eta, 1e-9)).sum(-1)               # critical distance
     exists = (top > depth[:, None]) & (x[:, None] >= reach)
@@ -89,35 +105,51 @@ def rays(
 # %% ../../nbs/signals/01_earthquake.ipynb #0a7f6fc8
 def directions(
     sine:np.ndarray,            # (E,) of the angle between ray and vertical
-    back_azimuth:np.ndarray,    # (E,) radians, of the source seen from the station, from north to east
+    # (E,) radians, of the source seen from the station, from north to east
+    back_azimuth:np.ndarray,
     down:np.ndarray=False       # (E,) does the ray go down?
-) -> np.ndarray:                # (E, 3, 3) unit vectors: rows P (along the ray), SV, SH; columns Z, N, E
+) -> np.ndarray:  # (E, 3, 3) unit vectors: rows P (along the ray), SV, SH; columns Z, N, E
     "How the ground moves in each kind of wave."
     s, up = np.minimum(sine, 1.), np.where(down, -1., 1.) + 0 * sine
-    c, n, e, o = np.sqrt(1 - s**2), -np.cos(back_azimuth), -np.sin(back_azimuth), 0 * sine   # n, e: away from source
+    # n, e: away from source
+    c, n, e, o = np.sqrt(1 - s**2), -np.cos(back_azimuth), -np.sin(back_azimuth), 0 * sine
     return np.stack([c * up, s * n, s * e, -s * up, c * n, c * e, o, -e, n], 1).reshape(-1, 3, 3)
 
 # %% ../../nbs/signals/01_earthquake.ipynb #7ec0847e
-def radiation(event, ray):
-    "Far-field pattern (E, 3) of P, SV and SH of a double couple, `ray` (E, 3, 3) from `directions` at the source"
-    z, s = event.dip, np.sqrt(1 - event.dip**2)                                 # fault normal: uniform on the sphere
+def radiation(
+    event: SimpleNamespace,  # draws of the events, arrays (E,)
+    ray: np.ndarray,         # (E, 3, 3) from `directions`, at the source
+) -> np.ndarray:             # (E, 3) of P, SV and SH
+    """Far-field pattern (E, 3) of P, SV and SH of a double couple, `ray` (E, 3, 3) from
+    `directions` at the source"""
+    z, s = event.dip, np.sqrt(1 - event.dip**2)  # fault normal: uniform on the sphere
     c, e, o = np.cos(event.strike), np.sin(event.strike), 0 * z
     normal, a, b = (np.stack(u, 1) for u in ([z, s * c, s * e], [s, -z * c, -z * e], [o, -e, c]))
-    slip = np.cos(event.rake)[:, None] * a + np.sin(event.rake)[:, None] * b    # any direction in the fault
-    n, d = (ray * normal[:, None]).sum(-1), (ray * slip[:, None]).sum(-1)       # in the frame of the ray (E, 3)
-    return n[:, :1] * d + d[:, :1] * n                                          # moment tensor applied to the ray
+    # any direction in the fault
+    slip = np.cos(event.rake)[:, None] * a + np.sin(event.rake)[:, None] * b
+    # in the frame of the ray (E, 3)
+    n, d = (ray * normal[:, None]).sum(-1), (ray * slip[:, None]).sum(-1)
+    return n[:, :1] * d + d[:, :1] * n  # moment tensor applied to the ray
 
 # %% ../../nbs/signals/01_earthquake.ipynb #5ca1d7c2
-KIND = np.array([0, 1, 0, 1, 0, 1, 0])      # of P, S, Pg, Sg, Ps, Sp, sP: 0 has the spectrum of P, 1 that of S
+# of P, S, Pg, Sg, Ps, Sp, sP: 0 has the spectrum of P, 1 that of S
+KIND = np.array([0, 1, 0, 1, 0, 1, 0])
 
 class Arrivals(NamedTuple):
-    "Seven phases of each event: first P, first S, Pg and Sg behind a head wave, then the echoes Ps, Sp, sP"
+    """Seven phases of each event: first P, first S, Pg and Sg behind a head wave, then the
+    echoes Ps, Sp, sP"""
     time:np.ndarray         # (E, 7) s after the origin
-    vector:np.ndarray       # (E, 7, 3) ground displacement for a unit moment, m s / N m, Z N E; zero: no such phase
-    strength:np.ndarray     # (E, 2) size of P and S in the mean over the focal sphere: what the coda is made of
+    # (E, 7, 3) ground displacement for a unit moment, m s / N m, Z N E; zero: no such phase
+    vector:np.ndarray
+    # (E, 2) size of P and S in the mean over the focal sphere: what the coda is made of
+    strength:np.ndarray
     beta:np.ndarray         # (E,) km/s at the source
 
-def arrivals(event, crust) -> Arrivals:
+# %% ../../nbs/signals/01_earthquake.ipynb #7b49c241
+def arrivals(
+    event: SimpleNamespace,  # draws of the events, arrays (E,)
+    crust: Crust,            # under each station
+) -> Arrivals:               # seven phases of each event
     "Times and amplitudes of all phases"
     E = np.arange(len(event.depth))
     layer = (event.depth[:, None] > crust.bottom).sum(1)                        # of the source
@@ -133,7 +165,7 @@ def arrivals(event, crust) -> Arrivals:
         for row, k, down in ((kind, first, head), (kind + 2, 0 * first, False)):
             q = p[E, k]
             pattern = radiation(event, directions(q * source, event.back_azimuth, down))
-            pattern[:, 1:] *= kind                                              # P has no transverse part,
+            pattern[:, 1:] *= kind  # P has no transverse part,
             pattern[:, 0] *= 1 - kind                                           # S no other
             at_station = directions(q * surface, event.back_azimuth)
             size = weight * np.where(head, event.head if row < 2 else 1., 1. if row < 2 else 0.)
@@ -145,13 +177,24 @@ def arrivals(event, crust) -> Arrivals:
     return Arrivals(time, vector, strength, crust.vs[E, layer])
 
 # %% ../../nbs/signals/01_earthquake.ipynb #cd51de2a
-def echoes(event, crust, layer, time, vector, strength, slowness):
-    "Fill in rows 4 to 6: Ps and Sp from the base of the sediment, and sP, reflected above a source with a downgoing P"
+def echoes(
+    event: SimpleNamespace,  # draws of the events, arrays (E,)
+    crust: Crust,            # under each station
+    layer: np.ndarray,       # (E,) number of the source layer
+    time: np.ndarray,        # (E, 7) s, changed in place
+    vector: np.ndarray,      # (E, 7, 3), changed in place
+    strength: np.ndarray,    # (E, 2) of P and S
+    slowness: list,          # of P and S, (E,) s/km
+) -> None:
+    """Fill in rows 4 to 6: Ps and Sp from the base of the sediment, and sP, reflected above a
+    source with a downgoing P"""
     E, (p, q) = np.arange(len(layer)), slowness
     eta = lambda v, p: np.sqrt(np.maximum(v**-2 - p**2, 0))
-    lag = lambda p: crust.bottom[:, 0] * (eta(crust.vs[:, 0], p) - eta(crust.vp[:, 0], p)) * (layer > 0)
+    lag = lambda p: crust.bottom[:, 0] * (eta(crust.vs[:, 0], p)
+                                          - eta(crust.vp[:, 0], p)) * (layer > 0)
     time[:, 4], time[:, 5] = time[:, 0] + lag(p), np.maximum(time[:, 1] - lag(q), time[:, 0])
-    time[:, 6] = time[:, 0] + event.depth * (eta(crust.vs[E, layer], p) + eta(crust.vp[E, layer], p))
+    time[:, 6] = time[:, 0] + event.depth * (eta(crust.vs[E, layer], p)
+                                             + eta(crust.vp[E, layer], p))
     deep = (vector[:, 2] != 0).any(1)
     for row, size, v, slow, mode in ((4, event.ps * strength[:, 0] * (layer > 0), crust.vs, p, 1),
                                      (5, event.s2p * strength[:, 1] * (layer > 0), crust.vp, q, 0),
@@ -165,32 +208,35 @@ class Axes(NamedTuple):
     freq:np.ndarray         # (F,) Hz
     rate:float              # Hz
 
+# %% ../../nbs/signals/01_earthquake.ipynb #e035cbe6
 @lru_cache(maxsize=8)
 def axes(samples:int, rate:float) -> Axes:
     "Time and frequency of a window of so many samples"
     n = -(-(samples + int(5 * rate)) // 512) * 512                 # a length that the FFT likes
     freq = np.fft.rfftfreq(n, 1 / rate)
-    freq[0] = freq[1] / 2                                           # amplitudes are divided by it, and logs are taken
+    freq[0] = freq[1] / 2  # amplitudes are divided by it, and logs are taken
     return Axes((np.arange(n) - (n - samples)) / rate, freq.astype(np.float32), rate)
 
 # %% ../../nbs/signals/01_earthquake.ipynb #86ba34c0
 def source_spectra(
-    event,                      # needs stress_drop (Pa), t_p and t_s (t*, s): arrays (E,)
+    event:SimpleNamespace,      # needs stress_drop (Pa), t_p and t_s (attenuation, s)
     moment:np.ndarray,          # (E,) N m
     beta:np.ndarray,            # (E,) km/s
     freq:np.ndarray             # (F,) Hz
-) -> np.ndarray:                # (E, 2, F) velocity amplitude of P and S for a displacement spectrum of unit level
-    "Brune (1970) with attenuation: 2 pi f / (1 + (f/fc)^2) exp(-pi f t*)"
+) -> np.ndarray:                # (E, 2, F) velocity amplitude of P and S for unit displacement
+    "Brune (1970) with attenuation over the travel time"
     corner = .49 * 1e3 * beta * (event.stress_drop / moment)**(1 / 3)                           # Hz
-    corner = np.stack([1.3 * corner, corner], 1)[..., None].astype(np.float32)                  # P, S
+    corner = np.stack([1.3 * corner, corner], 1)[..., None].astype(np.float32)  # P, S
     t_star = np.stack([event.t_p, event.t_s], 1)[..., None].astype(np.float32)
-    return 2 * np.pi * freq / (1 + (freq / corner)**2) * np.exp(np.maximum(-np.pi * freq * t_star, -30))
+    fading = np.exp(np.maximum(-np.pi * freq * t_star, -30))
+    return 2 * np.pi * freq / (1 + (freq / corner)**2) * fading
 
 # %% ../../nbs/signals/01_earthquake.ipynb #86679196
 def minimum_phase(
     amplitude:np.ndarray        # (..., F) positive
 ) -> np.ndarray:                # (..., F) complex, of the same modulus
-    "The causal filter with this amplitude and the least delay: its phase is the Hilbert transform of ln(amplitude)."
+    """The causal filter with this amplitude and the least delay: its phase is the Hilbert
+    transform of ln(amplitude)."""
     n = 2 * (amplitude.shape[-1] - 1)
     cepstrum = np.fft.irfft(np.log(amplitude), n)
     cepstrum[..., n // 2 + 1:] *= -1                                # even part -> odd part
@@ -201,8 +247,11 @@ def minimum_phase(
     return out
 
 # %% ../../nbs/signals/01_earthquake.ipynb #53848d10
-def white(generators, shape):
-    "Noise (len(generators), *shape) of zero mean and unit variance; uniform, which no filter lets one see"
+def white(
+    generators: list,  # one random stream per record
+    shape: tuple,      # of the noise of one record
+) -> np.ndarray:       # (len(generators), *shape) float32
+    "Uniform noise of zero mean and unit variance; after a filter it looks like normal noise"
     out = np.empty((len(generators), *shape), np.float32)
     for rng, row in zip(generators, out): rng.random(out=row, dtype=np.float32)
     out -= np.float32(.5)
@@ -210,17 +259,27 @@ def white(generators, shape):
     return out
 
 # %% ../../nbs/signals/01_earthquake.ipynb #0ee18b62
-def direct_waves(generators, event, onset, vector, ax):
-    "Excitation (E, 2, 3, n) of the phases: short bursts of noise, of unit energy, along their vectors"
+def direct_waves(
+    generators: list,        # one random stream per record
+    event: SimpleNamespace,  # draws of the events, arrays (E,)
+    onset: np.ndarray,       # (E, 7) s after the first sample of the window
+    vector: np.ndarray,      # (E, 7, 3) amplitude and direction of each phase
+    ax: Axes,                # time and frequency of the buffer
+) -> np.ndarray:             # (E, 2, 3, n)
+    """Excitation (E, 2, 3, n) of the phases: short bursts of noise, of unit energy, along their
+    vectors"""
     drive = np.zeros((len(onset), 2, 3, len(ax.time)), np.float32)
-    first = np.ceil((onset - ax.time[0]) * ax.rate - 1e-6)                                      # (E, 7) in the buffer
+    first = np.ceil((onset - ax.time[0]) * ax.rate - 1e-6)  # (E, 7) in the buffer
     m = int(3 * ax.rate)
-    ring, rise = (np.stack(c, 1)[:, KIND, None] for c in ((event.ring_p, event.ring_s), (event.rise_p, event.rise_s)))
-    lag = (first + ax.time[0] * ax.rate - onset * ax.rate)[..., None] + np.arange(m)            # samples after onset
+    ring, rise = (np.stack(c, 1)[:, KIND, None]
+                  for c in ((event.ring_p, event.ring_s), (event.rise_p, event.rise_s)))
+    # samples after onset
+    lag = (first + ax.time[0] * ax.rate - onset * ax.rate)[..., None] + np.arange(m)
     lag = (np.where(np.isfinite(lag), lag, 0) / ax.rate).astype(np.float32)
-    envelope = np.minimum(lag / rise.astype('f') + np.float32(1e-3), 1) * np.exp(-lag / ring.astype('f'))
+    envelope = np.minimum(lag / rise.astype('f') + np.float32(1e-3),
+                          1) * np.exp(-lag / ring.astype('f'))
     wave = white(generators, (7, m)) * envelope
-    wave[..., :2] = np.abs(wave[..., :2])                           # the first swing keeps the polarity
+    wave[..., :2] = np.abs(wave[..., :2])  # the first swing keeps the polarity
     wave *= np.float32(ax.rate) / np.sqrt((envelope**2).sum(-1, keepdims=True))
     for e, k in zip(*np.nonzero((first >= 0) & (first < len(ax.time)) & (vector != 0).any(-1))):
         i = int(first[e, k])
@@ -229,42 +288,65 @@ def direct_waves(generators, event, onset, vector, ax):
     return drive
 
 # %% ../../nbs/signals/01_earthquake.ipynb #41d904d3
-def fading(event, power, onset, travel, rise, hertz, ax):
-    "Envelopes (E, n) of scattered waves, one for each frequency of `hertz`, 1 at the onset: t^-p exp(-pi f t / Q(f))"
+def fading(
+    event: SimpleNamespace,  # draws of the events, arrays (E,)
+    power: np.ndarray,       # (E,) decay with time
+    onset: np.ndarray,       # (E,) s
+    travel: np.ndarray,      # (E,) s after the origin
+    rise: np.ndarray,        # (E,) s
+    hertz: list,             # frequencies
+    ax: Axes,                # time and frequency of the buffer
+) -> list:                   # of (E, n), one per frequency
+    """Envelopes (E, n) of scattered waves, one for each frequency of `hertz`, 1 at the onset:
+    t^-p exp(-pi f t / Q(f))"""
     column = lambda a: a[:, None].astype(np.float32)
-    lag = np.maximum(ax.time.astype(np.float32) - column(onset), 0)                             # after the onset
-    spread = -column(power) * np.log1p(lag / column(travel))                              # t counts from the origin
+    lag = np.maximum(ax.time.astype(np.float32) - column(onset), 0)  # after the onset
+    spread = -column(power) * np.log1p(lag / column(travel))  # t counts from the origin
     ramp = np.minimum(lag * column(1 / rise), 1)
-    return [np.exp(spread - column(np.pi * f**(1 - event.qn) / event.q0) * lag) * ramp for f in hertz]   # Q = q0 f^qn
+    # Q = q0 f^qn
+    return [np.exp(spread - column(np.pi * f**(1 - event.qn) / event.q0) * lag) * ramp
+            for f in hertz]
 
-def coda(generators, event, arrival, onset, size, ax):
+# %% ../../nbs/signals/01_earthquake.ipynb #bb418bbc
+def coda(
+    generators: list,        # one random stream per record
+    event: SimpleNamespace,  # draws of the events, arrays (E,)
+    arrival: Arrivals,       # of these events
+    onset: np.ndarray,       # (E, 7) s after the first sample of the window
+    size: np.ndarray,        # (E, 2) of the coda of P and S
+    ax: Axes,                # time and frequency of the buffer
+) -> list:                   # of three (E, 3, n)
     "Excitations (E, 3, n) of the coda: of P, of S, and what S has more of below 4 Hz; size (E, 2)"
     noise = white(generators, (3, len(ax.time)))
-    noise[:, 1:] += np.float32(.5) * noise[:, :1]                   # partly coherent between components
-    p_size, s_size = (size * np.sqrt(np.stack([event.coda_p, event.coda_s], 1) * ax.rate)).T.astype(np.float32)
+    noise[:, 1:] += np.float32(.5) * noise[:, :1]  # partly coherent between components
+    p_size, s_size = (size * np.sqrt(np.stack([event.coda_p, event.coda_s],
+                                              1) * ax.rate)).T.astype(np.float32)
     p, = fading(event, event.power / 3, onset[:, 0], arrival.time[:, 0], event.rise_p, [5.], ax)
-    s, low = fading(event, event.power, onset[:, 1], arrival.time[:, 1], event.rise_s, [10., 1.5], ax)
-    tilt = np.array([[1., .8, .8], [.75, 1., 1.]], np.float32)[:, None, :, None]   # P more up, S more sideways
+    s, low = fading(event, event.power, onset[:, 1], arrival.time[:, 1], event.rise_s, [10., 1.5],
+                    ax)
+    # P more up, S more sideways
+    tilt = np.array([[1., .8, .8], [.75, 1., 1.]], np.float32)[:, None, :, None]
     return [noise * tilt[kind] * (k[:, None] * envelope)[:, None]
             for kind, k, envelope in ((0, p_size, p), (1, s_size, s), (1, s_size, low - s))]
 
 # %% ../../nbs/signals/01_earthquake.ipynb #52385f9a
 def seismogram(
-    generators:Sequence,        # one random stream an event
-    event,                      # draws, arrays (E,)
+    generators:Sequence,        # one random stream per event
+    event:SimpleNamespace,      # draws, arrays (E,)
     arrival:Arrivals,           # of these events
     shift:np.ndarray,           # (E,) origin time, s after the first sample of the window
     spectra:np.ndarray,         # (E, 2, F) amplitude of all filters together for a unit of moment
-    ax:Axes
+    ax:Axes                     # time and frequency of the buffer
 ) -> np.ndarray:                # (E, 3, n) float32
     "What the instrument writes of an event: exactly zero before its first phase."
-    onset, unit = arrival.time + shift[:, None], arrival.strength.max(1)      # unit: float32 has limits
+    onset, unit = arrival.time + shift[:, None], arrival.strength.max(1)  # unit: float32 has limits
     drive = direct_waves(generators, event, onset, arrival.vector / unit[:, None, None], ax)
     p, s, low = coda(generators, event, arrival, onset, arrival.strength / unit[:, None], ax)
     drive[:, 0] += p
     drive[:, 1] += s
-    motion = np.fft.rfft(drive)                                                                 # (E, 2, 3, F)
-    motion[:, 1] += np.fft.rfft(low) * (1 / (1 + 1j * ax.freq / np.float32(4)))      # causal low-pass at 4 Hz
+    motion = np.fft.rfft(drive)  # (E, 2, 3, F)
+    # causal low-pass at 4 Hz
+    motion[:, 1] += np.fft.rfft(low) * (1 / (1 + 1j * ax.freq / np.float32(4)))
     filters = minimum_phase((spectra * unit[:, None, None]).astype(np.float32))
     motion *= filters[:, :, None]
     wave = np.fft.irfft(motion[:, 0] + motion[:, 1], len(ax.time))

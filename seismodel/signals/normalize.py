@@ -1,4 +1,4 @@
-"""Each component of a window to mean 0 and standard deviation 1: one window with all checks, many at once for 16 bits on a CPU, in float64 on a GPU, and without the windows in which nothing moves
+"""Windows (..., L, C) in, each component with mean 0 and standard deviation 1 out: with all checks, fast for 16-bit integers on a CPU, in float64 on a GPU; and how flat windows are found
 
 Docs: https://seismodel.github.io/seismodel/signals/normalize.html.md"""
 
@@ -24,18 +24,20 @@ def _spread(x):
 
 def flat(
     x:torch.Tensor, # (..., L, C) samples
-) -> torch.Tensor:  # (..., C) bool: True where a component holds nothing but one value, up to float32 rounding
+) -> torch.Tensor:  # (..., C) bool: True where a component is constant up to float32 rounding
     "Components whose standard deviation is at most 2^-23 of their largest absolute value"
     return _spread(x)[2].squeeze(-2)
 
 # %% ../../nbs/signals/05_normalize.ipynb #0c7d91a6
 def normalize(
     x:torch.Tensor, # (..., L, C) samples, any finite amplitude
-) -> torch.Tensor:  # the same shape: mean 0 and standard deviation 1 per component, zeros where a component is flat
-    "Demean and scale every component by itself. Raises ValueError when a sample is NaN or infinite."
-    if not torch.isfinite(x).all(): raise ValueError("normalize: the waveform holds NaN or infinite samples")
+) -> torch.Tensor:  # mean 0 and standard deviation 1 per component, zeros where it is flat
+    "Demean and scale every component by itself. ValueError for a sample that is not finite."
+    if not torch.isfinite(x).all():
+        raise ValueError("normalize: the waveform holds NaN or infinite samples")
     y, var, still = _spread(x)
-    y = torch.where(still, 0., y / torch.where(still, 1., var).sqrt())         # no 0/0, in the gradient neither
+    # no 0/0, in the gradient neither
+    y = torch.where(still, 0., y / torch.where(still, 1., var).sqrt())
     return y.to(x.dtype if x.is_floating_point() else torch.float32)
 
 # %% ../../nbs/signals/05_normalize.ipynb #9220d8d4
@@ -47,16 +49,16 @@ def normalize_narrow(
     B, W, C = q.shape
     out = np.empty(q.shape, np.float32) if out is None else out
     fold = gcd(W, 32)
-    row = lambda v: np.tile(v, (1, fold))[:, None]                             # (B, C) -> (B, 1, fold C)
+    row = lambda v: np.tile(v, (1, fold))[:, None]  # (B, C) -> (B, 1, fold C)
     total = np.int64 if W // fold > 2**15 else np.int32
     rows, y = q.reshape(B, W // fold, fold * C), out.reshape(B, W // fold, fold * C)
     summed = np.add.reduce(rows, 1, dtype=total if q.dtype.kind == "i" else float)
     exact = summed.reshape(B, fold, C).sum(1, dtype=float) / W
     mean = exact.astype(np.float32)
     np.subtract(rows, row(mean), out=y, dtype=np.float32)
-    rest = exact - mean                                                        # what float32 cannot hold of the mean
+    rest = exact - mean  # what float32 cannot hold of the mean
     var = np.einsum("brc,brc->bc", y, y).reshape(B, fold, C).sum(1, dtype=float) / W - rest**2
-    still = var <= 0                                                           # 16 bits: one value, or a difference to see
+    still = var <= 0  # 16 bits: one value, or a difference to see
     gain = np.where(still, 0., 1 / np.sqrt(np.where(still, 1., var)))
     y *= row(gain.astype(np.float32))
     for b in np.flatnonzero((np.abs(rest * gain) > 1e-6).any(1)): out[b] -= rest[b] * gain[b]
@@ -71,11 +73,13 @@ def valid_mask(
     t = torch.arange(samples, device=valid.device)
     return ((t >= valid[:, :1]) & (t < valid[:, 1:]))[..., None]
 
+# %% ../../nbs/signals/05_normalize.ipynb #d09f67d9
 def standardize(
     x:torch.Tensor,     # (B, W, 3) finite samples of any type, on any device
     valid:torch.Tensor, # (B, 2) [first, last) sample that counts
 ) -> torch.Tensor: # (B, W, 3) float32, zeros elsewhere
-    "Mean 0 and standard deviation 1 per component over the valid samples; flat components become zeros"
+    """Mean 0 and standard deviation 1 per component over the valid samples; flat components
+    become zeros"""
     there = valid_mask(valid, x.shape[1])                                          # (B, W, 1)
     n = (valid[:, 1] - valid[:, 0])[:, None, None]
     y = torch.where(there, x.double(), 0.)
@@ -111,5 +115,6 @@ def is_flat(
     some = x[:, ::max(1, x.shape[1] // 16)].astype(float)                      # (B, 16, 3)
     alike = (np.ptp(some, 1) <= 2.**-14 * np.abs(some).max(1)).all(1)
     found = alike | (valid[:, 1] - valid[:, 0] < x.shape[1])
-    for b in np.flatnonzero(found): found[b] = flat(torch.from_numpy(x[b, valid[b, 0]:valid[b, 1]])).all()
+    for b in np.flatnonzero(found):
+        found[b] = flat(torch.from_numpy(x[b, valid[b, 0]:valid[b, 1]])).all()
     return found

@@ -1,4 +1,4 @@
-"""Samples at any rate become samples at 100 Hz, each at its true time: no delay, no drift, no aliasing, in one go or in pieces
+"""A run of samples at any rate in, samples at 100 Hz out, each at its true time: no delay, no drift, no aliasing, as a whole or in pieces
 
 Docs: https://seismodel.github.io/seismodel/signals/resample.html.md"""
 
@@ -34,6 +34,7 @@ def half_width(
     "How far the low-pass reaches to either side"
     return ceil(LOBES*max(1., rate/to))
 
+# %% ../../nbs/signals/04_resample.ipynb #4b782760
 def low_pass(
     fraction: np.ndarray,  # (m,) where the output lies behind input sample 0, in input samples
     rate: float,  # of the input, Hz
@@ -47,6 +48,25 @@ def low_pass(
     return weights/weights.sum(1, keepdims=True)
 
 # %% ../../nbs/signals/04_resample.ipynb #a73d94b6
+def _weighted(windows, row, fraction, rate, to):
+    "Rows of windows times the weights of their fractions"
+    out, ratio = np.empty(len(row)), rate/to*np.arange(1, 65)
+    if (np.abs(ratio - np.round(ratio)) < 1e-9).any():  # at most 64 different fractions
+        kinds, kind = np.unique(fraction, return_inverse=True)
+        for k, weights in enumerate(low_pass(kinds/2**20, rate, to)):
+            own = np.flatnonzero(kind == k)
+            for part in np.split(own, range(8192, len(own), 8192)):
+                out[part] = windows[row[part]] @ weights
+        return out
+    table = low_pass(np.arange(STEPS + 1)/STEPS, rate, to)           # (STEPS + 1, 2 H)
+    for a in range(0, len(row), 2048):
+        step, rest = np.divmod(fraction[a:a + 2048]*(STEPS/2**20), 1)
+        step, rest = step.astype(int).clip(0, STEPS - 1), rest[:, None]
+        weights = table[step]*(1 - rest) + table[step + 1]*rest
+        out[a:a + 2048] = np.einsum('mt,mt->m', windows[row[a:a + 2048]], weights)
+    return out
+
+# %% ../../nbs/signals/04_resample.ipynb #bbfbf970
 def values_at(
     x: np.ndarray,  # (n,) samples without a gap
     position: np.ndarray,  # (m,) in input samples, in ascending order
@@ -62,24 +82,6 @@ def values_at(
     held = np.asarray(x, float)[np.arange(first, last + 1).clip(0, len(x) - 1)]
     windows = np.lib.stride_tricks.sliding_window_view(held, 2*H)
     return _weighted(windows, whole - whole[0], fraction, rate, to)
-
-def _weighted(windows, row, fraction, rate, to):
-    "Rows of windows times the weights of their fractions"
-    out, ratio = np.empty(len(row)), rate/to*np.arange(1, 65)
-    if (np.abs(ratio - np.round(ratio)) < 1e-9).any():               # at most 64 different fractions
-        kinds, kind = np.unique(fraction, return_inverse=True)
-        for k, weights in enumerate(low_pass(kinds/2**20, rate, to)):
-            own = np.flatnonzero(kind == k)
-            for part in np.split(own, range(8192, len(own), 8192)):
-                out[part] = windows[row[part]] @ weights
-        return out
-    table = low_pass(np.arange(STEPS + 1)/STEPS, rate, to)           # (STEPS + 1, 2 H)
-    for a in range(0, len(row), 2048):
-        step, rest = np.divmod(fraction[a:a + 2048]*(STEPS/2**20), 1)
-        step, rest = step.astype(int).clip(0, STEPS - 1), rest[:, None]
-        weights = table[step]*(1 - rest) + table[step + 1]*rest
-        out[a:a + 2048] = np.einsum('mt,mt->m', windows[row[a:a + 2048]], weights)
-    return out
 
 # %% ../../nbs/signals/04_resample.ipynb #ef1ab84f
 def resample(

@@ -1,4 +1,4 @@
-"""A small earthquake generator: three-component windows with exact onsets, made in numpy from waves, a site, an instrument, noise and faults
+"""An earthquake generator in NumPy: record numbers, a seed and settings in; three-component windows (B, L, 3) with exact onsets out, with site, instrument, noise and recorder faults
 
 Docs: https://seismodel.github.io/seismodel/signals/synthetic.html.md"""
 
@@ -7,8 +7,8 @@ Docs: https://seismodel.github.io/seismodel/signals/synthetic.html.md"""
 # %% auto #0
 __all__ = ['PETERSON', 'KNOTS', 'SyntheticConfig', 'instrument', 'site', 'noise_models', 'noise_amplitude', 'gaussian', 'ambient',
            'burst', 'add_fault', 'digitise', 'band_power', 'snr_of', 'complete', 'companion', 'begins', 'magnitude_for',
-           'waves', 'SyntheticBatch', 'take_rows', 'draw_earthquakes', 'background', 'chunk', 'record', 'in_window',
-           'synthesize']
+           'waves', 'SyntheticBatch', 'take_rows', 'draw_earthquakes', 'background', 'add_events', 'chunk', 'record',
+           'in_window', 'synthesize']
 
 # %% ../../nbs/signals/02_synthetic.ipynb #81ac9ee8
 from dataclasses import dataclass
@@ -17,12 +17,14 @@ from typing import NamedTuple, Optional, Sequence
 
 import numpy as np
 
-from .earthquake import EVENT, STATION, arrivals, axes, crust_of, scale, seismogram, source_spectra, stream, white
+from .earthquake import (EVENT, STATION, Arrivals, Axes, arrivals, axes, crust_of,
+                                          scale,
+                                          seismogram, source_spectra, stream, white)
 
 # %% ../../nbs/signals/02_synthetic.ipynb #34879bff
 @dataclass(frozen=True)
 class SyntheticConfig:
-    "The dials of the generator. A share is a probability for each window."
+    "Settings of the generator. A share is a probability for each window."
     samples:int = 4096                      # window length
     sampling_rate:float = 100.              # Hz
     noise_only:float = .1                   # share of windows without an event
@@ -31,32 +33,48 @@ class SyntheticConfig:
     distance_km:tuple = (1., 300.)          # epicentral, log-uniform between the two
     depth_km:tuple = (.5, 40.)              # log-uniform between the two
     magnitude:tuple = (-.5, 6.)             # limits: the magnitude follows from the drawn SNR
-    snr_db:tuple = (15., 14., -4., 60.)     # P, 2-20 Hz: mean and spread of a normal law, and its limits
+    # P, 2-20 Hz: mean and spread of a normal law, and its limits
+    snr_db:tuple = (15., 14., -4., 60.)
     bursts:float = .3                       # share with cultural noise
-    faults:float = .08                      # share with a gap, spikes, a step, a calibration pulse or clipping
+    faults:float = .08  # share with a gap, spikes, a step, a calibration pulse or clipping
     vertical_only:float = .04               # share of one-component stations: N and E are zero
 
 # %% ../../nbs/signals/02_synthetic.ipynb #664dee02
-def instrument(station, freq):
-    "Amplitude (B, F) for ground velocity: broadband, 1 Hz or 4.5 Hz; the recorder's low-pass; 15 % record acceleration"
-    corner = np.array([.02, 1., 4.5], np.float32)[np.digitize(station.seismometer, (.5, .95))][:, None]
-    high = freq**2 / np.sqrt((freq**2 - corner**2)**2 + (1.4 * freq * corner)**2)               # damping 0.7
-    low = 1 / np.sqrt(1 + (freq / station.cut[:, None].astype('f'))**(2 * station.order[:, None].astype('f')))
+def instrument(
+    station: SimpleNamespace,  # draws of the stations, arrays (B,)
+    freq: np.ndarray,          # (F,) Hz
+) -> np.ndarray:               # (B, F)
+    """Amplitude (B, F) for ground velocity: broadband, 1 Hz or 4.5 Hz; the recorder's low-pass;
+    15 % record acceleration"""
+    kind = np.digitize(station.seismometer, (.5, .95))[:, None]
+    corner = np.array([.02, 1., 4.5], np.float32)[kind]
+    high = freq**2 / np.sqrt((freq**2 - corner**2)**2 + (1.4 * freq * corner)**2)  # damping 0.7
+    cut, order = station.cut[:, None].astype('f'), station.order[:, None].astype('f')
+    low = 1 / np.sqrt(1 + (freq / cut)**(2 * order))
     unit = np.where(station.accelerometer[:, None] < .15, 2 * np.pi * freq, 1).astype('f')
     return high * np.maximum(low, 1e-5) * unit
 
-def site(station, freq):
+# %% ../../nbs/signals/02_synthetic.ipynb #56807ac5
+def site(
+    station: SimpleNamespace,  # draws of the stations, arrays (B,)
+    freq: np.ndarray,          # (F,) Hz
+) -> np.ndarray:               # (B, F)
     "Amplification (B, F) by a soft layer: one resonance"
     peak = station.peak[:, None].astype('f')
     return 1 + station.swing[:, None].astype('f') / (1 + ((freq - peak) / (.3 * peak))**2)
 
 # %% ../../nbs/signals/02_synthetic.ipynb #d1747a5e
-# period (s), New Low and New High Noise Model (dB of (m/s^2)^2/Hz): corners of the tables of Peterson (1993)
+# period (s), New Low and New High Noise Model (dB of (m/s^2)^2/Hz): corners of the tables of
+# Peterson (1993)
 PETERSON = np.array([
-    (.1, -168.0, -91.5), (.17, -166.7, -95.5), (.22, -166.7, -97.4), (.32, -166.7, -110.5), (.4, -166.7, -112.8),
-    (.8, -169.1, -119.9), (1.24, -163.7, -113.8), (2.4, -148.7, -104.5), (3.8, -142.7, -98.0), (4.3, -141.1, -97.0),
-    (4.6, -141.1, -96.5), (5., -141.2, -97.7), (6., -149.0, -100.3), (6.3, -150.4, -101.1), (7.9, -156.9, -113.4),
-    (10., -163.7, -115.8), (12., -166.1, -117.6), (15.4, -162.3, -120.2), (20., -173.4, -138.2), (21.9, -177.5, -138.1),
+    (.1, -168.0, -91.5), (.17, -166.7, -95.5), (.22, -166.7, -97.4), (.32, -166.7, -110.5),
+    (.4, -166.7, -112.8),
+    (.8, -169.1, -119.9), (1.24, -163.7, -113.8), (2.4, -148.7, -104.5), (3.8, -142.7, -98.0),
+    (4.3, -141.1, -97.0),
+    (4.6, -141.1, -96.5), (5., -141.2, -97.7), (6., -149.0, -100.3), (6.3, -150.4, -101.1),
+    (7.9, -156.9, -113.4),
+    (10., -163.7, -115.8), (12., -166.1, -117.6), (15.4, -162.3, -120.2), (20., -173.4, -138.2),
+    (21.9, -177.5, -138.1),
     (31.6, -185.0, -136.5), (101., -185.0, -131.5)])
 
 def noise_models(
@@ -64,48 +82,77 @@ def noise_models(
 ) -> np.ndarray:                # (2, F) dB of (m/s^2)^2/Hz
     "New Low and New High Noise Model; above 10 Hz their last value goes on."
     period = -np.log(freq)
-    return np.stack([np.interp(period, np.log(PETERSON[:, 0]), PETERSON[:, k]) for k in (1, 2)]).astype(np.float32)
+    return np.stack([np.interp(period, np.log(PETERSON[:, 0]), PETERSON[:, k])
+                     for k in (1, 2)]).astype(np.float32)
 
 # %% ../../nbs/signals/02_synthetic.ipynb #113f6d42
 KNOTS = np.log([.01, .3, 1, 3, 8, 20, 50])
 
-def noise_amplitude(quiet, normal, freq):
-    "Root of the ground velocity's power density (B, 3, F), m/s/sqrt(Hz): a curve that wanders between the two models"
+def noise_amplitude(
+    quiet: np.ndarray,   # (B,) 0: low model, 1: high model
+    normal: np.ndarray,  # (B, k) normal numbers
+    freq: np.ndarray,    # (F,) Hz
+) -> np.ndarray:         # (B, 3, F) m/s/sqrt(Hz)
+    "Root of the power density of ground velocity: a random curve between the two models"
     low, high = noise_models(freq)
     steps = .1 * normal[:, :6] - np.array([.14, -.04, -.03, .06, -.03, 0])
     knots = np.cumsum(np.hstack([quiet[:, None], steps]), 1)        # 0: low model, 1: high model
     place = np.stack([np.interp(np.log(freq), KNOTS, row) for row in knots]).astype(np.float32)
-    apart = (np.array([0, 1, 1]) + np.array([3, 1.5, 1.5]) * normal[:, 6:9]).astype(np.float32)     # dB, components
+    # dB, components
+    apart = (np.array([0, 1, 1]) + np.array([3, 1.5, 1.5]) * normal[:, 6:9]).astype(np.float32)
     level = (low + place.clip(0, 1) * (high - low))[:, None] + apart[..., None]
     return np.exp(np.float32(np.log(10) / 20) * level) / (2 * np.pi * freq)
 
 # %% ../../nbs/signals/02_synthetic.ipynb #867bb0d4
-def gaussian(generators, amplitude, ax):
+def gaussian(
+    generators: list,       # one random stream per record
+    amplitude: np.ndarray,  # (B, C, F) root of the power density
+    ax: Axes,               # time and frequency of the buffer
+) -> np.ndarray:            # (B, C, n)
     "Stationary noise (B, C, n) of the one-sided root power density `amplitude` (B, C, F)"
     n = len(ax.time)
-    a = white(generators, (amplitude.shape[1], n + 2)).view(np.complex64)       # (B, C, F): many sum up to each sample
+    # (B, C, F): many sum up to each sample
+    a = white(generators, (amplitude.shape[1], n + 2)).view(np.complex64)
     a *= amplitude * np.float32(np.sqrt(ax.rate * n / 4))
     return np.fft.irfft(a, n)
 
-def ambient(generators, amplitude, normal, ax):
+# %% ../../nbs/signals/02_synthetic.ipynb #3cba7548
+def ambient(
+    generators: list,       # one random stream per record
+    amplitude: np.ndarray,  # (B, C, F) root of the power density
+    normal: np.ndarray,     # (B, k) normal numbers
+    ax: Axes,               # time and frequency of the buffer
+) -> np.ndarray:            # (B, 3, n)
     "Gaussian noise (B, 3, n) whose level drifts a little"
     place = np.linspace(ax.time[0], ax.time[-1], normal.shape[1])
     drift = np.stack([np.interp(ax.time, place, .15 * row) for row in normal]).astype(np.float32)
     return gaussian(generators, amplitude, ax) * np.exp(drift)[:, None]
 
-def burst(rng, level, ax):
-    "Footsteps, cars, machines, (3, n): a narrow band that swells and goes; level (3, 1): of the noise around it"
-    centre, width, size, length = np.exp(rng.uniform(np.log((3, .02, .3, .1)), np.log((40, .5, 5, 8))))
+# %% ../../nbs/signals/02_synthetic.ipynb #8e900038
+def burst(
+    rng: np.random.Generator,  # of this record
+    level: np.ndarray,         # (3, 1) of the noise around it
+    ax: Axes,                  # time and frequency of the buffer
+) -> np.ndarray:               # (3, n)
+    "Footsteps, cars, machines: a narrow frequency band that swells and fades"
+    centre, width, size, length = np.exp(rng.uniform(np.log((3, .02, .3, .1)),
+                                                     np.log((40, .5, 5, 8))))
     band = np.exp(-.5 * (np.log(ax.freq / centre) / width)**2).astype(np.float32)
-    wave = gaussian([rng], band[None, None], ax)[0]                 # (1, n): one motion, more of it on one component
+    # (1, n): one motion, more of it on one component
+    wave = gaussian([rng], band[None, None], ax)[0]
     swell = np.exp(-.5 * ((ax.time - rng.uniform(0, ax.time[-1])) / length)**2)
     return size * level * rng.uniform(.3, 1, (3, 1)) * swell * wave / wave.std()
 
 # %% ../../nbs/signals/02_synthetic.ipynb #7438196b
-def add_fault(rng, x, level):
-    "One of five things that go wrong: gap, spikes, step, calibration pulse, clipping; x (L, 3) is changed in place"
+def add_fault(
+    rng: np.random.Generator,  # of this record
+    x: np.ndarray,             # (L, 3) samples
+    level: float,              # of the noise
+) -> None:
+    "One of five faults: gap, spikes, step, calibration pulse, clipping; x is changed in place"
     kind, n = rng.integers(5), len(x)
-    a, size = rng.integers(n), level * np.exp(rng.uniform(np.log(5), np.log(500))) * rng.choice((-1, 1))
+    a = rng.integers(n)
+    size = level * np.exp(rng.uniform(np.log(5), np.log(500))) * rng.choice((-1, 1))
     if kind == 0: x[a:a + rng.integers(1, n // 5 + 2)] = 0
     if kind == 1: x[rng.integers(0, n, 5)] += size
     if kind == 2: x[a:] += size
@@ -114,15 +161,23 @@ def add_fault(rng, x, level):
         most = rng.uniform(.1, .7) * np.abs(x).max()
         x.clip(-most, most, out=x)
 
-def digitise(rng, x, level):
-    "Round to counts of a random size; then leave counts, go back to m/s, or to a unit that nobody wrote down"
+# %% ../../nbs/signals/02_synthetic.ipynb #0eb26e73
+def digitise(
+    rng: np.random.Generator,  # of this record
+    x: np.ndarray,             # (L, 3) samples
+    level: float,              # of the noise
+) -> np.ndarray:               # (L, 3)
+    "Round to counts of a random size; then keep counts, or go back to m/s or an unknown unit"
     low, unit, how = rng.random(3)
     count = level / (.5 * 6000**low)
     return np.round(x / count) * (1. if how < .5 else count if how < .8 else 1e-15 * 1e18**unit)
 
 # %% ../../nbs/signals/02_synthetic.ipynb #ad3cd3d8
-def band_power(x, rate):
-    "Mean power (B,) of x (B, n, 3) between 2 and 20 Hz, components together, over Hann-tapered pieces of two seconds"
+def band_power(
+    x: np.ndarray,  # (B, n, 3) samples
+    rate: float,    # Hz
+) -> np.ndarray:    # (B,)
+    "Between 2 and 20 Hz, components together, over Hann-tapered pieces of two seconds"
     m = min(int(2 * rate), x.shape[1])
     k, taper = x.shape[1] // m, np.hanning(m + 2)[1:-1, None].astype(np.float32)
     pieces = x[:, :k * m].reshape(len(x), k, m, 3) * taper
@@ -130,27 +185,43 @@ def band_power(x, rate):
     power = np.abs(np.fft.rfft(pieces, axis=2)[:, :, (freq >= 2) & (freq <= 20)])**2
     return power.sum((2, 3), dtype=float).mean(1) + 1e-300
 
-def snr_of(clean, noise, onsets, rate):
-    """Signal to noise (B,), dB, 2-20 Hz: the two seconds after the first onset in the window (none: its beginning)
-    against the first ten seconds of noise; clean, noise (B, L, 3), onsets (B, 4)"""
+# %% ../../nbs/signals/02_synthetic.ipynb #b6c27b1f
+def snr_of(
+    clean: np.ndarray,   # (B, L, 3) waves without noise
+    noise: np.ndarray,   # (B, L, 3)
+    onsets: np.ndarray,  # (B, 4) samples; NaN: none
+    rate: float,         # Hz
+) -> np.ndarray:         # (B,) dB, 2-20 Hz
+    """Two seconds after the first onset in the window (none: its beginning) against the first
+    ten seconds of noise"""
     m, n = int(2 * rate), clean.shape[1]
     first = np.where((onsets >= 0) & (onsets < n), onsets, np.inf).min(1)
     piece = np.zeros((len(clean), m, 3), np.float32)
-    for row, x, i in zip(piece, clean, np.where(np.isfinite(first), first, 0).astype(int)): row[:n - i] = x[i:i + m]
+    for row, x, i in zip(piece, clean, np.where(np.isfinite(first), first, 0).astype(int)):
+        row[:n - i] = x[i:i + m]
     return 10 * np.log10(band_power(piece, rate) / band_power(noise[:, :5 * m], rate))
 
 # %% ../../nbs/signals/02_synthetic.ipynb #cb4c9edc
-def complete(event, config, normal):
-    "Draws that depend on the configuration or on each other: distance, depth, SNR, t*"
+def complete(
+    event: SimpleNamespace,   # draws of the events, arrays (E,)
+    config: SyntheticConfig,  # settings of the generator
+    normal: np.ndarray,       # (E,) normal numbers
+) -> SimpleNamespace:         # the same draws
+    "Draws that depend on the configuration or on each other: distance, depth, SNR, attenuation"
     between = lambda u, pair: pair[0] * (pair[1] / pair[0])**u
-    event.distance, event.depth = between(event.distance, config.distance_km), between(event.depth, config.depth_km)
+    event.distance = between(event.distance, config.distance_km)
+    event.depth = between(event.depth, config.depth_km)
     mean, spread, low, high = config.snr_db
     event.snr_db = np.clip(mean + spread * normal, low, high)
     event.t_p = event.kappa + np.hypot(event.distance, event.depth) / 6 / event.q
     event.t_s = event.t_p * event.ts_tp
     return event
 
-def companion(event, other):
+# %% ../../nbs/signals/02_synthetic.ipynb #24c245d2
+def companion(
+    event: SimpleNamespace,  # draws of the events, arrays (E,)
+    other: SimpleNamespace,  # draws of the second events, arrays (E,)
+) -> SimpleNamespace:        # `other`, changed
     "The second event of a window is weaker; two in three belong to the same swarm as the first"
     same = other.swarm < 2 / 3
     for name in vars(event):
@@ -161,35 +232,61 @@ def companion(event, other):
     other.snr_db = event.snr_db - 20 * other.second
     return other
 
-def begins(event, arrival, config):
-    "When P comes, s after the first sample of the window: anywhere in it or, for the share `late`, before it"
+# %% ../../nbs/signals/02_synthetic.ipynb #9d868473
+def begins(
+    event: SimpleNamespace,   # draws of the events, arrays (E,)
+    arrival: Arrivals,        # of these events
+    config: SyntheticConfig,  # settings of the generator
+) -> np.ndarray:              # (E,) s after the first sample of the window
+    """When P comes, s after the first sample of the window: anywhere in it or, for the share
+    `late`, before it"""
     length = config.samples / config.sampling_rate
     before = event.window * (arrival.time[:, 1] - arrival.time[:, 0] + .5 * length)
     return np.where(event.late < config.late, -before, .97 * length * event.window)
 
 # %% ../../nbs/signals/02_synthetic.ipynb #5d5e5f66
-def magnitude_for(event, arrival, gain, noise, freq, limits):
-    """The magnitudes (E,), within `limits`, at which P stands `event.snr_db` above the noise between 2 and 20 Hz;
-    gain (E, F), noise (E, 3, F): amplitudes of station and of noise"""
+def magnitude_for(
+    event: SimpleNamespace,  # draws of the events, arrays (E,)
+    arrival: Arrivals,       # of these events
+    gain: np.ndarray,        # (E, F) amplitude of the station
+    noise: np.ndarray,       # (E, 3, F) amplitude of the noise
+    freq: np.ndarray,        # (F,) Hz
+    limits: tuple,           # lowest and highest magnitude
+) -> np.ndarray:             # (E,) within `limits`
+    "The magnitudes at which P is `event.snr_db` above the noise between 2 and 20 Hz"
     band = slice(*np.searchsorted(freq, (2., 20.)), 32)
     grid = np.linspace(*limits, 9)
-    size2 = (arrival.vector[:, 0]**2).sum(1) + 2 * event.coda_p * arrival.strength[:, 0]**2     # two seconds of coda
+    # two seconds of coda
+    size2 = (arrival.vector[:, 0]**2).sum(1) + 2 * event.coda_p * arrival.strength[:, 0]**2
     background, snr = (noise[..., band].astype(float)**2).sum(1).mean(1), []
     for moment in 10**(1.5 * grid + 9.1):                           # N m; Hanks and Kanamori (1979)
-        wave = source_spectra(event, np.full(len(size2), moment), arrival.beta, freq[band])[:, 0] * gain[:, band]
-        snr.append(10 * np.log10(moment**2 * size2 * (wave**2).mean(1) / background))           # 2 |A|^2 / 2 s
-    return np.array([np.interp(want, have, grid) for want, have in zip(event.snr_db, np.transpose(snr))])
+        wave = source_spectra(event, np.full(len(size2), moment), arrival.beta,
+                              freq[band])[:, 0] * gain[:, band]
+        # 2 |A|^2 / 2 s
+        snr.append(10 * np.log10(moment**2 * size2 * (wave**2).mean(1) / background))
+    return np.array([np.interp(want, have, grid) for want,
+                     have in zip(event.snr_db, np.transpose(snr))])
 
 # %% ../../nbs/signals/02_synthetic.ipynb #6583ff79
-def waves(generators, event, station, begin, gain, noise, config, ax):
-    "Clean waveforms (E, L, 3), onsets of P and S in samples (E, 2), magnitudes (E,), P times (E,); `begin` None: drawn"
+def waves(
+    generators: list,          # one random stream per record
+    event: SimpleNamespace,    # draws of the events, arrays (E,)
+    station: SimpleNamespace,  # draws of the stations, arrays (B,)
+    begin: np.ndarray | None,  # (E,) s, P after the first sample of the window; None: drawn
+    gain: np.ndarray,          # (E, F) amplitude of the station
+    noise: np.ndarray,         # (E, 3, F) amplitude of the noise
+    config: SyntheticConfig,   # settings of the generator
+    ax: Axes,                  # time and frequency of the buffer
+) -> tuple:
+    "Clean waveforms (E, L, 3), onsets of P and S in samples (E, 2), magnitudes (E,), P times (E,)"
     arrival = arrivals(event, crust_of(station))
     begin = begins(event, arrival, config) if begin is None else begin
     size = magnitude_for(event, arrival, gain, noise, ax.freq, config.magnitude)
     moment = 10**(1.5 * size + 9.1)
     spectra = np.maximum(gain[:, None] * source_spectra(event, moment, arrival.beta, ax.freq), 1e-9)
     shift = begin - arrival.time[:, 0]
-    clean = seismogram(generators, event, arrival, shift, moment[:, None, None] * spectra, ax)[..., -config.samples:]
+    spectra = moment[:, None, None] * spectra
+    clean = seismogram(generators, event, arrival, shift, spectra, ax)[..., -config.samples:]
     return clean.transpose(0, 2, 1), (arrival.time[:, :2] + shift[:, None]) * ax.rate, size, begin
 
 # %% ../../nbs/signals/02_synthetic.ipynb #ec00b278
@@ -200,19 +297,27 @@ class SyntheticBatch(NamedTuple):
     s_onset:np.ndarray          # (B,) of the stronger event
     p2_onset:np.ndarray         # (B,) of the weaker event
     s2_onset:np.ndarray         # (B,) of the weaker event
-    distance_km:np.ndarray      # (B,) epicentral; like all below of the stronger event, NaN where there is none
+    # (B,) epicentral; like all below of the stronger event, NaN where there is none
+    distance_km:np.ndarray
     depth_km:np.ndarray         # (B,)
     magnitude:np.ndarray        # (B,) moment magnitude
     back_azimuth_deg:np.ndarray # (B,) of the source seen from the station, from north to east
     snr_db:np.ndarray           # (B,) as realised, 2-20 Hz
 
 # %% ../../nbs/signals/02_synthetic.ipynb #d2c7e700
-def take_rows(draws, rows):
+def take_rows(
+    draws: SimpleNamespace,  # arrays (B,)
+    rows: np.ndarray,        # which of them
+) -> SimpleNamespace:        # arrays of these rows
     "Some rows of a namespace of arrays"
     return SimpleNamespace(**{name: value[rows] for name, value in vars(draws).items()})
 
-def draw_earthquakes(generators, config):
-    "All numbers that are not waveforms: station, first and second event (namespaces), and normal numbers (B, 18)"
+# %% ../../nbs/signals/02_synthetic.ipynb #58b42766
+def draw_earthquakes(
+    generators: list,         # one random stream per record
+    config: SyntheticConfig,  # settings of the generator
+) -> tuple:                   # station, first and second event; normal numbers (B, 18)
+    "All numbers that are not waveforms"
     dials = STATION, EVENT, EVENT
     u = np.stack([rng.random(sum(map(len, dials))) for rng in generators])
     normal = np.stack([rng.standard_normal(18) for rng in generators])
@@ -221,7 +326,14 @@ def draw_earthquakes(generators, config):
     event = complete(event, config, normal[:, 9])
     return station, event, companion(event, complete(other, config, normal[:, 9])), normal
 
-def background(generators, station, normal, config, ax):
+# %% ../../nbs/signals/02_synthetic.ipynb #ac0baf61
+def background(
+    generators: list,          # one random stream per record
+    station: SimpleNamespace,  # draws of the stations, arrays (B,)
+    normal: np.ndarray,        # (B, k) normal numbers
+    config: SyntheticConfig,   # settings of the generator
+    ax: Axes,                  # time and frequency of the buffer
+) -> tuple:
     "Amplitudes of station (B, F) and noise (B, 3, F), and noise windows (B, L, 3)"
     gain = instrument(station, ax.freq)
     noise = noise_amplitude(station.quiet, normal, ax.freq) * gain[:, None]
@@ -231,46 +343,84 @@ def background(generators, station, normal, config, ax):
     return gain, noise, ground[..., -config.samples:].transpose(0, 2, 1)
 
 # %% ../../nbs/signals/02_synthetic.ipynb #5859e3e8
-def chunk(indices, seed, config, real=None):
-    "A few records at once: waveforms (B, L, 3) and labels (B, 9); real (B, L, 3): noise to take instead of our own"
+def add_events(
+    generators: list,          # one random stream per record
+    station: SimpleNamespace,  # draws of the stations, arrays (B,)
+    event: SimpleNamespace,    # draws of the first events
+    other: SimpleNamespace,    # draws of the second events
+    gain: np.ndarray,          # (B, F) amplitude of site and instrument
+    noise: np.ndarray,         # (B, 3, F) amplitude of the noise
+    config: SyntheticConfig,   # settings of the generator
+    ax: Axes,                  # time and frequency of the buffer
+) -> tuple:                    # waves (B, L, 3), labels (B, 9)
+    "The waves of all events, without noise, and their labels"
+    B = len(generators)
+    labels, clean = np.full((B, 9), np.nan), np.zeros((B, config.samples, 3), np.float32)
+    one = np.nonzero(station.event >= config.noise_only)[0]             # rows with an event
+    two = one[event.second[one] < config.double]                        # rows with two
+    begin = np.zeros(B)
+    for rows, source, columns in ((one, event, [0, 1]), (two, other, [2, 3])):
+        if not len(rows): continue
+        lag = 1.5 * (other.late[rows] - .5) * config.samples / ax.rate
+        wave, onset, size, begin[rows] = waves(
+            [generators[i] for i in rows], take_rows(source, rows), take_rows(station, rows),
+            None if source is event else begin[rows] + lag, gain[rows], noise[rows], config, ax)
+        clean[rows] += wave
+        labels[rows[:, None], columns] = onset
+        if source is event: labels[rows, 6] = size
+    return clean, labels
+
+# %% ../../nbs/signals/02_synthetic.ipynb #a68a9ae7
+def chunk(
+    indices: list,              # numbers of a few records
+    seed: int,                  # of the data set
+    config: SyntheticConfig,    # settings of the generator
+    real: np.ndarray = None,    # (B, L, 3) noise to take instead of synthetic noise
+) -> tuple:                     # waveforms (B, L, 3), labels (B, 9)
+    "A few records at once"
     ax, generators = axes(config.samples, config.sampling_rate), [stream(seed, k) for k in indices]
     station, event, other, normal = draw_earthquakes(generators, config)
     gain, noise, ground = background(generators, station, normal, config, ax)
     if real is not None: ground = np.asarray(real, np.float32)
-    labels, clean = np.full((len(indices), 9), np.nan), np.zeros(ground.shape, np.float32)
-    one = np.nonzero(station.event >= config.noise_only)[0]             # rows with an event
-    two = one[event.second[one] < config.double]                        # rows with two
     gain = gain * site(station, ax.freq)
-    begin = np.zeros(len(indices))
-    for rows, source, columns in ((one, event, [0, 1]), (two, other, [2, 3])):
-        if not len(rows): continue
-        when = None if source is event else begin[rows] + 1.5 * (other.late[rows] - .5) * config.samples / ax.rate
-        wave, onset, size, begin[rows] = waves([generators[i] for i in rows], take_rows(source, rows), take_rows(station, rows),
-                                               when, gain[rows], noise[rows], config, ax)
-        clean[rows] += wave
-        labels[rows[:, None], columns] = onset
-        if source is event: labels[rows, 6] = size
-    for column, value in ((4, event.distance), (5, event.depth), (7, np.degrees(event.back_azimuth))):
+    clean, labels = add_events(generators, station, event, other, gain, noise, config, ax)
+    one = np.nonzero(station.event >= config.noise_only)[0]             # rows with an event
+    for column, value in ((4, event.distance), (5, event.depth),
+                          (7, np.degrees(event.back_azimuth))):
         labels[one, column] = value[one]
     labels[one, 8] = snr_of(clean[one], ground[one], labels[one, :4], ax.rate)
-    if real is not None:
-        clean[one] *= 10**((event.snr_db[one] - labels[one, 8]) / 20)[:, None, None] * (ground[one].std(1) > 0)[:, None]
+    if real is not None:        # the drawn ratio; a component without noise stays zero
+        louder = 10**((event.snr_db[one] - labels[one, 8]) / 20)
+        clean[one] *= louder[:, None, None] * (ground[one].std(1) > 0)[:, None]
         labels[one, 8] = event.snr_db[one]
     level = ground.std((1, 2))
-    return record(generators, station, clean + ground, level, config, real is not None), in_window(labels, config)
+    made = record(generators, station, clean + ground, level, config, real is not None)
+    return made, in_window(labels, config)
 
 # %% ../../nbs/signals/02_synthetic.ipynb #61795eaf
-def record(generators, station, x, level, config, real):
-    "What the recorder makes of x (B, L, 3): faults, counts, missing components; level (B,): of the noise"
+def record(
+    generators: list,          # one random stream per record
+    station: SimpleNamespace,  # draws of the stations, arrays (B,)
+    x: np.ndarray,             # (B, L, 3) motion of the ground
+    level: np.ndarray,         # (B,) of the noise
+    config: SyntheticConfig,   # settings of the generator
+    real: bool,                # is the noise that of real records?
+) -> np.ndarray:               # (B, L, 3) float32
+    "What the recorder makes of the ground's motion: faults, counts, missing components"
     x = x.astype(np.float32)
-    for rng, row, noise, fault, vertical in zip(generators, x, level, station.fault, station.vertical):
+    for rng, row, noise, fault, vertical in zip(generators, x, level, station.fault,
+                                                station.vertical):
         if fault < config.faults: add_fault(rng, row, noise)
-        if real: continue                                               # has its own counts and missing components
+        if real: continue  # has its own counts and missing components
         row[:] = digitise(rng, row, noise)
         if vertical < config.vertical_only: row[:, 1:] = 0
     return x
 
-def in_window(labels, config):
+# %% ../../nbs/signals/02_synthetic.ipynb #072523d6
+def in_window(
+    labels: np.ndarray,       # (B, 9), changed in place
+    config: SyntheticConfig,  # settings of the generator
+) -> np.ndarray:              # the same
     "Onsets that lie outside of the window become NaN"
     onsets = labels[:, :4]
     onsets[~((onsets >= 0) & (onsets < config.samples))] = np.nan
@@ -280,17 +430,20 @@ def in_window(labels, config):
 def synthesize(
     indices:Sequence,                   # numbers of the records, 0 or more
     seed:int=0,                         # of the data set: other seeds, other records
-    config:SyntheticConfig=SyntheticConfig(),   # the dials
-    noise:Optional[np.ndarray]=None     # (B, L, 3) quiet real windows to bury the events in; None: synthetic noise
+    config:SyntheticConfig=SyntheticConfig(),   # settings of the generator
+    # (B, L, 3) quiet real windows to bury the events in; None: synthetic noise
+    noise:Optional[np.ndarray]=None
 ) -> SyntheticBatch:                    # of len(indices) records
-    """Three-component windows and their exact labels. Record k depends on (seed, indices[k], config) and on its row of
-    `noise` alone, not on the rest of the batch. Raises ValueError if `noise` has another shape than the windows, or if
-    there is no index."""
+    """Three-component windows and their exact labels. Record k depends on (seed, indices[k],
+    config) and on its row of `noise` alone, not on the rest of the batch. Raises ValueError if
+    `noise` has another shape than the windows, or if there is no index."""
     indices = list(indices)
     if not indices: raise ValueError('indices is empty: ask for one record at least')
     shape = (len(indices), config.samples, 3)
     if noise is not None and np.shape(noise) != shape:
         raise ValueError(f'noise has the shape {np.shape(noise)}; these windows need {shape}')
-    parts = [chunk(indices[i:i + 32], seed, config, None if noise is None else noise[i:i + 32])     # 32 fit the cache
+    # 32 fit the cache
+    parts = [chunk(indices[i:i + 32], seed, config, None if noise is None else noise[i:i + 32])
              for i in range(0, len(indices), 32)]
-    return SyntheticBatch(np.concatenate([p[0] for p in parts]), *np.concatenate([p[1] for p in parts]).T)
+    return SyntheticBatch(np.concatenate([p[0] for p in parts]),
+                          *np.concatenate([p[1] for p in parts]).T)
