@@ -241,7 +241,7 @@ def test_masks_that_hide_nothing_are_refused(preset, field, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('text, says', [
-    ('{"modle": {}}', "has an entry 'modle'"), ('{"model": 3}', "'model' in"), ('[]', 'holds no object'), ('{', 'cannot be read'), (None, 'cannot be read'),
+    ('{"modle": {}}', "has an entry 'modle'"), ('{"model": 3}', "'model' in"), ('[]', 'holds no object'), ('{', 'is not valid JSON'), (None, 'cannot be read'),
     ('{"data": 3}', "'data' is 3"), ('{"window": "a"}', "'window' is 'a'"), ('{"augment": {"bogus": 1}}', "'augment.bogus'"),
     ('{"train": {"bogus": 1}}', "'train.bogus'"), ('{"model": {"encoder": {"mask_prob": "x"}}}', "'encoder.mask_prob' is 'x'"),
     ('{"model": {"method": "reconstruction"}}', "method is 'reconstruction'"), ('{"preset": "contrastive-huge"}', 'contrastive-huge')])
