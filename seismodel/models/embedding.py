@@ -106,7 +106,7 @@ def records_of(
 # %% ../../nbs/models/11_embedding.ipynb #cb94b23d
 @delegates(Selection)
 def embed(
-    model:Path, # a run's folder, or one that save_pretrained wrote
+    model:str, # a name of the box, such as tiny, a run's folder, or one that save_pretrained wrote
     sources:Annotated[str, {'opt': False, 'nargs': '+'}], # data sets, by folder or by name; or files, folders and patterns: an SDS archive, miniSEED, SAC, …
     out:Path=Path('features.npz'), # the file to write
     split:str='train', # of a dataset: train, dev or test

@@ -27,6 +27,7 @@ from safetensors.torch import load
 from .. import __version__
 from ..files import header_of, read_json, sealed_tensors, verify_checksum, write_atomically
 from .backbones import MLSTMSequential, MLSTMUNet
+from .box import model_folder
 from .encoders import (BidirAutoregConfig, BidirAutoregEncoder, ConvDownConfig,
                                        ConvDownEncoderContrastive, check_traces)
 from ..core import DamagedCheckpoint, UserError, check_fields, log
@@ -458,10 +459,11 @@ def read_weights(
                     "copy them again, or resume the run, which writes them anew.")
 
 def read_model(
-    folder: str | Path,  # with config.json and model.safetensors
+    folder: str | Path,  # with config.json and model.safetensors, or a name of the box, such as 'tiny'
 ) -> tuple[dict, dict]:  # config.json, with what the weights say of themselves; name -> weight
     "Read a model's two files; raises `UserError` with the file and what is wrong with it"
-    file, weights = Path(folder)/'config.json', Path(folder)/'model.safetensors'
+    where = model_folder(folder)
+    file, weights = where/'config.json', where/'model.safetensors'
     for f in (file, weights):
         if not f.is_file(): raise UserError(f"No pretrained model in '{folder}': {f.name} is missing.")
     config = read_json(file, {'model': dict}, 'restore it or train again')
@@ -471,14 +473,14 @@ def read_model(
     return {**config, **own}, weights
 
 def read_config(
-    folder: str | Path,  # with config.json and model.safetensors
+    folder: str | Path,  # with config.json and model.safetensors, or a name of the box
 ) -> dict:               # what `read_model` gives
     "What a model says of itself; raises `UserError` as `read_model` does"
     return read_model(folder)[0]
 
 # %% ../../nbs/models/10_pretraining.ipynb #a3ffa7d1
 def from_pretrained(
-    folder: str | Path,  # with config.json and model.safetensors
+    folder: str | Path,  # with config.json and model.safetensors, or a name of the box, such as 'tiny'
 ) -> Pretrainer:         # on the CPU, in evaluation mode
     "Build the model and load its weights; raises `UserError` as `read_model` and `load_weights` do"
     config, weights = read_model(folder)

@@ -346,7 +346,7 @@ def evaluate_column(
 
 # %% ../../nbs/picking/04_evaluation.ipynb #e52ddf35
 def evaluate(
-    model:str, # folder of a fine-tuning run, a name in SeisBench's cache, or CLASS:NAME for a picker of SeisBench such as PhaseNet:stead
+    model:str, # a name of the box, folder of a fine-tuning run, a name in SeisBench's cache, or CLASS:NAME for a picker of SeisBench such as PhaseNet:stead
     data:str=None, # a SeisBench dataset with picks, by folder or by name; of a run with --column a dataset or store with that column, its own if not given
     split:str='test', # train, dev or test; thresholds of a picker come from dev
     targets:Path=None, # folder with task1.csv and task23.csv, published ones for example; made in OUT if not given

@@ -34,6 +34,7 @@ from ..data.archive import (DAY, TICK, Archive, Instrument, Notes, Selection, in
                                     index_files, list_files)
 from ..data.formats import printable
 from ..files import is_filled, read_json, sha256, write_atomically
+from ..models.box import best_picker
 from .amplitude import measure
 from .formats import check_formats, write_format
 from .output import pick_rows, with_amplitude, write_picks, write_quakeml
@@ -354,7 +355,7 @@ def require_days(
 @delegates(Selection)
 def pick(
     sources: Annotated[str, {'opt': False, 'nargs': '+'}],  # files, folders or patterns: an SDS archive, miniSEED, SAC, …
-    model: str = None, # folder of a fine-tuning run, a name in SeisBench's cache, or CLASS:NAME for a picker of SeisBench such as PhaseNet:stead
+    model: str = None, # a name of the box, the folder of a fine-tuning run, a name in SeisBench's cache, or CLASS:NAME for a picker of SeisBench such as PhaseNet:stead; the best picker of the box if not given
     out: Path = Path('picks'), # folder for picks.csv, picks.xml, left_out.csv and the results of each day; an interrupted call goes on there
     p_threshold: float = None, # probability that a P pick must reach; if not given, that stored with the picker, or .3
     s_threshold: float = None, # probability that an S pick must reach; if not given, that stored with the picker, or .3
@@ -368,7 +369,7 @@ def pick(
 ) -> Path: # the table of all picks, or with `part` the folder
     "Pick P and S in continuous data"
     sources = [sources] if isinstance(sources, (str, Path)) else list(sources)
-    args = _checked(model, p_threshold, s_threshold, strict, part, collect)
+    args, model = _checked(p_threshold, s_threshold, strict, part, collect), _named(model)
     formats, share = check_formats(format), parse_part(part)
     inventory = selection.get('inventory')
     selection = Selection(**selection)
@@ -389,9 +390,15 @@ def pick(
     _say(count, left, out, settings, inventory, formats)
     return out/'picks.csv'
 
-def _checked(model, p_threshold, s_threshold, strict, part, collect):
+def _named(model):
+    "The picker that was named, or the best one of the box, which is then said"
+    if model: return model
+    model = best_picker()
+    print(f"picker {model}, which comes with seismodel; --model names another one, `seismodel info {model}` shows what it is")
+    return model
+
+def _checked(p_threshold, s_threshold, strict, part, collect):
     "Arguments of `classify`; raises `UserError` for what makes no sense"
-    if not model: raise UserError("Say which picker, with --model FOLDER.")
     if part and collect: raise UserError('--part picks and --collect joins; give one of them.')
     given = {k: v for k, v in zip('ps', (p_threshold, s_threshold)) if v is not None}
     for k, value in given.items():

@@ -30,6 +30,7 @@ from ..core import TrainingError, UserError, pick_device
 from ..finetuning.finetune import fine_recipe, label_windows, with_real_noise
 from ..finetuning.heads import Picker
 from ..data.windows import WindowDataset
+from ..models.box import model_folder
 from ..models.pretraining import (build, config_from_dict, from_pretrained, read_config,
                                           read_model)
 from ..files import write_atomically
@@ -67,7 +68,8 @@ def candidates_of(
     candidates = []
     for name, run in named_values(runs).items():
         if 'picker' in read_model(run)[0]: raise UserError(f"'{run}' is a picker already; give a pretrained run.")
-        candidates += [Candidate(name, 'pretrained', str(Path(run).resolve())), Candidate(f'{name}-random', 'random', str(Path(run).resolve()))]
+        folder = str(model_folder(run).resolve())
+        candidates += [Candidate(name, 'pretrained', folder), Candidate(f'{name}-random', 'random', folder)]
     candidates += [Candidate(name, 'peer', which) for name, which in named_values(baselines).items()]
     if not candidates: raise UserError('Say what to compare, with --from NAME=RUN or --baseline PhaseNet.')
     if len({m.name for m in candidates}) < len(candidates): raise UserError(f"Two candidates have one name among {', '.join(m.name for m in candidates)}; choose other names with --from NAME=RUN.")
