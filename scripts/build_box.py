@@ -35,9 +35,9 @@ from seismodel.training.runlog import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 
-SIZES = {   # steps and windows of a step: of pretraining, of fine-tuning
-    'tiny': dict(preset='spectrum-tiny', pretrain=(1200, 16), finetune=(1000, 32)),
-    'small': dict(preset='spectrum-small', pretrain=(6000, 256), finetune=(3000, 32)),
+SIZES = {   # samples of a window of pretraining; steps and windows of a step: of pretraining, of fine-tuning
+    'tiny': dict(preset='spectrum-tiny', window=2048, pretrain=(500, 16), finetune=(900, 32)),
+    'small': dict(preset='spectrum-small', window=4096, pretrain=(6000, 256), finetune=(3000, 32)),
 }
 WEIGHTS = '3,1'    # of the windows of pretraining: unlabelled records, and the labelled ones without their labels
 SEED = 0
@@ -102,7 +102,7 @@ def train_pretrained(a, size, run):
     steps, batch = size['pretrain']
     if is_done(run): return
     if (run/'config.json').exists(): return pretrain(resume=run, device=a.device)
-    pretrain(size['preset'], [str(a.work/'unlabelled'), str(a.work/'labelled')], WEIGHTS, steps=steps, batch_size=batch,
+    pretrain(size['preset'], [str(a.work/'unlabelled'), str(a.work/'labelled')], WEIGHTS, size['window'], steps=steps, batch_size=batch,
              seed=SEED, device=a.device, validate_every=200, checkpoint_every=100, out=run)
 
 
@@ -139,7 +139,7 @@ def sources_of(
     "Records, hours, region, repository and licence, source by source"
     rows = []
     for name, part in table.groupby('trace_dataset'):
-        region = joined(part['trace_region']) if 'trace_region' in part else REGIONS.get(name, '')
+        region = joined(part.get('trace_region', [])) or REGIONS.get(name, '')
         rows.append(dict(source=name, records=len(part), hours=round(float((part['trace_npts']/part['trace_sampling_rate_hz']).sum()/3600), 2),
                          region=region, repository=joined(part['trace_source_repository']), licence=joined(part['trace_license'])))
     return rows
@@ -242,7 +242,7 @@ def recipe_lines(a, size, name, minutes) -> list[str]:
     "The commands, and how long they took"
     (steps, batch), (fine, fine_batch) = size['pretrain'], size['finetune']
     where = torch.cuda.get_device_name() if torch.cuda.is_available() and a.device != 'cpu' else f'{torch.get_num_threads()} CPU threads'
-    lines = [f"seismodel pretrain --preset {size['preset']} --data UNLABELLED --data LABELLED --data-weights {WEIGHTS} --steps {steps} "
+    lines = [f"seismodel pretrain --preset {size['preset']} --data UNLABELLED --data LABELLED --data-weights {WEIGHTS} --window {size['window']} --steps {steps} "
              f'--batch-size {batch} --seed {SEED}   ({steps*batch:,} windows, no labels)']
     if name.endswith('-picker'):
         lines.append(f'seismodel finetune --from {name.removesuffix("-picker")} --data LABELLED --steps {fine} --batch-size {fine_batch} '

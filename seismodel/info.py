@@ -18,7 +18,7 @@ from fastcore.docments import docments
 from .core import UserError, count_parameters
 from .files import check_json
 from .finetuning.load import load
-from .models.box import box_models, describe_card, in_box, read_card
+from .models.box import box_models, describe_card, in_box, model_folder, read_card
 from .models.pretraining import PRESETS, build, read_config
 from .training.pretrain import recipe
 from .training.runlog import read_metrics
@@ -76,9 +76,10 @@ def describe_run(
     "A model, its last measures and all alarms"
     config = read_config(run)
     lines = describe_model(run, config)
-    rows = read_metrics(run) if (Path(run)/'metrics.jsonl').exists() else []
+    folder = model_folder(run)
+    rows = read_metrics(folder) if (folder/'metrics.jsonl').exists() else []
     if not rows: return '\n'.join(lines)
-    train = check_json(config.get('train'), dict(steps=int), Path(run)/'config.json, field train')
+    train = check_json(config.get('train'), dict(steps=int), folder/'config.json, field train')
     lines.append(f"step {rows[-1]['step']} of {train['steps']}")
     last = ([r for r in rows if 'dev_loss' in r] or rows)[-1]
     shown = {name: value for name, value in last.items() if name.startswith('dev_') or name == 'loss'}
