@@ -1,11 +1,12 @@
-"""Pickers of the box on continuous records, beside a published one: analyst picks found, other picks per hour, seconds
+"""Pickers of the box on continuous records, beside a published one: what they find, and what else
 
-    python benchmarks/box_continuous.py FOLDER --peer NAME=FOLDER/phasenet --out nbs/runs/box_continuous.csv
+    python benchmarks/box_continuous.py FOLDER --peer NAME=PATH --out nbs/runs/box_continuous.csv
 
-FOLDER holds streams that ObsPy reads, an instrument a file, and perhaps tables picks*.csv of analysts with station, phase and
-time. A peer is a PhaseNet in the two files of SeisBench's cache, PATH.json.v1 and PATH.pt.v1, at its own thresholds; it is read and
-asked, and nothing of it is kept. A catalogue is never complete, so a pick that no analyst made may be right: the column
-`confirmed` says for how many of those another picker here has a probability of 0.1 or more of the same phase within 0.5 s.
+FOLDER holds streams that ObsPy reads, an instrument a file, and perhaps tables picks*.csv of analysts
+with station, phase and time. A peer is a PhaseNet in the two files of SeisBench's cache, PATH.json.v1
+and PATH.pt.v1, at its own thresholds; it is asked, and nothing of it is kept. A catalogue is never
+complete, so a pick that no analyst made may be right: the column `confirmed` says for how many of
+those another picker here has a probability of 0.1 or more of the same phase within 0.5 s.
 """
 import argparse
 import json
@@ -36,7 +37,8 @@ def open_peer(path: str) -> PhaseNet:
 def picks_of(net, stream: obspy.Stream, **args) -> dict[str, np.ndarray]:
     "Times of P and of S, seconds since 1970"
     picks = net.classify(stream.copy(), **args).picks
-    return {phase: np.array([p.peak_time.timestamp for p in picks if p.phase == phase]) for phase in 'PS'}
+    return {phase: np.array([p.peak_time.timestamp for p in picks if p.phase == phase])
+            for phase in 'PS'}
 
 
 def near(times: np.ndarray, others: np.ndarray, seconds: float) -> np.ndarray:
@@ -52,13 +54,25 @@ def analyst_picks(folder: Path) -> pd.DataFrame:
     return table.assign(at=[obspy.UTCDateTime(t).timestamp for t in table['time']])
 
 
+def score(mine: np.ndarray, known: np.ndarray, others: list[np.ndarray], hours: float) -> dict:
+    "Picks of a phase against those of analysts, and of other pickers"
+    late = [mine[np.abs(mine - t).argmin()] - t for t in known] if len(mine) else []
+    other = mine[~near(mine, known, NEAR)]
+    seen = [near(other, times, NEAR) for times in others]
+    confirmed = int(np.any(seen, 0).sum()) if seen else 0
+    return dict(analyst=len(known), found=int(near(known, mine, .3).sum()),
+                late=' '.join(f'{x:+.2f}' for x in late if abs(x) <= 2), other=len(other),
+                confirmed=confirmed, unconfirmed_per_hour=round((len(other) - confirmed)/hours, 2))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('folder', type=Path)
     parser.add_argument('--peer', action='append', default=[], help='NAME=PATH')
     parser.add_argument('--out', type=Path, required=True)
     a = parser.parse_args()
-    nets = {n: SeisModelPicker.from_pretrained(n) for n in box_models() if n.endswith('picker')}
+    pickers = [name for name in box_models() if name.endswith('picker')]
+    nets = {name: SeisModelPicker.from_pretrained(name) for name in pickers}
     nets |= {name: open_peer(path) for name, _, path in (text.partition('=') for text in a.peer)}
     table, rows = analyst_picks(a.folder), []
     for file in sorted(a.folder.glob('*.mseed')):
@@ -68,17 +82,13 @@ def main():
         for name, net in nets.items():
             since = time.perf_counter()
             found = picks_of(net, stream)
-            seconds = time.perf_counter() - since
+            seconds = round(time.perf_counter() - since, 1)
             for phase in 'PS':
-                known = table.query('station == @station and phase == @phase')['at'].to_numpy()
-                mine = found[phase]
-                other = mine[~near(mine, known, NEAR)]
-                seen = np.any([near(other, low[n][phase], NEAR) for n in nets if n != name], 0) if len(nets) > 1 else np.zeros(len(other), bool)
-                late = [mine[np.abs(mine - t).argmin()] - t for t in known] if len(mine) else []
-                rows.append(dict(picker=name, station=station, hours=round(hours, 2), phase=phase, analyst=len(known),
-                                 found=int(near(known, mine, .3).sum()), late=' '.join(f'{x:+.2f}' for x in late if abs(x) <= 2),
-                                 other=len(other), confirmed=int(seen.sum()), unconfirmed_per_hour=round((len(other) - seen.sum())/hours, 2),
-                                 seconds=round(seconds, 1)))
+                known = table.query('station == @station and phase == @phase')['at'].to_numpy(float)
+                others = [low[n][phase] for n in nets if n != name]
+                row = score(found[phase], known, others, hours)
+                about = dict(picker=name, station=station, hours=round(hours, 2), phase=phase)
+                rows.append({**about, **row, 'seconds': seconds})
     pd.DataFrame(rows).to_csv(a.out, index=False)
     print(pd.DataFrame(rows).to_string(index=False))
 

@@ -97,7 +97,7 @@ def describe_one(
 def info(
     runs:Annotated[str, {'opt': False, 'nargs': '*'}]=None, # models of the box, presets or folders of runs, any number; a list of models and presets if not given
 ):
-    "List models in the box and presets, print a model's card or every field of a preset, or describe runs"
+    "List models and presets, print a model's card or every field of a preset, or describe runs"
     runs = [runs] if isinstance(runs, (str, Path)) else list(runs or [])
     texts, wrong = {}, []
     for run in runs:

@@ -138,7 +138,7 @@ def rated_peaks(
     p: np.ndarray,          # (N, L) probability of a phase
     onset: np.ndarray,      # (N,) samples, NaN where there is none
     lowest: float = LOWEST, # probability that a peak must reach
-) -> np.ndarray:            # (peaks, 3) number of the window, probability, 1 where the pick is right
+) -> np.ndarray:            # (peaks, 3) number of the window, probability, 1 where right
     "All peaks of some windows; the highest one near a label is right, others are wrong"
     rows = []
     for n, (curve, at) in enumerate(zip(p, onset)):
@@ -161,7 +161,8 @@ def reliability(
         n, share = int(here.sum()), float(right[here].mean())
         middle, half = share + z*z/2/n, z*math.sqrt(share*(1 - share)/n + (z/2/n)**2)
         low, high = ((middle + sign*half)/(1 + z*z/n) for sign in (-1, 1))
-        rows.append(dict(picks=n, probability=float(probability[here].mean()), right=share, low=low, high=high))
+        mean = float(probability[here].mean())
+        rows.append(dict(picks=n, probability=mean, right=share, low=low, high=high))
     return rows
 
 # %% ../../nbs/finetuning/07_calibration.ipynb #efd9d378
@@ -176,7 +177,7 @@ def fit_temperature(
     probability: np.ndarray,  # (n,) of picks
     right: np.ndarray,        # (n,) whether each is right
 ) -> float:                   # above 1: the picker was too sure
-    "The temperature under which the picks that were right, and those that were wrong, are most likely"
+    "The temperature under which what was right, and what was wrong, is most likely"
     from scipy.optimize import minimize_scalar
     p = np.clip(probability, 1e-6, 1 - 1e-6)
     logit = np.log(p/(1 - p))

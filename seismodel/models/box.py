@@ -37,14 +37,15 @@ def best_picker(
 def in_box(
     model: str | Path,  # as it was typed
 ) -> bool:
-    "Whether a name of the box is meant; a folder of the same name is written with a slash, and a `Path` is always a folder"
+    "Whether a name of the box is meant; a text with a slash and a `Path` mean a folder"
     found = isinstance(model, str) and model in box_models()
     if found and Path(model).exists(): _say_both(model)
     return found
 
 @cache     # once in a process
 def _say_both(name):
-    log.warning("'%s' is the model of that name that comes with seismodel; the folder here is './%s'.", name, name)
+    log.warning("'%s' is the model of that name that comes with seismodel; "
+                "the folder here is './%s'.", name, name)
 
 def model_folder(
     model: str | Path,  # a name of the box, or a folder
@@ -64,8 +65,9 @@ def card_table(
     return [line(cells[0]), '|' + '|'.join('-'*(w + 2) for w in wide) + '|', *map(line, cells[1:])]
 
 def _cell(value):
-    "A number with three digits after the point, or a text"
-    return f'{value:.3f}' if isinstance(value, float) else f'{value:,}' if isinstance(value, int) else str(value)
+    "A number with two digits after the point, or a text"
+    if isinstance(value, float): return f'{value:.2f}'
+    return f'{value:,}' if isinstance(value, int) else str(value)
 
 # %% ../../nbs/models/09a_box.ipynb #a932184d
 def read_card(

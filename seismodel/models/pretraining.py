@@ -459,7 +459,7 @@ def read_weights(
                     "copy them again, or resume the run, which writes them anew.")
 
 def read_model(
-    folder: str | Path,  # with config.json and model.safetensors, or a name of the box, such as 'tiny'
+    folder: str | Path,  # with config.json and model.safetensors, or a name of the box
 ) -> tuple[dict, dict]:  # config.json, with what the weights say of themselves; name -> weight
     "Read a model's two files; raises `UserError` with the file and what is wrong with it"
     where = model_folder(folder)
@@ -480,7 +480,7 @@ def read_config(
 
 # %% ../../nbs/models/10_pretraining.ipynb #a3ffa7d1
 def from_pretrained(
-    folder: str | Path,  # with config.json and model.safetensors, or a name of the box, such as 'tiny'
+    folder: str | Path,  # with config.json and model.safetensors, or a name of the box
 ) -> Pretrainer:         # on the CPU, in evaluation mode
     "Build the model and load its weights; raises `UserError` as `read_model` and `load_weights` do"
     config, weights = read_model(folder)

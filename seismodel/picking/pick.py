@@ -394,7 +394,8 @@ def _named(model):
     "The picker that was named, or the best one of the box, which is then said"
     if model: return model
     model = best_picker()
-    print(f"picker {model}, which comes with seismodel; --model names another one, `seismodel info {model}` shows what it is")
+    print(f'picker {model}, which comes with seismodel; --model names another one, '
+          f'`seismodel info {model}` shows what it is')
     return model
 
 def _checked(p_threshold, s_threshold, strict, part, collect):

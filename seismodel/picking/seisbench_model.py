@@ -126,7 +126,7 @@ class StreamPicker(WaveformModel):
 # %% ../../nbs/picking/01_seisbench_model.ipynb #aed9f9c3
 def stored_args(
     folder: str|Path,  # of a fine-tuning run, or a name of the box
-) -> dict:             # thresholds and uncertainties that `calibrate` found; empty where it was not asked
+) -> dict:             # thresholds and uncertainties from `calibrate`, if it was asked
     "Default arguments stored with a picker"
     return dict(read_config(folder).get('default_args', {}))
 
@@ -173,16 +173,17 @@ class SeisModelPicker(StreamPicker):
 
     @classmethod
     def from_pretrained(cls, name, version_str='latest', **kwargs):
-        "By name from the box, from the folder of a fine-tuning run, or by name from SeisBench's cache; raises `UserError` where there is none"
+        "From the box, a folder, or SeisBench's cache; raises `UserError` where there is none"
         if in_box(name) or Path(name).is_dir():
             return cls.of(load_picker(name), default_args=stored_args(name))
         if not cls.list_versions(str(name), remote=False):
-            raise UserError(f"There is no picker '{name}': it is not in the box ({', '.join(box_models())}), "
-                            f"it is no folder, and it is not in SeisBench's cache ({cls._model_path()}).")
+            boxed, cache = ', '.join(box_models()), cls._model_path()
+            raise UserError(f"There is no picker '{name}': it is not in the box ({boxed}), "
+                            f"it is no folder, and it is not in SeisBench's cache ({cache}).")
         return super().from_pretrained(str(name), version_str, **kwargs)
 
     def to_seisbench(self, folder, name='seismodel', version='1'):
-        "Write NAME.json.v1 and NAME.pt.v1, as SeisBench's cache has them: `from_pretrained(NAME)` opens them there; returns both paths"
+        "Write NAME.json.v1 and NAME.pt.v1, which SeisBench finds in its cache; returns both paths"
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.save(folder/name, self.citation, version)

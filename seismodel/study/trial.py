@@ -69,7 +69,8 @@ def candidates_of(
     for name, run in named_values(runs).items():
         if 'picker' in read_model(run)[0]: raise UserError(f"'{run}' is a picker already; give a pretrained run.")
         folder = str(model_folder(run).resolve())
-        candidates += [Candidate(name, 'pretrained', folder), Candidate(f'{name}-random', 'random', folder)]
+        candidates += [Candidate(name, 'pretrained', folder),
+                       Candidate(f'{name}-random', 'random', folder)]
     candidates += [Candidate(name, 'peer', which) for name, which in named_values(baselines).items()]
     if not candidates: raise UserError('Say what to compare, with --from NAME=RUN or --baseline PhaseNet.')
     if len({m.name for m in candidates}) < len(candidates): raise UserError(f"Two candidates have one name among {', '.join(m.name for m in candidates)}; choose other names with --from NAME=RUN.")
