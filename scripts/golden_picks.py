@@ -1,6 +1,6 @@
 """Write tests/golden_picks.json: picks of the pickers in the box on records that everyone has.
 
-    python scripts/golden_picks.py          # after a wanted change: say so in the release notes
+    python scripts/golden_picks.py          # after a wanted change: say so in the changelog
     python scripts/golden_picks.py --check  # compare only, for example on a GPU: --device cuda
 
 The same weights give the same picks: times to the sample, probabilities to 0.001. tests/test_box.py

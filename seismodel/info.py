@@ -1,4 +1,4 @@
-"""`seismodel info`: the models in the box and their cards, the presets, every field of one with its default and meaning, or what a run was and how far it got
+"""`seismodel info`: models that come with the package and their cards, presets and their fields, what a run was and how far it got, or the versions in use
 
 Docs: https://seismodel.github.io/seismodel/reference/info.html.md"""
 
@@ -6,20 +6,25 @@ Docs: https://seismodel.github.io/seismodel/reference/info.html.md"""
 
 # %% auto #0
 __all__ = ['describe_box', 'describe_presets', 'describe_fields', 'describe_preset', 'describe_model', 'describe_run',
-           'describe_one', 'info']
+           'describe_versions', 'describe_one', 'info']
 
 # %% ../nbs/reference/01b_info.ipynb #8925b0a5
+import platform
+import re
 from dataclasses import fields, is_dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Annotated
 
 from fastcore.docments import docments
 
+from . import __version__
 from .core import UserError, count_parameters
 from .files import check_json
 from .finetuning.load import load
 from .models.box import box_models, describe_card, in_box, model_folder, read_card
 from .models.pretraining import PRESETS, build, read_config
+from .training.checkpoints import this_machine
 from .training.pretrain import recipe
 from .training.runlog import read_metrics
 
@@ -86,6 +91,17 @@ def describe_run(
     lines += [f'  {name:24} {value:.4g}' for name, value in shown.items() if value is not None]
     return '\n'.join(lines + [f"  ALARM at step {r['step']}: {sentence}" for r in rows for sentence in r['alarms']])
 
+# %% ../nbs/reference/01b_info.ipynb #e6c7e920
+def describe_versions() -> str:  # lines
+    "Versions of seismodel, Python, the packages it needs, Triton, and the machine"
+    lines = [f'seismodel {__version__}', f'Python {platform.python_version()}, {platform.platform()}']
+    needed = [need.partition(';') for need in requires('seismodel') or ['torch', 'numpy', 'obspy', 'seisbench']]
+    names = [re.match(r'[A-Za-z0-9._-]+', need)[0] for need, _, when in needed if 'extra' not in when]
+    for name in [*names, 'triton']:
+        try: lines.append(f'{name} {version(name)}')
+        except PackageNotFoundError: lines.append(f'{name} is not there')
+    return '\n'.join(lines + [f'{what}: {value}' for what, value in this_machine().items()])
+
 # %% ../nbs/reference/01b_info.ipynb #46175096
 def describe_one(
     run:str|Path, # a name of the box, a preset, or the folder of a run
@@ -96,14 +112,16 @@ def describe_one(
 
 def info(
     runs:Annotated[str, {'opt': False, 'nargs': '*'}]=None, # models of the box, presets or folders of runs, any number; a list of models and presets if not given
+    versions:bool=False, # print the versions of all that matters, for a report of a fault
 ):
-    "List models and presets, print a model's card or every field of a preset, or describe runs"
+    "List models and presets, print a card or the fields of a preset, describe runs, or print versions"
+    if versions: print(describe_versions())
     runs = [runs] if isinstance(runs, (str, Path)) else list(runs or [])
     texts, wrong = {}, []
     for run in runs:
         try: texts[run] = describe_one(run)
         except UserError as e: wrong.append(str(e))
     parts = [f'{run}\n{text}' if runs[1:] else text for run, text in texts.items()]
-    if not runs: parts = [describe_box(), describe_presets()]
+    if not (runs or versions): parts = [describe_box(), describe_presets()]
     if parts: print('\n\n'.join(parts))
     if wrong: raise UserError(' '.join(wrong))

@@ -161,6 +161,14 @@ def test_info_describes_several_and_names_the_ones_it_cannot(tmp_path, capsys):
     assert "No pretrained model in 'nowhere'" in err and len(err.splitlines()) == 1
 
 
+def test_info_says_the_versions_that_a_report_needs(capsys):
+    assert main(['info', '--versions']) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f'seismodel {seismodel.__version__}'
+    named = {line.split()[0] for line in lines}
+    assert {'Python', 'torch', 'numpy', 'obspy', 'seisbench', 'triton', 'safetensors', 'processor:'} <= named and 'nbdev' not in named
+
+
 @pytest.mark.parametrize('name', PRESETS)
 def test_info_of_a_preset_gives_every_field_with_its_meaning(name, capsys):
     assert main(['info', name]) == 0

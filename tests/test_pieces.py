@@ -19,7 +19,7 @@ from seismodel.picking.output import read_picks
 from seismodel.picking.pick import pick_archive
 from seismodel.picking.pieces import AROUND, Curve, pick_piece, settings_of, window_starts
 
-ARGS = {'P_threshold': .3, 'S_threshold': .3}
+ARGS = {'P_threshold': .8, 'S_threshold': .8}        # an eager picker finds enough above these
 T0 = UTCDateTime(2024, 2, 28, 23, 30)
 
 
@@ -193,7 +193,9 @@ def test_every_layout_of_a_real_record_gives_the_same_picks(model, tmp_path, rea
     folder = real_data[0].parent/'continuous' if real_data else None
     files = sorted(folder.glob('*B917*.mseed')) if folder and folder.is_dir() else []
     if not files: pytest.skip('no continuous records here')
-    assert len(same_in_every_layout(model, obspy.read(str(files[0])), tmp_path)) > 200
+    st = obspy.read(str(files[0]))
+    st.trim(st[0].stats.starttime, st[0].stats.starttime + 700)             # across a file of 10 minutes
+    assert len(same_in_every_layout(model, st, tmp_path)) > 200
 
 
 # memory
@@ -217,9 +219,9 @@ def peak(*words):
 
 @pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='memory is read from /proc')
 def test_memory_does_not_grow_with_the_record(tmp_path):
-    "24 h need at most 1.3 times the memory of 1 h, in pick and in pack; a picker that finds nothing, since picks take room"
+    "10 h need hardly more than 3 h, in pick and in pack; a picker that finds nothing, since picks take room"
     Picker(build(preset('contrastive-tiny').model)).save_pretrained(tmp_path/'run')
-    for hours in (1, 24): save(record(3600*hours), tmp_path/str(hours)/'all.mseed')
+    for hours in (3, 10): save(record(3600*hours), tmp_path/str(hours)/'all.mseed')
     for command in (('pick', '--model', tmp_path/'run', '--device', 'cpu', '--p-threshold', '.99', '--s-threshold', '.99'), ('pack',)):
-        one, day = (peak(command[0], tmp_path/str(hours), *command[1:], '--out', tmp_path/f'{command[0]}{hours}') for hours in (1, 24))
-        assert day < 1.3*one, (command[0], one, day)
+        few, many = (peak(command[0], tmp_path/str(hours), *command[1:], '--out', tmp_path/f'{command[0]}{hours}') for hours in (3, 10))
+        assert many < few + 22_000, (command[0], few, many)         # kB; the samples of seven hours are 30 MB, one copy of them

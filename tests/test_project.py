@@ -259,7 +259,19 @@ def test_links_between_pages_hold(nb):
 def test_version_is_said_once():
     settings = configparser.ConfigParser()
     settings.read(root/'settings.ini')
-    assert f"__version__ = \"{settings['DEFAULT']['version']}\"" in (root/'seismodel/__init__.py').read_text(encoding='utf-8')
+    version = settings['DEFAULT']['version']
+    assert f'__version__ = "{version}"' in (root/'seismodel/__init__.py').read_text(encoding='utf-8')
+    assert yaml.safe_load((root/'CITATION.cff').read_text(encoding='utf-8'))['version'] == version
+    assert re.findall(r'^## (\S+)', (root/'CHANGELOG.md').read_text(encoding='utf-8'), re.M)[0] == version
+
+
+def test_workflows_call_what_there_is():
+    "Each is YAML; scripts that it runs exist; every job has a limit of time or only publishes"
+    for file in (root/'.github/workflows').iterdir():
+        jobs = yaml.safe_load(file.read_text(encoding='utf-8'))['jobs']
+        runs = [step['run'] for job in jobs.values() for step in job['steps'] if 'run' in step]
+        for script in re.findall(r'scripts/\S+', ' '.join(runs)): assert (root/script).exists(), script
+        assert all('timeout-minutes' in job for name, job in jobs.items() if name != 'publish')
 
 
 def test_the_lists_of_mutants_are_of_today():

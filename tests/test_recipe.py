@@ -325,14 +325,14 @@ class OneRecord(Source):
         return Record(x, 400., 600., 'r', 4, 4)
 
 
-@pytest.mark.parametrize('workers', [0, 2])
-def test_no_two_batches_are_augmented_alike_and_a_resumption_augments_the_same(workers, tmp_path):
+def test_no_two_batches_are_augmented_alike_and_a_resumption_augments_the_same(tmp_path):
+    "Also with workers: two processes cut and resume what the main process made in one go"
     noise = torch.randn(6, 1024, 3, generator=torch.Generator().manual_seed(0))
-    c = config(steps=6, batch_size=6, accumulate=2, workers=workers)
-    def run(folder, augment=fine_augment(noise), until=None, resume=False):
+    def run(folder, augment=fine_augment(noise), until=None, workers=0, resume=False):
         torch.manual_seed(0)
         model, seen = Picker(build(CONTRASTIVE)), []
         model.register_forward_pre_hook(lambda m, a: seen.append(sha1(a[0]['x'].numpy().tobytes()).hexdigest()) if m.training else None)
+        c = config(steps=6, batch_size=6, accumulate=2, workers=workers)
         call = lambda: train(model, Augmented(WindowDataset([OneRecord()], 72, window=1024), augment), WindowDataset([OneRecord()], 4, window=1024), c, folder, resume=resume)
         with Watch(until=until).hooked():
             if until is None: call()
@@ -342,8 +342,9 @@ def test_no_two_batches_are_augmented_alike_and_a_resumption_augments_the_same(w
     assert len(set(run(tmp_path/'none', None))) == 1
     whole = run(tmp_path/'whole')
     assert len(whole) == 12 and len(set(whole)) == 12
-    assert run(tmp_path/'cut', until=5) == whole[:12]
-    assert run(tmp_path/'cut', resume=True) == whole[8:]
+    for workers in (0, 2):
+        assert run(tmp_path/f'cut {workers}', until=5, workers=workers) == whole[:12]
+        assert run(tmp_path/f'cut {workers}', workers=workers, resume=True) == whole[8:]
 
 
 def test_each_window_of_a_batch_is_augmented_by_itself(tmp_path):
