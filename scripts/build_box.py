@@ -32,6 +32,7 @@ from seismodel.picking.evaluation import found_within, score_records
 from seismodel.picking.matching import pick_records
 from seismodel.picking.seisbench_model import SeisModelPicker
 from seismodel.statistics import bootstrap
+from seismodel.training.checkpoints import checkpoint_files
 from seismodel.training.pretrain import pretrain
 from seismodel.training.runlog import read_metrics
 
@@ -236,7 +237,7 @@ def scores_of(
         for kind in ('P', 'S', 'noise'):
             own = records[records['kind'] == kind]
             for name, metric in (disturbed if kind == 'noise' else near).items():
-                if len(own): rows.append((part, kind, len(own), name, *bootstrap(metric, own, draws=1000)))
+                if len(own): rows.append((part, kind, len(own), name, *bootstrap(metric, own, draws=500)))
     return pd.DataFrame(rows, columns=['records', 'kind', 'n', 'metric', 'value', 'low', 'high'])
 
 
@@ -275,17 +276,25 @@ def used(tables, *names) -> pd.DataFrame:
     return pd.concat([tables[name].query('split == "train" and why == ""') for name in names])
 
 
+def stopped(run, steps) -> str:
+    "What is said of a run that has not made all of its steps"
+    if is_done(run): return ''
+    return f', stopped after step {int(checkpoint_files(run)[0].stem.split("-")[1])} of {steps}'
+
+
 def recipe_of(a, size, name, minutes) -> list[str]:
     "The commands, how long they took, and the version of the code"
     (steps, batch), (fine, fine_batch) = size['pretrain'], size['finetune']
     lines = [f"seismodel pretrain --preset {size['preset']} --data UNLABELLED --data LABELLED "
              f"--data-weights {SHARES} --window {size['window']} --steps {steps} "
-             f'--batch-size {batch} --seed {SEED} ({steps*batch:,} windows, without labels)']
+             f'--batch-size {batch} --seed {SEED} ({steps*batch:,} windows, without labels)'
+             + stopped(a.work/name.split('-')[0]/'pretrain', steps)]
     if name.endswith('-picker'):
         lines.append(f"seismodel finetune --from {name.removesuffix('-picker')} --data LABELLED "
                      f'--steps {fine} --batch-size {fine_batch} --average {AVERAGE} '
                      f"--layer-decay {size['decay']} --seed {SEED} "
-                     f'({fine*fine_batch:,} windows)')
+                     f'({fine*fine_batch:,} windows)'
+                     + stopped(a.work/name.split('-')[0]/'finetune', fine))
     took = ', '.join(f'{part} {m:g}' for part, m in minutes.items() if part.split()[0] in name.split('-'))
     said = subprocess.run(['git', 'describe', '--always', '--dirty'], capture_output=True, text=True, cwd=ROOT)
     return [*lines, f'both by scripts/build_box.py, on {a.where}; minutes: {took}',
@@ -325,7 +334,8 @@ def ship_pretrained(a, name, tables, minutes):
     model, config = from_pretrained(run), read_config(run)
     weights = halved(model.state_dict())
     model.load_state_dict(weights)
-    x = windows_of(a, 'dev', 256, 'unlabelled').batch(range(256))['x']
+    dev = windows_of(a, 'dev', 256, 'unlabelled')
+    x = dev.batch(range(len(dev)))['x']
     with torch.no_grad(): m = model(x, torch.Generator().manual_seed(SEED)).metrics
     error, line, zero = (float(m[f'{k}spectrum_mse']) for k in ('', 'line_', 'zero_'))
     windows = size['pretrain'][0]*size['pretrain'][1]
@@ -335,7 +345,7 @@ def ship_pretrained(a, name, tables, minutes):
             'left out': left_out_of(tables), 'recipe': recipe_of(a, size, name, minutes),
             'weights': ['matrices in half precision, biases and scales in single precision'],
             'scores of these weights': [
-                f'error of the band powers of hidden frames on 256 dev windows of unlabelled records: '
+                f'error of the band powers of hidden frames on {len(x)} dev windows of unlabelled records: '
                 f'{error:.3f}; by interpolation {line:.3f}, by the mean of a band {zero:.3f}'],
             'not for': NOT_FOR[1:]}
     write_model(a.box/name, {'model': config['model'], 'train': config['train'], 'card': card}, weights)
@@ -373,9 +383,10 @@ def build_size(a, name, tables):
     "Both models of a size"
     size, work, file = SIZES[name], a.work/name, a.work/'minutes.json'
     work.mkdir(parents=True, exist_ok=True)
-    timed(file, f'{name} pretraining', lambda: train_pretrained(a, size, work/'pretrain'))
-    start = work/'pretrain'
-    timed(file, f'{name} fine-tuning', lambda: train_picker(a, size, start, work/'finetune'))
+    start, run = work/'pretrain', work/'finetune'
+    if not a.as_is:
+        timed(file, f'{name} pretraining', lambda: train_pretrained(a, size, start))
+        timed(file, f'{name} fine-tuning', lambda: train_picker(a, size, start, run))
     minutes = json.loads(file.read_text())
     ship_pretrained(a, name, tables, minutes)
     ship_picker(a, name, tables, minutes)
@@ -391,6 +402,7 @@ def main():
     add('--box', type=Path, default=ROOT/'seismodel/box', help='gets the models')
     add('--curves', type=Path, default=ROOT/'nbs/runs/box_reliability.csv', help='gets the curves')
     add('--only', choices=SIZES, action='append', help='a size; all if not given')
+    add('--as-is', action='store_true', help='no training: models of what is trained so far')
     add('--device', default='auto')
     a = parser.parse_args()
     a.work, gpu = a.work.resolve(), a.device != 'cpu' and torch.cuda.is_available()
