@@ -228,9 +228,11 @@ def scores_of(
     p, s = (pick_records(net, dataset, net.default_args[f'{phase}_threshold']) for phase in 'PS')
     found = [dict(P=one['P'], S=two['S']) for one, two in zip(p, s)]
     table = score_records(net, dataset, found=found)
+    automatic = set(dataset.metadata.query('trace_p_status == "auto"')['trace_dataset'])
     parts = {'all test records': table,
              f"without {', '.join(untrained)}": table[~table['trace_dataset'].isin(untrained)],
-             **dict(list(table.groupby('trace_dataset')))}
+             **{f"{source}{' (automatic labels)' if source in automatic else ''}": own
+                for source, own in table.groupby('trace_dataset')}}
     near = {f'within {t} s': found_within(t) for t in (.1, .3, .5)}
     disturbed, rows = {'with a pick': lambda t: (t['picks'] > 0).mean()}, []
     for part, records in parts.items():
