@@ -85,8 +85,8 @@ def describe_card(
     card = read_card(name)
     parts = [card['summary']]
     for title, content in card.items():
-        if title == 'summary': continue
+        if title == 'summary': continue            # the others are lists, of lines or of rows
         parts += ['', f'{title}:', '']
-        table = isinstance(content, list) and isinstance(content[0], dict)
-        parts += card_table(content) if table else [f'- {line}' for line in content]
+        is_table = content and isinstance(content[0], dict)
+        parts += card_table(content) if is_table else [f'- {line}' for line in content]
     return '\n'.join(parts)
