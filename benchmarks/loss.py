@@ -42,14 +42,15 @@ class Ours(nn.Module):
         indices, valid = masked_frames(mask, max_masked(T, .65, 10))
         q = quantize_masked(self.quantizer, frames, indices, valid)
         q = q._replace(vectors=self.project(q.vectors))
-        return contrastive_mean(contrastive_sums(predictions, q.vectors, q.codes, q.usage, indices, valid, K)).loss
+        return contrastive_mean(contrastive_sums(predictions, q, indices, valid, K)).loss
 
 
 class Plain(Ours):
     "The same from the definitions: all frames quantized, one step of plain PyTorch after the other"
     def forward(self, frames, predictions, mask):
         q = self.quantizer(frames)
-        return contrastive_loss(predictions, self.project(q.vectors), mask, q.codes, q.logits, K, most=max_masked(T, .65, 10)).loss
+        q = q._replace(vectors=self.project(q.vectors))
+        return contrastive_loss(predictions, q, mask, K, most=max_masked(T, .65, 10)).loss
 
 
 class Transformers(nn.Module):

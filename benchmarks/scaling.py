@@ -31,7 +31,7 @@ from seismodel.data.windows import WindowDataset
 from seismodel.models.infonce import masked_frames, negatives
 from seismodel.models.masking import max_masked
 from seismodel.models.pretraining import all_reduce_mean, build, preset
-from seismodel.models.quantizer import kernels_for
+from seismodel.kernels.choice import kernels_for
 from seismodel.training.checkpoints import checkpoint_files, read_checkpoint
 from seismodel.training.config import TrainConfig
 from seismodel.training.cuda_graph import Replay, compile_blocks, mixed_precision, tensor_float32

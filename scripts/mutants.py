@@ -35,6 +35,7 @@ root = Path(__file__).resolve().parents[1]
 out = root/'build/mutants'
 # module -> the tests that are about it, the quick ones first: a mutant is dead at the first that fails
 TESTS = {
+    'kernels/choice': ['swiglu', 'quantizer'],
     'models/masking': ['masking', 'encoders'],
     'models/quantizer': ['quantizer', 'infonce', 'recipe'],
     'models/infonce': ['infonce', 'quantizer', 'recipe'],

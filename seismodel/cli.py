@@ -6,16 +6,16 @@ Docs: https://seismodel.github.io/seismodel/reference/cli.html.md"""
 
 # %% auto #0
 __all__ = ['COMMANDS', 'OLD_COMMANDS', 'OLD_OPTIONS', 'described', 'imported', 'usage', 'renamed_options', 'run_command',
-           'call_quietly', 'main']
+           'silenced', 'call_quietly', 'main']
 
 # %% ../nbs/reference/01_cli.ipynb #b75544fa
 import os
 import signal
 import sys
-from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from difflib import get_close_matches
 from importlib import import_module
-from typing import Callable
+from typing import Callable, Iterator
 
 from . import __version__
 from .options import Command, make_parser, read_command
@@ -85,16 +85,27 @@ def run_command(
     return 0
 
 # %% ../nbs/reference/01_cli.ipynb #5b29ab98
+@contextmanager
+def silenced() -> Iterator[None]:
+    "Inside, nothing reaches the screen, nor does it from processes that are started there"
+    with ExitStack() as stack:
+        nowhere = stack.enter_context(open(os.devnull, 'w', encoding='utf-8'))
+        for stream in (sys.stdout, sys.stderr): stream.flush()
+        for number in (1, 2):                          # descriptors, which other processes inherit
+            kept = os.dup(number)
+            stack.callback(os.close, kept)
+            stack.callback(os.dup2, kept, number)      # callbacks run last first
+            os.dup2(nowhere.fileno(), number)
+        stack.enter_context(redirect_stdout(nowhere))
+        stack.enter_context(redirect_stderr(nowhere))
+        yield
+
 def call_quietly(
     command:Callable, # a command
     args:dict, # its options
 ):
     "Call a command that returns a path, and print only that; messages, bars and warnings go nowhere"
-    with ExitStack() as stack:
-        nowhere = stack.enter_context(open(os.devnull, 'w', encoding='utf-8'))
-        stack.enter_context(redirect_stdout(nowhere))
-        stack.enter_context(redirect_stderr(nowhere))
-        result = command(**args)
+    with silenced(): result = command(**args)
     if int(os.environ.get('RANK', 0)) == 0: print(result)   # once, under torchrun
 
 # %% ../nbs/reference/01_cli.ipynb #5a453129

@@ -6,13 +6,16 @@ Docs: https://seismodel.github.io/seismodel/ground/files.html.md"""
 
 # %% auto #0
 __all__ = ['BLANK', 'write_atomically', 'force_out', 'replace_durably', 'to_disk', 'sha256', 'header_of', 'write_checksum',
-           'verify_checksum', 'sealed_tensors', 'read_json', 'check_json', 'locked', 'is_filled']
+           'verify_checksum', 'sealed_tensors', 'read_json', 'check_json', 'locked', 'is_filled', 'write_csv']
 
 # %% ../nbs/ground/02_files.ipynb #3cf69d71
+import csv
 import hashlib
 import json
 import os
+from itertools import chain
 from pathlib import Path
+from typing import Iterable
 
 from filelock import FileLock, Timeout
 from safetensors.torch import save
@@ -160,3 +163,15 @@ def is_filled(
 )->bool:
     "Whether anything lies there but what a kill cut short"
     return folder.is_dir() and any(not f.name.endswith('.part') for f in folder.iterdir())
+
+# %% ../nbs/ground/02_files.ipynb #3f1e6202
+def write_csv(
+    path: str | Path,       # the file to write
+    columns: tuple,         # names, the first line
+    rows: Iterable[tuple],  # values of each line
+):
+    "Write a CSV file atomically"
+    def write(part):
+        with open(part, 'w', newline='', encoding='utf-8') as f:
+            csv.writer(f).writerows(chain([columns], rows))
+    write_atomically(path, write)

@@ -9,6 +9,7 @@ from seisbench.models import EQTransformer, PhaseNet
 from seisbench.models.base import WaveformModel
 from seisbench.util import ClassifyOutput, Pick, PickList
 
+from seismodel.cli import main
 from seismodel.picking.evaluation import (curves, found_within, labelled, pick_benchmark, predict,
                                           score_records, summarise, targets, task1_targets,
                                           task23_targets, window_around)
@@ -244,3 +245,25 @@ def test_horizontals_one_and_two_are_scored_like_north_and_east(tmp_path, write_
     assert len(got) == len(want) > 5 and want['picks'].sum() > 20
     pd.testing.assert_frame_equal(got, want, check_exact=False, atol=1e-4)
     assert set(coded.metadata['trace_component_order']) == {order}
+
+
+def test_several_data_sets_are_scored_together(tmp_path, quake_records, write_dataset, monkeypatch, capsys):
+    "Counts add up, the summary has each set, and events of one name are different ones"
+    monkeypatch.setattr('seismodel.picking.evaluation.bootstrap', lambda metric, table, draws=0: (metric(table), 0., 0.))
+    monkeypatch.setattr('seismodel.picking.seisbench_model.open_picker', lambda name: Oracle())
+    for name, n in (('a', 24), ('b', 16)):
+        (tmp_path/name).mkdir()
+        write_dataset(tmp_path/name, marked(quake_records(n)))
+    sets = {name: [str(tmp_path/part) for part in name] for name in ('a', 'b', 'ab')}
+    for name, data in sets.items():
+        words = [word for folder in data for word in ('--data', folder)]
+        assert main(['evaluate', 'x', *words, '--out', str(tmp_path/f'out-{name}'), '--device', 'cpu']) == 0
+    table = {name: {t: pd.read_csv(tmp_path/f'out-{name}/{t}.csv') for t in ('tasks', 'records', 'matches', 'summary')} for name in sets}
+    a, b, ab = (table[name] for name in sets)
+    for t in a: assert ab[t].columns.tolist() == a[t].columns.tolist()
+    for t, count in (('tasks', 'n'), ('matches', 'onsets')): assert ab[t][count].tolist() == (a[t][count] + b[t][count]).tolist()
+    assert len(ab['records']) == len(a['records']) + len(b['records']) and set(ab['records']['trace_dataset']) == {'a', 'b'}
+    assert set(ab['summary']['trace_dataset']) == {'all', 'a', 'b'} and set(a['summary']['trace_dataset']) == {'all'}
+    assert set(b['records']['event']) < set(a['records']['event'])
+    assert ab['records']['event'].nunique() == a['records']['event'].nunique() + b['records']['event'].nunique()
+    assert (tmp_path/'out-ab/targets/b/task1.csv').exists() and (tmp_path/'out-a/targets/task1.csv').exists()

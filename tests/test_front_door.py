@@ -19,7 +19,7 @@ from fastcore.docments import docments
 
 import seismodel
 from seismodel import core
-from seismodel.cli import COMMANDS, described, imported, main
+from seismodel.cli import COMMANDS, call_quietly, described, imported, main
 from seismodel.data.pack import pack
 from seismodel.models.pretraining import PRESETS, build, preset
 from seismodel.options import FLAGS, definition, make_parser
@@ -153,6 +153,19 @@ def test_quiet_prints_the_result_alone(tmp_path, monkeypatch, capfd):
     assert not out and 'batch' in err
 
 
+def test_quiet_reaches_the_processes_of_a_command(capfd):
+    "Such as those of `pick --device all`; afterwards they are heard again"
+    def command(code=0):
+        subprocess.run([sys.executable, '-c', 'import sys; print(1); print(2, file=sys.stderr); sys.exit(int(sys.argv[1]))', str(code)], check=True)
+        return 'result'
+    call_quietly(command, {})
+    assert capfd.readouterr() == ('result\n', '')
+    with pytest.raises(subprocess.CalledProcessError): call_quietly(command, {'code': 1})
+    assert capfd.readouterr() == ('', '')
+    command()
+    assert capfd.readouterr() == ('1\n', '2\n')
+
+
 def test_info_describes_several_and_names_the_ones_it_cannot(tmp_path, capsys):
     build(preset('reconstruction-tiny').model).save_pretrained(tmp_path/'a')
     assert main(['info', str(tmp_path/'a'), 'nowhere', 'contrastive-tiny']) == 2
@@ -213,11 +226,18 @@ def test_fields_reach_the_run_and_its_config_makes_it_again(tmp_path, quakes_fol
     ('encoder.mask_length=long', "'encoder.mask_length' is 'long'; it must be a whole number"), ('encoder.mask_length=2.5', 'a whole number'),
     ('train.betas=.9', '2 values, each a number'), ('train.betas=.9,.8,.7', '2 values'), ('train.betas=.9,2', 'below 1'), ('train.tensorboard=2', 'true or false'),
     ('model.method=masked', 'name a --preset'), ('encoder.mask_prob=7', 'mask_prob is a share'), ('train.steps=3', "'train.steps' is set twice"),
-    ('train.clip=-1', 'train.clip is -1'), ('encoder.pretraining=false', 'leave it True'), ('model.heads=3', 'multiple of heads')])
+    ('train.clip=-1', 'train.clip is -1'), ('encoder.pretraining=false', 'leave it True'), ('model.heads=3', 'multiple of heads'),
+    ('encoder.mask_prob=0', "'model.encoder.mask_prob' is 0, which hides no frame")])
 def test_fields_that_cannot_be_are_refused_by_name(setting, says, tmp_path, capsys):
     assert main([*SHORT, '--out', str(tmp_path/'run'), '--set', setting]) == 2
     said = capsys.readouterr().err
     assert says in said and len(said.splitlines()) == 1 and not (tmp_path/'run').exists()
+
+
+@pytest.mark.parametrize('preset, field', [('reconstruction-tiny', 'mask'), ('joint-tiny', 'mask_prob')])
+def test_masks_that_hide_nothing_are_refused(preset, field, tmp_path, capsys):
+    assert main([*SHORT, '--preset', preset, '--out', str(tmp_path/'run'), '--set', f'encoder.{field}=0']) == 2
+    assert f"'model.encoder.{field}' is 0" in capsys.readouterr().err and not (tmp_path/'run').exists()
 
 
 @pytest.mark.parametrize('text, says', [

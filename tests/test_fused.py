@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seismodel.kernels import fused, mixer
-from seismodel.kernels.fused import FusedMLSTM, verdicts, disagreement, mlstm_fault, mlstm, plan_tiles, trusted
+from seismodel.kernels.fused import (FusedMLSTM, constant_when_compiled, disagreement, mlstm, mlstm_fault, plan_tiles, trusted,
+                                     verdicts)
 from seismodel.kernels.mixer import FusedMix, mlstm_mix, mix_plain
 from seismodel.kernels.mlstm import MLSTMState, mlstm_chunkwise, mlstm_recurrent, soft_cap
 
@@ -171,6 +172,13 @@ def test_the_self_check_does_not_mind_where_it_is_asked(mode):
 def test_without_triton(monkeypatch):
     monkeypatch.setattr(fused, 'find_spec', lambda name: None)
     assert mlstm_fault(torch.device(device), torch.float32, 16, 16, False) == 'Triton is not installed'
+
+
+def test_the_mark_of_a_constant_is_that_of_the_compiler():
+    "Set by hand, since asking the compiler for it would import it"
+    def ours(): pass
+    def theirs(): pass
+    assert vars(constant_when_compiled(ours)) == vars(torch.compiler.assume_constant_result(theirs)) != {}
 
 
 def test_plain_forms_on_a_cpu():

@@ -12,7 +12,12 @@ from transformers.modeling_outputs import ModelOutput
 from conftest import Largest
 from seismodel.models import infonce as module
 from seismodel.models.infonce import duplicate_negatives, contrastive_loss, diversity, gather_frames, info_nce, masked_frames, negatives
-from seismodel.models.quantizer import soft_perplexity
+from seismodel.models.quantizer import Quantized, soft_perplexity
+
+def our_loss(predictions, targets, mask, codes, logits, **settings):
+    "`contrastive_loss` of single tensors"
+    return contrastive_loss(predictions, Quantized(targets, codes, logits), mask, **settings)
+
 
 quick = settings(max_examples=40, deadline=None)
 
@@ -61,7 +66,7 @@ def test_loss_and_gradients_agree_with_transformers(V):
     for ours in (True, False):
         inputs = [t.clone().requires_grad_() for t in (predictions, targets, logits)]
         if ours:
-            out = contrastive_loss(inputs[0], inputs[1], mask, codes, inputs[2], n_negatives=7,
+            out = our_loss(inputs[0], inputs[1], mask, codes, inputs[2], n_negatives=7,
                                    generator=torch.Generator().manual_seed(3))
             loss, parts = out.loss, (out.contrastive, out.diversity)
         else:
@@ -93,7 +98,7 @@ def test_agrees_with_the_whole_forward_of_transformers(monkeypatch):
     theirs = model(torch.zeros(B, 99), mask_time_indices=mask, sampled_negative_indices=numbers)
     codes = model.quantizer.weight_proj(frames).view(B, T, 2, 12).argmax(-1)
     hard = 1e4 * F.one_hot(codes, 12).float()          # in evaluation their perplexity is that of the hard choice
-    ours = contrastive_loss(theirs.projected_states, theirs.projected_quantized_states, mask, codes, hard,
+    ours = our_loss(theirs.projected_states, theirs.projected_quantized_states, mask, codes, hard,
                             n_negatives=K, generator=torch.Generator().manual_seed(3))
     torch.testing.assert_close(ours.contrastive, theirs.contrastive_loss / mask.sum(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours.diversity, theirs.diversity_loss / mask.sum(), rtol=1e-5, atol=1e-5)
@@ -156,7 +161,7 @@ def test_any_mask_gives_finite_loss_and_gradient(rows, V, seed):
     B, T = mask.shape
     predictions, targets, _, codes, logits = example(B, T, 4, 2, V, seed=seed)
     inputs = [t.requires_grad_() for t in (predictions, targets, logits)]
-    out = contrastive_loss(inputs[0], inputs[1], mask, codes, inputs[2], n_negatives=5)
+    out = our_loss(inputs[0], inputs[1], mask, codes, inputs[2], n_negatives=5)
     out.loss.backward()
     for t in inputs:
         assert t.grad.isfinite().all() and not t.grad[~mask].any()
@@ -181,7 +186,7 @@ def test_uniform_draw():
 def test_windows_of_one_frame():
     "A single frame, or a bound of one, leaves no negative: loss 0, nothing out of range"
     predictions, targets, mask, codes, logits = example()
-    one = contrastive_loss(predictions[:, :1], targets[:, :1], mask[:, :1], codes[:, :1], logits[:, :1])
+    one = our_loss(predictions[:, :1], targets[:, :1], mask[:, :1], codes[:, :1], logits[:, :1])
     assert one.loss == 0 and one.accuracy == 0
     assert negatives(masked_frames(mask, 1)[1], 4).max() == 0
 
@@ -229,7 +234,7 @@ def test_chance_is_ln_101():
 
 def test_collapse_is_not_reported_as_success():
     predictions, targets, mask, codes, logits = example(V=1)
-    out = contrastive_loss(predictions.requires_grad_(), targets, mask, codes, logits)
+    out = our_loss(predictions.requires_grad_(), targets, mask, codes, logits)
     out.loss.backward()
     assert (out.contrastive, out.accuracy, out.collided, out.perplexity) == (0, 0, 1, 2)
     assert not predictions.grad.any()
@@ -241,7 +246,7 @@ def test_gradients_in_float64():
     inputs = [t.requires_grad_() for t in (predictions, targets, logits)]
 
     def loss(c, q, l):
-        return contrastive_loss(c, q, mask, codes, l, n_negatives=4, generator=torch.Generator().manual_seed(0)).loss
+        return our_loss(c, q, mask, codes, l, n_negatives=4, generator=torch.Generator().manual_seed(0)).loss
     assert loss(*inputs).dtype == torch.float64
     assert torch.autograd.gradcheck(loss, inputs)
 
@@ -251,13 +256,13 @@ def test_autocast_changes_nothing():
     runs = []
     for enabled in (False, True):
         with torch.autocast('cpu', torch.bfloat16, enabled=enabled):
-            runs.append(contrastive_loss(*args, generator=torch.Generator().manual_seed(0)))
+            runs.append(our_loss(*args, generator=torch.Generator().manual_seed(0)))
     torch.testing.assert_close(tuple(runs[1]), tuple(runs[0]), rtol=0, atol=0)
 
 
 def test_bfloat16_inputs_give_a_float32_loss():
     predictions, targets, mask, codes, logits = example()
-    out = contrastive_loss(predictions.bfloat16(), targets.bfloat16(), mask, codes, logits.bfloat16())
+    out = our_loss(predictions.bfloat16(), targets.bfloat16(), mask, codes, logits.bfloat16())
     assert out.loss.dtype == torch.float32 and out.loss.isfinite()
 
 
@@ -266,7 +271,7 @@ def test_negatives_are_never_gathered():
     predictions, targets, mask, codes, logits = example(1, 80, 64)
     predictions.requires_grad_()
     with Largest() as seen:
-        contrastive_loss(predictions, targets, mask, codes, logits, n_negatives=50, most=60).loss.backward()
+        our_loss(predictions, targets, mask, codes, logits, n_negatives=50, most=60).loss.backward()
     assert seen.numbers <= 80*64 < 60*50*64
 
 
@@ -276,7 +281,7 @@ def test_nothing_is_read_back_from_the_device():
     with FakeTensorMode():
         predictions, targets = torch.zeros(B, T, D, requires_grad=True), torch.zeros(B, T, D)
         mask, codes = torch.zeros(B, T, dtype=torch.bool), torch.zeros(B, T, 2, dtype=torch.long)
-        out = contrastive_loss(predictions, targets, mask, codes, torch.zeros(B, T, 2, 4), most=20)
+        out = our_loss(predictions, targets, mask, codes, torch.zeros(B, T, 2, 4), most=20)
         out.loss.backward()
         assert out.loss.shape == () and predictions.grad.shape == (B, T, D)
         with pytest.raises(RuntimeError, match='local_scalar'): out.loss.item()
@@ -295,17 +300,17 @@ def test_diversity_agrees_with_its_formula():
 def test_bad_input_is_refused():
     predictions, targets, mask, codes, logits = example()
     rest = mask, codes, logits
-    with pytest.raises(ValueError, match='shapes differ'): contrastive_loss(predictions[:, 1:], targets, *rest)
-    with pytest.raises(ValueError, match='shapes differ'): contrastive_loss(predictions, targets, mask[:1], *rest[1:])
-    with pytest.raises(ValueError, match='at least 1'): contrastive_loss(predictions, targets, *rest, n_negatives=0)
-    with pytest.raises(ValueError, match='above 0'): contrastive_loss(predictions, targets, *rest, temperature=0.)
+    with pytest.raises(ValueError, match='shapes differ'): our_loss(predictions[:, 1:], targets, *rest)
+    with pytest.raises(ValueError, match='shapes differ'): our_loss(predictions, targets, mask[:1], *rest[1:])
+    with pytest.raises(ValueError, match='at least 1'): our_loss(predictions, targets, *rest, n_negatives=0)
+    with pytest.raises(ValueError, match='above 0'): our_loss(predictions, targets, *rest, temperature=0.)
 
 
 def test_the_generator_decides():
     "Same seed, same loss; another seed, another loss; the global state is untouched"
     args = example()
     before = torch.get_rng_state()
-    a, b, c = (contrastive_loss(*args, generator=torch.Generator().manual_seed(s)).loss for s in (1, 1, 2))
+    a, b, c = (our_loss(*args, generator=torch.Generator().manual_seed(s)).loss for s in (1, 1, 2))
     assert a == b != c
     assert torch.equal(before, torch.get_rng_state())
     assert module.negatives(masked_frames(args[2])[1], 3).shape == (3, 26, 3)      # without a generator: the global one

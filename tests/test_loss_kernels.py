@@ -270,8 +270,8 @@ def test_nobody_waits_for_the_gpu():
     vq, x, indices, valid = quantizer_case(2, 100, 60, 16, 2, 40, 8, seed=0)
     predictions = torch.randn(2, 100, 16, device=device, dtype=torch.bfloat16, requires_grad=True)
     def run():
-        vectors, codes, usage = quantize_masked(vq, x, indices, valid)
-        sums = infonce.contrastive_sums(predictions, vectors.bfloat16(), codes, usage, indices, valid)
+        q = quantize_masked(vq, x, indices, valid)
+        sums = infonce.contrastive_sums(predictions, q._replace(vectors=q.vectors.bfloat16()), indices, valid)
         infonce.contrastive_mean(sums).loss.backward()
     run()       # compiles
     torch.cuda.set_sync_debug_mode('error')

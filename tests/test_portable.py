@@ -19,7 +19,7 @@ from seismodel.training.runlog import read_metrics
 
 root = Path(__file__).resolve().parents[1]
 elsewhere = root/'tests/elsewhere'
-TRITON = {f'seismodel.kernels.{name}' for name in ('check', 'swiglu', 'tiles', 'triton_infonce', 'triton_mlstm')}
+TRITON = {f'seismodel.kernels.{name}' for name in ('swiglu', 'tiles', 'triton_infonce', 'triton_mlstm')}
 
 
 def text_calls(tree):

@@ -11,11 +11,13 @@ from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2GumbelVectorQ
 
 import seismodel.kernels
 from conftest import Largest
+from seismodel.kernels import fused
+from seismodel.kernels.choice import loss_kernels
 from seismodel.models import quantizer as module
 from seismodel.models.infonce import masked_frames
 from seismodel.models.quantizer import (GumbelVectorQuantizer, code_usage, dead_codes, entropy_perplexity, gather_frames, gumbel_noise,
                                  hard_perplexity, look_up, quantize_masked, soft_perplexity, soft_usage, straight_through,
-                                 temperature_at, triton_kernels)
+                                 temperature_at)
 
 quick = settings(max_examples=40, deadline=None)
 
@@ -297,29 +299,35 @@ def test_masked_frames_alone_give_the_same():
     torch.testing.assert_close(some.usage, soft_usage(whole.logits, mask))
 
 
-def test_kernels_that_compute_wrongly_are_not_used(monkeypatch, caplog):
+@pytest.fixture
+def no_verdicts():
+    "No kernel has been checked, before and after"
+    fused.verdicts.clear()
+    yield torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    fused.verdicts.clear()
+
+
+def test_kernels_that_compute_wrongly_are_not_used(no_verdicts, monkeypatch, caplog):
     "A gradient of the codebook with a wrong sign is found at first use, said once, and the plain form runs"
-    from seismodel.kernels import triton_infonce as loss_kernels
-    right, device = loss_kernels.Quantize.backward, torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    from seismodel.kernels import triton_infonce
+    right, device = triton_infonce.Quantize.backward, no_verdicts
     def wrong(ctx, *upstream):
         grads = list(right(ctx, *upstream))
         grads[5] = -grads[5]
         return tuple(grads)
-    monkeypatch.setattr(loss_kernels.Quantize, 'backward', staticmethod(wrong))
-    triton_kernels.cache_clear()
-    try:
-        with torch.no_grad(): assert [triton_kernels(device) for _ in range(2)] == [None]*2
-    finally: triton_kernels.cache_clear()
+    monkeypatch.setattr(triton_infonce.Quantize, 'backward', staticmethod(wrong))
+    with torch.no_grad(): assert [loss_kernels(device) for _ in range(2)] == [None]*2
     assert [r.levelname for r in caplog.records] == ['WARNING'] and 'off by' in caplog.text
     monkeypatch.undo()
-    try: assert triton_kernels(device) is loss_kernels
-    finally: triton_kernels.cache_clear()
+    fused.verdicts.clear()
+    assert loss_kernels(device) is triton_infonce
 
 
-def test_a_missing_triton_is_said_once(monkeypatch, caplog):
-    monkeypatch.setitem(sys.modules, 'seismodel.kernels.triton_infonce', None)      # importing it now fails
-    monkeypatch.delattr(seismodel.kernels, 'triton_infonce', raising=False)
-    triton_kernels.cache_clear()
-    try: assert [triton_kernels(torch.device('cpu')) for _ in range(3)] == [None]*3
-    finally: triton_kernels.cache_clear()
-    assert [r.levelname for r in caplog.records] == ['WARNING'] and 'Triton is missing' in caplog.text
+@pytest.mark.parametrize('lost', ['Triton', 'a part of it'])
+def test_a_missing_triton_is_said_once(no_verdicts, monkeypatch, caplog, lost):
+    if lost == 'Triton': monkeypatch.setattr(fused, 'find_spec', lambda name: None)
+    else:
+        monkeypatch.setitem(sys.modules, 'seismodel.kernels.triton_infonce', None)      # importing it now fails
+        monkeypatch.delattr(seismodel.kernels, 'triton_infonce', raising=False)
+    assert [loss_kernels(torch.device('cpu')) for _ in range(3)] == [None]*3
+    assert [r.levelname for r in caplog.records] == ['WARNING'] and ('not installed' in caplog.text) == (lost == 'Triton')

@@ -185,6 +185,9 @@ def test_all_devices_take_trials(done, store, tmp_path, monkeypatch):
     (['--baseline', 'PhaseNet', '--fractions', '0,1'], '--fractions'), (['--baseline', 'PhaseNet', '--fractions', '.5,.5'], 'each once'),
     (['--baseline', 'PhaseNet', '--seeds', '0,-1'], '--seeds'), (['--baseline', 'PhaseNet', '--jobs', '0'], '--jobs'), (['--baseline', 'PhaseNet', '--steps', '0'], 'steps'),
     (['--baseline', 'PhaseNet', '--threshold', '1'], '--threshold'), (['--baseline', 'PhaseNet', '--synthetic', '1'], '--synthetic'),
+    (['--baseline', 'PhaseNet', '--set', 'train.seed=1'], 'use --seeds'), (['--baseline', 'PhaseNet', '--set', 'train.batch_size=1'], 'use --batch-size'),
+    (['--baseline', 'PhaseNet', '--set', 'train.warmpu=1'], 'train.warmpu'), (['--baseline', 'PhaseNet', '--set', 'model.dropout=.1'], 'only baselines'),
+    (['--baseline', 'PhaseNet', '--set', 'train.warmup=2'], 'warmup'),
     (['--baseline', 'PhaseNet', '--augment', 'some'], '--augment'), (['--baseline', 'PhaseNet', '--device', 'tpu'], "'tpu'")])
 def test_mistakes(args, words, store, tmp_path, capsys):
     assert main(['study', '--data', str(store), '--out', str(tmp_path/'s'), *args]) == 2
@@ -208,6 +211,34 @@ def test_a_run_of_the_same_weights_elsewhere_is_the_same_start(store, tmp_path):
         trial = Trial(candidates_of([f'm={tmp_path}/{name}'], None)[0], .5, 0)
         said.append(trial_settings(trial, h, trial_recipe(start_trial(trial), trial, h)))
     assert said[0] == said[1] != said[2]
+
+
+def test_fields_that_are_set_reach_every_trial(store, tmp_path, monkeypatch, capsys):
+    "Those of the recipe all methods, those of the model ours, whose pretrained and random starts stay alike; another value is another study"
+    torch.manual_seed(0)
+    build(preset('contrastive-tiny').model).save_pretrained(tmp_path/'run')
+    ran = {}
+    def note(trial, common, folder):
+        net = start_trial(trial, common.freeze, common.changes)
+        c = trial_recipe(net, trial, common)
+        ran[trial.candidate.name] = net, c
+        part = folder/f'{trial.name}.part'
+        (part/'config.json').write_text(json.dumps(trial_settings(trial, common, c)), encoding='utf-8')
+        raise RuntimeError('no need to train')
+    monkeypatch.setattr(study_module, 'run_trial', note)
+    words = command(store, tmp_path/'s', '--from', f"m={tmp_path/'run'}", '--fractions', '.5', '--set', 'train.warmup=.25', '--set', 'train.lr=.001')
+    assert main([*words, '--lr', 'm=.002', '--set', 'model.dropout=.1']) == 1
+    assert {name: (c.warmup, c.lr) for name, (_, c) in ran.items()} == {'m': (.25, .002), 'm-random': (.25, .001), 'PhaseNet': (.25, .001)}
+    a, b = ran['m'][0], ran['m-random'][0]
+    assert a.config.dropout == b.config.dropout == .1
+    assert all(torch.equal(x, y) for x, y in zip(a.head.parameters(), b.head.parameters(), strict=True))
+    weights = load_file(tmp_path/'run/model.safetensors')
+    found = a.backbone.state_dict()
+    assert found and all(torch.equal(found[name.removeprefix('backbone.')], w) for name, w in weights.items() if name.startswith('backbone.'))
+    capsys.readouterr()
+    assert main([*words, '--lr', 'm=.002', '--set', 'model.dropout=.2']) == 2
+    assert 'cell.model' in capsys.readouterr().err
+    assert main([*words, '--set', 'model.blokcs=2']) == 2 and 'did you mean model.blocks' in capsys.readouterr().err
 
 
 def test_a_store_and_its_data_set_are_scored_alike(folder, store):

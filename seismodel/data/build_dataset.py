@@ -1,4 +1,4 @@
-"""Picks and continuous waveforms become a data set in SeisBench's format, written by SeisBench's own writer; a month can be added later
+"""Cut, label and split records, and write them with SeisBench's own writer; months can be added
 
 Docs: https://seismodel.github.io/seismodel/data/build_dataset.html.md"""
 
@@ -17,12 +17,14 @@ from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
 from shutil import rmtree
+from typing import Iterator
 
 import numpy as np
 
 from ..core import BadRecord, UserError, progress_bar
 from .archive import TICK, Archive
-from .catalogue import Catalogue, SourceEvent, nanoseconds, time_name
+from .catalogue import (Catalogue, SourceEvent, events_in, nanoseconds,
+                                      source_column, time_name)
 from .pack import without_mean
 from .pick_checks import StationEvent, check_picks
 from .record_plan import (Placed, RecordPlan, Recordings, assign_splits, plan_events,
@@ -33,15 +35,15 @@ from ..signals.records import COMPONENTS, SAMPLING_RATE, WINDOW, Record, check_r
 # %% ../../nbs/data/12_build_dataset.ipynb #4c6db510
 @dataclass
 class DatasetOptions:
-    "How records are cut and split"
-    before: float = 30.       # s before the first pick of an event at a station
-    after: float = 60.        # s after it
+    "Options of records and splits"
+    before: float = 30.       # length of a record before the first pick of its event, s
+    after: float = 60.        # length of a record after that pick, s
     noise: float = .2         # fraction of the records that are noise
     split_by: str = 'event'   # event, time, station or region
-    append: bool = False      # add to the data set that is there
+    append: bool = False      # add to an existing data set
 
     def __post_init__(self):
-        "Raises `UserError` for what cannot be"
+        "Raises `UserError` for a value that is out of range"
         if self.before < 0 or self.after <= 0 or self.before + self.after < self.shortest:
             raise UserError(f'--before {self.before:g} and --after {self.after:g} make a record of '
                             f'{self.before + self.after:g} s; it must have {self.shortest:g} s '
@@ -56,54 +58,56 @@ class DatasetOptions:
 
     @property
     def shortest(self) -> float:
-        "Seconds that a record must have: half a window of the model"
+        "Length that a record must have in s: half a window of the model"
         return WINDOW/2/SAMPLING_RATE
 
 # %% ../../nbs/data/12_build_dataset.ipynb #c4a47354
 def pick_columns(
-    pair: StationEvent,
-    number: int,  # 1 for the event of the record, then 2, 3, …
-    begin: int,  # time of the first sample, ns since 1970
-    end: int,  # time after the last one
+    pair: StationEvent,  # P and S of an event
+    number: int,         # 1 for the event of the record, then 2, 3, …
+    begin: int,          # time of the first sample, ns since 1970
+    end: int,            # time after the last sample, ns since 1970
 ) -> dict:
-    "Columns of an event's picks that lie in a record"
+    "Columns of the picks of an event that lie in a record"
     out = {}
     for phase, pick in (('P', pair.p), ('S', pair.s)):
         if pick is None or not begin <= pick.time < end: continue
         key = f"trace_{phase}{number if number > 1 else ''}_"
         out[key + 'arrival_sample'] = round((pick.time - begin)/TICK, 5)
-        said = dict(status=pick.status, weight=pick.weight, polarity=pick.polarity,
-                    uncertainty_s=pick.uncertainty, phase=pick.phase, channel=pick.channel)
-        out |= {key + k: v for k, v in said.items() if v == v and v != ''}
-    if number > 1 and out: out[f'source_id_{number}'] = pair.event
+        known = dict(status=pick.status, weight=pick.weight, polarity=pick.polarity,
+                     uncertainty_s=pick.uncertainty, phase=pick.phase, channel=pick.channel)
+        out |= {key + k: v for k, v in known.items() if v == v and v != ''}
+    if number > 1 and out: out[source_column(number)] = pair.event
     return out
 
 # %% ../../nbs/data/12_build_dataset.ipynb #2dba9f49
 def station_places(
     catalogue: Catalogue,
-    inventory,  # obspy Inventory, or None
+    inventory: object,  # obspy.Inventory, or None
 ) -> dict[tuple, tuple]:  # network, station -> latitude, longitude in degrees, elevation in m
-    "Where stations are, from StationXML before what files of picks say"
+    "Coordinates of stations, from StationXML first"
     known = dict(catalogue.stations)
     for network in inventory or ():
         for s in network: known[network.code, s.code] = s.latitude, s.longitude, s.elevation
     return known
 
+# %% ../../nbs/data/12_build_dataset.ipynb #e0a0b7ac
 def path_of(
     event: SourceEvent,
-    place: tuple | None,  # of the station
+    place: tuple | None,  # latitude, longitude, elevation of the station
 ) -> tuple[float, float, float]:  # km along the surface, km from the hypocentre, degrees
-    "Distances and back-azimuth; NaN where they are not known"
+    "Distances and back azimuth; NaN where they are not known"
     from obspy.geodetics import gps2dist_azimuth
     if place is None or not np.isfinite([event.latitude, event.longitude]).all(): return (np.nan,)*3
     metres, _, back = gps2dist_azimuth(event.latitude, event.longitude, *place[:2])
     return metres/1e3, float(np.hypot(metres/1e3, np.nan_to_num(event.depth))), back
 
+# %% ../../nbs/data/12_build_dataset.ipynb #5b2853d4
 def source_columns(
     event: SourceEvent,
-    place: tuple | None,  # of the station
+    place: tuple | None,  # latitude, longitude, elevation of the station
 ) -> dict:
-    "Columns of an event as SeisBench names them, as far as it is known"
+    "Columns of an event in SeisBench's names, without values that are not known"
     epicentre, hypocentre, back = path_of(event, place)
     origin = time_name(event.time) if event.time is not None else ''
     row = dict(source_id=event.name, source_origin_time=origin, source_latitude_deg=event.latitude,
@@ -117,8 +121,8 @@ def source_columns(
 # %% ../../nbs/data/12_build_dataset.ipynb #2e958f28
 def record_columns(
     plan: RecordPlan,
-    split: str,
-    place: tuple | None,  # of the station
+    split: str,           # train, dev or test
+    place: tuple | None,  # latitude, longitude, elevation of the station
 ) -> dict:
     "Columns that every record has"
     network, station, location, channel = plan.instrument.name.split('.')
@@ -133,9 +137,9 @@ def record_columns(
 
 # %% ../../nbs/data/12_build_dataset.ipynb #03d3f8e2
 class Cutter:
-    "Makes rows and waveforms of plans"
+    "Makes the row and the waveform of a planned record"
     def __init__(self,
-        catalogue: Catalogue,  # `dropped` grows
+        catalogue: Catalogue,        # picks that are not used are added to `dropped`
         places: dict[tuple, tuple],  # network, station -> latitude, longitude, elevation
     ):
         self.catalogue, self.places = catalogue, places
@@ -144,53 +148,54 @@ class Cutter:
 
     def cut(self,
         plan: RecordPlan,
-        split: str,
+        split: str,  # train, dev or test
     ) -> tuple[dict, np.ndarray]:  # row, (3, samples) float32
-        "Read a record. Raises `BadRecord` where it cannot be used."
+        "Read a record; raises `BadRecord` where it cannot be used"
         x = plan.instrument.read(plan.span, plan.first, plan.last)
         there = ~np.isnan(x)
         place = self.places.get(tuple(plan.instrument.name.split('.')[:2]))
         row = record_columns(plan, split, place)
         row['trace_completeness'] = round(float(there.mean()), 4)
         row['trace_components_present'] = ''.join(c for c, t in zip(COMPONENTS, there.any(0)) if t)
-        if plan.own: row |= self._labels(plan, there.any(1), place)
+        if plan.own: row |= _labels(self, plan, there.any(1), place)
         x = np.nan_to_num(without_mean(x), nan=0.).astype(np.float32)
         check_record(Record(x, np.nan, np.nan, row['trace_name']), WINDOW)
         return row, x.T
 
-    def _labels(self, plan, there, place):
-        "Columns of picks, sources and zones; picks where nothing was recorded are set aside"
-        def recorded(pick):
-            if pick is None or not plan.begin <= pick.time < plan.end: return None
-            if there[(pick.time - plan.begin)//TICK]: return pick
-            self.catalogue.drop('nothing was recorded at the pick', [pick])
-        events = [e._replace(p=recorded(e.p), s=recorded(e.s)) for e in plan.events]
-        if not events[0].picks: raise BadRecord(plan.own.event, 'nothing was recorded at its picks')
-        row = source_columns(self.catalogue.events.get(plan.own.event, SourceEvent(plan.own.event)),
-                             place)
-        events = [e for e in events if e.picks]
-        for number, e in enumerate(events, 1): row |= pick_columns(e, number, plan.begin, plan.end)
-        seen = plan._replace(own=events[0], others=tuple(events[1:]))
-        near = [(e, path_of(e, place)[1]) for e in self._near(plan)]
-        for phase in 'PS':
-            zones = unlabelled_zones(seen, phase, near)
-            row[f'trace_{phase}_unlabelled_samples'] = ' '.join(f'{a}:{b}' for a, b in zones)
-        return row
+# %% ../../nbs/data/12_build_dataset.ipynb #a6cc2764
+def _near(origins, plan):
+    "Events whose arrivals may lie in a record"
+    first, last = (bisect_left(origins, t, key=lambda e: e.time)
+                   for t in (plan.begin - 300*10**9, plan.end))
+    return origins[first:last]
 
-    def _near(self, plan):
-        "Events whose arrivals may lie in a record"
-        first, last = (bisect_left(self.origins, t, key=lambda e: e.time)
-                       for t in (plan.begin - 300*10**9, plan.end))
-        return self.origins[first:last]
+def _labels(cutter, plan, there, place):
+    "Columns of picks, sources and zones; picks where nothing was recorded are not used"
+    def recorded(pick):
+        if pick is None or not plan.begin <= pick.time < plan.end: return None
+        if there[(pick.time - plan.begin)//TICK]: return pick
+        cutter.catalogue.drop('nothing was recorded at the pick', [pick])
+    events = [e._replace(p=recorded(e.p), s=recorded(e.s)) for e in plan.events]
+    name = plan.own.event
+    if not events[0].picks: raise BadRecord(name, 'nothing was recorded at its picks')
+    row = source_columns(cutter.catalogue.events.get(name, SourceEvent(name)), place)
+    events = [e for e in events if e.picks]
+    for number, e in enumerate(events, 1): row |= pick_columns(e, number, plan.begin, plan.end)
+    plan = plan._replace(own=events[0], others=tuple(events[1:]))
+    near = [(e, path_of(e, place)[1]) for e in _near(cutter.origins, plan)]
+    for phase in 'PS':
+        zones = unlabelled_zones(plan, phase, near)
+        row[f'trace_{phase}_unlabelled_samples'] = ' '.join(f'{a}:{b}' for a, b in zones)
+    return row
 
 # %% ../../nbs/data/12_build_dataset.ipynb #d9beb286
 PIECE = re.compile(r'metadata_(\d{3,})\.csv')
 
 def pieces_of(
-    out: Path,  # folder of a data set, or of one to come
-    append: bool,  # it may hold some
-) -> list[str]:  # '001', …
-    "Pieces that are there. Raises `UserError` where nothing can be written."
+    out: Path,      # folder of a data set, which need not exist
+    append: bool,   # whether it may contain pieces
+) -> list[str]:     # '001', …
+    "The pieces of a data set; raises `UserError` where no piece can be added"
     if not out.exists(): return []
     if not out.is_dir(): raise UserError(f"--out '{out}' is a file; name a folder.")
     found = sorted(m[1] for f in out.iterdir() if (m := PIECE.fullmatch(f.name)))
@@ -205,12 +210,13 @@ def pieces_of(
         raise UserError(f"'{out}' is not empty and holds no data set; name another --out.")
     return found
 
+# %% ../../nbs/data/12_build_dataset.ipynb #c0821d65
 def write_piece(
-    out: Path,  # folder
-    piece: str,  # such as '001'
-    records,  # yields rows and waveforms (3, samples)
-) -> list[dict]:  # rows
-    "Write a piece with SeisBench's writer, whole or not at all"
+    out: Path,          # folder of the data set
+    piece: str,         # such as '001'
+    records: Iterator,  # of rows and waveforms (3, samples)
+) -> list[dict]:       # rows
+    "Write a piece with SeisBench's writer, completely or not at all"
     from seisbench.data import WaveformDataWriter
     part, rows = out/f'.{piece}.part', []
     rmtree(part, ignore_errors=True)
@@ -220,7 +226,7 @@ def write_piece(
             writer.data_format = {'dimension_order': 'CW', 'component_order': COMPONENTS,
                                   'sampling_rate': SAMPLING_RATE,
                                   'measurement': 'counts or what the archive holds'}
-            writer.bucket_size = 64                       # records that wait in memory
+            writer.bucket_size = 64                       # records that are kept in memory
             for row, x in records:
                 writer.add_trace(row, x)
                 rows.append(row)
@@ -233,14 +239,14 @@ def write_piece(
 # %% ../../nbs/data/12_build_dataset.ipynb #f734e197
 @dataclass
 class Existing:
-    "Records of the pieces that are there"
-    placed: list[Placed] = field(default_factory=list)
+    "Records of a data set that exists"
+    placed: list[Placed] = field(default_factory=list)  # its records, with their splits
     names: set[str] = field(default_factory=set)        # of records
     events: set[tuple] = field(default_factory=set)     # station, event that a record was cut for
     picks: set[tuple] = field(default_factory=set)      # station, phase, time in 10 ms
 
     def has(self, plan: RecordPlan) -> bool:
-        "Whether a record is there"
+        "Whether the data set has a record"
         if f'{plan.instrument.name}_{time_name(plan.begin)}' in self.names: return True
         if plan.own is None: return False
         keys = lambda phase, pick: {(plan.station, phase, pick.time//TICK + d) for d in (-1, 0, 1)}
@@ -249,25 +255,24 @@ class Existing:
         return any(self.picks & keys(phase, pick) for phase, pick in own if pick)
 
     def add(self, row: dict):
-        "Take in a row of a table, all text"
+        "Add a row of a table, all values text"
         station = f"{row['station_network_code']}.{row['station_code']}"
         name = row.get('trace_name_original') or row['trace_name']
         begin = nanoseconds(row['trace_start_time'])
         end = begin + TICK*int(row['trace_npts'])
-        events = [v for k, v in row.items() if re.fullmatch(r'source_id(_\d+)?', k)]
-        self.placed.append(Placed(name, station, begin, end, tuple(filter(None, events)),
-                                  row['split']))
+        self.placed.append(Placed(name, station, begin, end, tuple(events_in(row)), row['split']))
         self.names.add(name)
         if row.get('source_id'): self.events.add((station, row['source_id']))
         for phase in 'PS':
             sample = row.get(f'trace_{phase}_arrival_sample', '')
             if sample: self.picks.add((station, phase, (begin + round(float(sample)*TICK))//TICK))
 
+# %% ../../nbs/data/12_build_dataset.ipynb #e1e24710
 def read_existing(
-    out: Path,  # folder of a data set
-    pieces: list[str],  # of it
+    out: Path,          # folder of a data set
+    pieces: list[str],  # from `pieces_of`
 ) -> Existing:
-    "What is in a data set"
+    "Read the tables of a data set"
     import pandas as pd
     found = Existing()
     for piece in pieces:
@@ -278,25 +283,25 @@ def read_existing(
 # %% ../../nbs/data/12_build_dataset.ipynb #7d95ede4
 @dataclass
 class Built:
-    "What was written, and what was not"
-    folder: Path
+    "Records that were written, and what was not used"
+    folder: Path              # of the data set
     piece: str                # such as '001'
     rows: list[dict]          # of the table
-    catalogue: Catalogue      # with what was dropped and left out
-    bad: list[tuple[str, str]]  # records that could not be used -> why
-    wanted_noise: int         # records of noise that were asked for
+    catalogue: Catalogue      # with the picks and files that were not used
+    bad: list[tuple[str, str]]  # records that could not be used -> reason
+    wanted_noise: int         # records of noise that were requested
 
+# %% ../../nbs/data/12_build_dataset.ipynb #16ba9add
 def plan_dataset(
     catalogue: Catalogue,  # changed in place
     archive: Archive,
     options: DatasetOptions,
-    there: Existing,
-) -> tuple[list[RecordPlan],
-           int]:  # records that are not there yet; how many of noise were asked for
-    "Records of events and of noise"
+    there: Existing,       # records that the data set has
+) -> tuple[list[RecordPlan], int]:  # new records; number of noise records that were requested
+    "Plan records of events and of noise"
     recordings = Recordings(archive)
-    times = [p.time for p in catalogue.picks] + [e.time for e in catalogue.events.values()
-                                                 if e.time is not None]
+    origins = [e.time for e in catalogue.events.values() if e.time is not None]
+    times = [p.time for p in catalogue.picks] + origins
     pairs = check_picks(catalogue, set(recordings.of))
     plans = plan_events(pairs, recordings, catalogue, options.before, options.after,
                         options.shortest)
@@ -312,22 +317,23 @@ def plan_dataset(
 def place_plans(
     plans: list[RecordPlan],
     catalogue: Catalogue,
-    by: str,  # event, time, station or region
-    there: Existing,
-) -> list[str]:  # split of each
-    "Splits of new records, in view of the old ones"
+    by: str,          # event, time, station or region
+    there: Existing,  # records that the data set has
+) -> list[str]:       # split of each plan
+    "Splits of new records that agree with those of the old records"
     placed = [Placed('', p.station, p.begin, p.end, tuple(e.event for e in p.events))
               for p in plans]
     return assign_splits(there.placed + placed, by, catalogue.events)[len(there.placed):]
 
+# %% ../../nbs/data/12_build_dataset.ipynb #89ac13c9
 def build_dataset(
-    catalogue: Catalogue,  # changed in place
+    catalogue: Catalogue,      # changed in place
     archive: Archive,
-    out: Path,  # folder
+    out: Path,                 # folder of the data set
     options: DatasetOptions = DatasetOptions(),
-    inventory=None,  # obspy Inventory for coordinates of stations
+    inventory: object = None,  # obspy.Inventory, for coordinates of stations
 ) -> Built:
-    "Cut, label, split and write. Raises `UserError` where there is no record."
+    "Cut, label, split and write records; raises `UserError` where there is none"
     pieces = pieces_of(out, options.append)
     there = read_existing(out, pieces)
     plans, wanted = plan_dataset(catalogue, archive, options, there)
@@ -341,8 +347,9 @@ def build_dataset(
         raise UserError(f'No record could be cut; the first: {": ".join(built.bad[0])}.')
     return built
 
+# %% ../../nbs/data/12_build_dataset.ipynb #b92c6389
 def _cut_all(cutter, plans, splits, bad):
-    "Rows and waveforms, instrument by instrument in order of time: an archive is read fastest so"
+    "Rows and waveforms by instrument and time, the order in which an archive is read fastest"
     order = sorted(range(len(plans)), key=lambda k: (plans[k].instrument.name, plans[k].begin))
     for k in progress_bar(order, desc='records', unit='', leave=False, disable=len(order) < 100):
         if not splits[k]:
@@ -352,7 +359,7 @@ def _cut_all(cutter, plans, splits, bad):
             except BadRecord as e: bad.append(e.args)
 
 def _nothing(catalogue):
-    "Why there is no record at all"
+    "The message where there is no record"
     first = next((f'; the first pick, {p.phase} at {p.station} {time_name(p.time)}: {why}'
                   for why, p in catalogue.dropped), '')
     return f'No event has a pick and waveforms{first}.'

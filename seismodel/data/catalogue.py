@@ -1,4 +1,4 @@
-"""Onsets from QuakeML, NORDIC, HYPO71, NonLinLoc, SAC headers, CSV tables and SeisBench data sets, in one list; and back to QuakeML
+"""From files of picks in many formats to one list of picks and events, and back to QuakeML
 
 Docs: https://seismodel.github.io/seismodel/data/catalogue.html.md"""
 
@@ -8,8 +8,8 @@ Docs: https://seismodel.github.io/seismodel/data/catalogue.html.md"""
 __all__ = ['NAMED', 'BULLETINS', 'POLARITIES', 'LOOSE', 'REMARK', 'CARD', 'CSV_NAMES', 'ARRIVAL_COLUMN', 'PhasePick',
            'SourceEvent', 'Catalogue', 'bulletin_format', 'polarity_of', 'status_of', 'source_event', 'event_picks',
            'read_bulletin', 'time_name', 'read_remark', 'is_hypo71', 'read_card', 'read_hypo71', 'read_sac',
-           'parse_columns', 'csv_fields', 'read_csv_picks', 'nanoseconds', 'read_seisbench_table', 'read_any',
-           'pick_files', 'read_catalogue', 'catalogue_to_obspy']
+           'parse_columns', 'csv_fields', 'read_csv_picks', 'nanoseconds', 'source_column', 'events_in',
+           'read_seisbench_table', 'read_any', 'pick_files', 'read_catalogue', 'catalogue_to_obspy']
 
 # %% ../../nbs/data/09_catalogue.ipynb #07101595
 import io
@@ -30,9 +30,9 @@ from ..signals.records import reason
 
 # %% ../../nbs/data/09_catalogue.ipynb #c4d183e2
 class PhasePick(NamedTuple):
-    "An onset as an analyst or a program gave it"
-    event: str               # identifier of its event; '' where the file names none
-    network: str             # codes of the station; '' where the file names none
+    "An onset as an analyst or a program picked it"
+    event: str               # identifier of its event; '' if not known
+    network: str             # codes of the station; '' if not known
     station: str
     location: str
     channel: str             # such as HHZ, or HH
@@ -42,12 +42,13 @@ class PhasePick(NamedTuple):
     weight: float = np.nan   # as the file gives it
     polarity: str = ''       # positive, negative, undecidable or ''
     uncertainty: float = np.nan  # s
-    file: str = ''           # where it was read
+    file: str = ''           # file that it was read from
 
+# %% ../../nbs/data/09_catalogue.ipynb #3fe7c8ed
 class SourceEvent(NamedTuple):
-    "An event; what is not known is NaN, None or ''"
+    "An event; a value that is not known is NaN, None or ''"
     name: str                    # its identifier
-    time: int | None = None      # of the origin, ns since 1970
+    time: int | None = None      # origin time, ns since 1970
     latitude: float = np.nan     # degrees
     longitude: float = np.nan    # degrees
     depth: float = np.nan        # km
@@ -57,15 +58,17 @@ class SourceEvent(NamedTuple):
 # %% ../../nbs/data/09_catalogue.ipynb #3b6fbeb5
 @dataclass
 class Catalogue:
-    "Events, their arrivals, and what is not used"
+    "Events, picks, stations, and what was not used"
     events: dict[str, SourceEvent] = field(default_factory=dict)
     picks: list[PhasePick] = field(default_factory=list)
-    stations: dict[tuple, tuple] = field(default_factory=dict)  # network, station -> °, °, m
-    dropped: list[tuple[str, PhasePick]] = field(default_factory=list)  # why, and the arrival
-    left_out: dict[str, str] = field(default_factory=dict)  # file -> why
+    stations: dict[tuple, tuple] = field(default_factory=dict)  # codes -> °, °, m
+    dropped: list[tuple[str, PhasePick]] = field(default_factory=list)  # reason, pick
+    left_out: dict[str, str] = field(default_factory=dict)  # file -> reason
 
-    def add(self, other: 'Catalogue'):
-        "Take in what another file says; of an event the first that has an origin time counts"
+    def add(self,
+        other: 'Catalogue',  # of another file
+    ):
+        "Add another catalogue; the first origin time of an event is kept"
         for name, event in other.events.items():
             if self.events.get(name, SourceEvent(name)).time is None: self.events[name] = event
         self.picks += other.picks
@@ -73,18 +76,21 @@ class Catalogue:
         self.dropped += other.dropped
         self.left_out |= other.left_out
 
-    def drop(self, why: str, arrivals: list[PhasePick]):
-        "Set arrivals aside"
+    def drop(self,
+        why: str,                   # the reason, one clause
+        arrivals: list[PhasePick],  # picks that are not used
+    ):
+        "Record picks that are not used"
         self.dropped += [(why, a) for a in arrivals]
 
 # %% ../../nbs/data/09_catalogue.ipynb #00f02d65
-NAMED = ('QUAKEML', 'SCML', 'SC3ML')           # formats with identifiers of their own
+NAMED = ('QUAKEML', 'SCML', 'SC3ML')           # formats with identifiers of events
 BULLETINS = (*NAMED, 'NLLOC_HYP', 'HYPODDPHA', 'IMS10BULLETIN', 'GSE2', 'MCHEDR', 'NORDIC')
 
 def bulletin_format(
-    path: str,  # of a file
+    path: str,    # of a file
 ) -> str | None:  # one of `BULLETINS`, or None
-    "Which of the formats of bulletins a file has"
+    "The format of a bulletin"
     return first_format(path, 'event', BULLETINS)
 
 # %% ../../nbs/data/09_catalogue.ipynb #f06d8f66
@@ -93,28 +99,30 @@ POLARITIES = {**dict.fromkeys(('positive', 'up', 'u', 'c', '+', 'pu'), 'positive
               **dict.fromkeys(('undecidable', 'un', 'n'), 'undecidable')}
 
 def polarity_of(
-    text: object,  # as a file has it
-) -> str:  # positive, negative, undecidable or ''
-    "One word for each polarity"
+    text: object,  # as it stands in the file
+) -> str:          # positive, negative, undecidable or ''
+    "The polarity in the words of QuakeML"
     return POLARITIES.get(str(text).strip().lower(), '')
 
+# %% ../../nbs/data/09_catalogue.ipynb #9efa626d
 def status_of(
-    text: object,  # as a file has it
-) -> str:  # manual, automatic or ''
-    "Who picked"
+    text: object,  # as it stands in the file
+) -> str:          # manual, automatic or ''
+    "Whether an analyst or a program picked"
     text = str(text).strip().lower()
     return 'automatic' if text.startswith('auto') else 'manual' if text == 'manual' else ''
 
 # %% ../../nbs/data/09_catalogue.ipynb #eb527067
-LOOSE = 'not associated'        # ends the description of a container of picks
+LOOSE = 'not associated'        # ends the description of such a container
 
 def _best(preferred, all_of_them):
-    "The preferred one, or the first, or None"
+    "The preferred item, or the first, or None"
     return preferred or next(iter(all_of_them), None)
 
+# %% ../../nbs/data/09_catalogue.ipynb #262e7355
 def source_event(
-    event,  # obspy.core.event.Event
-    name: str,  # its identifier
+    event: object,  # obspy.core.event.Event
+    name: str,      # its identifier
 ) -> SourceEvent:
     "Origin and magnitude of an event"
     o = _best(event.preferred_origin(), event.origins)
@@ -124,11 +132,12 @@ def source_event(
     size = (number(m.mag), m.magnitude_type or '') if m else (np.nan, '')
     return SourceEvent(name, o.time.ns if o and o.time else None, *place, *size)
 
+# %% ../../nbs/data/09_catalogue.ipynb #f57db44d
 def event_picks(
-    event,  # obspy.core.event.Event
-    name: str,  # its identifier; '' where picks are not associated
-    file: str,  # where it was read
-) -> tuple[list[PhasePick], list[PhasePick]]:  # those to use, and those that the analyst rejected
+    event: object,  # obspy.core.event.Event
+    name: str,      # its identifier; '' where picks are not associated
+    file: str,      # file that it was read from
+) -> tuple[list[PhasePick], list[PhasePick]]:  # picks to use, picks that the analyst rejected
     "The picks of an event"
     located = {str(a.pick_id): a for o in event.origins for a in o.arrivals}
     used, rejected = [], []
@@ -147,9 +156,9 @@ def event_picks(
 # %% ../../nbs/data/09_catalogue.ipynb #1296ebb3
 def read_bulletin(
     path: str,  # of a file
-    kind: str,  # one of `BULLETINS`
+    kind: str,  # its format, one of `BULLETINS`
 ) -> Catalogue:
-    "Events and picks of a file that ObsPy reads"
+    "Read events and picks of a file with ObsPy"
     from obspy import read_events
     catalogue, file = Catalogue(), printable(path)
     with warnings.catch_warnings():
@@ -166,10 +175,11 @@ def read_bulletin(
         catalogue.drop('rejected by the analyst', rejected)
     return catalogue
 
+# %% ../../nbs/data/09_catalogue.ipynb #73c0ef1b
 def time_name(
     time: int,  # ns since 1970
-) -> str:  # such as '2022-02-06T02:14:58.120000Z'
-    "A time in words, which names an event that has no other name"
+) -> str:       # such as '2022-02-06T02:14:58.120000Z'
+    "A time as text; also the identifier of an event that has no other"
     from obspy import UTCDateTime
     return str(UTCDateTime(ns=int(time)))
 
@@ -178,8 +188,8 @@ REMARK = re.compile(r'([IiEeQq ]?)([PpSs][a-zA-Z0-9*]*?)([UuDdCcNn+. -]?)([0-4]?
 
 def read_remark(
     text: str,  # such as 'IPU0', 'ES 2' or 'Pg'
-) -> tuple[str, str, float]:  # phase as it stands, polarity, weight
-    "What an analyst noted beside a time"
+) -> tuple[str, str, float]:  # phase as written, polarity, weight
+    "Parse the remark beside a time"
     match = REMARK.fullmatch(text.strip())
     if not match: return text.strip(), '', np.nan
     _, phase, polarity, number = match.groups()
@@ -191,17 +201,18 @@ CARD = re.compile(r'[A-Z0-9 ]{3,4}[IiEe ?]?[Pp].{3,4}\d{2}[ \d]{8}[ \d.]{4}')
 def is_hypo71(
     path: str,  # of a file
 ) -> bool:
-    "Whether a file begins with a card of HYPO71"
+    "Whether the first line of a file is a card of HYPO71"
     with open(path, 'rb') as f: head = f.read(4096).decode('latin-1')
     line = next((x for x in head.splitlines() if x.strip()), '')
     return CARD.match(line) is not None
 
+# %% ../../nbs/data/09_catalogue.ipynb #5cb92c4e
 def read_card(
-    line: str,  # a card of HYPO71
-    event: str,  # that it belongs to
-    file: str,  # where it was read
+    line: str,   # a card of HYPO71
+    event: str,  # identifier of its event
+    file: str,   # file that it was read from
 ) -> list[PhasePick]:  # P, and S where there is one
-    "The onsets of a card"
+    "The picks of a card"
     from obspy import UTCDateTime
     year = int(line[9:11])
     rest = (int(line[k:k + 2] or 0) for k in (11, 13, 15, 17))
@@ -220,7 +231,7 @@ def read_card(
 def read_hypo71(
     path: str,  # of a file
 ) -> Catalogue:
-    "Cards of HYPO71, event by event; a card that cannot be read raises `ValueError`"
+    "Read the cards of HYPO71; raises `ValueError` for a card that cannot be read"
     catalogue, file = Catalogue(), printable(path)
     lines = Path(path).read_text(encoding='latin-1').splitlines()
     for is_card, group in groupby(enumerate(lines, 1), lambda line: bool(line[1][:4].strip())):
@@ -238,7 +249,7 @@ def read_hypo71(
 def read_sac(
     path: str,  # of a file
 ) -> Catalogue:
-    "Onsets in the header of a SAC file"
+    "Read the picks in the header of a SAC file"
     from obspy.io.sac import SACTrace
     sac, catalogue, file = SACTrace.read(path, headonly=True), Catalogue(), printable(path)
     text = lambda x: code(str(x or ''))
@@ -270,12 +281,13 @@ CSV_NAMES = {
     'polarity': ('polarity',), 'uncertainty': ('uncertainty', 'uncertainty_s'),
     'origin_time': ('origin_time',), 'latitude': ('latitude',), 'longitude': ('longitude',),
     'depth': ('depth', 'depth_km'), 'magnitude': ('magnitude',),
-             'magnitude_type': ('magnitude_type',)}
+    'magnitude_type': ('magnitude_type',)}
 
+# %% ../../nbs/data/09_catalogue.ipynb #3ca44067
 def parse_columns(
-    text: str | None,  # such as 'time=pick_time,station=sta'; None: nothing was given
-) -> dict[str, str]:  # field -> column
-    "Which columns hold what; raises `UserError` for a field that there is not"
+    text: str | None,  # such as 'time=pick_time,station=sta'; None: default names
+) -> dict[str, str]:   # field -> column
+    "Parse `--columns`; raises `UserError` for an unknown field"
     pairs = dict(part.strip().partition('=')[::2] for part in (text or '').split(',')
                  if part.strip())
     bad = [k for k, column in pairs.items() if k not in CSV_NAMES or not column]
@@ -286,10 +298,10 @@ def parse_columns(
 
 # %% ../../nbs/data/09_catalogue.ipynb #ddb96e56
 def csv_fields(
-    table,  # pandas DataFrame of text
+    table: object,            # pandas.DataFrame of text
     columns: dict[str, str],  # field -> column, from `parse_columns`
-) -> dict:  # field -> a list of text; '' where there is no such column
-    "The columns of a table by what they mean; raises `UserError` for one that is missing"
+) -> dict:                    # field -> list of text; '' where there is no such column
+    "The columns of a table by field; raises `UserError` for a required one that is missing"
     found = {}
     for name, usual in CSV_NAMES.items():
         wanted = (columns[name],) if name in columns else usual
@@ -300,11 +312,12 @@ def csv_fields(
         found[name] = table[column].str.strip().tolist() if column else ['']*len(table)
     return found
 
+# %% ../../nbs/data/09_catalogue.ipynb #f2480d0d
 def read_csv_picks(
-    path: str,  # of a CSV file
+    path: str,                # of a CSV file
     columns: dict[str, str],  # field -> column, from `parse_columns`
 ) -> Catalogue:
-    "A table of picks; rows that cannot be read are dropped"
+    "Read a table of picks; rows that cannot be read are not used"
     import pandas as pd
     catalogue, file = Catalogue(), printable(path)
     fields = csv_fields(pd.read_csv(path, dtype=str, keep_default_na=False), columns)
@@ -320,18 +333,20 @@ def read_csv_picks(
         if row['event']: catalogue.events.setdefault(row['event'], _csv_event(row))
     return catalogue
 
+# %% ../../nbs/data/09_catalogue.ipynb #97cf99ac
 def nanoseconds(
     text: str,  # such as '2022-02-06T02:14:59.73Z', or seconds since 1970
-) -> int:  # ns since 1970
-    "A time; raises what ObsPy raises where it is none"
+) -> int:       # ns since 1970
+    "Parse a time; raises ObsPy's error where it cannot be read"
     from obspy import UTCDateTime
     if re.fullmatch(r'\d{6,}(\.\d+)?', text): return UTCDateTime(float(text)).ns
     return UTCDateTime(text).ns
 
+# %% ../../nbs/data/09_catalogue.ipynb #7f8e1bca
 def _float(text): return float(text) if text else np.nan
 
 def _csv_event(row):
-    "The event of a row, as far as it can be read"
+    "The event of a row; without origin and magnitude where these cannot be read"
     keys = ('latitude', 'longitude', 'depth', 'magnitude')
     try:
         time = nanoseconds(row['origin_time']) if row['origin_time'] else None
@@ -342,10 +357,25 @@ def _csv_event(row):
 # %% ../../nbs/data/09_catalogue.ipynb #85a56588
 ARRIVAL_COLUMN = re.compile(r'trace_([A-Za-z*]+)(\d*)_arrival_sample')
 
+def source_column(
+    number: int,  # of an event of a record, from 1
+) -> str:
+    "The column with the identifier of an event"
+    return 'source_id' if number == 1 else f'source_id_{number}'
+
+# %% ../../nbs/data/09_catalogue.ipynb #7668bdee
+def events_in(
+    row: dict,  # of a table of records
+) -> list[str]:
+    "Identifiers of all events of a record, its own first"
+    names = [k for k in row if re.fullmatch(r'source_id(_\d+)?', k)]
+    return [row[k] for k in sorted(names, key=lambda k: (len(k), k)) if row[k]]
+
+# %% ../../nbs/data/09_catalogue.ipynb #01c44aa5
 def read_seisbench_table(
     path: Path,  # of metadata.csv
 ) -> Catalogue:
-    "Picks and events of the table of a SeisBench data set"
+    "Read picks and events of a SeisBench data set"
     import pandas as pd
     catalogue = Catalogue()
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
@@ -368,33 +398,34 @@ def read_seisbench_table(
     catalogue.picks = list(arrivals)
     return catalogue
 
+# %% ../../nbs/data/09_catalogue.ipynb #bc959989
 def _table_arrival(row, column, phase, number, file):
-    "An arrival of a row; `number` tells events of one record apart"
-    said = lambda key: row.get(f'trace_{phase}{number}_{key}', '')
-    event = row.get(f'source_id_{number}' if int(number or 1) > 1 else 'source_id', '')
+    "A pick of a row; `number` is the number of its event in the record, or ''"
+    value = lambda key: row.get(f'trace_{phase}{number}_{key}', '')
+    event = row.get(source_column(int(number or 1)), '')
     seconds = float(row[column])/float(row['trace_sampling_rate_hz'])
     time = nanoseconds(row['trace_start_time']) + round(seconds*1e6)*1000
     codes = [row.get(f'station_{k}', '') for k in ('network_code', 'code', 'location_code')]
-    channel = said('channel') or row.get('trace_channel', '')
-    return PhasePick(event, *codes, channel, said('phase') or phase, time,
-                     status_of(said('status')), _float(said('weight')), polarity_of(said('polarity')),
-                     _float(said('uncertainty_s')), file)
+    channel = value('channel') or row.get('trace_channel', '')
+    return PhasePick(event, *codes, channel, value('phase') or phase, time,
+                     status_of(value('status')), _float(value('weight')),
+                     polarity_of(value('polarity')), _float(value('uncertainty_s')), file)
 
 def _table_event(row):
     "The event of a row"
     number = lambda key: _float(row.get(f'source_{key}', ''))
     time = row.get('source_origin_time', '')
     return SourceEvent(row['source_id'], nanoseconds(time) if time else None,
-                       number('latitude_deg'),
-                       number('longitude_deg'), number('depth_km'), number('magnitude'),
+                       number('latitude_deg'), number('longitude_deg'), number('depth_km'),
+                       number('magnitude'),
                        row.get('source_magnitude_type', ''))
 
 # %% ../../nbs/data/09_catalogue.ipynb #37fa4354
 def read_any(
-    path: str,  # of a file
+    path: str,                # of a file
     columns: dict[str, str],  # of CSV tables, from `parse_columns`
 ) -> Catalogue:
-    "Picks of one file; raises where it cannot be read"
+    "Read one file; raises an error where it cannot be read"
     if not Path(path).stat().st_size: raise UserError('is empty')
     if Path(path).suffix.lower() == '.csv':
         with open(path, encoding='utf-8') as f: head = f.readline()
@@ -408,21 +439,24 @@ def read_any(
                         'NonLinLoc, SAC, CSV (ending .csv) or a SeisBench data set')
     return read_bulletin(path, kind)
 
+# %% ../../nbs/data/09_catalogue.ipynb #19511e9c
 def pick_files(
-    source: str | Path,  # file, folder, pattern
-) -> list[str]:  # of a SeisBench data set its tables alone
-    "Raises `UserError` for a source where there is nothing"
+    source: str | Path,  # file, folder or pattern
+) -> list[str]:          # files; only the tables of a SeisBench data set
+    "List the files of a source; raises `UserError` where there are none"
     tables = sorted(map(str, Path(source).glob('metadata*.csv'))) if Path(source).is_dir() else []
     return tables or list_files([source])
 
+# %% ../../nbs/data/09_catalogue.ipynb #28adef89
 def read_catalogue(
-    sources: list[str | Path],  # files, folders, patterns
+    sources: list[str | Path],   # files, folders, patterns
     columns: str | None = None,  # of CSV tables, such as 'time=pick_time,station=sta'
 ) -> Catalogue:
-    "Picks and events of all files. Raises `UserError` where there is no pick at all."
+    "Read picks and events of all files; raises `UserError` where there is no pick"
     catalogue, columns = Catalogue(), parse_columns(columns)
     files = [f for source in sources for f in pick_files(source)]
-    for file in progress_bar(files, desc='picks', unit=' files', leave=False, disable=len(files) < 100):
+    for file in progress_bar(files, desc='picks', unit=' files', leave=False,
+                             disable=len(files) < 100):
         try: catalogue.add(read_any(file, columns))
         except Exception as e: catalogue.left_out[printable(file)] = reason(e)
     if catalogue.picks: return catalogue
@@ -433,30 +467,38 @@ def read_catalogue(
 def catalogue_to_obspy(
     catalogue: Catalogue,
 ):  # obspy.core.event.Catalog
-    "Events with origin, magnitude and picks, as QuakeML has them"
-    from obspy import UTCDateTime
-    from obspy.core.event import (Catalog, Event, Magnitude, Origin, Pick, QuantityError,
-                                  ResourceIdentifier, WaveformStreamID)
-    known = lambda x: float(x) if np.isfinite(x) else None
+    "Events with origin, magnitude and picks as ObsPy's objects"
+    from obspy.core.event import Catalog
     out, own = Catalog(), {}
     for a in catalogue.picks: own.setdefault(a.event, []).append(a)
     for name in [*catalogue.events, *(n for n in own if n not in catalogue.events)]:
-        e = catalogue.events.get(name, SourceEvent(name))
-        uri = f"smi:local/{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}"
-        if re.match(r'(smi|quakeml):\S+/\S+', name): uri = name
-        event = Event(resource_id=ResourceIdentifier(uri))
-        if e.time is not None:
-            depth = known(e.depth*1000)
-            event.origins = [Origin(time=UTCDateTime(ns=e.time), latitude=known(e.latitude),
-                                    longitude=known(e.longitude), depth=depth)]
-        if np.isfinite(e.magnitude):
-            event.magnitudes = [Magnitude(mag=e.magnitude, magnitude_type=e.magnitude_type or None)]
-        for a in own.get(name, []):
-            where = WaveformStreamID(a.network, a.station, a.location, a.channel or None)
-            errors = QuantityError(uncertainty=known(a.uncertainty))
-            event.picks.append(Pick(time=UTCDateTime(ns=a.time), waveform_id=where,
-                                    phase_hint=a.phase,
-                                    evaluation_mode=a.status or None,
-                                    polarity=a.polarity or None, time_errors=errors))
-        out.append(event)
+        out.append(_obspy_event(catalogue.events.get(name, SourceEvent(name))))
+        out[-1].picks = [_obspy_pick(pick) for pick in own.get(name, [])]
     return out
+
+# %% ../../nbs/data/09_catalogue.ipynb #e3548756
+def _known(x): return float(x) if np.isfinite(x) else None
+
+def _obspy_event(e):
+    "An event with origin and magnitude, as far as they are known"
+    from obspy import UTCDateTime
+    from obspy.core.event import Event, Magnitude, Origin, ResourceIdentifier
+    uri = f"smi:local/{re.sub(r'[^A-Za-z0-9_.-]', '_', e.name)}"
+    if re.match(r'(smi|quakeml):\S+/\S+', e.name): uri = e.name
+    event = Event(resource_id=ResourceIdentifier(uri))
+    if e.time is not None:
+        depth = _known(e.depth*1000)
+        event.origins = [Origin(time=UTCDateTime(ns=e.time), latitude=_known(e.latitude),
+                                longitude=_known(e.longitude), depth=depth)]
+    if np.isfinite(e.magnitude):
+        event.magnitudes = [Magnitude(mag=e.magnitude, magnitude_type=e.magnitude_type or None)]
+    return event
+
+def _obspy_pick(a):
+    "A pick"
+    from obspy import UTCDateTime
+    from obspy.core.event import Pick, QuantityError, WaveformStreamID
+    where = WaveformStreamID(a.network, a.station, a.location, a.channel or None)
+    errors = QuantityError(uncertainty=_known(a.uncertainty))
+    return Pick(time=UTCDateTime(ns=a.time), waveform_id=where, phase_hint=a.phase,
+                evaluation_mode=a.status or None, polarity=a.polarity or None, time_errors=errors)

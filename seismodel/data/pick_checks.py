@@ -1,4 +1,4 @@
-"""Phases that the model does not know, duplicates, S before P, stations without a network code: each is counted and named
+"""Finds and removes unknown phases, duplicates, S before P and stations without a network code
 
 Docs: https://seismodel.github.io/seismodel/data/pick_checks.html.md"""
 
@@ -19,14 +19,15 @@ FIRST_ARRIVALS = {'P': ('P', 'p', 'P1', 'Pg', 'Pn', 'Pb', 'P*'),
 
 def phase_family(
     phase: str,  # as an analyst wrote it
-) -> str:  # P, S or ''
-    "Which phase of the model a name means"
+) -> str:        # P, S or ''
+    "The phase of the picker that a name stands for"
     return next((family for family, names in FIRST_ARRIVALS.items() if phase in names), '')
 
+# %% ../../nbs/data/10_pick_checks.ipynb #cf3e53cb
 def keep_known_phases(
     catalogue: Catalogue,  # changed in place
 ):
-    "Set aside what is neither P nor S"
+    "Remove picks that are neither P nor S"
     kept = []
     for pick in catalogue.picks:
         if phase_family(pick.phase): kept.append(pick)
@@ -38,7 +39,7 @@ def complete_networks(
     catalogue: Catalogue,  # changed in place
     stations: set[tuple[str, str]],  # network and station of all waveforms
 ):
-    "Give each pick the network of its station; set aside picks of stations without waveforms"
+    "Fill in missing network codes; remove picks of stations without waveforms"
     networks = {}
     for network, station in sorted(stations): networks.setdefault(station, []).append(network)
     kept = []
@@ -53,12 +54,12 @@ def complete_networks(
     catalogue.picks = kept
 
 # %% ../../nbs/data/10_pick_checks.ipynb #941f7c71
-LONGEST_S_P = 120*10**9      # ns from P to S of one event that are believed without an association
+LONGEST_S_P = 120*10**9      # ns, longest time from P to S of such an event
 
 def associate_by_station(
     catalogue: Catalogue,  # changed in place
 ):
-    "Give picks without an event one that is named after its first pick and station"
+    "Group picks without an event by station; the event is named after its first pick"
     loose = [p for p in catalogue.picks if not p.event]
     open_events, named = {}, []
     for pick in sorted(loose, key=lambda p: p.time):
@@ -73,27 +74,28 @@ def associate_by_station(
 
 # %% ../../nbs/data/10_pick_checks.ipynb #5342315f
 class StationEvent(NamedTuple):
-    "What is known of an event at a station"
-    event: str  # its identifier
-    network: str
+    "Picks of an event at a station"
+    event: str     # identifier of the event
+    network: str   # codes of the station
     station: str
     p: PhasePick | None = None
     s: PhasePick | None = None
 
     @property
     def picks(self) -> list[PhasePick]:
-        "P and S, as far as they are known"
+        "P and S, without one that is not known"
         return [pick for pick in (self.p, self.s) if pick]
 
     @property
     def first(self) -> PhasePick:
-        "The earlier of the two"
+        "The earlier pick"
         return min(self.picks, key=lambda pick: pick.time)
 
+# %% ../../nbs/data/10_pick_checks.ipynb #9fe4717a
 def best_pick(
     picks: list[PhasePick],  # of one phase of an event at a station
-) -> tuple[PhasePick | None, list]:  # the one to use; (why, pick) of each of the others
-    "An analyst's before a program's, then the earliest"
+) -> tuple[PhasePick | None, list]:  # the best pick; (reason, pick) of the others
+    "Choose the pick of an analyst, then the earliest"
     ordered = sorted(picks, key=lambda p: (p.status != 'manual', p.time))
     if not ordered: return None, []
     best, others = ordered[0], []
@@ -105,9 +107,9 @@ def best_pick(
 
 # %% ../../nbs/data/10_pick_checks.ipynb #eb497453
 def pair_phases(
-    catalogue: Catalogue,  # `dropped` grows
-) -> list[StationEvent]:  # in order of station and time
-    "P and S of every event at every station"
+    catalogue: Catalogue,  # picks that are not used are added to `dropped`
+) -> list[StationEvent]:   # in order of station and time
+    "P and S of each event at each station"
     groups = {}
     for pick in catalogue.picks: groups.setdefault(pick[:3], []).append(pick)
     pairs = []
@@ -121,11 +123,12 @@ def pair_phases(
         else: pairs.append(StationEvent(*codes, p, s))
     return sorted(pairs, key=lambda pair: (*pair[1:3], pair.first.time))
 
+# %% ../../nbs/data/10_pick_checks.ipynb #bd0e8c87
 def check_picks(
     catalogue: Catalogue,  # changed in place
     stations: set[tuple[str, str]],  # network and station of all waveforms
 ) -> list[StationEvent]:
-    "All checks one after the other"
+    "Run all checks"
     keep_known_phases(catalogue)
     complete_networks(catalogue, stations)
     associate_by_station(catalogue)

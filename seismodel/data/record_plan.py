@@ -1,4 +1,4 @@
-"""Windows around events and noise from quiet hours, with all picks of all events in them; splits that share no event
+"""Records around events with all picks in them, noise from quiet hours, and splits without leakage
 
 Docs: https://seismodel.github.io/seismodel/data/record_plan.html.md"""
 
@@ -24,14 +24,14 @@ from .pick_checks import LONGEST_S_P, StationEvent
 
 # %% ../../nbs/data/11_record_plan.ipynb #c0a3456a
 class RecordPlan(NamedTuple):
-    "A record to cut"
+    "A record to be cut"
     instrument: Instrument
     span: Span                    # of the instrument
     first: int                    # grid sample of the span
     last: int                     # grid sample after the last one
-    own: StationEvent | None      # what it was cut for; None: noise
-    others: tuple[StationEvent, ...] = ()   # events with a pick in it, in order of time
-    reason: str = ''              # why it is there
+    own: StationEvent | None      # its event; None: noise
+    others: tuple[StationEvent, ...] = ()   # other events with a pick in it, in order of time
+    reason: str = ''              # why it was planned
 
     @property
     def begin(self) -> int:
@@ -50,13 +50,15 @@ class RecordPlan(NamedTuple):
 
     @property
     def events(self) -> list[StationEvent]:
-        "All events in it, its own first"
+        "All events of the record, its own first"
         return [self.own, *self.others] if self.own else []
 
 # %% ../../nbs/data/11_record_plan.ipynb #e4eb0134
 class Recordings:
-    "Instruments of an archive by station, with their spans at hand"
-    def __init__(self, archive: Archive):
+    "Instruments and spans of an archive by station"
+    def __init__(self,
+        archive: Archive,
+    ):
         self.of, self.spans = {}, {}
         for i in archive.instruments:
             self.of.setdefault(tuple(i.name.split('.')[:2]), []).append(i)
@@ -65,8 +67,8 @@ class Recordings:
     def span(self,
         instrument: Instrument,
         time: int,  # ns since 1970
-    ) -> Span | None:  # None where it did not record then
-        "The span in which a time lies"
+    ) -> Span | None:  # None where nothing was recorded
+        "The span that contains a time"
         spans = self.spans[instrument.name]
         k = bisect_right(spans, time, key=lambda s: s.start) - 1
         return spans[k] if k >= 0 and time < spans[k].start + TICK*spans[k].count else None
@@ -74,7 +76,7 @@ class Recordings:
     def find(self,
         pick: PhasePick,
     ) -> tuple[Instrument, Span] | None:  # None where nothing was recorded
-        "The instrument that suits a pick best, and the span in which it lies"
+        "The best instrument for a pick, and the span that contains it"
         def unlike(i):
             _, _, location, code = i.name.split('.')
             return (location != pick.location if pick.location else False,
@@ -88,9 +90,9 @@ def plan_record(
     event: StationEvent,
     recordings: Recordings,
     before: float,  # s before the first pick
-    after: float,  # s after it
+    after: float,   # s after the first pick
 ) -> RecordPlan | None:  # None where nothing was recorded
-    "Where to cut a record of an event at a station"
+    "Plan the record of an event at a station"
     found = recordings.find(event.first)
     if found is None: return None
     instrument, span = found
@@ -98,15 +100,16 @@ def plan_record(
     last = min(span.count, span.sample(event.first.time + round(after*1e9)))
     return RecordPlan(instrument, span, first, last, event)
 
+# %% ../../nbs/data/11_record_plan.ipynb #68b58e1e
 def plan_events(
     events: list[StationEvent],  # in order of station and time
     recordings: Recordings,
-    catalogue: Catalogue,  # `dropped` grows
-    before: float,  # s before the first pick
-    after: float,  # s after it
-    shortest: float,  # s that a record must have at least
+    catalogue: Catalogue,  # picks that are not used are added to `dropped`
+    before: float,         # s before the first pick
+    after: float,          # s after the first pick
+    shortest: float,       # shortest length of a record, s
 ) -> list[RecordPlan]:
-    "A record for each event and station, with the other events in it"
+    "Plan a record for each event and station, with the other events in it"
     plans, at_station = [], {}
     for event in events: at_station.setdefault(event[1:3], []).append(event)
     for event in events:
@@ -122,38 +125,40 @@ def plan_events(
                                        reason='an event with a pick at this station'))
     return plans
 
+# %% ../../nbs/data/11_record_plan.ipynb #2f9e5693
 def _others(event, events, plan):
-    "Events of a station that have a pick in a record, without its own"
+    "Other events of a station with a pick in a record"
     time = lambda e: e.first.time
     first, last = (bisect_right(events, t, key=time) for t in (plan.begin - LONGEST_S_P, plan.end))
     inside = lambda e: any(plan.begin <= p.time < plan.end for p in e.picks)
     return tuple(e for e in events[first:last] if e is not event and inside(e))
 
 # %% ../../nbs/data/11_record_plan.ipynb #25dd26ac
-SPEEDS = {'P': (8.5, 4.5), 'S': (5., 2.5)}      # km/s, fastest and slowest
-SLACK = 3.                                      # s around it
+SPEEDS = {'P': (8.5, 4.5), 'S': (5., 2.5)}      # km/s, highest and lowest
+SLACK = 3.                                      # s added on both sides
 UNKNOWN = 100.                                  # s after the origin, without coordinates
 
 def arrival_zone(
     event: SourceEvent,  # with an origin time
-    phase: str,  # P or S
-    distance: float,  # km from the hypocentre; NaN: not known
-) -> tuple[int, int]:  # begin and end, ns since 1970
-    "When a phase may arrive"
+    phase: str,          # P or S
+    distance: float,     # km from the hypocentre; NaN: not known
+) -> tuple[int, int]:    # begin and end, ns since 1970
+    "Interval in which a phase may arrive"
     if not np.isfinite(distance): return event.time, event.time + round(UNKNOWN*1e9)
     early, late = (distance/v for v in SPEEDS[phase])
     return event.time + round((early - SLACK)*1e9), event.time + round((late + SLACK)*1e9)
 
+# %% ../../nbs/data/11_record_plan.ipynb #364f825c
 def unlabelled_zones(
     plan: RecordPlan,  # of an event
-    phase: str,  # P or S
-    unpicked: list[tuple[SourceEvent, float]],  # events near in time, and their distance in km
-) -> list[tuple[int, int]]:  # samples of the record, those that touch as one
-    "Where a phase may be that nobody picked"
+    phase: str,        # P or S
+    unpicked: list[tuple[SourceEvent, float]],  # events close in time, and their distances in km
+) -> list[tuple[int, int]]:  # [first, last) samples of the record; zones that touch are joined
+    "Zones of a record in which a phase may be unlabelled"
     known = {e.event: e for e in plan.events}
     picked = {n for n, e in known.items() if (e.p if phase == 'P' else e.s)}
     zones = [arrival_zone(e, phase, d) for e, d in unpicked if e.name not in picked]
-    for name, e in known.items():   # without an origin time: after its P, or before its S
+    for name, e in known.items():   # without an origin time: after its P or before its S
         if name in picked or name in {e.name for e, _ in unpicked}: continue
         zones.append((e.p.time, plan.end) if phase == 'S' else (plan.begin, e.s.time))
     length, out = plan.last - plan.first, []
@@ -164,25 +169,27 @@ def unlabelled_zones(
     return out
 
 # %% ../../nbs/data/11_record_plan.ipynb #f61f782a
-HOUR_NS, QUIET = 3600*10**9, 300*10**9        # ns; how far a pick or origin must be away
+HOUR_NS = 3600*10**9       # ns
+QUIET = 300*10**9          # ns, smallest distance of a pick or origin from a quiet hour
 
 def quiet_hours(
     times: list[int],  # of all picks and origins, ns since 1970
-) -> list[int]:  # times of their beginnings, ns since 1970
-    "Hours of the days that a catalogue covers without a pick or an origin"
+) -> list[int]:        # start times of the hours, ns since 1970
+    "Hours without a pick or an origin, of the days that a catalogue covers"
     if not times: return []
     begin, end = min(times)//DAY*DAY, (max(times)//DAY + 1)*DAY
     busy = {(t + d)//HOUR_NS for t in times for d in (-QUIET, 0, QUIET)}
     return [h*HOUR_NS for h in range(begin//HOUR_NS, end//HOUR_NS) if h not in busy]
 
+# %% ../../nbs/data/11_record_plan.ipynb #7c009b04
 def plan_noise(
     recordings: Recordings,
     stations: set[tuple[str, str]],  # network and station of those with picks
-    hours: list[int],  # from `quiet_hours`
-    count: int,  # how many to find
-    seconds: float,  # of a record
-) -> list[RecordPlan]:  # fewer where there are not so many
-    "Records of noise, drawn without replacement"
+    hours: list[int],   # from `quiet_hours`
+    count: int,         # number of records
+    seconds: float,     # length of a record
+) -> list[RecordPlan]:  # fewer if there are not enough
+    "Plan records of noise, drawn at random without replacement"
     instruments = [i for station in sorted(stations) for i in recordings.of.get(station, ())[:1]]
     slots = int(3600//seconds)
     total, plans = len(instruments)*len(hours)*slots, []
@@ -202,14 +209,14 @@ def plan_noise(
 SPLIT_SHARES = {'train': .8, 'dev': .1, 'test': .1}
 
 def deal(
-    sizes: dict[str, int],  # name of a group -> records
-    fixed: dict[str, str],  # name of a group -> its split, where it has one
-) -> dict[str, str]:  # name of a group -> its split
-    "Give each group to the split that lacks most records"
+    sizes: dict[str, int],  # name of a group -> number of records
+    fixed: dict[str, str],  # name of a group -> its split, of groups that have one
+) -> dict[str, str]:        # name of a group -> its split
+    "Assign each group to the split that lacks most records"
     have = dict.fromkeys(SPLIT_SHARES, 0)
     for name, split in fixed.items(): have[split] = have.get(split, 0) + sizes.get(name, 0)
     out, total = dict(fixed), sum(sizes.values())
-    free = sorted((n for n in sizes if n not in fixed), 
+    free = sorted((n for n in sizes if n not in fixed),
                   key=lambda n: (-sizes[n], crc32(n.encode())))
     for k, name in enumerate(free):
         empty = [s for s in SPLIT_SHARES if not have[s]]
@@ -220,36 +227,38 @@ def deal(
 
 # %% ../../nbs/data/11_record_plan.ipynb #49980c96
 class Groups:
-    "Names that were joined belong to one group"
+    "Groups of names, by union-find"
     def __init__(self): self.above = {}
 
     def of(self, name: str) -> str:
-        "The name that stands for a group"
+        "The representative of the group of a name"
         self.above.setdefault(name, name)
         while self.above[name] != name:
             self.above[name] = name = self.above[self.above[name]]
         return name
 
     def join(self, a: str, b: str):
-        "Make one group of two"
+        "Join the groups of two names"
         a, b = sorted((self.of(a), self.of(b)))
         self.above[b] = a
 
+# %% ../../nbs/data/11_record_plan.ipynb #74a174f4
 class Placed(NamedTuple):
-    "A record for the question which split it belongs to"
-    name: str      # of the record
+    "What the split of a record depends on"
+    name: str      # trace name
     station: str   # NET.STA
     begin: int     # ns since 1970
     end: int       # ns since 1970
-    events: tuple[str, ...]     # names; () for noise
-    split: str = ''             # where it has one already
+    events: tuple[str, ...]     # identifiers; () for noise
+    split: str = ''             # if it has one already
 
+# %% ../../nbs/data/11_record_plan.ipynb #4537661f
 def group_records(
     records: list[Placed],
-    by: str,  # event, time, station or region
-    region: dict[str, str],  # event -> its square, for region
-) -> list[str]:  # the group of each record
-    "Names of groups that are kept together"
+    by: str,                 # event, time, station or region
+    region: dict[str, str],  # event -> its region, for `by` region
+) -> list[str]:              # name of the group of each record
+    "Group records that must be in one split"
     if by == 'station': return [r.station for r in records]
     groups = Groups()
     keys = [f'event {r.events[0]}' if r.events else f'hour {r.begin//HOUR_NS}' for r in records]
@@ -266,9 +275,9 @@ def group_records(
 # %% ../../nbs/data/11_record_plan.ipynb #e6acbe66
 def split_by_time(
     records: list[Placed],
-    groups: list[str],  # of each
-) -> dict[str, str]:  # group -> split
-    "The first eight tenths, the ninth and the last, in order of time"
+    groups: list[str],  # group of each record
+) -> dict[str, str]:    # group -> split
+    "Train, dev and test in order of time, with 80, 10 and 10 % of the records"
     begin, sizes = {}, {}
     for r, g in zip(records, groups):
         begin[g], sizes[g] = min(begin.get(g, r.begin), r.begin), sizes.get(g, 0) + 1
@@ -278,12 +287,13 @@ def split_by_time(
         out[g], done = 'train' if middle < .8 else 'dev' if middle < .9 else 'test', done + sizes[g]
     return out
 
+# %% ../../nbs/data/11_record_plan.ipynb #2836bfa5
 def assign_splits(
-    records: list[Placed],  # those that have a split already, too
-    by: str,  # event, time, station or region
+    records: list[Placed],  # old records, with their split, and new ones
+    by: str,                # event, time, station or region
     events: dict[str, SourceEvent],
-) -> list[str]:  # split of each; '' where its group lies in two splits already
-    "Splits that share no group. Raises `UserError` where a region is not known."
+) -> list[str]:  # split of each record; '' where its group already lies in two splits
+    "Assign splits by group; raises `UserError` where a region is not known"
     region = _regions(records, events) if by == 'region' else {}
     groups, fixed = group_records(records, by, region), {}
     for r, g in zip(records, groups):
@@ -294,13 +304,14 @@ def assign_splits(
     else:
         sizes, found = Counter(groups), {}
         quakes = {g for r, g in zip(records, groups) if r.events}
-        for kind in (quakes, sizes.keys() - quakes):       # each split gets its part of noise
+        for kind in (quakes, sizes.keys() - quakes):       # noise is split in the same proportion
             own = {g: s for g, s in fixed.items() if g in kind}
             found |= deal({g: sizes[g] for g in kind}, own)
     return [r.split or found[g] for r, g in zip(records, groups)]
 
+# %% ../../nbs/data/11_record_plan.ipynb #d4d31516
 def _regions(records, events):
-    "Squares of half a degree"
+    "The square of half a degree of the first event of each record"
     out = {}
     for name in sorted({name for r in records for name in r.events[:1]}):
         e = events.get(name, SourceEvent(name))

@@ -1,4 +1,4 @@
-"""`seismodel finetune --column NAME`: noise or earthquake, foreshock or aftershock, first motion up or down, a magnitude, learned from a column of the metadata and scored beside a baseline that has not seen the waveform
+"""Noise or earthquake, foreshock or aftershock, first motion, magnitude: one output per window
 
 Docs: https://seismodel.github.io/seismodel/finetuning/classification.html.md"""
 
@@ -27,45 +27,59 @@ from .window_labels import Labelled, LabelSpec
 
 # %% ../../nbs/finetuning/05_classification.ipynb #4a90c507
 class WindowModel(FineTuned):
-    "Encoder and backbone of a pretraining model, with a head that answers one question about a window"
+    "Encoder and backbone of a pretraining model, with a head that has one output per window"
     def __init__(self,
-        model:Pretrainer,   # where encoder and backbone come from
-        question:LabelSpec,
-        freeze:str='none',  # what does not learn: none, encoder, all or gradual
+        model: Pretrainer,      # provides encoder and backbone
+        question: LabelSpec,    # classes or a number
+        freeze: str = 'none',   # weights that are not trained: none, encoder, all or gradual
     ):
-        super().__init__(model, WindowHead(model.backbone.dim, len(question.classes or [0])), freeze)
+        head = WindowHead(model.backbone.dim, len(question.classes or [0]))
+        super().__init__(model, head, freeze)
         self.question = question
-        shares = torch.tensor(question.shares if question.classes else [1.])
-        with torch.no_grad(): self.head.out.bias.copy_(shares.clamp_min(1e-4).log())
+        with torch.no_grad(): self.head.out.bias.copy_(_first_bias(question))
 
     def forward(self,
-        batch:dict, # x (B, L, 3) and y (B,), see `LabelledWindows`
-        generator:torch.Generator|None=None, # not used: nothing is drawn but dropout
-    )->Step:
-        "Cross-entropy and the share of right answers, or Huber's loss and the mean absolute error"
-        q, y, features = self.question, batch['y'], self.features(batch['x'])
-        z = self.head(features).float()
-        if q.classes: loss, measure = F.cross_entropy(z, y.long()), {'right': (z.argmax(-1) == y).float().mean()}
-        else:
-            loss = F.huber_loss(z[:, 0], (y - q.mean)/q.std)
-            measure = {'absolute_error': (z[:, 0]*q.std + q.mean - y).abs().mean()}
-        return Step(loss, {name: m.detach() for name, m in {**measure, 'feature_variance': feature_variance(features)}.items()})
+        batch: dict,  # x (B, L, 3) and y (B,), see `LabelledWindows`
+        generator: torch.Generator|None = None,  # not used
+    ) -> Step:
+        "Cross-entropy and fraction of correct answers, or Huber's loss and mean absolute error"
+        features = self.features(batch['x'])
+        return _step(self.question, self.head(features).float(), batch['y'], features)
 
-    def answer(self, x):
-        "(B, L, 3) normalised windows of any length to (B, K) probabilities of the classes, or (B, 1) numbers in the unit of the column"
+    def answer(self, x: torch.Tensor) -> torch.Tensor:
+        "(B, L, 3) normalised windows to (B, K) probabilities or (B, 1) numbers in their unit"
         z = self.head(self.features(x)).float()
         return z.softmax(-1) if self.question.classes else z*self.question.std + self.question.mean
 
-    def save_pretrained(self, folder, extra=None):
-        "Write `model.safetensors` and `config.json`, which says what is asked"
-        Pretrainer.save_pretrained(self, folder, {**(extra or {}), 'question': asdict(self.question)})
+    def save_pretrained(self, folder: str|Path, extra: dict|None = None):
+        "Write `model.safetensors` and `config.json`, which contains the `LabelSpec`"
+        extra = {**(extra or {}), 'question': asdict(self.question)}
+        Pretrainer.save_pretrained(self, folder, extra)
 
+# %% ../../nbs/finetuning/05_classification.ipynb #34a9c5d6
+def _first_bias(q):
+    "The logarithm of the class frequencies, or zero"
+    return torch.tensor(q.shares if q.classes else [1.]).clamp_min(1e-4).log()
+
+def _step(q, z, y, features):
+    "Loss and metrics of a batch"
+    if q.classes:
+        loss, metrics = F.cross_entropy(z, y.long()), {'right': (z.argmax(-1) == y).float().mean()}
+    else:
+        loss = F.huber_loss(z[:, 0], (y - q.mean)/q.std)
+        metrics = {'absolute_error': (z[:, 0]*q.std + q.mean - y).abs().mean()}
+    metrics['feature_variance'] = feature_variance(features)
+    return Step(loss, {name: m.detach() for name, m in metrics.items()})
+
+# %% ../../nbs/finetuning/05_classification.ipynb #0f04d85d
 def load_window_model(
-    folder:str|Path, # of a run of `finetune --column`, or one that `save_pretrained` wrote
-)->WindowModel: # on the CPU, in evaluation mode
-    "Open a model; raises `UserError` where the folder holds none that answers a question"
+    folder: str|Path,  # of a run of `finetune --column`, or that `save_pretrained` wrote
+) -> WindowModel:      # on the CPU, in evaluation mode
+    "Load a model; raises `UserError` where the folder holds another kind of model"
     config, weights = read_model(folder)
-    if 'question' not in config: raise UserError(f"'{folder}' holds no model for windows; make one with `seismodel finetune --from {folder} --column NAME`.")
+    if 'question' not in config:
+        raise UserError(f"'{folder}' holds no model for windows; make one with "
+                        f'`seismodel finetune --from {folder} --column NAME`.')
     model = WindowModel(build(config_from_dict(config['model'])), LabelSpec(**config['question']))
     load_weights(model, weights, Path(folder)/'model.safetensors')
     return model.eval()
@@ -74,88 +88,101 @@ def load_window_model(
 @torch.no_grad()
 def answers(
     model: WindowModel,    # in evaluation mode
-    source: Labelled,      # records to be asked
-    batch_size: int = 32,  # windows at a time
-):                         # pandas.DataFrame: trace_name, event, truth, answer, and for classes the probability of each
-    "What the model says of each record beside what the table says; bad records are left out"
+    source: Labelled,      # labelled records
+    batch_size: int = 32,  # windows
+):                         # DataFrame: trace_name, event, truth, answer, probabilities p_CLASS
+    "Labels and answers of all records, without those that are flat"
     import pandas as pd
-    q, device, asked, p = model.question, next(model.parameters()).device, [], []
+    q, device, used, p = model.question, next(model.parameters()).device, [], []
     for k in range(0, len(source), batch_size):
         i = np.arange(k, min(k + batch_size, len(source)))
         w = source.windows(i, np.full(len(i), .5), source.window)
         fine = ~is_flat(w.x, w.valid)
-        asked += i[fine].tolist()
+        used += i[fine].tolist()
         if not fine.any(): continue
         x = torch.from_numpy(normalize_windows(w.x[fine], w.valid[fine])).to(device)
         p.append(model.answer(x).double().cpu().numpy())
-    if not asked: raise UserError(f'{source.name} has no usable record with a label.')
+    if not used: raise UserError(f'{source.name} has no usable record with a label.')
     p, events = np.concatenate(p), source.events()
-    truth = [q.classes[int(source.y[i])] if q.classes else source.y[i] for i in asked]
-    said = [q.classes[k] for k in p.argmax(1)] if q.classes else p[:, 0]
-    return pd.DataFrame({'trace_name': [source.label(i) for i in asked], 'event': [events[i] for i in asked],
-                         'truth': truth, 'answer': said, **{f'p_{c}': p[:, k] for k, c in enumerate(q.classes or [])}})
+    truth = [q.classes[int(source.y[i])] if q.classes else source.y[i] for i in used]
+    answer = [q.classes[k] for k in p.argmax(1)] if q.classes else p[:, 0]
+    columns = {'trace_name': [source.label(i) for i in used], 'event': [events[i] for i in used],
+               'truth': truth, 'answer': answer}
+    return pd.DataFrame(columns | {f'p_{c}': p[:, k] for k, c in enumerate(q.classes or [])})
 
 # %% ../../nbs/finetuning/05_classification.ipynb #d3710f53
 def metrics_for(
-    question:LabelSpec,
-)->dict: # name -> function of (truth, answer)
-    "The metrics that suit a question"
-    from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error, r2_score, root_mean_squared_error
-    macro = lambda truth, answer: f1_score(truth, answer, labels=sorted(set(truth)), average='macro', zero_division=0)
-    explained = lambda truth, answer: r2_score(truth, answer) if len(set(truth)) > 1 else np.nan
-    return {'accuracy': accuracy_score, 'macro F1': macro} if question.classes else \
-           {'RMSE': root_mean_squared_error, 'MAE': mean_absolute_error, 'R²': explained}
+    question: LabelSpec,  # classes or a number
+) -> dict:                # name -> function of (truth, answer)
+    "The metrics for classes or for a number"
+    from sklearn import metrics as m
+    if question.classes:
+        macro = lambda truth, answer: m.f1_score(truth, answer, labels=sorted(set(truth)),
+                                                 average='macro', zero_division=0)
+        return {'accuracy': m.accuracy_score, 'macro F1': macro}
+    explained = lambda truth, answer: m.r2_score(truth, answer) if len(set(truth)) > 1 else np.nan
+    return {'RMSE': m.root_mean_squared_error, 'MAE': m.mean_absolute_error, 'R²': explained}
 
+# %% ../../nbs/finetuning/05_classification.ipynb #14853756
 def score(
-    table,         # from `answers`
-    question:LabelSpec,
-    draws:int=500, # of the bootstrap
-): # pandas.DataFrame: metric, value, low, high, baseline, n
-    "Metrics with 95 % intervals over events, beside the best answer without a look"
+    table: object,        # pandas.DataFrame from `answers`
+    question: LabelSpec,  # classes or a number
+    draws: int = 500,     # of the bootstrap
+):                        # pandas.DataFrame: metric, value, low, high, baseline, n
+    "Metrics with 95 % intervals over events, and the baseline"
     import pandas as pd
     from seismodel.statistics import bootstrap
-    guesses = [question.guess()]*len(table)
-    rows = [(name, *bootstrap(lambda t: f(t['truth'].tolist(), t['answer'].tolist()), table, draws=draws), f(table['truth'].tolist(), guesses), len(table))
-            for name, f in metrics_for(question).items()]
+    truth, guesses, rows = table['truth'].tolist(), [question.guess()]*len(table), []
+    for name, f in metrics_for(question).items():
+        of = lambda t, f=f: f(t['truth'].tolist(), t['answer'].tolist())
+        rows.append((name, *bootstrap(of, table, draws=draws), f(truth, guesses), len(table)))
     return pd.DataFrame(rows, columns=['metric', 'value', 'low', 'high', 'baseline', 'n'])
 
 # %% ../../nbs/finetuning/05_classification.ipynb #51136d75
 def plot_answers(
-    table, # from `answers`
-    question:LabelSpec,
-): # matplotlib.figure.Figure
-    "Answers against the truth: a matrix with counts, shaded by their share of the row, or points"
+    table: object,        # pandas.DataFrame from `answers`
+    question: LabelSpec,  # classes or a number
+):                        # matplotlib.figure.Figure
+    "Answers against labels: a confusion matrix, or points"
     import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(3.4, 3), layout='constrained')
+    fig, ax = plt.subplots(figsize=(7, 4), layout='constrained')
     if not question.classes:
         ax.plot(table['truth'], table['answer'], '.', ms=4)
         ax.axline((question.mean, question.mean), slope=1, color='.5', lw=.8, zorder=0)
         ax.set(xlabel=question.column, ylabel='answer')
         return fig
-    from sklearn.metrics import confusion_matrix
-    counts = confusion_matrix(table['truth'], table['answer'], labels=question.classes)
-    share = counts/counts.sum(1, keepdims=True).clip(1)
-    ax.imshow(share, cmap='Blues', vmin=0, vmax=1)
-    for (r, k), n in np.ndenumerate(counts) if len(counts) <= 12 else (): ax.text(k, r, n, ha='center', va='center', color='w' if share[r, k] > .5 else 'k')
-    places = range(len(question.classes))
-    ax.set(xlabel='answer', ylabel=question.column, xticks=places, yticks=places, yticklabels=question.classes)
-    ax.set_xticklabels(question.classes, rotation=30, ha='right')
+    _draw_confusion(ax, table, question)
     return fig
+
+def _draw_confusion(ax, table, question):
+    "Counts, shaded by their fraction of the row"
+    from sklearn.metrics import confusion_matrix
+    names = question.classes
+    counts = confusion_matrix(table['truth'], table['answer'], labels=names)
+    fraction = counts/counts.sum(1, keepdims=True).clip(1)
+    ax.imshow(fraction, cmap='Blues', vmin=0, vmax=1, aspect='auto')
+    for (r, k), n in np.ndenumerate(counts) if len(counts) <= 12 else ():
+        ax.text(k, r, n, ha='center', va='center', color='w' if fraction[r, k] > .5 else 'k')
+    places = range(len(names))
+    ax.set(xlabel='answer', ylabel=question.column, xticks=places, yticks=places, yticklabels=names)
+    ax.set_xticklabels(names, rotation=30, ha='right')
 
 # %% ../../nbs/finetuning/05_classification.ipynb #b241ac7c
 def score_window_model(
     net: WindowModel,   # in evaluation mode, on its device
-    names: list[str],   # data sets with the column, by folder or by name, or stores
+    names: list[str],   # data sets or stores with the column
     split: str,         # train, dev or test
     out: Path,          # folder for scores.csv, answers.csv and answers.png
 ) -> None:
-    "Ask a model about every labelled record of a split; print the scores, and write them"
+    "Score a model on all labelled records of a split; print and write the scores"
     import pandas as pd
     q = net.question
-    table = pd.concat([answers(net, Labelled(open_source(name, split), q, split)) for name in names], ignore_index=True)
+    tables = [answers(net, Labelled(open_source(name, split), q, split)) for name in names]
+    table = pd.concat(tables, ignore_index=True)
     scores, fig = score(table, q), plot_answers(table, q)
     out.mkdir(parents=True, exist_ok=True)
     for name, t in (('answers', table), ('scores', scores)):
         write_atomically(out/f'{name}.csv', lambda part, t=t: t.to_csv(part, index=False))
     write_atomically(out/'answers.png', lambda part: fig.savefig(part, dpi=120, format='png'))
-    print(f"{q.column}, {split}, beside the answer '{q.guess()}' to everything\n{scores.round(3).to_string(index=False)}")
+    print(f"{q.column}, {split}, baseline: always '{q.guess()}'\n"
+          f'{scores.round(3).to_string(index=False)}')

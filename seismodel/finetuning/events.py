@@ -1,4 +1,4 @@
-"""A fraction of the labelled events of a source: whole events, and the same ones in every larger fraction
+"""Draw 5 %, 10 % or 50 % of the labelled events of a data set: whole events, in nested subsets
 
 Docs: https://seismodel.github.io/seismodel/finetuning/events.html.md"""
 
@@ -19,20 +19,21 @@ from ..signals.source import Source
 # %% ../../nbs/finetuning/02_events.ipynb #d079db8a
 def event_rows(
     source: Source,
-    fraction: float,  # of its events, above 0, at most 1
-    seed: int = 0,    # of the draw
-) -> list[int]:       # numbers of records
-    "Whole events, the same ones in every larger fraction"
+    fraction: float,  # of its events, above 0 and at most 1
+    seed: int = 0,    # of the choice
+) -> list[int]:       # indices of records
+    "Records of the chosen events; a larger fraction contains a smaller one"
     events = np.array(source.events())
     number = {e: crc32(f'{seed}/{e}'.encode()) for e in set(events.tolist())}
     chosen = sorted(number, key=lambda e: (number[e], e))[:math.ceil(fraction*len(number))]
     return np.flatnonzero(np.isin(events, chosen)).tolist()
 
+# %% ../../nbs/finetuning/02_events.ipynb #bea7d82a
 def subset_events(
     source: Source,
-    fraction: float,  # of its events, above 0, at most 1
-    seed: int = 0,    # of the draw
+    fraction: float,  # of its events, above 0 and at most 1
+    seed: int = 0,    # of the choice
 ) -> Source:
-    "A part of a source: whole events. Of the generator it is all, since nobody had to label that"
+    "The chosen events of a source; all of the generator, whose labels cost nothing"
     if isinstance(source, SyntheticSource): return source
     return source.subset(event_rows(source, fraction, seed))

@@ -1,4 +1,4 @@
-"""From a column of the metadata, text or numbers with many empty cells, to windows that show what their label says
+"""From a column of text or numbers, with empty cells, to training windows with a class or a number
 
 Docs: https://seismodel.github.io/seismodel/finetuning/window_labels.html.md"""
 
@@ -23,78 +23,88 @@ from ..signals.source import Source, Subset, digest
 from ..core import UserError
 
 # %% ../../nbs/finetuning/04_window_labels.ipynb #5708b62f
-MANY = 50        # different texts in a column: more are names, not classes
-
 @dataclass
 class LabelSpec:
-    "What is asked of a window"
+    "The label of a window: one of several classes, or a number"
     column: str              # of the metadata
-    classes: list[str]|None  # None: a number is asked for
-    shares: list[float]|None = None # of the training records in each class
-    mean: float = 0.         # of the training records, where a number is asked for
-    std: float = 1.          # likewise
+    classes: list[str]|None  # names of the classes; None: the label is a number
+    shares: list[float]|None = None # fraction of the training records in each class
+    mean: float = 0.         # of the numbers of the training records
+    std: float = 1.          # of the numbers of the training records
 
     def encode(self,
-        values:list[str], # cells of the column
-    )->np.ndarray: # (records,) number of the class, or the number itself; NaN where there is no label
-        "Cells as numbers"
-        if self.classes: return np.array([self.classes.index(v) if v in self.classes else np.nan for v in values])
-        return np.array([number(v) for v in values])
+        values: list[str],  # cells of the column
+    ) -> np.ndarray:        # (records,) index of the class, or the number; NaN: no label
+        "Convert cells to numbers"
+        if not self.classes: return np.array([number(v) for v in values])
+        return np.array([self.classes.index(v) if v in self.classes else np.nan for v in values])
 
     def usual(self,
-        y:np.ndarray, # (records,) labels to train on
-    )->'LabelSpec': # the same
-        "Note how frequent each class is, or how large the numbers are; raises `UserError` where all are alike"
-        if len(set(y)) < 2: raise UserError(f"The column '{self.column}' says the same of all {len(y)} training records that have a label; there is nothing to learn.")
+        y: np.ndarray,  # (records,) labels to train on
+    ) -> 'LabelSpec':   # the same object
+        "Store frequencies or mean and deviation; raises `UserError` where all labels are equal"
+        if len(set(y)) < 2:
+            raise UserError(f"The column '{self.column}' says the same of all {len(y)} training "
+                            'records that have a label; there is nothing to learn.')
         if self.classes: self.shares = [float(np.mean(y == k)) for k in range(len(self.classes))]
         else: self.mean, self.std = float(y.mean()), float(y.std())
         return self
 
-    def guess(self)->str|float:
-        "The best answer without a look at the waveform"
+    def guess(self) -> str|float:
+        "The baseline: the most frequent class, or the mean"
         return self.classes[int(np.argmax(self.shares))] if self.classes else self.mean
 
-def number(text:str)->float:
-    "NaN where it is none, or not finite"
+# %% ../../nbs/finetuning/04_window_labels.ipynb #7b4778b6
+def number(
+    text: str,  # a cell
+) -> float:
+    "A finite number, or NaN"
     try: value = float(text)
     except ValueError: return np.nan
     return value if math.isfinite(value) else np.nan
 
 # %% ../../nbs/finetuning/04_window_labels.ipynb #c5cdffbb
+MANY = 50        # largest number of classes; a column with more texts holds names
+
 def ask(
-    column:str,              # of the metadata
-    values:list[str],        # of the training rows
-    classes:list[str]|None=None, # those that count; None: what the values say
-)->LabelSpec:
-    "Classes or a number? Raises `UserError` where the values make no question"
+    column: str,       # of the metadata
+    values: list[str], # cells of the training records
+    classes: list[str]|None = None,  # classes to use; None: all texts of the column
+) -> LabelSpec:
+    "Decide between classes and a number; raises `UserError` where the values allow neither"
     there = [v for v in values if v]
     if classes is None and there and not np.isfinite([number(v) for v in there]).all():
         classes = sorted(set(there))
-        if len(classes) > MANY: raise UserError(f"The column '{column}' holds {len(classes)} different texts, such as '{classes[0]}'; name those to tell apart, with --classes A,B.")
+        if len(classes) > MANY:
+            raise UserError(f"The column '{column}' holds {len(classes)} different texts, such as "
+                            f"'{classes[0]}'; name those to tell apart, with --classes A,B.")
     if not there: raise UserError(f"The column '{column}' is empty in all training records.")
     for name in classes or []:
-        if name not in there: raise UserError(f"No training record has '{name}' in the column '{column}'; there are {', '.join(sorted(set(there))[:8])}.")
+        if name in there: continue
+        raise UserError(f"No training record has '{name}' in the column '{column}'; "
+                        f"there are {', '.join(sorted(set(there))[:8])}.")
     return LabelSpec(column, classes)
 
 # %% ../../nbs/finetuning/04_window_labels.ipynb #742d8330
 def around_onset(
-    record:Record, # of any length
-    window:int,    # samples
-)->Record: # a piece of it
-    "The piece of which every window has the onset between an eighth and a half of its length, or as near to that as the record allows"
+    record: Record,  # of any length
+    window: int,     # samples
+) -> Record:         # a part of it
+    "The part in which every window has the onset between an eighth and a half of its length"
     onset = record.p_onset if math.isfinite(record.p_onset) else record.s_onset
     last = len(record.waveform) - window                      # start of the last window
     if not math.isfinite(onset) or last <= 0: return record
-    first, end = (int(np.clip(onset - window*share, 0, last)) for share in (1/2, 1/8))
-    return record._replace(waveform=record.waveform[first:end + window], p_onset=record.p_onset - first, s_onset=record.s_onset - first)
+    first, end = (int(np.clip(onset - window*part, 0, last)) for part in (1/2, 1/8))
+    return record._replace(waveform=record.waveform[first:end + window],
+                           p_onset=record.p_onset - first, s_onset=record.s_onset - first)
 
 # %% ../../nbs/finetuning/04_window_labels.ipynb #508034fd
 class Labelled(Subset):
-    "The records of a source that have an answer to a question, each cut to the piece around its onset"
+    "The records of a source that have a label, each cut to the part around its onset"
     def __init__(self,
         source: Source,
-        question: LabelSpec,
-        split: str,            # its name, for the message
+        question: LabelSpec,   # from `ask`
+        split: str,            # name of the split, for the error message
         window: int = WINDOW,  # samples
     ):
         y = question.encode(source.metadata(question.column))
@@ -104,36 +114,42 @@ class Labelled(Subset):
             raise UserError(f"{source.name} has no record with a label in the column "
                             f"'{question.column}' in its split '{split}'.")
 
-    def record(self, i): return around_onset(super().record(i), self.window)
+    def record(self, i: int): return around_onset(super().record(i), self.window)
     def fingerprint(self): return digest(super().fingerprint(), self.y)
 
-    def subset(self, rows):
+    def subset(self, rows: list[int]):
         part = copy(self)
         part.rows, part.y = [self.rows[k] for k in rows], self.y[rows]
         return part
 
 # %% ../../nbs/finetuning/04_window_labels.ipynb #b0e7b706
 class LabelledWindows(WindowDataset):
-    "Normalised windows of labelled records with their answers; item n depends on (seed, n) and the sources alone"
-    def batch(self, numbers, raw=False):
-        "As of a `WindowDataset`, with the answers (B,) float32 under `y`"
+    "Normalised windows of labelled records with their labels"
+    def batch(self,
+        numbers: list[int],  # of windows
+        raw: bool = False,   # as for `WindowDataset.batch`
+    ) -> dict:
+        "A batch of `WindowDataset`, with labels (B,) float32 under `y`"
         batch = super().batch(numbers, raw)
         y = [self.sources[s].y[i] for s, i in zip(batch['source'], batch['record'])]
         return {**batch, 'y': torch.tensor(np.array(y), dtype=torch.float32)}
 
 # %% ../../nbs/finetuning/04_window_labels.ipynb #134e055c
 def label_sources(
-    names:list[str],           # datasets
-    column:str,                # of the metadata
-    classes:list[str]|None,    # those that count
-    fraction:float,            # of the labelled events of each, for training
-    seed:int,                  # of the share
-    window:int=WINDOW,         # samples
-)->tuple[LabelSpec, list[Labelled], list[Labelled]]: # what is asked; to train on; to validate on
-    "Open the datasets and ask; raises `UserError` where one cannot be used, or has no labels to train or validate on"
-    training, dev = ([open_source(name, split, window) for name in names] for split in ('train', 'dev'))
-    question = ask(column, [value for source in training for value in source.metadata(column)], classes)
+    names: list[str],         # data sets
+    column: str,              # of the metadata
+    classes: list[str]|None,  # classes to use; None: see `ask`
+    fraction: float,          # of the labelled events of each data set, for training
+    seed: int,                # of the choice of events
+    window: int = WINDOW,     # samples
+) -> tuple[LabelSpec, list[Labelled], list[Labelled]]:  # label; training and dev records
+    "Open data sets with labels; raises `UserError` where one has no labels in train or dev"
+    training, dev = ([open_source(name, split, window) for name in names]
+                     for split in ('train', 'dev'))
+    values = [value for source in training for value in source.metadata(column)]
+    question = ask(column, values, classes)
     training = [Labelled(source, question, 'train', window) for source in training]
-    if fraction < 1: training = [source.subset(event_rows(source, fraction, seed)) for source in training]
+    if fraction < 1:
+        training = [source.subset(event_rows(source, fraction, seed)) for source in training]
     question.usual(np.concatenate([source.y for source in training]))
     return question, training, [Labelled(source, question, 'dev', window) for source in dev]

@@ -6,14 +6,14 @@ Docs: https://seismodel.github.io/seismodel/kernels/fused.html.md"""
 
 # %% auto #0
 __all__ = ['BEGIN', 'BOUNDS', 'verdicts', 'TilePlan', 'padded_width', 'uses_scan', 'plan_tiles', 'widths', 'operands', 'plan_for',
-           'gpu', 'fused_forward', 'enter_state', 'leave_state', 'fused_backward', 'FusedMLSTM', 'disagreement',
-           'trusted', 'mlstm_fault', 'mlstm']
+           'gpu', 'fused_forward', 'enter_state', 'leave_state', 'fused_backward', 'FusedMLSTM', 'relative_errors',
+           'largest', 'disagreement', 'find_fault', 'passes_check', 'constant_when_compiled', 'trusted', 'mlstm_fault',
+           'mlstm']
 
 # %% ../../nbs/kernels/04_fused.ipynb #73c15dae
-import logging
 import math
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -213,55 +213,99 @@ class FusedMLSTM(torch.autograd.Function):
         return *grads, None, None, None
 
 # %% ../../nbs/kernels/04_fused.ipynb #9c781ca2
+def relative_errors(
+    found: list[Tensor],   # by the kernels
+    exact: list[Tensor],   # in float64
+) -> list[Tensor]:         # 0-d each
+    "Norm of the difference over norm of the exact tensor, for each pair"
+    return [((a.double() - b).norm()/b.norm()).detach() for a, b in zip(found, exact)]
+
+def largest(
+    errors: list[Tensor],  # 0-d each
+) -> float:                # inf where one is not finite
+    "The largest of several errors"
+    errors = torch.stack([e.double() for e in errors])
+    return torch.where(errors.isfinite(), errors, math.inf).max().item()
+
+# %% ../../nbs/kernels/04_fused.ipynb #0386c4a8
 def disagreement(
     dtype: torch.dtype,     # of q, k and v
     dk: int, dv: int,       # width of a head
     device: torch.device,   # of the kernels
     frames: int = 100,      # T, which decides between tiles and scan
-) -> float:                 # largest relative error of h and of the five gradients, inf where one is not finite
+) -> float:                 # largest relative error of h and of the five gradients
     "Solve a small problem by the kernels and in float64"
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):    # whoever asks, and where
-        generator = torch.Generator().manual_seed(0)
-        draw = lambda *shape: torch.randn(2, 2, frames, *shape, generator=generator, dtype=torch.float64).to(device)
-        q, k, v, dh = (draw(d).to(dtype) for d in (dk, dk, dv, dv))
-        i, f = draw().float(), 3 + draw().float()
-        inputs = [z.requires_grad_() for z in (q, k, v, i, f)]
-        h = FusedMLSTM.apply(*inputs, 1, None, False)[0]
-        found = [h, *torch.autograd.grad(h, inputs, dh)]
-        exact = [z.detach().double().requires_grad_() for z in inputs]
-        h = mlstm_chunkwise(*exact, reverse=1)
-        wanted = [h, *torch.autograd.grad(h, exact, dh.double())]
-    errors = torch.stack([(a.double() - b).norm() / b.norm() for a, b in zip(found, wanted)])
-    return torch.where(errors.isfinite(), errors, math.inf).max().item()
+    generator, size = torch.Generator().manual_seed(0), (2, 2, frames)
+    draw = lambda *d: torch.randn(*size, *d, generator=generator, dtype=torch.float64).to(device)
+    q, k, v, dh = (draw(d).to(dtype) for d in (dk, dk, dv, dv))
+    i, f = draw().float(), 3 + draw().float()
+    inputs = [z.requires_grad_() for z in (q, k, v, i, f)]
+    h = FusedMLSTM.apply(*inputs, 1, None, False)[0]
+    found = [h, *torch.autograd.grad(h, inputs, dh)]
+    exact = [z.detach().double().requires_grad_() for z in inputs]
+    h = mlstm_chunkwise(*exact, reverse=1)
+    return largest(relative_errors(found, [h, *torch.autograd.grad(h, exact, dh.double())]))
 
 # %% ../../nbs/kernels/04_fused.ipynb #7f609751
 BOUNDS = {torch.bfloat16: .04, torch.float16: .01, torch.float32: 1e-3}    # largest error that rounding explains
-verdicts: dict[tuple, bool] = {}                                            # kind of problem -> whether the kernels solve it
 
+def find_fault(
+    solve: Callable[[], float],  # a small problem by the kernels -> their largest relative error
+    bound: float,                # largest error that rounding explains
+    device: torch.device,        # of the kernels
+) -> str:                        # empty if all is well
+    "Why kernels must not be used"
+    if find_spec('triton') is None: return 'Triton is not installed'
+    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else str(device)
+    plain = torch.autocast(device.type, enabled=False)
+    with torch.inference_mode(False), torch.enable_grad(), plain:
+        try: error = solve()
+        except Exception as e:   # a compiler or driver that cannot do it says so in many ways
+            said = ''.join(str(e).splitlines()[:1])[:120]
+            return f'the kernels cannot run on {name} ({type(e).__name__}: {said})'
+    if error < bound: return ''
+    return (f'the kernels are off by {error:.1e} on {name}; a fault of the Triton compiler is '
+            'likely, and 3.7.1 or later may mend it')
+
+# %% ../../nbs/kernels/04_fused.ipynb #7fbba87b
+verdicts: dict[tuple, bool] = {}          # name and kind of problem -> whether the kernels solve it
+
+def passes_check(
+    name: str,                  # of what is computed, for the message
+    kind: tuple,                # what the verdict holds for: device, type, sizes
+    fault: Callable[[], str],   # finds out, see `find_fault`
+) -> bool:
+    "Whether kernels may be used for this kind of problem; says why not, once"
+    if (name, *kind) not in verdicts:
+        why = fault()
+        if why: log.warning('%s runs in plain PyTorch, slower: %s', name, why)
+        verdicts[name, *kind] = not why
+    return verdicts[name, *kind]
+
+# %% ../../nbs/kernels/04_fused.ipynb #3248ca29
+def constant_when_compiled(
+    f: Callable,   # of plain values
+) -> Callable:     # the same
+    "As `torch.compiler.assume_constant_result`, which would import compiler and Triton at once"
+    f._dynamo_marked_constant = True
+    return f
+
+@constant_when_compiled
 def trusted(
     device: torch.device,  # a GPU
     dtype: torch.dtype,    # of q, k and v
     dk: int, dv: int,      # width of a head
     scan: bool,            # with a memory, or tile against tile
 ) -> bool:
-    "Whether the kernels can be used for this kind of problem; says why not, once"
-    kind = device, dtype, dk, dv, scan
-    if kind not in verdicts:
-        fault = mlstm_fault(*kind)
-        if fault: log.warning('mLSTM of %s heads of %d runs in plain PyTorch, several times slower: %s', str(dtype)[6:], max(dk, dv), fault)
-        verdicts[kind] = not fault
-    return verdicts[kind]
+    "Whether the kernels can be used for this kind of problem"
+    name, kind = f'mLSTM of {str(dtype)[6:]} heads of {max(dk, dv)}', (device, dtype, dk, dv, scan)
+    return passes_check(name, kind, lambda: mlstm_fault(*kind))
 
 def mlstm_fault(device: torch.device, dtype: torch.dtype, dk: int, dv: int, scan: bool) -> str:
     "Why the kernels must not be used, or nothing"
     if dtype not in BOUNDS or max(dk, dv) > 256: return 'no kernel is made for them'
-    if find_spec('triton') is None: return 'Triton is not installed'
-    try: error = disagreement(dtype, dk, dv, device, 450 if scan else 100)
-    except Exception as e:   # a compiler or driver that cannot do it says so in many ways
-        return f'{torch.cuda.get_device_name(device)} cannot run the kernels ({type(e).__name__}: {str(e).splitlines()[0][:120] if str(e) else ""})'
-    if error < BOUNDS[dtype]: return ''
-    return (f'the kernels are off by {error:.1e} on {torch.cuda.get_device_name(device)}; a fault of the Triton compiler is likely, '
-            'and 3.7.1 or later may mend it')
+    solve = lambda: disagreement(dtype, dk, dv, device, 450 if scan else 100)
+    return find_fault(solve, BOUNDS[dtype], device)
 
 # %% ../../nbs/kernels/04_fused.ipynb #bbcc026a
 def mlstm(

@@ -12,7 +12,6 @@ __all__ = ['same_padding', 'frames', 'receptive_field', 'TraceConv', 'convolve',
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 # %% ../../nbs/models/01_frontend.ipynb #1775f5cf
 def same_padding(kernel_size:int, # taps of the convolution
@@ -100,5 +99,6 @@ def multiply_adds(module:nn.Module, # any module
                   *inputs:Tensor, # what its forward takes
                   ) -> int: # multiply–adds of its convolutions and matrix products
     "Multiply–adds of one forward pass, counted by PyTorch while it runs (half of its floating point operations)"
+    from torch.utils.flop_counter import FlopCounterMode    # would import Triton with this module
     with torch.no_grad(), FlopCounterMode(display=False) as counter: module(*inputs)
     return counter.get_total_flops()//2

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .quantizer import entropy_perplexity, gather_frames, kernels_for, soft_perplexity, soft_usage
+from ..kernels.choice import kernels_for
+from .quantizer import (MaskedCodes, Quantized, entropy_perplexity, gather_frames,
+                                        soft_perplexity, soft_usage)
 
 # %% ../../nbs/models/07_infonce.ipynb #91f39a38
 def masked_frames(
@@ -139,9 +141,7 @@ def contrastive_mean(
 # %% ../../nbs/models/07_infonce.ipynb #27908db0
 def contrastive_sums(
     predictions: Tensor,  # (B, T, D) output of the context network
-    targets: Tensor,  # (B, M, D) quantized frames at `indices`, projected
-    codes: Tensor,  # (B, M, G) int64 their codes
-    usage: Tensor,  # (G, V) from `quantize_masked` or `soft_usage`
+    quantized: MaskedCodes,  # of the frames at `indices`; vectors (B, M, D): the targets
     indices: Tensor,  # (B, M) int64 frame numbers from `masked_frames`
     valid: Tensor,  # (B, M) bool, which are masked
     n_negatives: int = 100,  # K
@@ -151,25 +151,26 @@ def contrastive_sums(
     "InfoNCE at the masked frames with fresh negatives, in fp32. ValueError if settings are out of range."
     if n_negatives < 1 or temperature <= 0:
         raise ValueError(f'n_negatives {n_negatives} must be at least 1 and temperature {temperature} above 0')
-    masked = valid.sum().to(usage.dtype)
-    kernels = kernels_for(predictions)
+    targets, codes, usage = quantized
+    masked, kernels = valid.sum().to(usage.dtype), kernels_for(predictions)
     if kernels and kernels.take(predictions, targets, n_negatives):
-        loss, hits, counted, collided = kernels.fused_info_nce_sums(predictions, targets, codes, indices, valid, usage.shape[1],
-                                                              n_negatives, temperature, generator)
+        loss, hits, counted, collided = kernels.fused_info_nce_sums(
+            predictions, targets, codes, indices, valid, usage.shape[1], n_negatives, temperature,
+            generator)
         return ContrastiveSums(loss, usage, masked, counted, hits, collided)
     valid = valid & (valid.sum(1, keepdim=True) > 1)        # a lone masked frame has no negative
     picks = negatives(valid, n_negatives, generator)        # (B, M, K)
     collided = duplicate_negatives(codes, picks)
-    loss, hits, counted = info_nce_sums(gather_frames(predictions, indices), targets, picks, collided, valid, temperature)
-    return ContrastiveSums(loss, usage, masked, counted, hits, (collided & valid.unsqueeze(-1)).sum().to(usage.dtype))
+    predictions = gather_frames(predictions, indices)
+    loss, hits, counted = info_nce_sums(predictions, targets, picks, collided, valid, temperature)
+    collided = (collided & valid.unsqueeze(-1)).sum().to(usage.dtype)
+    return ContrastiveSums(loss, usage, masked, counted, hits, collided)
 
 # %% ../../nbs/models/07_infonce.ipynb #8f1b0cc2
 def contrastive_loss(
     predictions: Tensor,  # (B, T, D) output of the context network
-    targets: Tensor,  # (B, T, D) quantized frames, projected
+    quantized: Quantized,  # of all frames; vectors (B, T, D): the targets, projected
     mask: Tensor,  # (B, T) bool, masked frames
-    codes: Tensor,  # (B, T, G) int64 codes of the frames
-    code_logits: Tensor,  # (B, T, G, V) scores of the codes
     n_negatives: int = 100,  # K
     temperature: float = 0.1,  # tau of InfoNCE
     diversity_weight: float = 0.1,  # weight of the diversity term
@@ -177,11 +178,15 @@ def contrastive_loss(
     generator: torch.Generator | None = None,  # of the negatives
 ) -> ContrastiveLoss:
     "The loss of wav2vec 2.0 in fp32; rows with fewer than 2 masked frames count nothing. ValueError if shapes differ."
-    if predictions.shape != targets.shape or any(t.shape[:2] != mask.shape for t in (targets, codes, code_logits)):
-        shapes = [tuple(t.shape) for t in (predictions, targets, mask, codes, code_logits)]
-        raise ValueError('shapes differ: predictions {}, targets {}, mask {}, codes {}, code_logits {}'.format(*shapes))
+    targets, codes, logits = quantized
+    if predictions.shape != targets.shape or any(t.shape[:2] != mask.shape for t in quantized):
+        shapes = [tuple(t.shape) for t in (predictions, mask, *quantized)]
+        names = 'predictions {}, mask {}, targets {}, codes {}, logits {}'
+        raise ValueError('shapes differ: ' + names.format(*shapes))
     mask = mask & (mask.sum(1, keepdim=True) > 1)           # a lone masked frame has no negative
-    indices, valid = masked_frames(mask, most)               # (B, M) both
-    sums = contrastive_sums(predictions, gather_frames(targets, indices), gather_frames(codes, indices),
-                            soft_usage(code_logits, mask), indices, valid, n_negatives, temperature, generator)
+    indices, valid = masked_frames(mask, most)              # (B, M) both
+    at = [gather_frames(z, indices) for z in (targets, codes)]
+    masked = MaskedCodes(*at, soft_usage(logits, mask))
+    sums = contrastive_sums(predictions, masked, indices, valid, n_negatives, temperature,
+                            generator)
     return contrastive_mean(sums, n_negatives, diversity_weight)

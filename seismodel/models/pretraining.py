@@ -209,11 +209,14 @@ def infonce_loss(
 )->tuple[torch.Tensor, dict]: # 0-d loss; name -> 0-d metric
     "InfoNCE over the masked frames plus the diversity of the codes"
     k = c.encoder
-    indices, valid = masked_frames(mask, max_masked(mask.shape[1], k.mask_prob, k.mask_length, k.mask_mode))
+    most = max_masked(mask.shape[1], k.mask_prob, k.mask_length, k.mask_mode)
+    indices, valid = masked_frames(mask, most)
     with draws():
-        targets, codes, usage = encoder.masked_targets(clean, indices, valid, generator)     # nothing at visible frames
-        sums = contrastive_sums(predictions, targets, codes, usage, indices, valid, c.negatives, c.temperature, generator)
-    *sums, taken = all_reduce_mean(average, [*sums, code_usage(codes, k.num_codevectors_per_group, valid).float()])
+        quantized = encoder.masked_targets(clean, indices, valid, generator)    # of hidden frames
+        sums = contrastive_sums(predictions, quantized, indices, valid, c.negatives, c.temperature,
+                                generator)
+    taken = code_usage(quantized.codes, k.num_codevectors_per_group, valid).float()
+    *sums, taken = all_reduce_mean(average, [*sums, taken])
     out = contrastive_mean(ContrastiveSums(*sums), c.negatives, c.diversity_weight)     # taken is (G, V)
     codes_used = entropy_perplexity(taken/taken.sum(-1, keepdim=True).clamp_min(1))
     return out.loss, dict(contrastive=out.contrastive, diversity=out.diversity, accuracy=out.accuracy,

@@ -7,17 +7,16 @@ Docs: https://seismodel.github.io/seismodel/models/quantizer.html.md"""
 # %% auto #0
 __all__ = ['gumbel_noise', 'straight_through', 'look_up', 'Quantized', 'GumbelVectorQuantizer', 'entropy_perplexity',
            'soft_usage', 'soft_perplexity', 'code_usage', 'hard_perplexity', 'dead_codes', 'MaskedCodes',
-           'gather_frames', 'triton_kernels', 'kernels_for', 'quantize_masked', 'temperature_at']
+           'gather_frames', 'quantize_masked', 'temperature_at']
 
 # %% ../../nbs/models/03_quantizer.ipynb #1acaf7c5
-import logging
 import math
-from functools import cache
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from ..kernels.choice import kernels_for
 
 # %% ../../nbs/models/03_quantizer.ipynb #1769b0bd
 def gumbel_noise(
@@ -162,26 +161,6 @@ def gather_frames(
 ) -> Tensor:  # (B, M, D)
     "The frames at these indices."
     return x.gather(1, indices.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-
-# %% ../../nbs/models/03_quantizer.ipynb #4ca34ca0
-@cache
-def triton_kernels(
-    device: torch.device,  # a GPU
-) -> ModuleType | None:  # the module `loss_kernels`
-    "The kernels of quantizer and loss; None, and one line in the log, where they cannot be imported or give wrong results."
-    try:
-        from seismodel.kernels import check as loss_check, triton_infonce as loss_kernels
-        fault = loss_check.infonce_fault(device)
-    except ImportError as error: fault = f'Triton is missing ({error})'
-    if not fault: return loss_kernels
-    logging.getLogger('seismodel').warning('quantizer and loss run in their slower form on %s: %s', device, fault)
-
-
-def kernels_for(
-    x: Tensor,  # an input
-) -> ModuleType | None:  # `loss_kernels`; None: use plain PyTorch
-    "The kernels where `x` lies on a GPU that can run them."
-    return triton_kernels(x.device) if x.is_cuda else None
 
 # %% ../../nbs/models/03_quantizer.ipynb #d2632b5f
 def quantize_masked(

@@ -1,4 +1,4 @@
-"""A catalogue and an archive become a labelled data set in one command; and a picker checks the labels, station by station
+"""From a catalogue and an archive to a labelled data set, and a check of its labels with a picker
 
 Docs: https://seismodel.github.io/seismodel/picking/dataset.html.md"""
 
@@ -9,7 +9,6 @@ __all__ = ['NEAR', 'MOST_CHECKED', 'Residual', 'labelled_stream', 'residuals_of'
            'suspicions', 'draw_residuals', 'write_check', 'dataset']
 
 # %% ../../nbs/picking/05_dataset.ipynb #caf7ce5c
-import csv
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -19,18 +18,18 @@ from fastcore.meta import delegates
 from ..core import UserError, pick_device, progress_bar
 from ..data.archive import Selection, open_archive
 from ..data.build_dataset import Built, DatasetOptions, build_dataset
-from ..data.catalogue import read_catalogue
+from ..data.catalogue import read_catalogue, source_column
 from ..data.dataset_report import (PHASE_COLORS, onsets_in, read_back, station_of,
                                            write_report)
-from ..files import write_atomically
+from ..files import write_atomically, write_csv
 from ..signals.records import COMPONENTS, SAMPLING_RATE
 
 # %% ../../nbs/picking/05_dataset.ipynb #f269b4e1
-NEAR = 3.             # s in which a pick is looked for
-MOST_CHECKED = 1000   # records
+NEAR = 3.             # s, the largest residual
+MOST_CHECKED = 1000   # records that are picked
 
 class Residual(NamedTuple):
-    "A label beside the nearest pick of a picker"
+    "A label and the nearest pick"
     station: str    # NET.STA
     time: str       # of the first sample of the record
     event: str
@@ -38,11 +37,12 @@ class Residual(NamedTuple):
     sample: float   # of the label
     seconds: float  # pick minus label; NaN where there is no pick near it
 
+# %% ../../nbs/picking/05_dataset.ipynb #5179b865
 def labelled_stream(
-    row: dict,  # of the table
-    x: np.ndarray,  # (3, samples)
-):  # obspy.Stream
-    "A record as a picker takes it"
+    row: dict,      # of the table of records
+    x: np.ndarray,  # (3, samples), Z N E
+):                  # obspy.Stream
+    "A record as a stream of the components that were recorded"
     from obspy import Stream, Trace, UTCDateTime
     head = dict(network=row['station_network_code'], station=row['station_code'],
                 sampling_rate=SAMPLING_RATE,
@@ -52,15 +52,16 @@ def labelled_stream(
     return Stream([Trace(np.ascontiguousarray(trace), head | {'channel': row['trace_channel'] + c})
                    for c, trace in there if c in row['trace_components_present']])
 
+# %% ../../nbs/picking/05_dataset.ipynb #4d2628e0
 def residuals_of(
-    row: dict,  # of the table
-    picks: list,  # of SeisBench's Pick, found in the record
+    row: dict,        # of the table of records
+    picks: list,      # of SeisBench's Pick, found in the record
 ) -> list[Residual]:  # one per label
-    "Each label and the nearest pick of its phase"
+    "Residuals of the labels of a record"
     from obspy import UTCDateTime
     start, out = UTCDateTime(row['trace_start_time']), []
     for phase, number, sample in onsets_in(row):
-        event = row.get('source_id' if number == 1 else f'source_id_{number}', '')
+        event = row.get(source_column(number), '')
         away = [p.peak_time - start - sample/SAMPLING_RATE for p in picks if p.phase == phase]
         nearest = min(away, key=abs, default=np.nan)
         out.append(Residual(station_of(row), row['trace_start_time'], event, phase, sample,
@@ -69,35 +70,37 @@ def residuals_of(
 
 # %% ../../nbs/picking/05_dataset.ipynb #829cbee0
 def check_labels(
-    built: Built,
-    model,  # a SeisBench WaveformModel in evaluation mode
-) -> tuple[list[Residual], int, int]:  # residuals; records of noise, and those of them with a pick
-    "Pick at most 1,000 random records, and compare"
+    built: Built,   # from `build_dataset`
+    model: object,  # a SeisBench WaveformModel in evaluation mode
+) -> tuple[list[Residual], int, int]:  # residuals; noise records, and those of them with a pick
+    "Pick at most 1,000 random records and compare with their labels"
     count = len(built.rows)
     some = sorted(np.random.default_rng(1).choice(count, min(MOST_CHECKED, count),
                                                   replace=False).tolist())
-    residuals, noise, heard, waveforms = [], 0, 0, read_back(built, some)
-    for k, x in progress_bar(zip(some, waveforms), desc='check', total=len(some), leave=False, disable=len(some) < 50):
+    residuals, noise, picked, pairs = [], 0, 0, zip(some, read_back(built, some))
+    for k, x in progress_bar(pairs, desc='check', total=len(some), leave=False,
+                             disable=len(some) < 50):
         row = built.rows[k]
         picks = model.classify(labelled_stream(row, x)).picks
-        if row['trace_category'] == 'noise': noise, heard = noise + 1, heard + (len(picks) > 0)
+        if row['trace_category'] == 'noise': noise, picked = noise + 1, picked + (len(picks) > 0)
         else: residuals += residuals_of(row, picks)
-    return residuals, noise, heard
+    return residuals, noise, picked
 
 # %% ../../nbs/picking/05_dataset.ipynb #c436821b
 class StationCheck(NamedTuple):
     "Residuals of a phase at a station"
     station: str
     phase: str
-    labels: int
-    found: int       # with a pick near
+    labels: int      # number of labels
+    found: int       # number of labels with a pick within three seconds
     median: float    # s; NaN where none was found
-    spread: float    # s
+    spread: float    # s; 1.4826 times the median absolute deviation
 
+# %% ../../nbs/picking/05_dataset.ipynb #5636aa0c
 def by_station(
     residuals: list[Residual],
-) -> list[StationCheck]:  # the largest medians first
-    "Median and spread at every station"
+) -> list[StationCheck]:  # largest medians first
+    "Median and spread of the residuals of each station and phase"
     groups = {}
     for r in residuals: groups.setdefault((r.station, r.phase), []).append(r.seconds)
     out = []
@@ -108,10 +111,11 @@ def by_station(
         out.append(StationCheck(station, phase, len(seconds), len(found), median, spread))
     return sorted(out, key=lambda c: -abs(np.nan_to_num(c.median)))
 
+# %% ../../nbs/picking/05_dataset.ipynb #8323abe7
 def suspicions(
     checks: list[StationCheck],
 ) -> list[str]:  # sentences
-    "Stations whose labels should be looked at"
+    "Stations whose labels should be inspected"
     out = []
     for phase in 'PS':
         own = [c for c in checks if c.phase == phase and c.labels >= 5]
@@ -129,10 +133,10 @@ def suspicions(
 def draw_residuals(
     residuals: list[Residual],
 ):  # matplotlib Figure
-    "Residuals of P and S at each station"
+    "Draw the residuals of P and S at each station"
     from matplotlib.figure import Figure
     stations = sorted({r.station for r in residuals})
-    fig = Figure(figsize=(9, 1.2 + .22*len(stations)), layout='constrained')
+    fig = Figure(figsize=(9, 1.4 + .25*len(stations)), layout='constrained')
     for ax, phase in zip(fig.subplots(1, 2, sharey=True), 'PS'):
         own = [r for r in residuals if r.phase == phase and r.seconds == r.seconds]
         places = [stations.index(r.station) for r in own]
@@ -141,27 +145,25 @@ def draw_residuals(
         ax.axvline(0, color='.3', lw=.8)
         ax.set(xlim=(-NEAR, NEAR), xlabel=f'{phase} of the picker minus label in s',
                yticks=range(len(stations)))
-        ax.set_yticklabels(stations, fontsize=7)
+        ax.set_yticklabels(stations, fontsize=9)
     return fig
 
+# %% ../../nbs/picking/05_dataset.ipynb #f9daeb77
 def write_check(
-    built: Built,
-    model,  # a SeisBench WaveformModel
-) -> list[str]:  # lines
-    "Residuals as a table, a picture and sentences, beside the report"
-    residuals, noise, heard = check_labels(built, model)
+    built: Built,   # from `build_dataset`
+    model: object,  # a SeisBench WaveformModel in evaluation mode
+) -> list[str]:     # lines of the report
+    "Write the residuals as a table and a figure into the folder of the report; summarise them"
+    residuals, noise, picked = check_labels(built, model)
     checks, folder = by_station(residuals), built.folder/'report'
-    def write(part):
-        with open(part, 'w', newline='', encoding='utf-8') as f:
-            csv.writer(f).writerows([Residual._fields, *residuals])
-    write_atomically(folder/f'{built.piece}_residuals.csv', write)
+    write_csv(folder/f'{built.piece}_residuals.csv', Residual._fields, residuals)
     fig = draw_residuals(residuals)
     figure = folder/f'{built.piece}_residuals.png'
     write_atomically(figure, lambda part: fig.savefig(part, format='png', dpi=110))
     lines = [f"{'station':12}{'phase':>6}{'labels':>8}{'found':>7}{'median s':>10}{'spread s':>10}"]
     lines += [f'{c.station:12}{c.phase:>6}{c.labels:8}{c.found:7}{c.median:10.2f}{c.spread:10.2f}'
               for c in checks[:20]]
-    return lines + [f'records of noise with a pick: {heard} of {noise}', *suspicions(checks)]
+    return lines + [f'records of noise with a pick: {picked} of {noise}', *suspicions(checks)]
 
 # %% ../../nbs/picking/05_dataset.ipynb #a69a583d
 @delegates(Selection)
@@ -169,13 +171,13 @@ def dataset(
     picks: Annotated[str, {'opt': False, 'nargs': '+'}],  # files, folders or patterns: QuakeML, …
     waveforms: str = None,     # archive: a file, folder or pattern of miniSEED, SAC, …
     out: Path = None,          # folder of the data set
-    before: float = 30.,       # s before the first pick of an event at a station
-    after: float = 60.,        # s after it
+    before: float = 30.,       # length of a record before the first pick of its event, s
+    after: float = 60.,        # length of a record after that pick, s
     noise: float = .2,         # fraction of the records that are noise
     split_by: str = 'event',   # event, time, station or region
-    columns: str = None,       # of CSV tables, such as time=pick_time,station=sta
-    append: bool = False,      # add to the data set that is there
-    check: str = None,         # picker that looks at the labels, as --model of `pick` takes it
+    columns: str = None,       # columns of CSV tables, such as time=pick_time,station=sta
+    append: bool = False,      # add to an existing data set
+    check: str = None,         # check labels with a picker, named as for --model of `pick`
     **selection,
 ) -> Path:  # the folder
     "Make a labelled data set of picks and continuous waveforms"
@@ -184,21 +186,26 @@ def dataset(
     if not out: raise UserError('Say where the data set is to be written, with --out FOLDER.')
     options = DatasetOptions(before, after, noise, split_by, append)
     selection = Selection(**selection)
-    model = _checker(check)                              # wrong names are told before hours of work
+    model = _checker(check)                                # a wrong name is reported first
     catalogue = read_catalogue(picks, columns)
     archive = open_archive(waveforms, selection=selection)
     archive.require(str(waveforms))
     built = build_dataset(catalogue, archive, Path(out), options, selection.inventory)
-    text = write_report(built)
-    if model:
-        text = '\n'.join([text, *write_check(built, model)])
-        write_atomically(built.folder/f'report/{built.piece}.txt',
-                         lambda part: part.write_text(text + '\n', encoding='utf-8'))
-    print(f"{text}\nreport  {built.folder/'report'}")
+    print(f"{_report(built, model)}\nreport  {built.folder/'report'}")
     return built.folder
 
+# %% ../../nbs/picking/05_dataset.ipynb #3f422cb3
+def _report(built, model):
+    "Write the report, with the check of the labels where there is a model"
+    text = write_report(built)
+    if not model: return text
+    text = '\n'.join([text, *write_check(built, model)])
+    write_atomically(built.folder/f'report/{built.piece}.txt',
+                     lambda part: part.write_text(text + '\n', encoding='utf-8'))
+    return text
+
 def _checker(name):
-    "The picker that checks, or None"
+    "The picker for `--check`, or None"
     if not name: return None
     from seismodel.picking.seisbench_model import open_picker
     return open_picker(name).to(pick_device('auto'))

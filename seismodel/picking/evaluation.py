@@ -7,13 +7,13 @@ Docs: https://seismodel.github.io/seismodel/picking/evaluation.html.md"""
 # %% auto #0
 __all__ = ['KEYS', 'STAMP', 'window_around', 'labelled', 'picks_of', 'task1_targets', 'task23_targets', 'metadata_digest',
            'check_stamp', 'read_targets', 'targets', 'curves', 'predict', 'residuals', 'event_names', 'score_tasks',
-           'pick_benchmark', 'score_records', 'found_within', 'summarise', 'is_window_model', 'evaluate_column',
-           'evaluate']
+           'predict_tasks', 'pick_benchmark', 'score_records', 'found_within', 'summarise', 'is_window_model',
+           'evaluate_column', 'open_labelled', 'score_picker', 'evaluate']
 
 # %% ../../nbs/picking/04_evaluation.ipynb #2f42ced0
 import json
 from pathlib import Path
-from typing import Callable
+from typing import Annotated, Callable
 
 import numpy as np
 import pandas as pd
@@ -28,7 +28,7 @@ from ..statistics import ONSET_METRICS, auc, best_threshold, bootstrap, mcc
 from ..signals.records import COMPONENTS, SAMPLING_RATE, reason
 from ..signals.source import digest
 from ..core import UserError, pick_device
-from .matching import match_records, pick_records
+from .matching import labels_of, match_records, pick_records
 
 
 # %% ../../nbs/picking/04_evaluation.ipynb #3b106743
@@ -252,26 +252,37 @@ def score_tasks(
     return pd.DataFrame([(task, name, *bootstrap(metric, table, draws=draws), len(table)) for task, name, metric, table in jobs],
                         columns=['task', 'metric', 'value', 'low', 'high', 'n'])
 
-def pick_benchmark(
-    model,   # any picker of SeisBench's kind
-    dataset,               # a SeisBench data set
-    folder:str|Path,       # of the targets, see `targets`
-    split:str='test',      # that is scored
-    context:int|None=None, # samples that the model sees, see `predict`
-    draws:int=500,         # of the bootstrap
-)->pd.DataFrame: # see `score_tasks`
-    "All three tasks of a picker on a data set"
-    table = dataset.metadata
+# %% ../../nbs/picking/04_evaluation.ipynb #42411863
+def predict_tasks(
+    model,                  # any picker of SeisBench's kind
+    dataset,                # a SeisBench data set
+    folder: str|Path,       # of the targets, see `targets`
+    split: str = 'test',    # that is scored
+    context: int|None = None,  # samples that the model sees, see `predict`
+) -> list[pd.DataFrame]:    # predictions of task 1; of tasks 2 and 3 on dev; of these on the split
+    "What a picker says about the targets of a data set, with the event of each trace"
+    table, parts = dataset.metadata, []
     events = event_names(table)
-    parts = []
     for t, splits in zip(targets(dataset, folder), ([split], ['dev', split])):
         keys = [k for k in KEYS if k in t]
         known = dict(zip(zip(*(table[k] for k in keys)), events))
         for s in splits:
             part = t[t['trace_split'] == s]
-            if not len(part): raise UserError(f"the targets in '{folder}' have no window in the split '{s}'.")
-            parts.append(predict(model, dataset, part.assign(event=[known.get(k) for k in zip(*(part[k] for k in keys))]), context))
-    task1, dev, task23 = parts
+            if not len(part):
+                raise UserError(f"the targets in '{folder}' have no window in the split '{s}'.")
+            part = part.assign(event=[known.get(k) for k in zip(*(part[k] for k in keys))])
+            parts.append(predict(model, dataset, part, context))
+    return parts
+
+def pick_benchmark(
+    model,                  # any picker of SeisBench's kind
+    dataset,                # a SeisBench data set
+    folder: str|Path,       # of the targets, see `targets`
+    split: str = 'test',    # that is scored
+    draws: int = 500,       # of the bootstrap
+) -> pd.DataFrame:          # see `score_tasks`
+    "All three tasks of a picker on a data set"
+    task1, dev, task23 = predict_tasks(model, dataset, folder, split)
     return score_tasks(dev, task1, task23, draws)
 
 # %% ../../nbs/picking/04_evaluation.ipynb #76cfb93c
@@ -332,48 +343,90 @@ def is_window_model(
 
 def evaluate_column(
     model: str,       # folder of a run of `finetune --column`
-    data: str|None,   # None: what it was trained on
+    data: list[str],  # none: what it was trained on
     split: str,       # train, dev or test
     device: str,      # see `pick_device`
     out: Path|None,   # None: the split's name in the run's folder
 ) -> Path:            # the folder of the tables
     "Score a model for windows; raises `UserError` where it does not say what it was trained on"
-    names = [data] if data else read_config(model).get('finetune_window', {}).get('data')
+    names = data or read_config(model).get('finetune_window', {}).get('data')
     if not names: raise UserError('Say which labels, with --data FOLDER.')
     out = Path(out or Path(model)/split)
     score_window_model(load_window_model(model).to(pick_device(device)), names, split, out)
     return out
 
+# %% ../../nbs/picking/04_evaluation.ipynb #a57ea25b
+def open_labelled(
+    names: list[str],  # folders or names of SeisBench data sets
+    split: str,        # that will be scored
+) -> dict:             # short name -> data set with a column `split`
+    "Raises `UserError` for a data set that has nothing to score"
+    found = {}
+    for name in names:
+        dataset = open_dataset(name)
+        table = dataset.metadata
+        table['split'] = split_column(table, name)     # where it has none, by event as in training
+        if split not in set(table['split']):
+            raise UserError(f"'{name}' has no trace in the split '{split}'.")
+        if not any(np.isfinite(onsets(table, p)).any() for p in PHASES):
+            raise UserError(f"'{name}' has no P and no S pick: there is nothing to score.")
+        short = Path(name).name
+        if short in found: short = f'{short}-{len(found) + 1}'
+        if len(names) > 1 and 'trace_dataset' not in table: table['trace_dataset'] = short
+        found[short] = dataset
+    return found
+
+# %% ../../nbs/picking/04_evaluation.ipynb #29e376a3
+def score_picker(
+    model,                  # any picker of SeisBench's kind
+    sets: dict,             # from `open_labelled`
+    folder: Path,           # of the targets; of several sets: of a folder for each
+    split: str = 'test',    # that is scored
+    threshold: float = .3,  # that a peak must reach in a record
+    context: int|None = None,  # samples that the model sees, see `predict`
+) -> dict[str, pd.DataFrame]:  # tasks, records, matches, summary
+    "All three tasks and the score by record, over all data sets together"
+    tasks, records, found, labels = [], [], [], []
+    for name, dataset in sets.items():
+        several = len(sets) > 1
+        own = lambda t: t.assign(event=name + '/' + t['event']) if several else t
+        where = folder/name if several else folder
+        tasks.append(map(own, predict_tasks(model, dataset, where, split, context)))
+        part = dataset.get_split(split)
+        picks = pick_records(model, part, threshold, progress=True)
+        records.append(own(score_records(model, part, threshold, found=picks)))
+        found, labels = found + picks, labels + labels_of(part)
+    task1, dev, task23 = (pd.concat(tables, ignore_index=True) for tables in zip(*tasks))
+    records = pd.concat(records, ignore_index=True)
+    return {'tasks': score_tasks(dev, task1, task23), 'records': records,
+            'matches': match_records(found, labels), 'summary': summarise(records)}
+
 # %% ../../nbs/picking/04_evaluation.ipynb #e52ddf35
 def evaluate(
     model:str, # a name of the box, folder of a fine-tuning run, a name in SeisBench's cache, or CLASS:NAME for a picker of SeisBench such as PhaseNet:stead
-    data:str=None, # a SeisBench dataset with picks, by folder or by name; of a run with --column a dataset or store with that column, its own if not given
+    data:Annotated[str, {'action': 'append'}]=None, # a SeisBench dataset with picks, by folder or by name; of a run with --column a dataset or store with that column, its own if not given; may be given several times
     split:str='test', # train, dev or test; thresholds of a picker come from dev
-    targets:Path=None, # folder with task1.csv and task23.csv, published ones for example; made in OUT if not given
+    targets:Path=None, # folder with task1.csv and task23.csv, published ones for example, of several datasets with a folder of each; made in OUT if not given
     threshold:float=None, # probability that counts as a pick in a record; .3 if not given
     context:int=None, # samples that the model sees around a target; its own window if not given
     device:str='auto', # auto, cpu, cuda or cuda:N
     out:Path=None, # folder for the tables; if not given `evaluation`, of a run with --column the split's name in its folder
 )->Path: # the folder
     "Score a picker on the pick-benchmark's three tasks and on whole records, or a model for windows on a column"
+    names = [data] if isinstance(data, (str, Path)) else list(data or ())
     if is_window_model(model):
         for name, value in (('targets', targets), ('threshold', threshold), ('context', context)):
             if value is not None: raise UserError(f"--{name} is for pickers, and '{model}' answers a question about windows; leave it out.")
-        return evaluate_column(model, data, split, device, out)
-    if not data: raise UserError('Say which labels, with --data FOLDER.')
-    dataset, out = open_dataset(data), Path(out or 'evaluation')
+        return evaluate_column(model, names, split, device, out)
+    if not names: raise UserError('Say which labels, with --data FOLDER.')
+    sets, out = open_labelled(names, split), Path(out or 'evaluation')
     from seismodel.picking.seisbench_model import open_picker
     net = open_picker(model).to(pick_device(device))
-    dataset.metadata['split'] = split_column(dataset.metadata, data)               # by event, as in training, where the table has none
-    if split not in set(dataset.metadata['split']): raise UserError(f"'{data}' has no trace in the split '{split}'.")
-    if not any(np.isfinite(onsets(dataset.metadata, p)).any() for p in PHASES): raise UserError(f"'{data}' has no P and no S pick: there is nothing to score.")
-    tables = {'tasks': pick_benchmark(net, dataset, targets or out/'targets', split, context)}
-    records, threshold = dataset.get_split(split), .3 if threshold is None else threshold
-    found = pick_records(net, records, threshold, progress=True)
-    tables['records'] = score_records(net, records, threshold, found=found)
-    tables['matches'] = match_records(found, records)                              # all events of a record, one to one
-    tables['summary'] = summarise(tables['records'])
+    threshold = .3 if threshold is None else threshold
+    tables = score_picker(net, sets, Path(targets or out/'targets'), split, threshold, context)
     out.mkdir(parents=True, exist_ok=True)
-    for name, table in tables.items(): write_atomically(out/f'{name}.csv', lambda part, table=table: table.to_csv(part, index=False))
+    for name, table in tables.items():
+        write = lambda part, table=table: table.to_csv(part, index=False)
+        write_atomically(out/f'{name}.csv', write)
     for name in ('tasks', 'summary', 'matches'): print(tables[name].round(3).to_string(index=False))
     return out

@@ -1,4 +1,4 @@
-"""Precision, recall, F1 and residuals where a window holds several events, false picks per hour, and recall of the second event and later ones
+"""Scores for windows with several events: precision, recall, F1, residuals, false picks per hour
 
 Docs: https://seismodel.github.io/seismodel/picking/matching.html.md"""
 
@@ -24,30 +24,31 @@ from ..signals.several_events import events_of_row, parse_zones
 
 # %% ../../nbs/picking/03c_matching.ipynb #d4d50e1c
 def match_picks(
-    picks: np.ndarray,  # (n,) samples
+    picks: np.ndarray,   # (n,) samples
     onsets: np.ndarray,  # (m,) samples
-    within: float,  # samples
-) -> tuple[np.ndarray, np.ndarray]:  # numbers of picks and of the onsets that they are paired with
-    "Pair picks and onsets one to one"
+    within: float,       # tolerance, samples
+) -> tuple[np.ndarray, np.ndarray]:  # (k,) and (k,): indices of picks and of their onsets
+    "Match picks and onsets one to one"
     if not len(picks) or not len(onsets): return np.empty(0, int), np.empty(0, int)
     away = np.abs(np.subtract.outer(np.asarray(picks, float), np.asarray(onsets, float)))
-    far = 1 + within*(min(away.shape) + 1)               # dearer than all allowed pairs together
+    far = 1 + within*(min(away.shape) + 1)               # more than all allowed pairs together
     i, j = linear_sum_assignment(np.where(away <= within, away, far))
     near = away[i, j] <= within
     return i[near], j[near]
 
 # %% ../../nbs/picking/03c_matching.ipynb #9b1ca36f
 class WindowLabels(NamedTuple):
-    "What is known of a window"
-    events: np.ndarray     # (A, 2) P and S in samples, NaN where there is none
-    zones: tuple = ((), ())   # for P and for S: [first, last) samples in which nobody knows
-    samples: int = 4096    # of the window
+    "Labels of a window"
+    events: np.ndarray       # (A, 2) P and S of each event in samples, NaN where there is none
+    zones: tuple = ((), ())  # for P and S: [first, last) samples, maybe with unlabelled onsets
+    samples: int = 4096      # length of the window
 
+# %% ../../nbs/picking/03c_matching.ipynb #eb4b8ea9
 def score_window(
     picks: dict[str, np.ndarray],  # 'P' and 'S' -> samples
-    labels: WindowLabels,
-    seconds: float = .3,  # tolerance
-) -> list[dict]:  # phase, order (1 for the first event, 0 for a false pick), found, residual in s
+    labels: WindowLabels,          # of the same window
+    seconds: float = .3,           # tolerance, s
+) -> list[dict]:  # phase, order (1: first event, 0: false pick), found, residual in s
     "Onsets and false picks of a window"
     rows = []
     first = np.where(np.isnan(labels.events), np.inf, labels.events).min(1, initial=np.inf)
@@ -57,17 +58,20 @@ def score_window(
         i, j = match_picks(picks[phase], events[there, k], seconds*SAMPLING_RATE)
         partner = dict(zip(j.tolist(), i.tolist()))
         for n, event in enumerate(there):
-            late = (picks[phase][partner[n]] - events[event, k])/SAMPLING_RATE if n in partner else np.nan
-            rows.append(dict(phase=phase, order=int(event) + 1, found=n in partner, residual=late))
+            late = picks[phase][partner[n]] - events[event, k] if n in partner else np.nan
+            rows.append(dict(phase=phase, order=int(event) + 1, found=n in partner,
+                             residual=late/SAMPLING_RATE))
         unknown = lambda t: any(a <= t < b for a, b in labels.zones[k])
-        left = [t for n, t in enumerate(picks[phase]) if n not in set(i.tolist()) and not unknown(t)]
+        matched = set(i.tolist())
+        left = [t for n, t in enumerate(picks[phase]) if n not in matched and not unknown(t)]
         rows += [dict(phase=phase, order=0, found=False, residual=np.nan)]*len(left)
     return rows
 
+# %% ../../nbs/picking/03c_matching.ipynb #965500ce
 def score_windows(
-    picks: list[dict],  # of each window, see `score_window`
-    labels: list[WindowLabels],
-    seconds: tuple = (.1, .3, .5),  # tolerances
+    picks: list[dict],              # of each window, see `score_window`
+    labels: list[WindowLabels],     # of each window
+    seconds: tuple = (.1, .3, .5),  # tolerances, s
 ) -> pd.DataFrame:  # window, within, phase, order, found, residual
     "Onsets and false picks of many windows at several tolerances"
     rows = [dict(window=k, within=t, **row) for t in seconds
@@ -77,27 +81,28 @@ def score_windows(
 # %% ../../nbs/picking/03c_matching.ipynb #a7d59901
 def summarise_matches(
     table: pd.DataFrame,  # from `score_windows`
-    hours: float,  # that all windows last together
-) -> pd.DataFrame:  # one row per tolerance and phase
-    "Precision, recall, F1, residuals, false picks per hour; recall of first events and of later ones"
+    hours: float,         # total length of all windows
+) -> pd.DataFrame:        # one row per tolerance and phase
+    "Precision, recall (of first and later events too), F1, residuals, false picks per hour"
     rows = []
     for (within, phase), t in table.groupby(['within', 'phase']):
         onsets, tp = t[t.order > 0], int(t.found.sum())
         false, missed = int((t.order == 0).sum()), int((~onsets.found).sum())
         later = onsets[onsets.order > 1]
         late = t.residual.dropna()
-        rows.append(dict(within=within, phase=phase, onsets=len(onsets), precision=tp/max(tp + false, 1),
-                         recall=tp/max(len(onsets), 1), F1=2*tp/max(2*tp + false + missed, 1),
-                         recall_first=onsets[onsets.order == 1].found.mean(), recall_later=later.found.mean(),
-                         median=late.median(), spread=1.4826*(late - late.median()).abs().median(),
-                         false_per_hour=false/hours))
+        rows.append(dict(
+            within=within, phase=phase, onsets=len(onsets), precision=tp/max(tp + false, 1),
+            recall=tp/max(len(onsets), 1), F1=2*tp/max(2*tp + false + missed, 1),
+            recall_first=onsets[onsets.order == 1].found.mean(), recall_later=later.found.mean(),
+            median=late.median(), spread=1.4826*(late - late.median()).abs().median(),
+            false_per_hour=false/hours))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/picking/03c_matching.ipynb #411a778d
 def labels_of(
-    dataset,  # a SeisBench data set
-) -> list[WindowLabels]:  # of each record, samples at 100 Hz
-    "What is known of the records of a data set"
+    dataset: object,  # a SeisBench WaveformDataset
+) -> list[WindowLabels]:  # of each record, in samples at 100 Hz
+    "Labels of the records of a data set"
     table, out = dataset.metadata, []
     own = np.stack([onsets(table, phase) for phase in 'PS'], 1)
     for k, row in enumerate(table.to_dict('records')):
@@ -109,25 +114,27 @@ def labels_of(
             if isinstance(text, str): zones.append(tuple(map(tuple, parse_zones(text)*factor)))
             elif there or noise or f'trace_{phase}_unlabelled_samples' in row: zones.append(())
             else: zones.append(((0., np.inf),))
-        out.append(WindowLabels(events, tuple(zones), round(float(row.get('trace_npts', 0))*factor)))
+        samples = round(float(row.get('trace_npts', 0))*factor)
+        out.append(WindowLabels(events, tuple(zones), samples))
     return out
 
 # %% ../../nbs/picking/03c_matching.ipynb #ea6bc722
 def record_stream(
     waveform: np.ndarray,  # (3, L) at 100 Hz, Z N E
-):  # obspy.Stream
+):                         # obspy.Stream
     "A record as a stream that starts at time 0"
     from obspy import Stream, Trace
     head = dict(network='XX', station='REC', sampling_rate=SAMPLING_RATE)
     return Stream([Trace(x, head | {'channel': f'HH{c}'}) for x, c in zip(waveform, COMPONENTS)])
 
+# %% ../../nbs/picking/03c_matching.ipynb #c69c2f2d
 def pick_records(
-    model,  # with `classify`
-    dataset,  # a SeisBench data set, or one split of it
-    threshold: float = .3,  # that a peak must reach
-    progress: bool = False,  # show a bar
-) -> list[dict]:  # of each record, 'P' and 'S' -> seconds after its first sample
-    "Pick whole records"
+    model: object,           # a picker with SeisBench's `classify`
+    dataset: object,         # a SeisBench WaveformDataset, or one split of it
+    threshold: float = .3,   # probability that a peak must reach
+    progress: bool = False,  # show a progress bar
+) -> list[dict]:             # of each record, 'P' and 'S' -> seconds after its first sample
+    "Pick all records of a data set"
     dataset = dataset.copy()
     translate_components(dataset.metadata)
     dataset.component_order, dataset.dimension_order = COMPONENTS, 'NCW'
@@ -135,16 +142,16 @@ def pick_records(
     for k in progress_bar(range(len(dataset.metadata)), disable=not progress, unit='record'):
         stream = record_stream(dataset.get_waveforms(k))
         picks = model.classify(stream, P_threshold=threshold, S_threshold=threshold).picks
-        out.append({phase: np.array([pick.peak_time.timestamp for pick in picks if pick.phase == phase])
-                    for phase in 'PS'})
+        times = lambda phase: [pick.peak_time.timestamp for pick in picks if pick.phase == phase]
+        out.append({phase: np.array(times(phase)) for phase in 'PS'})
     return out
 
+# %% ../../nbs/picking/03c_matching.ipynb #49a04255
 def match_records(
     found: list[dict],  # from `pick_records`
-    dataset,  # the same data set
-) -> pd.DataFrame:  # see `summarise_matches`
-    "Picks of whole records against all of their onsets, one to one"
-    labels = labels_of(dataset)
+    labels: list[WindowLabels],  # of the same records, from `labels_of`
+) -> pd.DataFrame:      # see `summarise_matches`
+    "Scores of the picks of all records"
     picks = [{phase: SAMPLING_RATE*t for phase, t in record.items()} for record in found]
     hours = sum(w.samples for w in labels)/SAMPLING_RATE/3600
     return summarise_matches(score_windows(picks, labels), hours)

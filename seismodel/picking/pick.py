@@ -1,4 +1,4 @@
-"""`seismodel pick`: continuous data in any layout in, a table of picks, QuakeML and pictures out; it can be stopped and goes on where it was
+"""From continuous data in any layout to picks as CSV and QuakeML, in runs that can be resumed
 
 Docs: https://seismodel.github.io/seismodel/picking/pick.html.md"""
 
@@ -6,11 +6,10 @@ Docs: https://seismodel.github.io/seismodel/picking/pick.html.md"""
 
 # %% auto #0
 __all__ = ['MARGIN', 'weights_checksum', 'check_settings', 'Identities', 'days_of', 'day_key', 'pick_day', 'begin_picks',
-           'planned_days', 'pick_each', 'pick_archive', 'join_days', 'write_left_out', 'pick_share',
-           'pick_side_by_side', 'parse_part', 'finish_part', 'require_days', 'pick']
+           'planned_days', 'pick_each', 'join_days', 'pick_archive', 'pick_side_by_side', 'parse_part', 'finish_part',
+           'require_days', 'pick']
 
 # %% ../../nbs/picking/02_pick.ipynb #3f411f92
-import csv
 import hashlib
 import json
 import os
@@ -33,7 +32,7 @@ from ..core import UserError, pick_devices, progress_bar
 from ..data.archive import (DAY, TICK, Archive, Instrument, Notes, Selection, interval,
                                     index_files, list_files)
 from ..data.formats import printable
-from ..files import is_filled, read_json, sha256, write_atomically
+from ..files import is_filled, read_json, sha256, write_atomically, write_csv
 from ..models.box import best_picker
 from .amplitude import measure
 from .formats import check_formats, write_format
@@ -43,19 +42,21 @@ from ..signals.records import COMPONENTS
 
 # %% ../../nbs/picking/02_pick.ipynb #2b68cccc
 def weights_checksum(
-    model:torch.nn.Module, # any
-)->str: # eight hexadecimal digits
+    model: torch.nn.Module,  # any
+) -> str:  # eight hexadecimal digits
     "A checksum of all weights and their names"
     crc = 0
     for name, w in model.state_dict().items():
-        crc = zlib.crc32(w.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes(), zlib.crc32(name.encode(), crc))
+        values = w.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        crc = zlib.crc32(values, zlib.crc32(name.encode(), crc))
     return f'{crc:08x}'
 
+# %% ../../nbs/picking/02_pick.ipynb #25cb3caf
 def check_settings(
-    settings: dict,  # of this call
+    settings: dict,  # settings of this call
     out: Path,       # folder of the results
 ):
-    "Write settings, or compare them with those there; raises `UserError` naming what differs"
+    "Write settings or compare them with the stored ones; raises `UserError` where they differ"
     file, filled = out/'settings.json', is_filled(out)
     text = json.dumps(settings, indent=2)
     if not file.exists():
@@ -70,9 +71,13 @@ def check_settings(
         raise UserError(f"'{out}' holds picks made with {name} {before.get(name)!r}, "
                         f'not {settings[name]!r}; name another --out.')
 
+# %% ../../nbs/picking/02_pick.ipynb #4c3183ec
 class Identities(dict):
-    "What a file is known by: path, size, time of change, and a checksum of its first 4 KiB"
-    def __init__(self, archive: Archive): self.stamps = archive.stamps
+    "File name -> its path, size, modification time and a checksum of its first 4 KiB"
+    def __init__(self,
+        archive: Archive,  # its `stamps` hold the size and modification time of each file
+    ):
+        self.stamps = archive.stamps
 
     def __missing__(self, file):
         with open(file, 'rb') as f: head = zlib.crc32(f.read(4096))
@@ -80,24 +85,25 @@ class Identities(dict):
         return self[file]
 
 # %% ../../nbs/picking/02_pick.ipynb #600dbd23
-MARGIN = 10*10**9    # ns beside a piece of which samples may take part in resampling
+MARGIN = 10*10**9    # ns before and after a piece that resampling may use
 
 def days_of(
     instrument: Instrument,
-) -> Iterator[tuple[str, list]]:  # date, and the hours of that day as `Instrument.pieces` gives them
-    "What is picked in one go"
+) -> Iterator[tuple[str, list]]:  # date; the pieces of that day, from `Instrument.pieces`
+    "The pieces of an instrument, day by day"
     number = lambda piece: (piece[0].start + TICK*piece[1])//DAY
     for day, pieces in groupby(instrument.pieces(), key=number):
         yield str(np.datetime64(int(day), 'D')), list(pieces)
 
+# %% ../../nbs/picking/02_pick.ipynb #5c8a40cc
 def day_key(
     known: Identities,    # of the files of the archive
     instrument: Instrument,
-    pieces: list,         # of a day
-    margin: int,          # grid samples that are read beyond a piece
-    made_with: str = '',  # settings and inventory
+    pieces: list,         # of one day
+    margin: int,          # grid samples that are read on both sides of a piece
+    made_with: str = '',  # settings and checksum of the inventory
 ) -> str:                 # sixteen hexadecimal digits
-    "A checksum of everything on which the picks of a day depend"
+    "A checksum of everything that the picks of a day depend on"
     turn = None if instrument.turn is None else instrument.turn.tolist()
     lines = [(made_with, instrument.name, instrument.mapping, turn)]
     for span, first, last in pieces:
@@ -112,13 +118,13 @@ def day_key(
 
 # %% ../../nbs/picking/02_pick.ipynb #ba2fbcf4
 def pick_day(
-    model,                # a SeisBench WaveformModel in evaluation mode
+    model: torch.nn.Module,    # a SeisBench WaveformModel in evaluation mode
     instrument: Instrument,
-    pieces: list,         # of a day
-    s,                    # `Settings`
-    inventory=None,       # obspy.Inventory, for amplitudes in m/s and mm
-) -> dict:                # picks: rows; notes: what was cut out; samples: how many have a probability
-    "Pick the hours of a day"
+    pieces: list,              # of one day
+    s: tuple,                  # `Settings`, from `settings_of`
+    inventory: object = None,  # obspy.Inventory, for amplitudes in m/s and mm
+) -> dict:                     # rows of picks, notes on what was cut out, number of samples
+    "Pick the pieces of a day"
     from seismodel.picking.pieces import pick_piece
     notes = instrument.reader.notes = Notes()
     rows, samples, near = [], 0, _of_station(inventory, instrument)
@@ -132,24 +138,25 @@ def pick_day(
     rows.sort(key=lambda row: row['time'])
     return dict(picks=rows, notes=list(notes.intervals()), samples=samples)
 
+# %% ../../nbs/picking/02_pick.ipynb #c8b0b8de
 def _of_station(inventory, instrument):
-    "The part of an inventory that is looked through for each pick"
+    "The part of an inventory that describes the station"
     network, station = instrument.name.split('.')[:2]
     return inventory and inventory.select(network=network, station=station)
 
 def _note_day(notes, instrument, size, pieces):
-    "Why amplitudes of this day are missing"
+    "Note why amplitudes of this day are missing"
     (span, first, _), (end, _, last) = pieces[0], pieces[-1]
     channel = instrument.name + size.channel[-1]
     notes.add(channel, size.missing, span.start + TICK*first, end.start + TICK*last)
 
 # %% ../../nbs/picking/02_pick.ipynb #901b07bf
 def begin_picks(
-    model,                # any picker of SeisBench's kind
-    out: Path,            # folder of the results
-    args: dict,           # of `annotate` and `classify`, plain values
-) -> dict:                # the settings
-    "Open the folder of results, new or to go on in; raises `UserError` where it does not fit"
+    model: torch.nn.Module,  # a SeisBench WaveformModel
+    out: Path,               # folder of the results
+    args: dict,              # arguments of `annotate` and `classify`, plain values
+) -> dict:                   # the settings
+    "Open a new or an existing folder of results; raises `UserError` where its settings differ"
     from seismodel.picking.pieces import settings_of
     s = settings_of(model, args)
     settings = {'seismodel': __version__, 'model': model.name, 'weights': weights_checksum(model),
@@ -157,83 +164,78 @@ def begin_picks(
     check_settings(settings, out)
     return settings
 
+# %% ../../nbs/picking/02_pick.ipynb #981f4dd6
 def planned_days(
-    model,                # any picker of SeisBench's kind
+    model: torch.nn.Module,  # a SeisBench WaveformModel
     archive: Archive,
-    out: Path,            # folder of the results
-    args: dict,           # of `annotate` and `classify`
-    inventory: Path | None = None,    # StationXML
-    share: tuple[int, int] = (0, 1),  # which of how many equal shares of the days
-) -> list[tuple]:         # instrument, date, pieces, file of the result
-    "The days of a share in the order of the archive, and where their results lie"
+    out: Path,               # folder of the results
+    args: dict,              # arguments of `annotate` and `classify`
+    inventory: Path | None = None,   # StationXML
+    part: tuple[int, int] = (0, 1),  # (k, n): every n-th station-day, from number k, counted from 0
+) -> list[tuple]:            # instrument, date, pieces, file of the result
+    "The station-days of a part in the order of the archive, and the files of their results"
     from seismodel.picking.pieces import settings_of
     s, known = settings_of(model, args), Identities(archive)
-    made_with = json.dumps([weights_checksum(model), s[:-1], s.args, inventory and sha256(inventory)])
+    made_with = json.dumps([weights_checksum(model), s[:-1], s.args,
+                            inventory and sha256(inventory)])
     days = [(i, *day) for i in archive.instruments for day in days_of(i)]
-    folder = lambda i: out/'days'/(i.name.rstrip('.') or '_')      # Windows takes no stop at the end
+    folder = lambda i: out/'days'/(i.name.rstrip('.') or '_')   # Windows: no stop at the end
     key = lambda i, pieces: day_key(known, i, pieces, s.margin, made_with)
     return [(i, date, pieces, folder(i)/f'{date}.{key(i, pieces)}.json')
-            for i, date, pieces in days[share[0]::share[1]]]
+            for i, date, pieces in days[part[0]::part[1]]]
 
+# %% ../../nbs/picking/02_pick.ipynb #116a3fba
 def pick_each(
-    model,                # any picker of SeisBench's kind
+    model: torch.nn.Module,  # a SeisBench WaveformModel
     archive: Archive,
-    out: Path,            # folder of the results
-    args: dict,           # of `annotate` and `classify`
-    figures: bool,        # draw each day
-    inventory: Path | None = None,    # StationXML
-    share: tuple[int, int] = (0, 1),  # which of how many equal shares of the days
-    where: str = '',      # what the bar is called
-) -> list[tuple]:         # as `planned_days` gives them
-    "Pick those of the days that have not been picked yet, draw those that have no picture"
+    out: Path,               # folder of the results
+    args: dict,              # arguments of `annotate` and `classify`
+    figures: bool,           # draw each day
+    inventory: Path | None = None,   # StationXML
+    part: tuple[int, int] = (0, 1),  # as in `planned_days`
+    where: str = '',         # label of the progress bar
+) -> list[tuple]:            # as `planned_days` returns them
+    "Pick the station-days that have no result yet; draw those that have no figure"
     from seismodel.picking.pieces import settings_of
-    days = planned_days(model, archive, out, args, inventory, share)
+    days = planned_days(model, archive, out, args, inventory, part)
     s, responses = settings_of(model, args), _read_inventory(inventory)
-    for instrument, date, pieces, table in progress_bar(days, desc=where, unit='day', disable=len(days) == 1):
-        found = _result(table)
-        if not found:
-            found = pick_day(model, instrument, pieces, s, responses)
-            table.parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(found)
-            write_atomically(table, lambda part: part.write_text(text, encoding='utf-8'))
+    for day in progress_bar(days, desc=where, unit='day', disable=len(days) == 1):
+        instrument, date, pieces, table = day
+        found = _result(table) or _pick_and_store(model, instrument, pieces, s, responses, table)
         figure = out/'figures'/f'{instrument.name}.{date}.png'
         if figures and found['samples'] and page_key(figure) != table.stem:
             draw_page(instrument, date, pieces, found['picks'], figure, table.stem)
     return days
 
+# %% ../../nbs/picking/02_pick.ipynb #10afb1fe
+def _pick_and_store(model, instrument, pieces, s, responses, table):
+    "Pick a day and write its result"
+    found = pick_day(model, instrument, pieces, s, responses)
+    table.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(found)
+    write_atomically(table, lambda part: part.write_text(text, encoding='utf-8'))
+    return found
+
 def _read_inventory(path):
-    "ObsPy's inventory, or None; `Selection` has read it before and said what is wrong"
+    "ObsPy's inventory, or None; `Selection` has read it before and reported errors"
     if path is None: return None
     from obspy import read_inventory
     return read_inventory(str(path), format='STATIONXML')
 
-def pick_archive(
-    model,                # any picker of SeisBench's kind
-    archive: Archive,
-    out: Path,            # gets days/, picks.csv, picks.xml, left_out.csv and settings.json
-    args: dict,           # of `annotate` and `classify`, plain values
-    figures: bool = False,  # a page for each instrument and day, in out/figures
-    inventory: Path | None = None,     # StationXML, for amplitudes in m/s and mm
-    formats: tuple[str, ...] = (),     # for which programs to write picks, see `PICK_FORMATS`
-) -> tuple[Counter, dict]:  # how many picks of each phase; what was left out -> why
-    "Pick every day that has not been picked yet; raises `UserError` where nothing can be used"
-    settings = begin_picks(model, Path(out), args)
-    days = pick_each(model, archive, Path(out), args, figures, inventory)
-    return join_days(archive, days, Path(out), settings, inventory, formats)
-
 def _result(table):
-    "What `pick_day` found, or None where there is no whole result"
+    "What `pick_day` returned, or None where there is no complete result"
     try: return json.loads(table.read_text(encoding='utf-8'))
     except (OSError, ValueError): return None
 
+# %% ../../nbs/picking/02_pick.ipynb #8706047c
 def join_days(
     archive: Archive,
-    days: list[tuple],    # as `planned_days` gives them; all have a result
+    days: list[tuple],    # as `planned_days` returns them; each has a result
     out: Path,            # folder of the results
     settings: dict,       # from `begin_picks`
-    inventory: Path | None = None,   # StationXML, for the places of stations
-    formats: tuple[str, ...] = (),   # for which programs to write picks
-) -> tuple[Counter, dict]:  # how many picks of each phase; what was left out -> why
+    inventory: Path | None = None,   # StationXML, for the coordinates of stations
+    formats: tuple[str, ...] = (),   # formats to write in addition, see `PICK_FORMATS`
+) -> tuple[Counter, dict]:  # number of picks of each phase; data that was left out -> reason
     "Write the tables of all days; raises `UserError` where nothing could be picked"
     count, left = _summed(archive, days)
     rows = lambda: (row for instrument, _, _, table in days
@@ -241,13 +243,14 @@ def join_days(
     method = '/'.join(['seismodel', *(settings[k] for k in ('seismodel', 'model', 'weights'))])
     write_picks(rows(), out/'picks.csv')
     write_quakeml(rows(), out/'picks.xml', method)
-    write_left_out(left, out/'left_out.csv')
+    write_csv(out/'left_out.csv', ('name', 'why'), left.items())
     stations = _read_inventory(inventory) if formats else None
     for name in formats: write_format(name, rows(), out, stations)
     return count, left
 
+# %% ../../nbs/picking/02_pick.ipynb #1be6b2b8
 def _summed(archive, days):
-    "Counts of all days, and what was left out"
+    "Number of picks of all days, and what was left out"
     count, left, notes, samples = Counter(), dict(archive.left_out), Notes(), 0
     for instrument, date, _, table in days:
         found = _result(table)
@@ -263,7 +266,7 @@ def _summed(archive, days):
     return count, left
 
 def _rows(instrument, picks):
-    "Rows with the file in which they lie, that of the vertical component where there is one"
+    "Rows with the file of each pick, that of the vertical component where there is one"
     from obspy import UTCDateTime
     for row in picks:
         time = UTCDateTime(row['time']).ns
@@ -271,127 +274,145 @@ def _rows(instrument, picks):
         near.sort(key=lambda e: instrument.mapping[e.channel[-1]] != COMPONENTS[0])
         yield {**row, 'file': printable(near[0].block.file) if near else ''}
 
-def write_left_out(
-    left: dict[str, str], # file, channel or interval -> why
-    path: Path,           # a CSV file, replaced whole
-):
-    "Write what was not used"
-    def write(part):
-        with open(part, 'w', newline='', encoding='utf-8') as f:
-            csv.writer(f).writerows([('name', 'why'), *left.items()])
-    write_atomically(path, write)
+# %% ../../nbs/picking/02_pick.ipynb #1befb936
+def pick_archive(
+    model: torch.nn.Module,  # a SeisBench WaveformModel
+    archive: Archive,
+    out: Path,               # gets days/, picks.csv, picks.xml, left_out.csv and settings.json
+    args: dict,              # arguments of `annotate` and `classify`, plain values
+    figures: bool = False,   # a figure of each station-day, in out/figures
+    inventory: Path | None = None,  # StationXML, for amplitudes in m/s and mm
+    formats: tuple[str, ...] = (),  # formats to write in addition, see `PICK_FORMATS`
+) -> tuple[Counter, dict]:   # number of picks of each phase; data that was left out -> reason
+    "Pick the station-days that have no result yet, and write the tables of all of them"
+    settings = begin_picks(model, Path(out), args)
+    days = pick_each(model, archive, Path(out), args, figures, inventory)
+    return join_days(archive, days, Path(out), settings, inventory, formats)
 
 # %% ../../nbs/picking/02_pick.ipynb #a11de71d
-def pick_share(model, device, archive, out, args, figures, inventory, share):
+def _pick_on_device(model, device, archive, out, args, figures, inventory, part):
     "What a process of `pick_side_by_side` does"
     from seismodel.picking.seisbench_model import open_picker
-    signal.signal(signal.SIGINT, signal.SIG_DFL)         # Ctrl-C reaches all; one has a word for it
-    pick_each(open_picker(model).to(device), archive, out, args, figures, inventory, share, device)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)         # Ctrl-C ends it; the parent reports that
+    net = open_picker(model).to(device)
+    pick_each(net, archive, out, args, figures, inventory, part, device)
 
+# %% ../../nbs/picking/02_pick.ipynb #46a7590b
 def pick_side_by_side(
     model: str,           # as `pick` takes it
-    devices: list,        # each gets a process
+    devices: list,        # one process for each
     archive: Archive,
-    out: Path,            # folder of the results, which is open
-    args: dict,           # of `annotate` and `classify`
+    out: Path,            # folder of the results, opened by `begin_picks`
+    args: dict,           # arguments of `annotate` and `classify`
     figures: bool,        # draw each day
     inventory: Path | None = None,   # StationXML
-    part: tuple[int, int] = (0, 1),  # which of how many shares of the days they share
+    part: tuple[int, int] = (0, 1),  # as in `planned_days`; it is divided among the devices
 ):
-    "Pick in several processes; one that is lost is named, and its days stay unpicked"
-    k, n = part
-    share = lambda i: (model, str(devices[i]), archive, out, args, figures, inventory,
-                       (k + i*n, n*len(devices)))
+    "Pick in several processes; reports a process that is lost, whose remaining days stay unpicked"
+    (k, n), count = part, len(devices)
+    own = lambda i: (model, str(devices[i]), archive, out, args, figures, inventory,
+                     (k + i*n, n*count))
     Process = get_context('spawn').Process
-    processes = [Process(target=pick_share, args=share(k)) for k in range(len(devices))]
+    processes = [Process(target=_pick_on_device, args=own(i)) for i in range(count)]
     try:
         for process in processes: process.start()
-        for process, device in zip(processes, devices):
-            process.join()
-            if not process.exitcode: continue
-            print(f'The process on {device} was lost ({process.exitcode}); its days are picked now.',
-                  file=sys.stderr)
+        _wait(processes, devices)
     finally:
         for process in processes:
             if process.pid: process.terminate()
 
+# %% ../../nbs/picking/02_pick.ipynb #0193e1f0
+def _wait(processes, devices):
+    "Wait for all processes, and report those that failed"
+    for process, device in zip(processes, devices):
+        process.join()
+        if not process.exitcode: continue
+        print(f'The process on {device} was lost ({process.exitcode}); its days are picked now.',
+              file=sys.stderr)
+
 # %% ../../nbs/picking/02_pick.ipynb #50643dc5
 def parse_part(
-    text: str | None,      # such as 3/16; None: everything
-) -> tuple[int, int]:      # number from 0, and how many
-    "Which part of the work is meant; raises `UserError` for what is none"
+    text: str | None,      # such as 3/16; None: all station-days
+) -> tuple[int, int]:      # (k, n): number of the part, from 0, and number of parts
+    "Parse `--part`; raises `UserError` unless it is k/n with k from 1 to n"
     if text is None: return 0, 1
     numbers = text.split('/')
     if len(numbers) == 2 and all(n.isascii() and n.isdigit() for n in numbers):
         k, n = map(int, numbers)
         if 1 <= k <= n: return k - 1, n
-    raise UserError(f"--part is '{text}'; give a number and how many there are, such as 3/16, from 1/16 to 16/16.")
+    raise UserError(f"--part is '{text}'; give a number and how many there are, such as 3/16, "
+                    'from 1/16 to 16/16.')
 
+# %% ../../nbs/picking/02_pick.ipynb #ef298933
 def finish_part(
     out: Path,             # folder of the results
     part: tuple[int, int], # from `parse_part`
-    days: int,             # that it had
+    days: int,             # number of its station-days
 ):
-    "Note that a part is whole, so that `missing_days` can name those that are not"
+    "Record that a part is complete, so that `require_days` can name those that are not"
     (out/'parts').mkdir(exist_ok=True)
     file = out/'parts'/f'{part[0] + 1}-of-{part[1]}'
     write_atomically(file, lambda beside: beside.write_text(f'{days}', encoding='utf-8'))
 
+# %% ../../nbs/picking/02_pick.ipynb #b15ce208
 def require_days(
-    days: list[tuple],     # as `planned_days` gives them
+    days: list[tuple],     # as `planned_days` returns them
     out: Path,             # folder of the results
 ):
-    "Raises `UserError` where a day has no result"
+    "Raise `UserError` where a station-day has no result"
     missing = [f'{i.name} {date}' for i, date, _, table in days if not _result(table)]
     if not missing: return
     done = [tuple(map(int, f.name.split('-of-'))) for f in out.glob('parts/*-of-*')]
     parts = [f'{k}/{n}' for n in sorted({n for _, n in done})
              for k in range(1, n + 1) if (k, n) not in done]
-    names = f"; not finished: part {', '.join(parts[:8])}{' …' if len(parts) > 8 else ''}" if parts else ''
+    names = f"{', '.join(parts[:8])}{' …' if len(parts) > 8 else ''}"
+    names = f'; not finished: part {names}' if parts else ''
     raise UserError(f'{len(missing)} of {len(days)} station-days are not picked yet, the first '
                     f'{missing[0]}{names}. Run what is missing, then --collect again.')
 
 # %% ../../nbs/picking/02_pick.ipynb #7362d11b
 @delegates(Selection)
 def pick(
-    sources: Annotated[str, {'opt': False, 'nargs': '+'}],  # files, folders or patterns: an SDS archive, miniSEED, SAC, …
-    model: str = None, # a name of the box, the folder of a fine-tuning run, a name in SeisBench's cache, or CLASS:NAME for a picker of SeisBench such as PhaseNet:stead; the best picker of the box if not given
-    out: Path = Path('picks'), # folder for picks.csv, picks.xml, left_out.csv and the results of each day; an interrupted call goes on there
-    p_threshold: float = None, # probability that a P pick must reach; if not given, that stored with the picker, or .3
-    s_threshold: float = None, # probability that an S pick must reach; if not given, that stored with the picker, or .3
-    strict: bool = False, # pick only where all three components were recorded
-    format: Annotated[str, {'action': 'append'}] = None, # write picks for pyocto, gamma, real, hypoinverse or nonlinloc too; may be given several times
-    figures: bool = False, # draw a page for each instrument and day: the day with its picks, and its surest events
-    part: str = None, # pick only a part of the station-days, such as 3/16, the third of sixteen; --collect joins them
-    collect: bool = False, # pick nothing, write the tables of what the parts have picked
-    device: str = 'auto', # auto, cpu, cuda, cuda:N, or all: every GPU of this machine, each with a share of the days
+    sources: Annotated[str, {'opt': False, 'nargs': '+'}],  # files, folders, patterns: SDS, SAC, …
+    model: str = None,  # name, folder of a run, or PhaseNet:stead; otherwise the box's best picker
+    out: Path = Path('picks'),  # folder for picks.csv, picks.xml and left_out.csv; resumes there
+    p_threshold: float = None,  # lowest probability of a P pick; otherwise the picker's own, or .3
+    s_threshold: float = None,  # lowest probability of an S pick; otherwise the picker's own, or .3
+    strict: bool = False,  # pick only where all three components were recorded
+    format: Annotated[str, {'action': 'append'}] = None,  # also pyocto, gamma, real, hypoinverse, …
+    figures: bool = False,  # a figure of each instrument and day, with its clearest events
+    part: str = None,  # pick one part of the station-days, such as 3/16; --collect joins the parts
+    collect: bool = False,  # do not pick; write the tables of what the parts have picked
+    device: str = 'auto',  # auto, cpu, cuda, cuda:N, or all: all GPUs divide the days
     **selection,
-) -> Path: # the table of all picks, or with `part` the folder
+) -> Path:  # the table of all picks, or with `part` the folder
     "Pick P and S in continuous data"
     sources = [sources] if isinstance(sources, (str, Path)) else list(sources)
     args, model = _checked(p_threshold, s_threshold, strict, part, collect), _named(model)
-    formats, share = check_formats(format), parse_part(part)
-    inventory = selection.get('inventory')
-    selection = Selection(**selection)
+    formats, numbers = check_formats(format), parse_part(part)
+    inventory, selection = selection.get('inventory'), Selection(**selection)
     files = list_files(sources)                          # before torch and the picker are loaded
-    out = _outside(Path(out), sources)
-    from seismodel.picking.seisbench_model import open_picker
-    devices = pick_devices('cpu' if collect else device)
-    net = open_picker(model).to(devices[0])
-    archive = index_files(files, selection)
-    archive.require(', '.join(map(str, sources)))
+    out, devices = _outside(Path(out), sources), pick_devices('cpu' if collect else device)
+    net, archive = _open(model, devices[0], files, selection, sources)
     settings = begin_picks(net, out, args)
     if collect: require_days(planned_days(net, archive, out, args, inventory), out)
     elif len(devices) > 1:
-        pick_side_by_side(model, devices, archive, out, args, figures, inventory, share)
-    days = pick_each(net, archive, out, args, figures, inventory, share)
-    if part: return _say_part(out, share, days)
-    count, left = join_days(archive, days, out, settings, inventory, formats)
-    _say(count, left, out, settings, inventory, formats)
-    return out/'picks.csv'
+        pick_side_by_side(model, devices, archive, out, args, figures, inventory, numbers)
+    days = pick_each(net, archive, out, args, figures, inventory, numbers)
+    if part: return _report_part(out, numbers, days)
+    return _join_and_report(archive, days, out, settings, inventory, formats)
 
+# %% ../../nbs/picking/02_pick.ipynb #e7a34b77
+def _open(model, device, files, selection, sources):
+    "The picker on its device, and the archive"
+    from seismodel.picking.seisbench_model import open_picker
+    net, archive = open_picker(model).to(device), index_files(files, selection)
+    archive.require(', '.join(map(str, sources)))
+    return net, archive
+
+# %% ../../nbs/picking/02_pick.ipynb #5877172a
 def _named(model):
-    "The picker that was named, or the best one of the box, which is then said"
+    "The picker that was named, or the best one of the box, which is then printed"
     if model: return model
     model = best_picker()
     print(f'picker {model}, which comes with seismodel; --model names another one, '
@@ -399,7 +420,7 @@ def _named(model):
     return model
 
 def _checked(p_threshold, s_threshold, strict, part, collect):
-    "Arguments of `classify`; raises `UserError` for what makes no sense"
+    "Arguments of `classify`; raises `UserError` for options that are contradictory"
     if part and collect: raise UserError('--part picks and --collect joins; give one of them.')
     given = {k: v for k, v in zip('ps', (p_threshold, s_threshold)) if v is not None}
     for k, value in given.items():
@@ -407,27 +428,33 @@ def _checked(p_threshold, s_threshold, strict, part, collect):
             raise UserError(f"--{k}-threshold is {value}; a probability lies between 0 and 1.")
     return {f'{k.upper()}_threshold': v for k, v in given.items()} | {'strict': strict}
 
-def _say_part(out, share, days):
-    "What a part has done"
-    finish_part(out, share, len(days))
-    print(f'part {share[0] + 1}/{share[1]}: {len(days)} station-days are picked in {out}; '
+def _report_part(out, part, days):
+    "Record that a part is complete, and print it"
+    finish_part(out, part, len(days))
+    print(f'part {part[0] + 1}/{part[1]}: {len(days)} station-days are picked in {out}; '
           'when all parts are, join them with --collect.')
     return out
 
-def _say(count, left, out, settings, inventory, formats):
-    "What was done, and with which thresholds"
+# %% ../../nbs/picking/02_pick.ipynb #fecc56c6
+def _join_and_report(archive, days, out, settings, inventory, formats):
+    "Write the tables; print what was done, and with which thresholds"
+    count, left = join_days(archive, days, out, settings, inventory, formats)
     for name, why in list(left.items())[:10]: print(f'left out: {name}: {why}', file=sys.stderr)
-    said = f"{len(left)} files, channels or intervals were left out, see {out/'left_out.csv'}"
-    if left: print(said, file=sys.stderr)
+    more = f"{len(left)} files, channels or intervals were left out, see {out/'left_out.csv'}"
+    if left: print(more, file=sys.stderr)
     if formats and not inventory:
-        print('without --inventory no places of stations are written for other programs.', file=sys.stderr)
+        print('without --inventory no places of stations are written for other programs.',
+              file=sys.stderr)
     if not any(f'{p}_uncertainty' in settings for p in 'PS'):
-        print('uncertainties are widths of peaks: this picker was not calibrated on dev.', file=sys.stderr)
+        print('uncertainties are widths of peaks: this picker was not calibrated on dev.',
+              file=sys.stderr)
     thresholds = ', '.join(f"{p} {settings[f'{p}_threshold']:g}" for p in 'PS')
     print(f"{count['P']} P and {count['S']} S picks (thresholds {thresholds}) in {out/'picks.csv'}")
+    return out/'picks.csv'
 
+# %% ../../nbs/picking/02_pick.ipynb #ebf55c78
 def _outside(out, sources):
-    "The folder of the results; raises `UserError` where it lies inside of a source"
+    "The folder of the results; raises `UserError` where it lies inside a source"
     for source in map(Path, sources):
         if source.is_dir() and source.resolve() in [out.resolve(), *out.resolve().parents]:
             raise UserError(f"--out '{out}' lies inside '{source}', whose files are picked; "

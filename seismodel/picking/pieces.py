@@ -1,4 +1,4 @@
-"""Probabilities and picks of any length of data in pieces of a few hours, the same as those of the whole
+"""Probabilities and picks of long records, read piece by piece, equal to those of the whole record
 
 Docs: https://seismodel.github.io/seismodel/picking/pieces.html.md"""
 
@@ -21,11 +21,11 @@ from ..signals.records import COMPONENTS, SAMPLING_RATE, recorded_mean
 
 # %% ../../nbs/picking/01a_pieces.ipynb #720e2e0e
 def window_starts(
-    first: int,  # absolute grid sample at which the stretch begins
-    last: int,  # sample after its last one
+    first: int,   # absolute grid sample at which the stretch begins
+    last: int,    # grid sample after its last one
     window: int,  # samples
-    step: int,  # samples from one window to the next
-    cut: tuple[bool, bool] = (False, False),  # whether it goes on before and after
+    step: int,    # samples from one window to the next
+    cut: tuple[bool, bool] = (False, False),  # whether it continues before and after
 ) -> list[int]:  # absolute grid samples, in order
     "Where the windows of a stretch begin"
     starts = set(range(-(-first//step)*step, last - window + 1, step))
@@ -34,34 +34,32 @@ def window_starts(
     return sorted(starts)
 
 # %% ../../nbs/picking/01a_pieces.ipynb #c29970ea
+AROUND = 6000        # samples beyond a piece in which the peak of a pick may begin or end
+
 class Settings(NamedTuple):
-    "How a picker reads"
+    "Windows, step and arguments of a picker"
     window: int                  # samples
-    step: int                    # samples from window to window
-    shortest: int                # samples of a stretch that is read
-    blinding: tuple[int, int]    # samples at both ends of a window that are left to its neighbours
+    step: int                    # samples from one window to the next
+    shortest: int                # samples; a shorter stretch is skipped
+    blinding: tuple[int, int]    # samples at both ends of a window that are not used
     args: dict                   # of `annotate` and `classify`, with the defaults of the model
 
     @property
     def margin(self) -> int:
-        "Samples that a piece reads beyond its ends"
+        "Samples that a piece reads beyond each of its ends"
         return self.window + AROUND
 
-AROUND = 6000        # samples beside a piece in which a peak may begin or end
+AROUND = 6000        # samples beyond a piece in which a peak may begin or end
 
+# %% ../../nbs/picking/01a_pieces.ipynb #2c7f334f
 def settings_of(
-    model,  # a SeisBench WaveformModel
-    args: dict,  # of `annotate` and `classify`
+    model: torch.nn.Module,  # a SeisBench WaveformModel
+    args: dict,              # of `annotate` and `classify`
 ) -> Settings:
-    "Raises `UserError` for a model that does not read Z, N and E at 100 Hz"
-    if model.sampling_rate != SAMPLING_RATE:
-        raise UserError(f'{model.name} reads {model.sampling_rate} Hz; choose a picker that reads 100 Hz.')
-    odd = sorted(set(model.component_order) - set(COMPONENTS))
-    if odd: raise UserError(f"{model.name} reads the component {', '.join(odd)}; choose a picker of Z, N and E.")
-    if model.filter_args or model.filter_kwargs:
-        raise UserError(f'{model.name} filters its stream first, which pieces of a record do not allow; '
-                        'filter the archive, or use classify.')
-    usual = {'*_threshold': model._annotate_args.get('*_threshold', ('', .3))[1], **model.default_args, **args}
+    "Settings of a picker; raises `UserError` unless it reads Z, N and E at 100 Hz"
+    _require_supported(model)
+    threshold = model._annotate_args.get('*_threshold', ('', .3))[1]
+    usual = {'*_threshold': threshold, **model.default_args, **args}
     usual = {f'{phase}_threshold': usual['*_threshold'] for phase in 'PS'}
     args = {**usual, **model.default_args, **args, 'sampling_rate': SAMPLING_RATE}
     if not args.get('zerophase_resample', True): raise UserError(CAUSAL)
@@ -74,33 +72,50 @@ def settings_of(
     step = window - model._get_overlap(window, args)
     return Settings(window, step, SHORTEST if ours else window, blinding, args)
 
+# %% ../../nbs/picking/01a_pieces.ipynb #50722ef8
+def _require_supported(model):
+    "Raises `UserError` for a model that cannot be run in pieces"
+    if model.sampling_rate != SAMPLING_RATE:
+        raise UserError(f'{model.name} reads {model.sampling_rate} Hz; '
+                        'choose a picker that reads 100 Hz.')
+    odd = sorted(set(model.component_order) - set(COMPONENTS))
+    if odd: raise UserError(f"{model.name} reads the component {', '.join(odd)}; "
+                            'choose a picker of Z, N and E.')
+    if model.filter_args or model.filter_kwargs:
+        raise UserError(f'{model.name} filters its stream first, which pieces of a record do not '
+                        'allow; filter the archive, or use classify.')
+
+# %% ../../nbs/picking/01a_pieces.ipynb #136d27c2
 @torch.no_grad()
 def window_probabilities(
-    model,  # a SeisBench WaveformModel in evaluation mode
-    windows: np.ndarray,  # (B, W, 3) Z N E, NaN where nothing was recorded
-    args: dict,  # of `annotate`
-) -> np.ndarray:  # (B, W, labels), or (B, labels) of a model that says one thing per window
-    "Probabilities of some windows"
-    x = np.where(np.isnan(windows), 0, windows - recorded_mean(windows, 1))[..., [COMPONENTS.index(c) for c in model.component_order]]
+    model: torch.nn.Module,  # a SeisBench WaveformModel in evaluation mode
+    windows: np.ndarray,     # (B, W, 3) Z N E, NaN where nothing was recorded
+    args: dict,              # of `annotate`
+) -> np.ndarray:  # (B, W, labels), or (B, labels) of a model with one output per window
+    "Probabilities of a batch of windows"
+    x = np.where(np.isnan(windows), 0, windows - recorded_mean(windows, 1))
+    x = x[..., [COMPONENTS.index(c) for c in model.component_order]]
     x = torch.as_tensor(x.transpose(0, 2, 1).astype(np.float32), device=model.device)
     x = model.annotate_batch_pre(x, argdict=args)
     x, aside = x if isinstance(x, tuple) else (x, None)
     return model.annotate_batch_post(model(x), piggyback=aside, argdict=args).float().cpu().numpy()
 
+# %% ../../nbs/picking/01a_pieces.ipynb #aa19db0b
 class Curve(NamedTuple):
-    "Probabilities of a stretch"
+    "Probabilities of a stretch without a gap"
     first: int           # absolute grid sample of the first value
-    every: int           # grid samples from value to value
+    every: int           # grid samples from one value to the next
     values: np.ndarray   # (n, labels)
 
+# %% ../../nbs/picking/01a_pieces.ipynb #aa69ffe0
 def probability_curves(
-    model,  # a SeisBench WaveformModel in evaluation mode
-    x: np.ndarray,  # (L, 3) Z N E, NaN where nothing was recorded
-    first: int,  # absolute grid sample of x[0]
-    s: Settings,
-    cut: tuple[bool, bool] = (False, False),  # whether the record goes on before and after x
-) -> list[Curve]:  # one for each stretch that is long enough
-    "Probabilities over a piece"
+    model: torch.nn.Module,  # a SeisBench WaveformModel in evaluation mode
+    x: np.ndarray,           # (L, 3) Z N E, NaN where nothing was recorded
+    first: int,              # absolute grid sample of x[0]
+    s: Settings,             # from `settings_of`
+    cut: tuple[bool, bool] = (False, False),  # whether the record continues before and after x
+) -> list[Curve]:            # one for each stretch that is long enough
+    "Probabilities of a piece"
     found = []
     strict = model._argdict_get_with_default(s.args, 'strict')
     for a, b in spans_of((~np.isnan(x)).all(1) if strict else (~np.isnan(x)).any(1)):
@@ -112,14 +127,16 @@ def probability_curves(
         if not starts: continue
         one = lambda k, t: np.stack([x[u - first:u - first + window] for u in starts[k:t]])
         size = model._argdict_get_with_default(s.args, 'batch_size')
-        parts = (window_probabilities(model, one(k, k + size), s.args) for k in range(0, len(starts), size))
+        parts = (window_probabilities(model, one(k, k + size), s.args)
+                 for k in range(0, len(starts), size))
         if model.output_type == 'point':
             found.append(Curve(starts[0] + model.pred_sample, s.step, np.concatenate(list(parts))))
         else: found.append(_stacked(parts, starts, window, (first + a, first + b), ends, s, model))
     return found
 
+# %% ../../nbs/picking/01a_pieces.ipynb #a129532f
 def _stacked(parts, starts, window, stretch, ends, s, model):
-    "Mean, or maximum, of the windows over each sample"
+    "Mean or maximum over the windows that contain a sample"
     first, last = starts[0], starts[-1] + window
     highest = str(model._argdict_get_with_default(s.args, 'stacking')).lower() == 'max'
     total = count = None
@@ -140,11 +157,11 @@ def _stacked(parts, starts, window, stretch, ends, s, model):
 
 # %% ../../nbs/picking/01a_pieces.ipynb #87dd0d33
 def annotations(
-    model,  # a SeisBench WaveformModel
-    name: str,  # NET.STA.LOC.HH
-    span: Span,
+    model: torch.nn.Module,  # a SeisBench WaveformModel
+    name: str,               # NET.STA.LOC.HH
+    span: Span,              # that the curves lie in
     found: list[Curve],
-):  # obspy.Stream, as `annotate` makes it
+):                           # obspy.Stream, as `annotate` returns it
     "Curves as a stream, one trace per label and stretch"
     from obspy import Stream, Trace, UTCDateTime
     network, station, location = name.split('.')[:3]
@@ -156,21 +173,23 @@ def annotations(
     return Stream([Trace(np.ascontiguousarray(c.values[:, k]), head(c, label))
                    for c in found for k, label in enumerate(model.labels)])
 
+# %% ../../nbs/picking/01a_pieces.ipynb #f987500e
 class PiecePicks(NamedTuple):
-    "What a picker makes of a piece"
+    "Picks and probabilities of a piece"
     picks: list          # of SeisBench's Pick, in order of time
-    stream: object       # obspy.Stream of the annotations, beyond the piece's ends too
-    samples: int         # how many grid samples of the piece have a probability
+    stream: object       # obspy.Stream of the annotations, a minute longer at both ends
+    samples: int         # number of grid samples of the piece with a probability
 
+# %% ../../nbs/picking/01a_pieces.ipynb #da66ccc3
 def pick_piece(
-    model,  # a SeisBench WaveformModel in evaluation mode
+    model: torch.nn.Module,  # a SeisBench WaveformModel in evaluation mode
     instrument: Instrument,
-    span: Span,
-    first: int,  # grid sample of the span at which the piece begins
-    last: int,  # grid sample after its last one
-    s: Settings,
+    span: Span,              # of the instrument
+    first: int,              # grid sample of the span at which the piece begins
+    last: int,               # grid sample after its last one
+    s: Settings,             # from `settings_of`
 ) -> PiecePicks:
-    "The picks of a piece, which are those of the whole"
+    "Picks of a piece, the same as those of the whole record"
     a, b = first - s.margin, last + s.margin
     x, zero = instrument.read(span, a, b), span.start//TICK
     found = probability_curves(model, x, zero + a, s, (a > 0, b < span.count))
@@ -185,13 +204,14 @@ def pick_piece(
     picks = [p for p in picks if begin <= p.start_time.ns < end]
     return PiecePicks(sorted(picks, key=lambda p: p.peak_time), stream, samples)
 
+# %% ../../nbs/picking/01a_pieces.ipynb #548cdaa6
 def _within(c, first, last):
-    "A curve between two grid samples"
+    "The part of a curve between two grid samples"
     a, b = (max(0, -((c.first - k)//c.every)) for k in (first, last))
     return Curve(c.first + a*c.every, c.every, c.values[a:b])
 
 def _exact(pick, span):
-    "A pick with its times on the grid, without the rounding of floating-point seconds"
+    "A pick with times on the grid, not rounded as seconds in floating point"
     from obspy import UTCDateTime
     phase = span.start % TICK
     for name in ('start_time', 'end_time', 'peak_time'):

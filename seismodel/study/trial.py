@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -31,11 +31,11 @@ from ..finetuning.finetune import fine_recipe, label_windows, with_real_noise
 from ..finetuning.heads import Picker
 from ..data.windows import WindowDataset
 from ..models.box import model_folder
-from ..models.pretraining import (build, config_from_dict, from_pretrained, read_config,
-                                          read_model)
+from ..models.pretraining import build, config_from_dict, load_weights, read_model
 from ..files import write_atomically
 from ..training.config import RESUMABLE_FIELDS, TrainConfig, check_config, with_defaults
 from ..data.sources import SyntheticSource, open_records, open_source
+from ..training.settings import apply_settings
 from ..training.trainer import Augmented, train
 
 # %% ../../nbs/study/02_trial.ipynb #82f74848
@@ -67,7 +67,8 @@ def candidates_of(
     "Every pretrained run with its control, then the baselines; raises `UserError` for what is not there"
     candidates = []
     for name, run in named_values(runs).items():
-        if 'picker' in read_model(run)[0]: raise UserError(f"'{run}' is a picker already; give a pretrained run.")
+        if {'picker', 'question'} & read_model(run)[0].keys():
+            raise UserError(f"'{run}' is fine-tuned already; give a pretrained run.")
         folder = str(model_folder(run).resolve())
         candidates += [Candidate(name, 'pretrained', folder),
                        Candidate(f'{name}-random', 'random', folder)]
@@ -95,7 +96,9 @@ class StudyConfig:
     freeze: str = 'none'   # of our models, see `Picker`
     layer_decay: float|None = None # of our models, see `TrainConfig`; None: as in `finetune`
     average: float = 0.    # of our models, see `TrainConfig`
+    changes: dict = field(default_factory=dict) # name of a field of recipe or models -> value
 
+# %% ../../nbs/study/02_trial.ipynb #52eb1577
 class Trial(NamedTuple):
     "One training run of a study"
     candidate: Candidate
@@ -108,14 +111,19 @@ class Trial(NamedTuple):
 def start_trial(
     trial:Trial,
     freeze:str='none', # of our models, see `Picker`
+    changes:dict|None=None, # whole name of a field of our models -> value
 )->nn.Module: # in training mode; takes batches with labels
-    "The network of a trial, before its first step: pretrained and random ones differ in nothing but their weights"
+    "The network of a trial before its first step; pretrained and random ones differ in weights alone"
     torch.manual_seed(trial.seed)
+    where = trial.candidate.source
     if trial.candidate.start == 'peer':
-        from seismodel.study.baselines import fresh_baseline   # brings SeisBench, which takes seconds: only for those who need it
-        return fresh_baseline(trial.candidate.source).train()
-    if trial.candidate.start == 'pretrained': return Picker(from_pretrained(trial.candidate.source), freeze=freeze).train()
-    model = build(config_from_dict(read_config(trial.candidate.source)['model']))
+        from seismodel.study.baselines import fresh_baseline   # brings SeisBench: takes seconds
+        return fresh_baseline(where).train()
+    saved, weights = read_model(where)
+    config, _ = apply_settings(config_from_dict(saved['model']), changes or {})
+    model = build(config)
+    file = Path(where)/'model.safetensors'
+    if trial.candidate.start == 'pretrained': load_weights(model, weights, file)
     return Picker(model, freeze=freeze).train()
 
 # %% ../../nbs/study/02_trial.ipynb #f9870292
@@ -127,11 +135,16 @@ def trial_recipe(
     common:StudyConfig,
 )->TrainConfig: # checked
     "How a trial is trained"
-    same = dict(steps=common.steps, batch_size=common.batch_size, seed=trial.seed, device=common.device, workers=common.workers,
-                validate_every=max(1, common.steps//10), validation_windows=common.validation_windows, checkpoint_every=250, keep=1)
+    told = {name.removeprefix('train.'): value for name, value in common.changes.items()
+            if name.startswith('train.')}
+    if trial.candidate.lr is not None: told['lr'] = trial.candidate.lr       # of this method alone
+    told = dict(steps=common.steps, batch_size=common.batch_size, seed=trial.seed,
+                device=common.device, workers=common.workers, validate_every=max(1, common.steps//10),
+                checkpoint_every=250, keep=1, validation_windows=common.validation_windows) | told
     if isinstance(net, Picker):
-        return fine_recipe(net.config.method, trial.candidate.start == 'pretrained', lr=trial.candidate.lr, layer_decay=common.layer_decay, average=common.average, **same)
-    c = TrainConfig(**{**BASELINE_RECIPE, 'lr': trial.candidate.lr or BASELINE_RECIPE['lr']}, **same)
+        own = dict(layer_decay=common.layer_decay, average=common.average)
+        return fine_recipe(net.config.method, trial.candidate.start == 'pretrained', **own, **told)
+    c = TrainConfig(**BASELINE_RECIPE | told)
     check_config(c)
     return c
 
@@ -200,13 +213,16 @@ def trial_settings(
     about = {'method': trial.candidate.name, 'start': trial.candidate.start, 'weights': weights, 'share': trial.fraction, 'data': counts, 'synthetic': common.synthetic,
              'augment': asdict(Augmentation()) if common.augment == 'full' else None, 'threshold': common.threshold}
     if common.freeze != 'none' and trial.candidate.start != 'peer': about['freeze'] = common.freeze
+    shapes = {name: v for name, v in common.changes.items() if not name.startswith('train.')}
+    if shapes and trial.candidate.start != 'peer': about['model'] = shapes
     return json.loads(json.dumps({'cell': about, 'train': asdict(c)}))
 
 def in_common(
     settings:dict, # from `trial_settings`
 )->dict:
     "What all trials of a study must agree on"
-    own = {'cell': ('method', 'start', 'weights', 'share', 'freeze'), 'train': ('lr', 'weight_decay', 'seed', 'layer_decay', 'average')}
+    own = {'cell': ('method', 'start', 'weights', 'share', 'freeze', 'model'),
+           'train': ('lr', 'weight_decay', 'seed', 'layer_decay', 'average')}
     return {part: {k: v for k, v in settings[part].items() if k not in own[part]} for part in own}
 
 def refuse_others(
@@ -231,7 +247,7 @@ def run_trial(
 ):
     "Train and score one trial, or go on with it, in a folder that ends in .part"
     part = folder/f'{trial.name}.part'
-    net = start_trial(trial, common.freeze)
+    net = start_trial(trial, common.freeze, common.changes)
     c = trial_recipe(net, trial, common)
     windows, dev, change, records = trial_windows(trial, c, common)
     extra = {'cell': trial_settings(trial, common, c)['cell'], 'records': records}

@@ -6,7 +6,7 @@ Docs: https://seismodel.github.io/seismodel/training/settings.html.md"""
 
 # %% auto #0
 __all__ = ['WORDS', 'PLAN_ENTRIES', 'parse_setting', 'field_names', 'check_names', 'flat_fields', 'read_field_file',
-           'read_settings', 'change_model', 'apply_settings']
+           'read_settings', 'change_model', 'check_masks', 'apply_settings']
 
 # %% ../../nbs/training/01a_settings.ipynb #9482946d
 import ast
@@ -111,13 +111,26 @@ def change_model(
         part, *inside, last = name.split('.')
         if part != 'model': continue
         if last == 'method' and value != model.method:
-            raise UserError(f"The method is '{value}', but that of the preset is '{model.method}'; name a --preset of the method.")
+            raise UserError(f"The method is '{value}', but that of the preset is '{model.method}'; "
+                            "name a --preset of the method.")
         place = values
         for key in inside: place = place[key]
         place[last] = value
-    if not values['encoder']['pretraining']: raise UserError("'model.encoder.pretraining' is False, but a run needs the encoder's masks; leave it True.")
-    return config_from_dict(values)
+    changed = config_from_dict(values)
+    check_masks(changed)
+    return changed
 
+def check_masks(model:ModelConfig):
+    "Raises `UserError` for an encoder that hides no frame: there would be nothing to predict"
+    if not model.encoder.pretraining:
+        raise UserError("'model.encoder.pretraining' is False, but a run needs the encoder's masks; "
+                        "leave it True.")
+    name = 'mask' if hasattr(model.encoder, 'mask') else 'mask_prob'
+    if getattr(model.encoder, name) == 0:
+        raise UserError(f"'model.encoder.{name}' is 0, which hides no frame, and there would be "
+                        "nothing to predict; give a share above 0.")
+
+# %% ../../nbs/training/01a_settings.ipynb #f0f6ce29
 def apply_settings(
     model:ModelConfig, # of a preset, or of a run
     changes:dict, # whole name of a field -> value
