@@ -22,7 +22,7 @@ from . import __version__
 from .core import UserError, count_parameters
 from .files import check_json
 from .finetuning.load import load
-from .models.box import box_models, describe_card, in_box, model_folder, read_card
+from .models.box import box_models, describe_card, in_box, model_folder, model_card
 from .models.pretraining import PRESETS, build, read_config
 from .training.checkpoints import this_machine
 from .training.pretrain import recipe
@@ -32,7 +32,7 @@ from .training.runlog import read_metrics
 def describe_box(
 )->str: # lines
     "Each model that comes with the package, in a sentence"
-    return '\n'.join(f"{name:22} {read_card(name)['summary']}" for name in box_models())
+    return '\n'.join(f"{name:22} {model_card(name)['summary']}" for name in box_models())
 
 def describe_presets(
 )->str: # lines

@@ -18,8 +18,7 @@ from seismodel.core import UserError
 from seismodel.finetuning.finetune import fine_plan, start_model
 from seismodel.finetuning.heads import Picker
 from seismodel.models import box
-from seismodel.models.box import (BOX, best_picker, box_models, in_box, model_folder,
-                                  read_card)
+from seismodel.models.box import BOX, best_picker, box_models, in_box, model_card, model_folder
 from seismodel.models.pretraining import build, from_pretrained, preset, read_config
 from seismodel.picking.output import read_picks
 from seismodel.picking.pick import weights_checksum
@@ -127,7 +126,7 @@ def test_info_lists_the_box_and_shows_cards(capsys):
 @pytest.mark.parametrize('name', box_models())
 def test_cards(name):
     "Every source has a licence and may be used, scores have intervals, and no file has a path in it"
-    card, config = read_card(name), (BOX/name/'config.json').read_text(encoding='utf-8')
+    card, config = model_card(name), (BOX/name/'config.json').read_text(encoding='utf-8')
     used = [row for title, rows in card.items() if 'on, with' in title for row in rows]
     for row in used: assert row['licence'] and 'none' not in row['licence'] and row['repository'], row
     left = {row['source'] for row in card['left out']}
