@@ -40,7 +40,7 @@ TESTS = {
     'models/quantizer': ['quantizer', 'infonce', 'recipe'],
     'models/infonce': ['infonce', 'quantizer', 'recipe'],
     'models/masked_mse': ['masked_mse', 'recipe'],
-    'models/spectrum': ['spectrum', 'objectives'],
+    'models/spectrum': ['spectrum', 'folds'],
     'data/archive': ['archive', 'pieces'],
     'data/channels': ['archive'],
     'data/pick_checks': ['dataset'],
@@ -73,6 +73,10 @@ TESTS = {
     'study/paired': ['study'],
     'study/tables': ['signs_and_ends', 'study'],
     'study/run': ['study'],
+    'study/folds': ['folds', 'leakage'],
+    'study/fold_scores': ['folds', 'leakage'],
+    'study/fold_trial': ['folds', 'leakage'],
+    'study/fold_run': ['folds'],
 }
 
 

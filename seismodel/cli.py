@@ -24,7 +24,7 @@ from .options import Command, make_parser, read_command
 COMMANDS = {   # name -> module and function
     'pretrain': 'training.pretrain:pretrain', 'info': 'info:info', 'plot': 'training.plots:plot',
     'embed': 'models.embedding:embed', 'finetune': 'finetuning.finetune:finetune',
-    'evaluate': 'picking.evaluation:evaluate', 'study': 'study.run:study', 'pick': 'picking.pick:pick',
+    'evaluate': 'picking.evaluation:evaluate', 'study': 'study.command:study', 'pick': 'picking.pick:pick',
     'pack': 'data.pack:pack', 'inspect': 'data.inspection:inspect', 'dataset': 'picking.dataset:dataset',
     'verify': 'training.verify:verify',
 }

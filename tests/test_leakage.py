@@ -6,6 +6,7 @@ however it was opened, packed, cut, augmented and normalised, says of itself whi
 import io
 import shutil
 from contextlib import redirect_stderr
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -14,11 +15,23 @@ import torch
 from seisbench.data import WaveformDataset
 from seisbench.models.base import WaveformModel
 from seisbench.util import ClassifyOutput, Pick, PickList
+from torch import nn
 
+import seismodel.study.fold_trial as fold_trial
 import seismodel.study.trial as trials
 import seismodel.training.pretrain as pretraining
 import seismodel.finetuning.finetune as finetuning
 from seismodel.study.trial import Trial, StudyConfig, Candidate, trial_recipe, trial_windows, dev_score, score_trial, start_trial
+from seismodel.core import UserError
+from seismodel.models.pretraining import Step
+from seismodel.signals.noise import calm_bank
+from seismodel.study.arms import FoldTrial, Start, Variant, Way
+from seismodel.study.arrays import open_splits, write_records
+from seismodel.study.device_records import make_generated, read_records
+from seismodel.study.fold_run import FoldData, manual_where_unsaid, prepare_arrays
+from seismodel.study.fold_scores import choose_on_dev, labels_of_fold, score_picks
+from seismodel.study.fold_trial import FoldStudy
+from seismodel.study.folds import check_unlabelled, event_parts, fold_sides
 from seismodel.training.trainer import Augmented
 from seismodel.picking.evaluation import evaluate, pick_benchmark
 from seismodel.finetuning.finetune import finetune
@@ -352,3 +365,135 @@ def test_a_study_takes_its_threshold_from_dev(form, data, monkeypatch):
     assert picker.seen == {'dev': set(trials.THRESHOLDS), 'test': {.3, .6}}
     chosen = table[table['by'] == 'dev']
     assert dev_score(chosen) == -1 and set(chosen['kind']) == {'P', 'S', 'noise'}
+
+
+# folds: nothing of another side in what is learned, chosen and scored
+
+class FoldListener(nn.Module):
+    "A picker that notes what it hears, and can be made to say anything about an event's P"
+    def __init__(self, says=None):
+        super().__init__()
+        self.weight, self.heard, self.says = nn.Parameter(torch.zeros(())), [], says
+    def set_progress(self, step, steps): pass
+    def logits(self, x):
+        events = heard(x)
+        self.heard += events
+        z = torch.zeros(*x.shape[:2], 3) + torch.tensor([4., 0., 0.])
+        if not self.says: return z
+        for k, e in enumerate(events): self.says(z[k], e)
+        return z
+    def forward(self, batch, generator=None):
+        self.logits(batch['x'])
+        return Step(self.weight*0., {})
+
+
+def fold_arrays(form, data, where):
+    "The arrays of a study, made of these data"
+    table = write_records(where, 'labelled', open_splits(data[form]))
+    np.save(where/'labelled-table.npy', manual_where_unsaid(table))
+    return np.load(where/'labelled-table.npy')
+
+
+def number_of(name): return int(name[2:])
+
+
+@forms
+def test_a_fold_learns_chooses_and_scores_on_different_events(form, data, tmp_path, monkeypatch):
+    "What a picker of each fold really hears: while it trains, on its looks at dev, for its thresholds, and while it is scored"
+    table = fold_arrays(form, data, tmp_path)
+    assert sorted(map(number_of, table['event'])) == sorted(2*list(range(EVENTS)))       # both stations, under one name
+    np.save(tmp_path/'events-waves.npy', np.zeros((4, 6144, 3), np.float16))
+    np.save(tmp_path/'events-onsets.npy', np.full((4, 2), np.nan))
+    s, tested = FoldStudy(tmp_path, tmp_path, folds=2, batch_size=32, device='cpu'), []
+    for fold in range(2):
+        picker, stages = FoldListener(), {}
+        def note(stage):
+            stages[stage], picker.heard = set(picker.heard) - {-1}, []
+        def instead(model, draw, c, device, look):
+            g = torch.Generator().manual_seed(0)
+            for _ in range(2): picker.heard += heard(draw(g)['x'])
+            note('train')
+            look(1)
+            note('dev')
+            return [{'loss': 0.}]
+        real = fold_trial.choose_on_dev
+        def choose(*args):
+            chosen = real(*args)
+            note('thresholds')
+            return chosen
+        monkeypatch.setattr(fold_trial, 'fold_picker', lambda trial, s: picker)
+        monkeypatch.setattr(fold_trial, 'train_on_device', instead)
+        monkeypatch.setattr(fold_trial, 'choose_on_dev', choose)
+        monkeypatch.setattr(fold_trial, 'fine_augment', lambda noise, options: banked(noise, stages))
+        fold_trial.finetune_fold(FoldTrial(Start('listener'), Way('synthetic', synthetic=.25), .6, fold), s, torch.device('cpu'))
+        monkeypatch.setattr(fold_trial, 'choose_on_dev', real)
+        note('test')
+        assert not stages['train'] & (stages['dev'] | stages['test']) and not stages['dev'] & stages['test']
+        assert stages['thresholds'] == stages['dev'] and stages['noise'] <= stages['train']
+        sides = fold_sides(table['event'].tolist(), event_parts(table['event'].tolist(), table['dataset'].tolist(), 2), fold, .6)
+        said = [{number_of(e) for e in table['event'][rows]} for rows in sides]
+        assert stages['train'] <= said[0] and len(stages['train']) >= 2 and [stages['dev'], stages['test']] == said[1:]
+        tested += stages['test']
+    assert sorted(tested) == list(range(EVENTS))
+
+
+def banked(noise, stages):
+    "Notes which events the bank of noise has, and changes nothing"
+    stages['noise'] = set(heard(noise)) - {-1}
+    return lambda batch, generator: batch
+
+
+@pytest.mark.parametrize('kind', ['windows', 'scrambled', 'events'])
+def test_pretraining_of_a_study_hears_unlabelled_records_alone(kind, data, write_dataset, tmp_path, monkeypatch):
+    "Their pitches are in its windows, scrambled or not, and in the noise of synthetic events; the labelled ones are not opened"
+    fold_arrays('folder', data, tmp_path)
+    write_dataset(tmp_path/'more', rows(range(20, 29)))
+    write_records(tmp_path, 'unlabelled', open_splits([str(tmp_path/'more')]))
+    make_generated(tmp_path, 8, 50)
+    opened, real = [], fold_trial.read_records
+    monkeypatch.setattr(fold_trial, 'read_records', lambda folder, name, device: opened.append(name) or real(folder, name, device))
+    monkeypatch.setattr(fold_trial, 'calm_bank', lambda sources, count: noted(sources, count))
+    banks = []
+    def noted(sources, count):
+        banks.append(calm_bank(sources, count, most=50.))
+        return banks[-1]
+    draw = fold_trial.pretraining_windows(Start('x', Variant(None, data=kind), 1000), FoldStudy(tmp_path, tmp_path, device='cpu'), 32, torch.device('cpu'))
+    x = draw(torch.Generator().manual_seed(0))
+    known = set(heard(x[:24] if kind != 'events' else banks[0])) & set(range(29))          # the last quarter is the generator's
+    assert len(known) > 3 and known <= set(range(20, 29)) and 'labelled' not in opened
+
+
+def test_a_labelled_event_among_the_unlabelled_is_refused(data, tmp_path):
+    "By its name; and without one, by its samples"
+    with pytest.raises(UserError, match='has records in --data and in --unlabelled'):
+        prepare_arrays(FoldData(tuple(data['folder']), tuple(data['chunks'])), tmp_path/'a')
+    table = fold_arrays('folder', data, tmp_path)
+    nameless = table.copy()
+    nameless['named'] = False
+    with pytest.raises(UserError, match='has the samples of a labelled one'): check_unlabelled(table, nameless)
+
+
+def test_thresholds_of_a_fold_come_from_dev(data, tmp_path, monkeypatch):
+    """A picker that says .8 at P and .45 elsewhere on dev, but .3 and .1 on test: only dev can lead to a threshold between
+    .45 and .8, at which nothing is found on test"""
+    table = fold_arrays('folder', data, tmp_path)
+    sides = fold_sides(table['event'].tolist(), event_parts(table['event'].tolist(), table['dataset'].tolist(), 2), 0)
+    dev = {number_of(e) for e in table['event'][sides.dev]}
+    def says(z, event):
+        right, wrong = (.8, .45) if event in dev else (.3, .1)
+        for at, p in ((z.shape[0]//2, right), (z.shape[0]//4, wrong)):
+            z[at - 10:at + 11, 1] = np.log(p/(1 - p)*np.exp(4.)) if event % 5 < 4 else -9.
+    picker = FoldListener(says)
+    labels = labels_of_fold(table, sides)
+    onset = labels.onset.copy()
+    onset[:, 0] = np.where(np.isfinite(onset[:, 0]), 2048., np.nan)                   # in the middle of a record's first window
+    labels = replace(labels, onset=onset)
+    records, _ = read_records(tmp_path, 'labelled')
+    records.length.fill_(4096)
+    chosen = choose_on_dev(picker, records, labels, sides.dev)
+    assert .45 < chosen['p'] < .8
+    assert not any(row[0] == 'p' and row[5] is not None for row in score_picks(picker, records, labels, sides.test, chosen))
+    other = choose_on_dev(picker, records, labels, sides.test)
+    assert .1 < other['p'] < .3                                                        # what a leak would look like
+    found = [row for row in score_picks(picker, records, labels, sides.test, other) if row[0] == 'p']
+    assert found and all(abs(row[5]) < .2 for row in found)
