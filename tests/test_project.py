@@ -60,17 +60,20 @@ def test_settings_are_the_source(copy):
 
 
 def test_the_wheel_holds_every_module(copy, tmp_path):
-    "A wheel, built and installed without its dependencies, imports every module from where it was installed"
+    "A wheel, built and installed without its dependencies, imports every module from where it was installed, and has the models of the box"
     wheels, site = tmp_path/'wheels', tmp_path/'site'
     pip = [sys.executable, '-m', 'pip', '-q', '--disable-pip-version-check']
     subprocess.run([*pip, 'wheel', '--no-deps', '--no-build-isolation', '-w', wheels, copy], check=True)
     wheel, = wheels.glob('*.whl')
     inside = {n for n in zipfile.ZipFile(wheel).namelist() if n.endswith('.py')}
     assert {p.relative_to(root).as_posix() for p in (root/'seismodel').rglob('*.py')} == inside
+    boxed = {p.relative_to(root).as_posix() for p in (root/'seismodel/box').rglob('*') if p.is_file()}
+    assert boxed <= set(zipfile.ZipFile(wheel).namelist()) and len(boxed) >= 4
     subprocess.run([*pip, 'install', '--no-deps', '--target', site, wheel], check=True)
     names = ', '.join(f"'seismodel.{m}'" for m in modules)
     code = (f"import sys, importlib; sys.path.insert(0, {str(site)!r})\n"
-            f"for m in [{names}]: assert importlib.import_module(m).__file__.startswith({str(site)!r}), m")
+            f"for m in [{names}]: assert importlib.import_module(m).__file__.startswith({str(site)!r}), m\n"
+            f"from seismodel.models.box import BOX, box_models; assert str(BOX).startswith({str(site)!r}) and 'tiny-picker' in box_models()")
     subprocess.run([sys.executable, '-c', code], check=True, cwd=tmp_path, env=without_pythonpath())
 
 

@@ -1,21 +1,30 @@
 """Write pyproject.toml (and the version in seismodel/__init__.py) from settings.ini: `python tools/settings.py`.
 
-nbdev's own converter lists only the top package; sub-packages would be missing from a wheel, so that one line is set here.
+nbdev's own converter lists only the top package, and no data; sub-packages and the models of the box would be missing from a wheel, so
+these lines are set here.
 """
 from pathlib import Path
 
 from nbdev.migrate import nbdev_migrate_config
 
 
+INCLUDE = """\
+include = ["seismodel*"]
+exclude = ["seismodel.box*"]
+
+[tool.setuptools.package-data]
+seismodel = ["box/*/*"]"""      # folders of files, not of modules
+
+
 def write_pyproject(
     root: Path,  # the folder that holds settings.ini
 ):
-    "pyproject.toml as nbdev makes it, with every sub-package in the wheel; raises `ValueError` where nbdev writes another line"
+    "pyproject.toml as nbdev makes it, with every sub-package and the box in the wheel; raises `ValueError` where nbdev writes another line"
     nbdev_migrate_config.__wrapped__(str(root))
     path = Path(root)/'pyproject.toml'
     text, line = path.read_text(encoding='utf-8'), 'include = ["seismodel"]'
     if line not in text: raise ValueError(f"nbdev wrote no line '{line}' into {path}; look at what it writes now.")
-    path.write_text(text.replace(line, 'include = ["seismodel*"]'), encoding='utf-8')
+    path.write_text(text.replace(line, INCLUDE), encoding='utf-8')
 
 
 if __name__ == '__main__': write_pyproject(Path(__file__).resolve().parents[1])

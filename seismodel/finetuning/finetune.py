@@ -26,6 +26,7 @@ from .events import subset_events
 from .heads import FREEZE, Picker, picker_from_dict
 from .classification import WindowModel
 from .window_labels import LabelledWindows, label_sources
+from ..models.box import in_box
 from ..models.pretraining import (Pretrainer, build, config_from_dict, from_pretrained, load_weights,
                                           preset as find_preset)
 from ..files import check_json, is_filled, read_json
@@ -39,7 +40,7 @@ from ..signals.records import WINDOW
 
 # %% ../../nbs/finetuning/03_finetune.ipynb #dc1c2f24
 def start_model(
-    from_run:str|None,    # folder of a pretrained model, or random
+    from_run:str|None,    # a name of the box, folder of a pretrained model, or random
     preset:str|None=None, # with random: which model
     changes:dict|None=None, # fields to change, from `read_settings`
 )->Pretrainer:
@@ -152,7 +153,8 @@ def fine_plan(
     told = {name: value for name, value in told.items() if value is not None}
     check_fine_options(told)
     start, data = told.get('from_run'), told['data']
-    plan = {'from': start if start in (None, 'random') else whole_path(start), 'preset': told.get('preset'),
+    named = start in (None, 'random') or in_box(start)
+    plan = {'from': start if named else whole_path(start), 'preset': told.get('preset'),
             'data': [whole_path(d) for d in data], 'weights': parse_weights(told.get('data_weights'), len(data)),
             'fraction': told.get('fraction', 1.), 'freeze': told.get('freeze', 'none')}
     if 'column' in told:
@@ -297,7 +299,7 @@ def say_next(plan, folder):
 
 # %% ../../nbs/finetuning/03_finetune.ipynb #1ed32726
 def finetune(
-    from_run:str=None, # the folder of a pretrained model, or random, which needs --preset
+    from_run:str=None, # a name of the box, such as tiny, the folder of a pretrained model, or random, which needs --preset
     preset:str=None, # with --from random: method and size of the control, such as contrastive-small
     data:Annotated[str, {'action': 'append'}]=None, # a SeisBench dataset with picks, or with the column, by folder or by name, a store packed from one, or synthetic; may be given several times
     column:str=None, # of the metadata, to learn instead of picks: text makes classes, numbers a regression; empty cells are left out

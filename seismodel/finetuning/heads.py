@@ -264,7 +264,7 @@ def picker_from_dict(
     return Picker(build(config_from_dict(config['model'])), **options, freeze=freeze)
 
 def load_picker(
-    folder:str|Path, # of a fine-tuning run, or one that `save_pretrained` wrote
+    folder:str|Path, # of a fine-tuning run or of `save_pretrained`, or a name of the box
 )->Picker: # on the CPU, in evaluation mode
     "Open a picker; raises `UserError` where the folder does not hold one"
     config, weights = read_model(folder)

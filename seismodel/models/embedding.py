@@ -120,10 +120,10 @@ def save_arrays(
     "Write an .npz file; by handle, since numpy appends .npz to a name"
     with open(path, 'wb') as f: np.savez(f, **arrays)
 
-# %% ../../nbs/models/11_embedding.ipynb #504de65c
+# %% ../../nbs/models/11_embedding.ipynb #e9916eac
 @delegates(Selection)
 def embed(
-    model:Path, # a run's folder, or one that save_pretrained wrote
+    model:str, # a name of the box, such as tiny, or the folder of a run
     sources:Annotated[str, {'opt': False, 'nargs': '+'}], # data sets; or files, folders, patterns
     out:Path=Path('features.npz'), # the file to write
     split:str='train', # of a dataset: train, dev or test

@@ -13,7 +13,7 @@ __all__ = ['OBJECTIVES', 'CONFIGS', 'ENCODERS', 'ModelConfig', 'IDENTITY', 'TARG
            'contrastive_size', 'masked_size', 'reconstruction_size', 'preset', 'build', 'read_weights', 'read_model',
            'read_config', 'from_pretrained', 'load_weights']
 
-# %% ../../nbs/models/10_pretraining.ipynb #3dd052a1
+# %% ../../nbs/models/10_pretraining.ipynb #06a27ead
 import json
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -28,6 +28,7 @@ from safetensors.torch import load
 from .. import __version__
 from ..files import header_of, read_json, sealed_tensors, verify_checksum, write_atomically
 from .backbones import MLSTMSequential, MLSTMUNet
+from .box import model_folder
 from .encoders import (BidirAutoregConfig, BidirAutoregEncoder, ConvDownConfig,
                                        ConvDownEncoderContrastive, MaskedTokens, check_traces)
 from ..core import DamagedCheckpoint, UserError, check_fields, log
@@ -551,12 +552,13 @@ def read_weights(
     raise UserError(f"'{file}' cannot be read: {why}. The weights are truncated or damaged; "
                     "copy them again, or resume the run, which writes them anew.")
 
-# %% ../../nbs/models/10_pretraining.ipynb #db52ede7
+# %% ../../nbs/models/10_pretraining.ipynb #dec34769
 def read_model(
-    folder: str | Path,  # with config.json and model.safetensors
+    folder: str | Path,  # with config.json and model.safetensors, or a name of the box
 ) -> tuple[dict, dict]:  # config.json, with what the weights say of themselves; name -> weight
     "Read a model's two files; raises `UserError` with the file and what is wrong with it"
-    file, weights = Path(folder)/'config.json', Path(folder)/'model.safetensors'
+    where = model_folder(folder)
+    file, weights = where/'config.json', where/'model.safetensors'
     for f in (file, weights):
         if not f.is_file():
             raise UserError(f"No pretrained model in '{folder}': {f.name} is missing.")
@@ -567,16 +569,16 @@ def read_model(
                     name)
     return {**config, **own}, weights
 
-# %% ../../nbs/models/10_pretraining.ipynb #b6de09fc
+# %% ../../nbs/models/10_pretraining.ipynb #cf1e082c
 def read_config(
-    folder: str | Path,  # with config.json and model.safetensors
+    folder: str | Path,  # with config.json and model.safetensors, or a name of the box
 ) -> dict:               # what `read_model` gives
     "What a model says of itself; raises `UserError` as `read_model` does"
     return read_model(folder)[0]
 
-# %% ../../nbs/models/10_pretraining.ipynb #a3ffa7d1
+# %% ../../nbs/models/10_pretraining.ipynb #8680f1d5
 def from_pretrained(
-    folder: str | Path,  # with config.json and model.safetensors
+    folder: str | Path,  # with config.json and model.safetensors, or a name of the box
 ) -> Pretrainer:         # on the CPU, in evaluation mode
     "Build the model and load its weights; raises `UserError` as `read_model` and `load_weights` do"
     config, weights = read_model(folder)

@@ -407,7 +407,7 @@ def score_picker(
 
 # %% ../../nbs/picking/04_evaluation.ipynb #e52ddf35
 def evaluate(
-    model:str, # folder of a fine-tuning run, a name in SeisBench's cache, or CLASS:NAME for a picker of SeisBench such as PhaseNet:stead
+    model:str, # a name of the box, folder of a fine-tuning run, a name in SeisBench's cache, or CLASS:NAME for a picker of SeisBench such as PhaseNet:stead
     data:Annotated[str, {'action': 'append'}]=None, # a SeisBench dataset with picks, by folder or by name; of a run with --column a dataset or store with that column, its own if not given; may be given several times
     split:str='test', # train, dev or test; thresholds of a picker come from dev
     targets:Path=None, # folder with task1.csv and task23.csv, published ones for example, of several datasets with a folder of each; made in OUT if not given

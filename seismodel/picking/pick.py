@@ -9,7 +9,7 @@ __all__ = ['MARGIN', 'weights_checksum', 'check_settings', 'Identities', 'days_o
            'planned_days', 'pick_each', 'join_days', 'pick_archive', 'pick_side_by_side', 'parse_part', 'finish_part',
            'require_days', 'pick']
 
-# %% ../../nbs/picking/02_pick.ipynb #3f411f92
+# %% ../../nbs/picking/02_pick.ipynb #91325cd5
 import hashlib
 import json
 import os
@@ -33,6 +33,7 @@ from ..data.archive import (DAY, TICK, Archive, Instrument, Notes, Selection, in
                                     index_files, list_files)
 from ..data.formats import printable
 from ..files import is_filled, naming_space, read_json, sha256, write_atomically, write_csv
+from ..models.box import best_picker
 from .amplitude import measure
 from .formats import check_formats, write_format
 from .output import CODES, pick_rows, with_amplitude, write_picks, write_quakeml
@@ -376,7 +377,7 @@ def require_days(
 @delegates(Selection)
 def pick(
     sources: Annotated[str, {'opt': False, 'nargs': '+'}],  # files, folders, patterns: SDS, SAC, …
-    model: str = None,  # folder of a run, name in SeisBench's cache, or CLASS:NAME: PhaseNet:stead
+    model: str = None,  # name, folder of a run, or PhaseNet:stead; otherwise the box's best picker
     out: Path = Path('picks'),  # folder for picks.csv, picks.xml and left_out.csv; resumes there
     p_threshold: float = None,  # lowest probability of a P pick; otherwise the picker's own, or .3
     s_threshold: float = None,  # lowest probability of an S pick; otherwise the picker's own, or .3
@@ -390,7 +391,7 @@ def pick(
 ) -> Path:  # the table of all picks, or with `part` the folder
     "Pick P and S in continuous data"
     sources = [sources] if isinstance(sources, (str, Path)) else list(sources)
-    args = _checked(model, p_threshold, s_threshold, strict, part, collect)
+    args, model = _checked(p_threshold, s_threshold, strict, part, collect), _named(model)
     formats, numbers = check_formats(format), parse_part(part)
     inventory, selection = selection.get('inventory'), Selection(**selection)
     files = list_files(sources)                          # before torch and the picker are loaded
@@ -413,9 +414,16 @@ def _open(model, device, files, selection, sources):
     return net, archive
 
 # %% ../../nbs/picking/02_pick.ipynb #5877172a
-def _checked(model, p_threshold, s_threshold, strict, part, collect):
-    "Arguments of `classify`; raises `UserError` for options that are missing or contradictory"
-    if not model: raise UserError("Say which picker, with --model FOLDER.")
+def _named(model):
+    "The picker that was named, or the best one of the box, which is then printed"
+    if model: return model
+    model = best_picker()
+    print(f'picker {model}, which comes with seismodel; --model names another one, '
+          f'`seismodel info {model}` shows what it is')
+    return model
+
+def _checked(p_threshold, s_threshold, strict, part, collect):
+    "Arguments of `classify`; raises `UserError` for options that are contradictory"
     if part and collect: raise UserError('--part picks and --collect joins; give one of them.')
     given = {k: v for k, v in zip('ps', (p_threshold, s_threshold)) if v is not None}
     for k, value in given.items():

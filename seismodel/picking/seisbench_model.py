@@ -20,6 +20,7 @@ from seisbench.util import ClassifyOutput, PickList
 from ..data.archive import MOST
 from ..data.formats import SLOWEST
 from ..finetuning.heads import LABELS, load_picker, picker_from_dict
+from ..models.box import box_models, in_box
 from ..models.pretraining import config_to_dict, preset, read_config
 from ..signals.records import COMPONENTS, SAMPLING_RATE, WINDOW
 from ..signals.resample import resample
@@ -124,8 +125,8 @@ class StreamPicker(WaveformModel):
 
 # %% ../../nbs/picking/01_seisbench_model.ipynb #aed9f9c3
 def stored_args(
-    folder: Path,    # of a fine-tuning run
-) -> dict:           # thresholds and uncertainties that `calibrate` found; empty where it was not asked
+    folder: str|Path,  # of a fine-tuning run, or a name of the box
+) -> dict:             # thresholds and uncertainties from `calibrate`, if it was asked
     "Default arguments stored with a picker"
     return dict(read_config(folder).get('default_args', {}))
 
@@ -172,15 +173,25 @@ class SeisModelPicker(StreamPicker):
 
     @classmethod
     def from_pretrained(cls, name, version_str='latest', **kwargs):
-        "From the folder of a fine-tuning run, or by name from SeisBench's cache; raises `UserError` where there is none"
-        if Path(name).is_dir(): return cls.of(load_picker(name), default_args=stored_args(name))
+        "From the box, a folder, or SeisBench's cache; raises `UserError` where there is none"
+        if in_box(name) or Path(name).is_dir():
+            return cls.of(load_picker(name), default_args=stored_args(name))
         if not cls.list_versions(str(name), remote=False):
-            raise UserError(f"There is no picker '{name}': it is neither a folder nor in SeisBench's cache ({cls._model_path()}).")
+            boxed, cache = ', '.join(box_models()), cls._model_path()
+            raise UserError(f"There is no picker '{name}': it is not in the box ({boxed}), "
+                            f"it is no folder, and it is not in SeisBench's cache ({cache}).")
         return super().from_pretrained(str(name), version_str, **kwargs)
+
+    def to_seisbench(self, folder, name='seismodel', version='1'):
+        "Write NAME.json.v1 and NAME.pt.v1, which SeisBench finds in its cache; returns both paths"
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.save(folder/name, self.citation, version)
+        return self._get_weights_file_paths(folder/name, version)
 
 # %% ../../nbs/picking/01_seisbench_model.ipynb #7c924dc5
 def open_picker(
-    name:str, # folder of a fine-tuning run, a name in SeisBench's cache, or CLASS:NAME for a picker of SeisBench, such as PhaseNet:stead
+    name:str, # a name of the box, folder of a fine-tuning run, a name in SeisBench's cache, or CLASS:NAME for a picker of SeisBench, such as PhaseNet:stead
 )->WaveformModel: # on the CPU, in evaluation mode
     "Open any picker; raises `UserError` where there is none of that name"
     kind, colon, weights = str(name).partition(':')

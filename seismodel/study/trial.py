@@ -30,6 +30,7 @@ from ..core import TrainingError, UserError, pick_device
 from ..finetuning.finetune import fine_recipe, label_windows, with_real_noise
 from ..finetuning.heads import Picker
 from ..data.windows import WindowDataset
+from ..models.box import model_folder
 from ..models.pretraining import build, config_from_dict, load_weights, read_model
 from ..files import read_json, write_atomically
 from ..training.config import RESUMABLE_FIELDS, TrainConfig, check_config, with_defaults
@@ -68,7 +69,9 @@ def candidates_of(
     for name, run in named_values(runs).items():
         if {'picker', 'question'} & read_model(run)[0].keys():
             raise UserError(f"'{run}' is fine-tuned already; give a pretrained run.")
-        candidates += [Candidate(name, 'pretrained', str(Path(run).resolve())), Candidate(f'{name}-random', 'random', str(Path(run).resolve()))]
+        folder = str(model_folder(run).resolve())
+        candidates += [Candidate(name, 'pretrained', folder),
+                       Candidate(f'{name}-random', 'random', folder)]
     candidates += [Candidate(name, 'peer', which) for name, which in named_values(baselines).items()]
     if not candidates: raise UserError('Say what to compare, with --from NAME=RUN or --baseline PhaseNet.')
     if len({m.name for m in candidates}) < len(candidates): raise UserError(f"Two candidates have one name among {', '.join(m.name for m in candidates)}; choose other names with --from NAME=RUN.")
