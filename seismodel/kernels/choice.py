@@ -32,15 +32,18 @@ def swiglu_forward(ab: Tensor) -> Tensor:
     from seismodel.kernels import swiglu as kernels
     return kernels.forward(ab)
 
+# %% ../../nbs/kernels/09_choice.ipynb #f4fe312c
 @swiglu_forward.register_fake
 def _(ab): return ab.new_empty(*ab.shape[:-1], ab.shape[-1] // 2)
 
+# %% ../../nbs/kernels/09_choice.ipynb #3f57947e
 @torch.library.custom_op(f'{SWIGLU_LIBRARY}::swiglu_backward', mutates_args=())
 def swiglu_backward(dy: Tensor, ab: Tensor) -> Tensor:
     "Gradient of ab"
     from seismodel.kernels import swiglu as kernels
     return kernels.backward(dy, ab)
 
+# %% ../../nbs/kernels/09_choice.ipynb #0af5eb7f
 @swiglu_backward.register_fake
 def _(dy, ab): return torch.empty_like(ab)
 
@@ -57,6 +60,7 @@ class SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy): return swiglu_backward(dy.contiguous(), *ctx.saved_tensors)
 
+# %% ../../nbs/kernels/09_choice.ipynb #4acc8d94
 def swiglu_plain(
     ab: Tensor,  # (..., 2 h), a and b side by side
 ) -> Tensor:     # (..., h)
@@ -79,6 +83,7 @@ def swiglu_errors(
     y = swiglu_plain(exact)
     return relative_errors(found, [y, *torch.autograd.grad(y, exact, dy.double())])
 
+# %% ../../nbs/kernels/09_choice.ipynb #b286c96c
 def swiglu_fault(device: torch.device, dtype: torch.dtype) -> str:
     "Why the kernels must not be used, or nothing"
     if dtype not in BOUNDS: return f'no kernel is made for {dtype}'
@@ -91,6 +96,7 @@ def swiglu_trusted(device: torch.device, dtype: torch.dtype) -> bool:
     fault = lambda: swiglu_fault(device, dtype)
     return passes_check(f'SwiGLU in {str(dtype)[6:]}', (device, dtype), fault)
 
+# %% ../../nbs/kernels/09_choice.ipynb #dd0190d7
 def swiglu(
     ab: Tensor,  # (..., 2 h), a and b side by side
 ) -> Tensor:     # (..., h)
@@ -108,6 +114,7 @@ def loss_kernels(
     from seismodel.kernels import triton_infonce
     return triton_infonce
 
+# %% ../../nbs/kernels/09_choice.ipynb #4979b0db
 def kernels_for(
     x: Tensor,  # an input
 ) -> ModuleType | None:  # from `loss_kernels`; None: use plain PyTorch

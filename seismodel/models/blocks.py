@@ -21,9 +21,9 @@ class HeadNorm(nn.Module):
     "LayerNorm over the features of each head, with one weight per feature of the layer"
     def __init__(
         self,
-        heads: int,        # H
-        features: int,     # dv of a head
-        eps: float=1e-6,   # added to the variance
+        heads: int,         # H
+        features: int,      # dv of a head
+        eps: float = 1e-6,  # added to the variance
     ):
         super().__init__()
         self.eps = eps
@@ -37,7 +37,7 @@ def fill_heads(
     qkvo: Tensor,  # (4 · H · n, D) weight that makes q, k, v and o
     out: Tensor,   # (D, H · n) weight that takes y
     heads: int,    # H
-) -> tuple[Tensor, Tensor]: # (4 · H · d, D) and (D, H · d), d the next multiple of 16 at or above n
+) -> tuple[Tensor, Tensor]:  # (4 · H · d, D) and (D, H · d), d the next multiple of 16 at or above n
     "Rows and columns of zeros between the heads, so that each is d wide"
     n = out.shape[1] // heads
     if n % 16 == 0: return qkvo, out
@@ -49,47 +49,63 @@ class BidirectionalMLSTM(nn.Module):
     "mLSTM layer (xLSTM-7B layout, Beck et al. 2025) in which every output frame sees both sides of the window."
     def __init__(
         self,
-        dim: int,                    # D, a multiple of heads
-        heads: int=4,                # H
-        direction: str='per_head',   # or 'shared', 'two_pass': how the two directions share the work
-        blocks: int=1,               # layers in the network (scales the last Linear)
+        dim: int,         # D, a multiple of heads
+        heads: int = 4,   # H
+        # or 'shared', 'two_pass': how the two directions share the work
+        direction: str = 'per_head',
+        blocks: int = 1,  # layers in the network (scales the last Linear)
     ):
         super().__init__()
         if direction not in ('per_head', 'shared', 'two_pass'):
-            raise ValueError(f"direction must be 'per_head', 'shared' or 'two_pass', but it is {direction!r}")
-        if dim % heads: raise ValueError(f'dim must be a multiple of heads, but they are {dim} and {heads}')
+            raise ValueError("direction must be 'per_head', 'shared' or 'two_pass', but it is "
+                             f"{direction!r}")
+        if dim % heads:
+            raise ValueError(f'dim must be a multiple of heads, but they are {dim} and {heads}')
         if direction == 'per_head' and heads % 2:
-            raise ValueError(f"direction 'per_head' needs an even number of heads, but it is {heads}")
+            raise ValueError("direction 'per_head' needs an even number of heads, but it is "
+                             f"{heads}")
         self.direction = direction
-        self.heads = 2 * heads if direction == 'two_pass' else heads        # heads with a q, k, v of their own
-        self.cells = heads if direction == 'per_head' else 2 * heads        # heads with gates of their own
+        # heads with a q, k, v of their own
+        self.heads = 2 * heads if direction == 'two_pass' else heads
+        # heads with gates of their own
+        self.cells = heads if direction == 'per_head' else 2 * heads
         width = self.heads * (dim // heads)
         self.qkvo = nn.Linear(dim, 4 * width, bias=False)
         self.gates = nn.Linear(dim, 2 * self.cells)
         self.norm = HeadNorm(self.heads, dim // heads)
         self.out = nn.Linear(width, dim, bias=False)
         nn.init.normal_(self.qkvo.weight[:3 * width], std=math.sqrt(2 / (5 * dim)))
-        nn.init.zeros_(self.qkvo.weight[3 * width:])                        # o: all output gates half open
+        # o: all output gates half open
+        nn.init.zeros_(self.qkvo.weight[3 * width:])
         nn.init.normal_(self.out.weight, std=2 / (blocks * math.sqrt(width)))
         nn.init.zeros_(self.gates.weight)
         with torch.no_grad():
             self.gates.bias[:self.cells] = -10.                             # i
-            self.gates.bias[self.cells:] = torch.linspace(3, 6, self.cells // 2).repeat(2)   # f, each direction alike
+            # f, each direction alike
+            self.gates.bias[self.cells:] = torch.linspace(3, 6, self.cells // 2).repeat(2)
 
     def forward(
         self,
-        x: torch.Tensor,     # (B, T, D)
-    ) -> torch.Tensor:       # (B, T, D)
+        x: torch.Tensor,  # (B, T, D)
+    ) -> torch.Tensor:    # (B, T, D)
         qkvo, out = self.qkvo.weight, self.out.weight
         if x.is_cuda and self.direction != 'shared': qkvo, out = fill_heads(qkvo, out, self.heads)
-        qkvo = F.linear(x, qkvo).unflatten(-1, (4, self.heads, -1))                        # (B, T, 4, H, d)
-        with torch.autocast(x.device.type, enabled=False):                                 # gates in full precision
-            gates = self.gates(x.to(self.gates.weight.dtype)).unflatten(-1, (2, -1))       # (B, T, 2, cells)
-        if self.direction != 'shared': return F.linear(mlstm_mix(qkvo, gates, self.norm.weight, self.cells // 2, self.norm.eps), out)
-        q, k, v, o = (z.transpose(1, 2) for z in qkvo.unbind(2))                           # (B, H, T, d)
-        i, f = (soft_cap(z.transpose(1, 2)) for z in gates.unbind(2))                      # (B, 2 H, T)
+        # (B, T, 4, H, d)
+        qkvo = F.linear(x, qkvo).unflatten(-1, (4, self.heads, -1))
+        # gates in full precision
+        with torch.autocast(x.device.type, enabled=False):
+            # (B, T, 2, cells)
+            gates = self.gates(x.to(self.gates.weight.dtype)).unflatten(-1, (2, -1))
+        if self.direction != 'shared':
+            return F.linear(mlstm_mix(qkvo, gates, self.norm.weight, self.cells // 2,
+                                      self.norm.eps), out)
+        # (B, H, T, d)
+        q, k, v, o = (z.transpose(1, 2) for z in qkvo.unbind(2))
+        # (B, 2 H, T)
+        i, f = (soft_cap(z.transpose(1, 2)) for z in gates.unbind(2))
         q, k, v = (torch.cat([z, z], 1) for z in (q, k, v))
-        h = mlstm(q, k, v, i, f, reverse=self.heads).unflatten(1, (2, self.heads)).sum(1)  # (B, H, T, d)
+        # (B, H, T, d)
+        h = mlstm(q, k, v, i, f, reverse=self.heads).unflatten(1, (2, self.heads)).sum(1)
         return self.out(torch.sigmoid(o.transpose(1, 2).flatten(2)) * self.norm(h))
 
 # %% ../../nbs/models/05_blocks.ipynb #e9c186eb
@@ -97,25 +113,27 @@ class MLSTMBlock(nn.Module):
     "Residual block: x + mLSTM(norm(x)), then x + SwiGLU(norm(x)) (xLSTM-7B layout, Beck et al. 2025)."
     def __init__(
         self,
-        dim: int,                    # D
-        heads: int=4,                # H
-        ff: float=3.0,               # hidden width of the feed-forward part over D, rounded up to a multiple of 16
-        direction: str='per_head',   # see `BidirectionalMLSTM`
-        dropout: float=0.,           # on both branches
-        blocks: int=1,               # blocks in the network (scales the last Linear of both branches)
+        dim: int,                     # D
+        heads: int = 4,               # H
+        # hidden width of the feed-forward part over D, rounded up to a multiple of 16
+        ff: float = 3.0,
+        direction: str = 'per_head',  # see `BidirectionalMLSTM`
+        dropout: float = 0.,          # on both branches
+        blocks: int = 1,  # blocks in the network (scales the last Linear of both branches)
     ):
         super().__init__()
         hidden = 16 * math.ceil(ff * dim / 16)
         self.norm_mlstm, self.norm_ff = nn.RMSNorm(dim, eps=1e-6), nn.RMSNorm(dim, eps=1e-6)
         self.mlstm = BidirectionalMLSTM(dim, heads, direction, blocks)
-        self.up, self.down = nn.Linear(dim, 2 * hidden, bias=False), nn.Linear(hidden, dim, bias=False)
+        self.up, self.down = nn.Linear(dim, 2 * hidden, bias=False), nn.Linear(hidden, dim,
+            bias=False)
         self.dropout = nn.Dropout(dropout)
         nn.init.normal_(self.up.weight, std=math.sqrt(2 / (5 * dim)))
         nn.init.normal_(self.down.weight, std=2 / (blocks * math.sqrt(dim)))
 
     def forward(
         self,
-        x: torch.Tensor,   # (B, T, D)
-    ) -> torch.Tensor:     # (B, T, D)
+        x: torch.Tensor,  # (B, T, D)
+    ) -> torch.Tensor:    # (B, T, D)
         x = x + self.dropout(self.mlstm(self.norm_mlstm(x)))
         return x + self.dropout(self.down(swiglu(self.up(self.norm_ff(x)))))

@@ -22,10 +22,11 @@ from ..kernels.choice import kernels_for
 def gumbel_noise(
     logits: Tensor,  # any shape; gives the noise its shape, type and device
     generator: torch.Generator | None = None,  # of the same device; None: torch's global one
-) -> Tensor:  # independent draws of the standard Gumbel distribution
+) -> Tensor:                                  # independent draws of the standard Gumbel distribution
     "Gumbel noise, -log of an exponential variable, of the shape of `logits` (Jang et al., 2017)."
-    exponential = torch.empty_like(logits, memory_format=torch.contiguous_format).exponential_(generator=generator)
-    return -exponential.clamp_min(torch.finfo(logits.dtype).tiny).log()  # a draw of 0 would become infinite
+    exponential = (torch.empty_like(logits, memory_format=torch.contiguous_format).exponential_(generator=generator))
+    # a draw of 0 would become infinite
+    return -exponential.clamp_min(torch.finfo(logits.dtype).tiny).log()
 
 # %% ../../nbs/models/03_quantizer.ipynb #f0285e24
 def straight_through(
@@ -38,9 +39,9 @@ def straight_through(
 
 # %% ../../nbs/models/03_quantizer.ipynb #e8594402
 def look_up(
-    one_hot: Tensor,  # (B, T, G, V) weights of the codes, one-hot or soft
+    one_hot: Tensor,      # (B, T, G, V) weights of the codes, one-hot or soft
     codevectors: Tensor,  # (1, G*V, d) the codebook, group after group
-) -> Tensor:  # (B, T, G*d) the chosen vectors of the groups, side by side
+) -> Tensor:              # (B, T, G*d) the chosen vectors of the groups, side by side
     "The code vectors as one matrix product per group; nothing larger than `one_hot` is made."
     B, T, G, V = one_hot.shape
     book = codevectors.view(G, V, -1)                                       # (G, V, d)
@@ -52,18 +53,20 @@ class Quantized(NamedTuple):
     "What the quantizer says about each frame."
     vectors: Tensor  # (B, T, codevector_dim) the code vectors of the groups, side by side
     codes: Tensor  # (B, T, G) int64, index of the chosen code in its group
-    logits: Tensor  # (B, T, G, V) scores of the codes, scaled, without noise and before the temperature
+    # (B, T, G, V) scores of the codes, scaled, without noise and before the temperature
+    logits: Tensor
 
 # %% ../../nbs/models/03_quantizer.ipynb #ad150ec4
 class GumbelVectorQuantizer(nn.Module):
     "Grouped vector quantizer of wav2vec 2.0: a random hard choice in training, the argmax in evaluation; always fp32."
 
     def __init__(self,
-        in_features: int = 256,  # D, width of the frames
-        groups: int = 2,  # G, codebooks
-        codes: int = 320,  # V, codes in each
-        codevector_dim: int = 256,  # width of the result; each group gives codevector_dim // groups of it
-        temperature: float = 2.0,  # of the Gumbel softmax at the start; lowered by the trainer
+        in_features: int = 256,     # D, width of the frames
+        groups: int = 2,            # G, codebooks
+        codes: int = 320,           # V, codes in each
+        # width of the result; each group gives codevector_dim // groups of it
+        codevector_dim: int = 256,
+        temperature: float = 2.0,   # of the Gumbel softmax at the start; lowered by the trainer
         scale_logits: bool = True,  # divide the logits by sqrt(in_features)
     ):
         super().__init__()
@@ -84,47 +87,51 @@ class GumbelVectorQuantizer(nn.Module):
     ) -> Quantized:
         "Quantize every frame; `codes` are those that gave `vectors`, noise included."
         with torch.autocast(x.device.type, enabled=False):
-            logits = self.weight_proj(x.to(self.weight_proj.weight.dtype)) * self.scale     # (B, T, G*V), fp32
-            logits = logits.unflatten(-1, (self.groups, self.codes))                        # (B, T, G, V)
+            # (B, T, G*V), fp32
+            logits = self.weight_proj(x.to(self.weight_proj.weight.dtype)) * self.scale
+            # (B, T, G, V)
+            logits = logits.unflatten(-1, (self.groups, self.codes))
             scores = logits
             if self.training: scores = (logits + gumbel_noise(logits, generator)) / self.temperature
-            one_hot, codes = straight_through(scores.softmax(-1))                           # (B, T, G, V), (B, T, G)
+            # (B, T, G, V), (B, T, G)
+            one_hot, codes = straight_through(scores.softmax(-1))
             return Quantized(look_up(one_hot, self.codevectors), codes, logits)
 
 # %% ../../nbs/models/03_quantizer.ipynb #fb3ba1c5
 def entropy_perplexity(
     p: Tensor,  # (G, V) a distribution in each row
-) -> Tensor:  # 0-d, between G and G*V (a row of zeros counts 1)
+) -> Tensor:    # 0-d, between G and G*V (a row of zeros counts 1)
     "Sum over the groups of exp(entropy); the clamp keeps the gradient finite where p is 0."
     return torch.exp(-(p * p.clamp_min(torch.finfo(p.dtype).tiny).log()).sum(-1)).sum()
 
 # %% ../../nbs/models/03_quantizer.ipynb #6bd60793
 def soft_usage(
-    logits: Tensor,  # (..., G, V) scores of the codes
+    logits: Tensor,              # (..., G, V) scores of the codes
     mask: Tensor | None = None,  # (...) bool, frames that count; None: all
-) -> Tensor:  # (G, V) fp32 (float64 for float64 logits), differentiable; each row sums to the number of frames
+) -> Tensor:                     # (G, V) fp32 (float64 for float64 logits), differentiable; each row sums to the number of frames
     "Sum of the softmax over the masked frames: how many frames would choose each code."
     with torch.autocast(logits.device.type, enabled=False):
         if logits.dtype != torch.float64: logits = logits.float()
         p = logits.softmax(-1)
         weight = torch.ones_like(p[..., 0, 0]) if mask is None else mask.to(p.dtype)        # (...)
-        return (weight.flatten() @ p.flatten(0, -3).flatten(1)).view(p.shape[-2:])          # (N,) @ (N, G*V)
+        # (N,) @ (N, G*V)
+        return (weight.flatten() @ p.flatten(0, -3).flatten(1)).view(p.shape[-2:])
 
-
+# %% ../../nbs/models/03_quantizer.ipynb #d5c76391
 def soft_perplexity(
-    logits: Tensor,  # (..., G, V) scores of the codes
+    logits: Tensor,              # (..., G, V) scores of the codes
     mask: Tensor | None = None,  # (...) bool, frames that count; None: all
-) -> Tensor:  # 0-d fp32, between G and G*V, differentiable; G where no frame counts
+) -> Tensor:                     # 0-d fp32, between G and G*V, differentiable; G where no frame counts
     "Perplexity of the mean softmax over the masked frames (wav2vec 2.0, equation 4, exponentiated), in fp32."
     frames = math.prod(logits.shape[:-2]) if mask is None else mask.sum().clamp_min(1)
     return entropy_perplexity(soft_usage(logits, mask) / frames)
 
 # %% ../../nbs/models/03_quantizer.ipynb #02b75545
 def code_usage(
-    codes: Tensor,  # (..., G) int64, codes of each frame
-    n_codes: int,  # V
+    codes: Tensor,               # (..., G) int64, codes of each frame
+    n_codes: int,                # V
     mask: Tensor | None = None,  # (...) bool, frames that count; None: all
-) -> Tensor:  # (G, V) int64, how many frames chose each code
+) -> Tensor:                     # (G, V) int64, how many frames chose each code
     "Count the choices of each code, without asking the device for a size."
     rows = codes.flatten(0, -2).T                                                           # (G, N)
     ones = torch.ones_like(rows) if mask is None else mask.flatten().to(rows.dtype).expand_as(rows)
@@ -132,18 +139,18 @@ def code_usage(
 
 # %% ../../nbs/models/03_quantizer.ipynb #d7d1c0fe
 def hard_perplexity(
-    codes: Tensor,  # (..., G) int64, codes of each frame
-    n_codes: int,  # V
+    codes: Tensor,               # (..., G) int64, codes of each frame
+    n_codes: int,                # V
     mask: Tensor | None = None,  # (...) bool, frames that count; None: all
-) -> Tensor:  # 0-d fp32, between G and G*V; G where no frame counts
+) -> Tensor:                     # 0-d fp32, between G and G*V; G where no frame counts
     "Perplexity of the chosen codes: how many codes are in use, were all used alike."
     usage = code_usage(codes, n_codes, mask).float()
     return entropy_perplexity(usage / usage.sum(-1, keepdim=True).clamp_min(1))
 
-
+# %% ../../nbs/models/03_quantizer.ipynb #6361be90
 def dead_codes(
     usage: Tensor,  # (G, V) counts from `code_usage`
-) -> Tensor:  # 0-d int64
+) -> Tensor:        # 0-d int64
     "Number of codes that no frame chose, over all groups."
     return (usage == 0).sum()
 
@@ -154,20 +161,20 @@ class MaskedCodes(NamedTuple):
     codes: Tensor  # (B, M, G) int64, index of the chosen code in its group
     usage: Tensor  # (G, V) sum of the softmax of the logits over the valid frames, differentiable
 
-
+# %% ../../nbs/models/03_quantizer.ipynb #da392628
 def gather_frames(
-    x: Tensor,  # (B, T, D) any frames
+    x: Tensor,        # (B, T, D) any frames
     indices: Tensor,  # (B, M) int64 frame numbers
-) -> Tensor:  # (B, M, D)
+) -> Tensor:          # (B, M, D)
     "The frames at these indices."
     return x.gather(1, indices.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 # %% ../../nbs/models/03_quantizer.ipynb #d2632b5f
 def quantize_masked(
     quantizer: GumbelVectorQuantizer,
-    x: Tensor,  # (B, T, in_features) frames
-    indices: Tensor,  # (B, M) int64, which frames of each row
-    valid: Tensor,  # (B, M) bool, those that count in the usage
+    x: Tensor,                                # (B, T, in_features) frames
+    indices: Tensor,                          # (B, M) int64, which frames of each row
+    valid: Tensor,                            # (B, M) bool, those that count in the usage
     generator: torch.Generator | None = None,  # of the Gumbel noise; not used in evaluation
 ) -> MaskedCodes:
     "Quantize the frames at these indices; as `quantizer` does, always in fp32."
@@ -180,13 +187,13 @@ def quantize_masked(
 
 # %% ../../nbs/models/03_quantizer.ipynb #bff012a8
 def temperature_at(
-    step: int,  # s, from 0; beyond `steps` the schedule stays where it ended
-    steps: int,  # S, length of the run
-    start: float = 2.0,  # temperature at step 0
-    end: float = 0.5,  # last temperature (cosine) or floor (exponential)
+    step: int,                 # s, from 0; beyond `steps` the schedule stays where it ended
+    steps: int,                # S, length of the run
+    start: float = 2.0,        # temperature at step 0
+    end: float = 0.5,          # last temperature (cosine) or floor (exponential)
     schedule: str = 'cosine',  # 'cosine': over the run; 'exponential': a factor per step
-    decay: float = 0.999995,  # factor per step of the exponential schedule
-) -> float:  # temperature of the Gumbel softmax
+    decay: float = 0.999995,   # factor per step of the exponential schedule
+) -> float:                    # temperature of the Gumbel softmax
     "Temperature at a step; raises ValueError for an unknown schedule or a run without steps."
     if steps < 1: raise ValueError(f'a temperature schedule needs at least 1 step, not {steps}')
     step = min(max(step, 0), steps)

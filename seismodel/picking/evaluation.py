@@ -33,61 +33,78 @@ from .matching import labels_of, match_records, pick_records
 
 # %% ../../nbs/picking/04_evaluation.ipynb #3b106743
 def window_around(
-    draws:np.random.RandomState, # where the start comes from
-    npts:float,                  # samples of the trace
-    length:float,                # samples of the window
-    onset:float|None=None,       # sample that must be inside; None: anywhere
-    margin:int=100,              # samples between the onset and either end
-)->tuple[float, float]: # start and end; (0, npts) where no such window fits
+    draws: np.random.RandomState,  # where the start comes from
+    npts: float,                   # samples of the trace
+    length: float,                 # samples of the window
+    onset: float|None = None,      # sample that must be inside; None: anywhere
+    margin: int = 100,             # samples between the onset and either end
+) -> tuple[float, float]:          # start and end; (0, npts) where no such window fits
     "The benchmark's rule for a window that holds an onset"
     if npts <= length: return 0, npts
-    first, last = (0, npts - length) if onset is None else (max(0, onset - length + margin), min(npts - length, onset - margin))
+    first, last = (0, npts - length) if onset is None else (max(0, onset - length + margin),
+        min(npts - length, onset - margin))
     if onset is not None and last <= first: return 0, npts
     start = draws.randint(int(first), int(last + 1))
     return start, start + length
 
-
+# %% ../../nbs/picking/04_evaluation.ipynb #16f27a7c
 def labelled(
-    metadata,  # of a SeisBench data set
-    phase:str, # 'P' or 'S'
-)->np.ndarray: # (traces,) bool
+    metadata,    # of a SeisBench data set
+    phase: str,  # 'P' or 'S'
+) -> np.ndarray:  # (traces,) bool
     "Whether the phase was looked for: there is a pick of it, or the record is noise"
     later = later_events(metadata)[..., 'PS'.index(phase)]
     here = np.isfinite(onsets(metadata, phase)) | np.isfinite(later).any(0)
-    if f'trace_{phase}_unlabelled_samples' in metadata:          # the data set says where nobody looked
-        return ~(metadata[f'trace_{phase}_unlabelled_samples'].fillna('').astype(str) != '').to_numpy()
-    if 'trace_category' in metadata: return here | metadata['trace_category'].astype(str).str.lower().eq('noise').to_numpy()
-    return here | ~np.isfinite(onsets(metadata, 'P' if phase == 'S' else 'S'))      # no picks at all: noise, by the benchmark's rule
+    # the data set says where nobody looked
+    if f'trace_{phase}_unlabelled_samples' in metadata:
+        return (~(metadata[f'trace_{phase}_unlabelled_samples'].fillna('').astype(str) != '').to_numpy())
+    if 'trace_category' in metadata:
+        return here | metadata['trace_category'].astype(str).str.lower().eq('noise').to_numpy()
+    # no picks at all: noise, by the benchmark's rule
+    return here | ~np.isfinite(onsets(metadata, 'P' if phase == 'S' else 'S'))
 
 # %% ../../nbs/picking/04_evaluation.ipynb #c8b6f7a6
-KEYS = ('trace_name', 'trace_chunk')     # what a trace is known by; the second where a data set has chunks
+# what a trace is known by; the second where a data set has chunks
+KEYS = ('trace_name', 'trace_chunk')
 
 def picks_of(
-    dataset, # a SeisBench data set
-): # yields ({trace_name, trace_idx, trace_split, sampling_rate, perhaps trace_chunk}, samples, [(onset, phase, full name), …] in order, {phase: labelled}), at 100 Hz
+    dataset,  # a SeisBench data set
+# yields ({trace_name, trace_idx, trace_split, sampling_rate, perhaps trace_chunk}, samples,
+# [(onset, phase, full name), …] in order, {phase: labelled}), at 100 Hz
+):
     "What targets are made from, trace by trace; a waveform is read only where the metadata do not know its length"
     table = dataset.metadata
-    factor = SAMPLING_RATE/table['trace_sampling_rate_hz'].to_numpy(float) if 'trace_sampling_rate_hz' in table else np.ones(len(table))
-    columns = [(c, phase, name) for phase, names in PHASES.items() for name in names if (c := f'trace_{name}_arrival_sample') in table]
-    columns += [(c, phase, f'{phase}{n}') for n in event_numbers(table) for phase in PHASES      # of further events
+    factor = (SAMPLING_RATE/table['trace_sampling_rate_hz'].to_numpy(float)
+              if 'trace_sampling_rate_hz' in table else np.ones(len(table)))
+    columns = [(c, phase, name) for phase, names in PHASES.items()
+               for name in names if (c := f'trace_{name}_arrival_sample') in table]
+    # of further events
+    columns += [(c, phase, f'{phase}{n}') for n in event_numbers(table) for phase in PHASES
                 if (c := f'trace_{phase}{n}_arrival_sample') in table]
     at = {c: pd.to_numeric(table[c], errors='coerce').to_numpy(float)*factor for c, _, _ in columns}
     known = {phase: labelled(table, phase) for phase in PHASES}
     for i in range(len(table)):
-        npts = round(table['trace_npts'].iloc[i]*factor[i]) if 'trace_npts' in table else dataset.get_waveforms(i).shape[-1]
-        arrivals = sorted((at[c][i], phase, name) for c, phase, name in columns if 0 <= at[c][i] < npts)      # False for NaN
-        row = dict(trace_name=table['trace_name'].iloc[i], trace_idx=i, trace_split=table['split'].iloc[i] if 'split' in table else '',
+        npts = (round(table['trace_npts'].iloc[i]*factor[i]) if 'trace_npts' in table
+                else dataset.get_waveforms(i).shape[-1])
+        # False for NaN
+        arrivals = sorted((at[c][i], phase, name)
+                          for c, phase, name in columns if 0 <= at[c][i] < npts)
+        row = dict(trace_name=table['trace_name'].iloc[i], trace_idx=i,
+                   trace_split=table['split'].iloc[i] if 'split' in table else '',
                    sampling_rate=SAMPLING_RATE)
-        if table['trace_chunk'].iloc[i]: row['trace_chunk'] = table['trace_chunk'].iloc[i]          # names may come again in another chunk
+        # names may come again in another chunk
+        if table['trace_chunk'].iloc[i]: row['trace_chunk'] = table['trace_chunk'].iloc[i]
         yield row, npts, arrivals, {phase: bool(k[i]) for phase, k in known.items()}
 
 # %% ../../nbs/picking/04_evaluation.ipynb #eaaeb8d7
 def task1_targets(
-    dataset, # a SeisBench data set
-)->pd.DataFrame: # one row a window: trace_name, trace_split, start_sample, end_sample, trace_type, clean, …
+    dataset,  # a SeisBench data set
+) -> pd.DataFrame:  # one row a window: trace_name, trace_split, start_sample, end_sample, trace_type, clean, …
     "30 s windows with and without the first onset, by the rule of the pick-benchmark"
     draws, length, rows = np.random.RandomState(42), int(30*SAMPLING_RATE), []
-    add = lambda row, window, kind, clean: rows.append({**row, 'start_sample': window[0], 'end_sample': window[1], 'trace_type': kind, 'clean': clean})
+    add = lambda row, window, kind, clean: rows.append({**row, 'start_sample': window[0],
+                                                        'end_sample': window[1], 'trace_type': kind,
+                                                        'clean': clean})
     for row, npts, arrivals, known in picks_of(dataset):
         if not arrivals:
             add(row, window_around(draws, npts, length), 'noise', all(known.values()))
@@ -95,14 +112,17 @@ def task1_targets(
         first = arrivals[0][0]
         window = window_around(draws, npts, length, first)
         if window[1] - window[0] <= length: add(row, window, 'earthquake', True)
-        if first > length: add(row, window_around(draws, min(npts, first), length), 'noise', known['P'])
+        if first > length:
+            add(row, window_around(draws, min(npts, first), length), 'noise', known['P'])
     return pd.DataFrame(rows)
 
+# %% ../../nbs/picking/04_evaluation.ipynb #613c4ae0
 def task23_targets(
-    dataset, # a SeisBench data set
-)->pd.DataFrame: # one row a window: as in task 1, with phase_label, full_phase_label and phase_onset
+    dataset,  # a SeisBench data set
+) -> pd.DataFrame:  # one row a window: as in task 1, with phase_label, full_phase_label and phase_onset
     "10 s windows with exactly one labelled onset, by the rule of the pick-benchmark"
-    draws, length, gap, rows = np.random.RandomState(42), int(10*SAMPLING_RATE), int(.5*SAMPLING_RATE), []
+    draws, length, gap, rows = (np.random.RandomState(42), int(10*SAMPLING_RATE),
+                                int(.5*SAMPLING_RATE), [])
     for row, npts, arrivals, known in picks_of(dataset):
         for i, (onset, phase, name) in enumerate(arrivals):
             before = int(arrivals[i - 1][0]) + gap if i else 0
@@ -110,7 +130,8 @@ def task23_targets(
             if after - before < length or not before <= onset <= after: continue
             start, end = window_around(draws, min(after, npts) - before, length, onset - before, 50)
             if end - start > length: continue
-            rows.append({**row, 'start_sample': start + before, 'end_sample': end + before, 'phase_label': phase, 'full_phase_label': name,
+            rows.append({**row, 'start_sample': start + before, 'end_sample': end + before,
+                         'phase_label': phase, 'full_phase_label': name,
                          'phase_onset': onset, 'clean': all(known.values())})
     return pd.DataFrame(rows)
 
@@ -121,10 +142,12 @@ def metadata_digest(
     table: pd.DataFrame,  # metadata of a SeisBench data set
 ) -> str:                 # 16 digits
     "A checksum of all that targets are made from"
-    own = ('trace_name', 'trace_chunk', 'split', 'trace_npts', 'trace_sampling_rate_hz', 'trace_category')
+    own = ('trace_name', 'trace_chunk', 'split', 'trace_npts', 'trace_sampling_rate_hz',
+           'trace_category')
     columns = sorted(c for c in table if c in own or c.endswith('_arrival_sample'))
     return digest(table[columns].to_csv(index=False))
 
+# %% ../../nbs/picking/04_evaluation.ipynb #2ad0efd0
 def check_stamp(
     folder: Path,         # of tables of targets
     table: pd.DataFrame,  # metadata of the data set
@@ -134,9 +157,10 @@ def check_stamp(
     try: made_from = json.loads((folder/STAMP).read_text(encoding='utf-8'))
     except ValueError: made_from = None
     if made_from != metadata_digest(table):
-        raise UserError(f"'{folder}' holds targets of other data, or of these before their labels changed; "
-                        "name another --out, or remove that folder.")
+        raise UserError(f"'{folder}' holds targets of other data, or of these before their labels "
+                        "changed; name another --out, or remove that folder.")
 
+# %% ../../nbs/picking/04_evaluation.ipynb #ca14a9be
 def read_targets(
     file: Path,           # task1.csv or task23.csv
     table: pd.DataFrame,  # metadata of the data set
@@ -151,14 +175,20 @@ def read_targets(
     asked = found[keys].drop_duplicates().itertuples(index=False, name=None)
     for key in asked:
         count = known.get(key if len(keys) > 1 else key[0], 0)
-        if count == 0: raise UserError(f"'{file}' names the trace {' in chunk '.join(map(str, key))}, which the data do not have.")
-        if count > 1: raise UserError(f"'{file}' names the trace {key[0]}, which {count} chunks of the data have; it needs a column trace_chunk.")
-    return found.assign(clean=found['clean'] if 'clean' in found else True)       # published tables have no such column
+        if count == 0:
+            raise UserError(f"'{file}' names the trace {' in chunk '.join(map(str, key))}, which "
+                            "the data do not have.")
+        if count > 1:
+            raise UserError(f"'{file}' names the trace {key[0]}, which {count} chunks of the data "
+                            "have; it needs a column trace_chunk.")
+    # published tables have no such column
+    return found.assign(clean=found['clean'] if 'clean' in found else True)
 
+# %% ../../nbs/picking/04_evaluation.ipynb #5399fafa
 def targets(
     dataset,           # a SeisBench data set
     folder: str|Path,  # holds task1.csv and task23.csv, or will
-) -> tuple[pd.DataFrame, pd.DataFrame]: # windows of task 1; windows of tasks 2 and 3
+) -> tuple[pd.DataFrame, pd.DataFrame]:  # windows of task 1; windows of tasks 2 and 3
     "The tables in the folder, published ones for example; made and saved there if they are missing"
     folder, table, tables = Path(folder), dataset.metadata, []
     check_stamp(folder, table)
@@ -167,7 +197,8 @@ def targets(
         if not file.exists():
             made, stamp = make(dataset), json.dumps(metadata_digest(table))
             folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder/STAMP, lambda path: path.write_text(stamp, encoding='utf-8'))    # first: tables never lack it
+            # first: tables never lack it
+            write_atomically(folder/STAMP, lambda path: path.write_text(stamp, encoding='utf-8'))
             write_atomically(file, lambda path: made.to_csv(path, index=False))
         tables.append(read_targets(file, table))
     return tuple(tables)
@@ -175,54 +206,66 @@ def targets(
 # %% ../../nbs/picking/04_evaluation.ipynb #7fe59d8d
 @torch.no_grad()
 def curves(
-    model, # with labels P and S, and N or Detection
-    x:torch.Tensor,      # (B, 3, L) windows as they are
-)->torch.Tensor: # (B, L, 3): something happens, P, S
+    model,            # with labels P and S, and N or Detection
+    x: torch.Tensor,  # (B, 3, L) windows as they are
+) -> torch.Tensor:    # (B, L, 3): something happens, P, S
     "Probabilities of a picker, without blinding"
     args = {**model.default_args, 'blinding': (0, 0)}
     x = model.annotate_batch_pre(x, args)
     x, aside = x if isinstance(x, tuple) else (x, None)
-    p = model.annotate_batch_post(model(x), piggyback=aside, argdict=args)                    # (B, L, labels)
+    # (B, L, labels)
+    p = model.annotate_batch_post(model(x), piggyback=aside, argdict=args)
     at = {str(label)[0].upper(): k for k, label in enumerate(model.labels)}
-    return torch.stack([p[..., at['D']] if 'D' in at else 1 - p[..., at['N']], p[..., at['P']], p[..., at['S']]], -1)
+    return torch.stack([p[..., at['D']] if 'D' in at else 1 - p[..., at['N']], p[..., at['P']],
+                        p[..., at['S']]], -1)
 
 # %% ../../nbs/picking/04_evaluation.ipynb #e38c0bf4
 def predict(
-    model,   # any picker of SeisBench's kind
+    model,                 # any picker of SeisBench's kind
     dataset,               # a SeisBench data set, three components
-    table:pd.DataFrame,    # targets, whose traces are in the data set
-    context:int|None=None, # samples that the model sees; None: its own in_samples, or the longest target
-    batch_size:int=64,     # windows at a time
-)->pd.DataFrame: # the table with score_detection, score_p_or_s, p_sample_pred and s_sample_pred
+    table: pd.DataFrame,   # targets, whose traces are in the data set
+    # samples that the model sees; None: its own in_samples, or the longest target
+    context: int|None = None,
+    batch_size: int = 64,  # windows at a time
+) -> pd.DataFrame:         # the table with score_detection, score_p_or_s, p_sample_pred and s_sample_pred
     "What the model says about each target, in the columns of the pick-benchmark"
     import seisbench.generate as sbg
     dataset = dataset.copy()
     translate_components(dataset.metadata)
-    dataset.component_order, dataset.dimension_order, dataset.sampling_rate = COMPONENTS, 'NCW', SAMPLING_RATE
+    dataset.component_order, dataset.dimension_order, dataset.sampling_rate = (COMPONENTS, 'NCW',
+        SAMPLING_RATE)
     longest = int(np.ceil((table['end_sample'] - table['start_sample']).max()))
-    generator = sbg.SteeredGenerator(dataset, table[[*(k for k in KEYS if k in table), 'start_sample', 'end_sample']])
-    generator.add_augmentations([sbg.Normalize(demean_axis=-1, amp_norm_axis=None), sbg.ChangeDtype(np.float32),
-                                 sbg.SteeredWindow(windowlen=context or max(model.in_samples, longest), strategy='pad')])
+    generator = sbg.SteeredGenerator(dataset, table[[*(k for k in KEYS if k in table),
+                                                     'start_sample', 'end_sample']])
+    generator.add_augmentations([sbg.Normalize(demean_axis=-1, amp_norm_axis=None),
+                                 sbg.ChangeDtype(np.float32),
+                                 sbg.SteeredWindow(windowlen=context
+                                                   or max(model.in_samples, longest),
+                                                   strategy='pad')])
     model.eval()
     rows = []
     for batch in torch.utils.data.DataLoader(generator, batch_size):
-        p = curves(model, batch['X'].to(model.device)).float().cpu()                         # (B, L, 3)
+        # (B, L, 3)
+        p = curves(model, batch['X'].to(model.device)).float().cpu()
         n = torch.arange(p.shape[1])
         first, last = batch['window_borders'].T                                               # (B,)
         p = p.masked_fill(((n < first[:, None]) | (n >= last[:, None]))[..., None], -1.)
-        top, at = p.max(1)                                                                    # (B, 3)
+        # (B, 3)
+        top, at = p.max(1)
         ratio = top[:, 1].clamp_min(1e-30).log() - top[:, 2].clamp_min(1e-30).log()
-        rows.append(torch.stack([top[:, 0], ratio, at[:, 1] - first, at[:, 2] - first], -1).double())
+        rows.append(torch.stack([top[:, 0], ratio, at[:, 1] - first, at[:, 2] - first],
+                                -1).double())
     rows = torch.cat(rows).numpy()
     named = dict(zip(('score_detection', 'score_p_or_s', 'p_sample_pred', 's_sample_pred'), rows.T))
-    for name in ('p_sample_pred', 's_sample_pred'): named[name] = named[name] + np.trunc(table['start_sample'].to_numpy(float))
+    for name in ('p_sample_pred', 's_sample_pred'):
+        named[name] = named[name] + np.trunc(table['start_sample'].to_numpy(float))
     return table.assign(**named)
 
 # %% ../../nbs/picking/04_evaluation.ipynb #079e429c
 def residuals(
-    table:pd.DataFrame, # predictions of tasks 2 and 3
-    phase:str,          # 'P' or 'S'
-)->np.ndarray: # seconds, positive where the pick is late
+    table: pd.DataFrame,  # predictions of tasks 2 and 3
+    phase: str,           # 'P' or 'S'
+) -> np.ndarray:          # seconds, positive where the pick is late
     "Predicted minus labelled onset, for the windows of that phase"
     own = table[table['phase_label'] == phase]
     return (own[f'{phase.lower()}_sample_pred'] - own['phase_onset']).to_numpy()/SAMPLING_RATE
@@ -238,32 +281,37 @@ def event_names(
 
 # %% ../../nbs/picking/04_evaluation.ipynb #a05836c8
 def score_tasks(
-    dev:pd.DataFrame,   # predictions of tasks 2 and 3 on dev
-    task1:pd.DataFrame, # predictions of task 1 on the split that is scored
-    task23:pd.DataFrame,# predictions of tasks 2 and 3 on it; all with a column event
-    draws:int=500,      # of the bootstrap
-)->pd.DataFrame: # task, metric, value, low, high, n
+    dev: pd.DataFrame,     # predictions of tasks 2 and 3 on dev
+    task1: pd.DataFrame,   # predictions of task 1 on the split that is scored
+    task23: pd.DataFrame,  # predictions of tasks 2 and 3 on it; all with a column event
+    draws: int = 500,      # of the bootstrap
+) -> pd.DataFrame:         # task, metric, value, low, high, n
     "The pick-benchmark's metrics with 95 % intervals"
     dev = dev[dev['clean']]
     threshold = best_threshold(dev['phase_label'].eq('P'), dev['score_p_or_s'])
     t1, t2 = task1[task1['clean']], task23[task23['clean']]
-    jobs = [('1 detection', 'AUC', lambda t: auc(t['trace_type'] == 'earthquake', t['score_detection']), t1),
-            ('2 identification', 'AUC', lambda t: auc(t['phase_label'] == 'P', t['score_p_or_s']), t2),
-            ('2 identification', 'MCC', lambda t: mcc(t['phase_label'] == 'P', t['score_p_or_s'] > threshold), t2)]
+    jobs = [('1 detection', 'AUC', lambda t: auc(t['trace_type'] == 'earthquake',
+                                                 t['score_detection']), t1),
+            ('2 identification', 'AUC', lambda t: auc(t['phase_label'] == 'P', t['score_p_or_s']),
+             t2),
+            ('2 identification', 'MCC', lambda t: mcc(t['phase_label'] == 'P',
+                                                      t['score_p_or_s'] > threshold), t2)]
     for phase in 'PS':
-        jobs += [(f'3 onset {phase}', name, lambda t, f=metric, phase=phase: f(residuals(t, phase)), task23[task23['phase_label'] == phase])
+        jobs += [(f'3 onset {phase}', name, lambda t, f=metric, phase=phase: f(residuals(t, phase)),
+                  task23[task23['phase_label'] == phase])
                  for name, metric in ONSET_METRICS.items()]
-    return pd.DataFrame([(task, name, *bootstrap(metric, table, draws=draws), len(table)) for task, name, metric, table in jobs],
+    return pd.DataFrame([(task, name, *bootstrap(metric, table, draws=draws), len(table))
+                         for task, name, metric, table in jobs],
                         columns=['task', 'metric', 'value', 'low', 'high', 'n'])
 
 # %% ../../nbs/picking/04_evaluation.ipynb #42411863
 def predict_tasks(
-    model,                  # any picker of SeisBench's kind
-    dataset,                # a SeisBench data set
-    folder: str|Path,       # of the targets, see `targets`
-    split: str = 'test',    # that is scored
+    model,                     # any picker of SeisBench's kind
+    dataset,                   # a SeisBench data set
+    folder: str|Path,          # of the targets, see `targets`
+    split: str = 'test',       # that is scored
     context: int|None = None,  # samples that the model sees, see `predict`
-) -> list[pd.DataFrame]:    # predictions of task 1; of tasks 2 and 3 on dev; of these on the split
+) -> list[pd.DataFrame]:       # predictions of task 1; of tasks 2 and 3 on dev; of these on the split
     "What a picker says about the targets of a data set, with the event of each trace"
     table, parts = dataset.metadata, []
     events = event_names(table)
@@ -278,65 +326,84 @@ def predict_tasks(
             parts.append(predict(model, dataset, part, context))
     return parts
 
+# %% ../../nbs/picking/04_evaluation.ipynb #b2f654a5
 def pick_benchmark(
-    model,                  # any picker of SeisBench's kind
-    dataset,                # a SeisBench data set
-    folder: str|Path,       # of the targets, see `targets`
-    split: str = 'test',    # that is scored
-    draws: int = 500,       # of the bootstrap
-) -> pd.DataFrame:          # see `score_tasks`
+    model,                # any picker of SeisBench's kind
+    dataset,              # a SeisBench data set
+    folder: str|Path,     # of the targets, see `targets`
+    split: str = 'test',  # that is scored
+    draws: int = 500,     # of the bootstrap
+) -> pd.DataFrame:        # see `score_tasks`
     "All three tasks of a picker on a data set"
     task1, dev, task23 = predict_tasks(model, dataset, folder, split)
     return score_tasks(dev, task1, task23, draws)
 
 # %% ../../nbs/picking/04_evaluation.ipynb #76cfb93c
 def score_records(
-    model,  # with `classify`
-    dataset,              # a SeisBench data set, or one split of it
-    threshold:float=.3,   # that a peak must reach
-    progress:bool=False,  # show a bar
-    found:list[dict]|None=None, # from `pick_records`; None: pick now
-)->pd.DataFrame: # trace_name, event, trace_dataset, components, kind (P, S or noise), residual (s), picks
+    model,                          # with `classify`
+    dataset,                        # a SeisBench data set, or one split of it
+    threshold: float = .3,          # that a peak must reach
+    progress: bool = False,         # show a bar
+    found: list[dict]|None = None,  # from `pick_records`; None: pick now
+) -> pd.DataFrame:                  # trace_name, event, trace_dataset, components, kind (P, S or noise), residual (s), picks
     "Picks of whole records against their labels"
     dataset = dataset.copy()
     translate_components(dataset.metadata)
-    dataset.component_order, dataset.dimension_order, dataset.sampling_rate = COMPONENTS, 'NCW', SAMPLING_RATE
+    dataset.component_order, dataset.dimension_order, dataset.sampling_rate = (COMPONENTS, 'NCW',
+        SAMPLING_RATE)
     table, rows = dataset.metadata, []
-    column = lambda name, default: table[name].fillna(default) if name in table else pd.Series(default, table.index)
+    column = (lambda name, default: table[name].fillna(default) if name in table
+              else pd.Series(default, table.index))
     noise = column('trace_category', 'earthquake').eq('noise').to_numpy()
-    onset = {p: onsets(table, p)*SAMPLING_RATE/column('trace_sampling_rate_hz', SAMPLING_RATE).to_numpy(float) for p in 'PS'}
-    about = pd.DataFrame(dict(trace_name=trace_names(table), event=event_names(table), trace_dataset=column('trace_dataset', 'all'),
-                              components=column('trace_components_present', COMPONENTS))).to_dict('records')
-    for i, at in enumerate(pick_records(model, dataset, threshold, progress) if found is None else found):
-        if noise[i]: rows.append({**about[i], 'kind': 'noise', 'residual': np.nan, 'picks': sum(map(len, at.values()))})
+    onset = {p: onsets(table, p)*SAMPLING_RATE/column('trace_sampling_rate_hz',
+                                                      SAMPLING_RATE).to_numpy(float) for p in 'PS'}
+    about = pd.DataFrame(dict(trace_name=trace_names(table), event=event_names(table),
+                              trace_dataset=column('trace_dataset', 'all'),
+                              components=column('trace_components_present',
+                                                COMPONENTS))).to_dict('records')
+    for i, at in enumerate(pick_records(model, dataset, threshold, progress) if found is None
+                           else found):
+        if noise[i]:
+            rows.append({**about[i], 'kind': 'noise', 'residual': np.nan,
+                         'picks': sum(map(len, at.values()))})
         for p in 'PS':
             if noise[i] or np.isnan(onset[p][i]): continue
             late = at[p] - onset[p][i]/SAMPLING_RATE
-            rows.append({**about[i], 'kind': p, 'residual': late[np.abs(late).argmin()] if len(late) else np.nan, 'picks': len(late)})
+            rows.append({**about[i], 'kind': p,
+                         'residual': late[np.abs(late).argmin()] if len(late) else np.nan,
+                         'picks': len(late)})
     return pd.DataFrame(rows)
 
 # %% ../../nbs/picking/04_evaluation.ipynb #31c11fcc
 def found_within(
-    seconds:float, # tolerance
-)->Callable: # of a table of `score_records`
+    seconds: float,  # tolerance
+) -> Callable:       # of a table of `score_records`
     "Share of the labelled phases with a pick so near"
     return lambda t: (t['residual'].abs() <= seconds).mean()
 
+# %% ../../nbs/picking/04_evaluation.ipynb #590c755c
 def summarise(
-    records:pd.DataFrame, # from `score_records`
-    draws:int=500,        # of the bootstrap
-)->pd.DataFrame: # trace_dataset, kind, metric, value, low, high, n
+    records: pd.DataFrame,  # from `score_records`
+    draws: int = 500,       # of the bootstrap
+) -> pd.DataFrame:          # trace_dataset, kind, metric, value, low, high, n
     "Shares found within 0.1, 0.3 and 0.5 s, and share of noise records with a pick, over all and by source"
-    metrics = {'P': {f'found within {t} s': found_within(t) for t in (.1, .3, .5)}, 'noise': {'disturbed': lambda t: (t['picks'] > 0).mean()}}
+    metrics = {'P': {f'found within {t} s': found_within(t) for t in (.1, .3, .5)},
+               'noise': {'disturbed': lambda t: (t['picks'] > 0).mean()}}
     metrics['S'], rows = metrics['P'], []
-    whole, sources = records['components'].eq(COMPONENTS), records['trace_dataset'].unique().tolist()
-    parts = {'all': records, **({'all with three components': records[whole]} if not whole.all() else {}),
-             **({s: records[records['trace_dataset'] == s] for s in sorted(sources)} if len(sources) > 1 else {})}
+    whole, sources = (records['components'].eq(COMPONENTS),
+                      records['trace_dataset'].unique().tolist())
+    parts = {'all': records, **({'all with three components': records[whole]} if not whole.all()
+                                else {}),
+             **({s: records[records['trace_dataset'] == s] for s in sorted(sources)} if len(sources)
+                > 1 else {})}
     for source, table in parts.items():
         for kind in ('P', 'S', 'noise'):
             part = table[table['kind'] == kind]
-            if len(part): rows += [(source, kind, name, *bootstrap(f, part, draws=draws), len(part)) for name, f in metrics[kind].items()]
-    return pd.DataFrame(rows, columns=['trace_dataset', 'kind', 'metric', 'value', 'low', 'high', 'n'])
+            if len(part):
+                rows += [(source, kind, name, *bootstrap(f, part, draws=draws), len(part))
+                         for name, f in metrics[kind].items()]
+    return pd.DataFrame(rows, columns=['trace_dataset', 'kind', 'metric', 'value', 'low', 'high',
+                                       'n'])
 
 # %% ../../nbs/picking/04_evaluation.ipynb #fba3c824
 def is_window_model(
@@ -345,6 +412,7 @@ def is_window_model(
     "Whether a model answers one question about a window"
     return (Path(model)/'config.json').is_file() and 'question' in read_config(model)
 
+# %% ../../nbs/picking/04_evaluation.ipynb #73c1b76d
 def evaluate_column(
     model: str,       # folder of a run of `finetune --column`
     data: list[str],  # none: what it was trained on
@@ -382,11 +450,11 @@ def open_labelled(
 
 # %% ../../nbs/picking/04_evaluation.ipynb #29e376a3
 def score_picker(
-    model,                  # any picker of SeisBench's kind
-    sets: dict,             # from `open_labelled`
-    folder: Path,           # of the targets; of several sets: of a folder for each
-    split: str = 'test',    # that is scored
-    threshold: float = .3,  # that a peak must reach in a record
+    model,                     # any picker of SeisBench's kind
+    sets: dict,                # from `open_labelled`
+    folder: Path,              # of the targets; of several sets: of a folder for each
+    split: str = 'test',       # that is scored
+    threshold: float = .3,     # that a peak must reach in a record
     context: int|None = None,  # samples that the model sees, see `predict`
 ) -> dict[str, pd.DataFrame]:  # tasks, records, matches, summary
     "All three tasks and the score by record, over all data sets together"
@@ -407,20 +475,30 @@ def score_picker(
 
 # %% ../../nbs/picking/04_evaluation.ipynb #e52ddf35
 def evaluate(
-    model:str, # a name of the box, folder of a fine-tuning run, a name in SeisBench's cache, or CLASS:NAME for a picker of SeisBench such as PhaseNet:stead
-    data:Annotated[str, {'action': 'append'}]=None, # a SeisBench dataset with picks, by folder or by name; of a run with --column a dataset or store with that column, its own if not given; may be given several times
-    split:str='test', # train, dev or test; thresholds of a picker come from dev
-    targets:Path=None, # folder with task1.csv and task23.csv, published ones for example, of several datasets with a folder of each; made in OUT if not given
-    threshold:float=None, # probability that counts as a pick in a record; .3 if not given
-    context:int=None, # samples that the model sees around a target; its own window if not given
-    device:str='auto', # auto, cpu, cuda or cuda:N
-    out:Path=None, # folder for the tables; if not given `evaluation`, of a run with --column the split's name in its folder
-)->Path: # the folder
+    # a name of the box, folder of a fine-tuning run, a name in SeisBench's cache, or CLASS:NAME
+    # for a picker of SeisBench such as PhaseNet:stead
+    model: str,
+    # a SeisBench dataset with picks, by folder or by name; of a run with --column a dataset or
+    # store with that column, its own if not given; may be given several times
+    data: Annotated[str, {'action': 'append'}] = None,
+    split: str = 'test',      # train, dev or test; thresholds of a picker come from dev
+    # folder with task1.csv and task23.csv, published ones for example, of several datasets with a
+    # folder of each; made in OUT if not given
+    targets: Path = None,
+    threshold: float = None,  # probability that counts as a pick in a record; .3 if not given
+    context: int = None,  # samples that the model sees around a target; its own window if not given
+    device: str = 'auto',     # auto, cpu, cuda or cuda:N
+    # folder for the tables; if not given `evaluation`, of a run with --column the split's name in
+    # its folder
+    out: Path = None,
+) -> Path:                    # the folder
     "Score a picker on the pick-benchmark's three tasks and on whole records, or a model for windows on a column"
     names = [data] if isinstance(data, (str, Path)) else list(data or ())
     if is_window_model(model):
         for name, value in (('targets', targets), ('threshold', threshold), ('context', context)):
-            if value is not None: raise UserError(f"--{name} is for pickers, and '{model}' answers a question about windows; leave it out.")
+            if value is not None:
+                raise UserError(f"--{name} is for pickers, and '{model}' answers a question about "
+                                "windows; leave it out.")
         return evaluate_column(model, names, split, device, out)
     if not names: raise UserError('Say which labels, with --data FOLDER.')
     sets, out = open_labelled(names, split), Path(out or 'evaluation')

@@ -39,21 +39,24 @@ class Instruments(GroupingHelper):
 
     def group_stream(self, stream, strict, min_length_s, comp_dict):
         shortest = min(min_length_s, (SHORTEST - 1)/SAMPLING_RATE)
-        return super().group_stream(stream, strict=strict, min_length_s=shortest, comp_dict=comp_dict)
+        return super().group_stream(stream, strict=strict, min_length_s=shortest,
+                                    comp_dict=comp_dict)
 
 # %% ../../nbs/picking/01_seisbench_model.ipynb #5d4cecff
 def clean_trace(
-    trace:obspy.Trace, # any finite rate; masked samples, NaN, infinity and what is above `MOST` are gaps
-)->obspy.Stream: # its pieces at 100 Hz, float64, mean 0 over all of them
+    # any finite rate; masked samples, NaN, infinity and what is above `MOST` are gaps
+    trace: obspy.Trace,
+) -> obspy.Stream:  # its pieces at 100 Hz, float64, mean 0 over all of them
     "What `annotate` makes of one trace; raises `UserError` below 10 Hz"
     rate = trace.stats.sampling_rate
     if not rate >= SLOWEST:
-        raise UserError(f"{trace.id} has {rate:g} Hz, and a picker needs at least {SLOWEST:g} Hz: leave that channel out, "
-                        "with stream.select(channel='HH?') for example.")
+        raise UserError(f"{trace.id} has {rate:g} Hz, and a picker needs at least {SLOWEST:g} Hz: "
+                        "leave that channel out, with stream.select(channel='HH?') for example.")
     data = np.ma.masked_invalid(np.ma.asarray(trace.data, dtype=np.float64))
     data = np.ma.masked_where(np.abs(data.filled(np.inf)) > MOST, data)
     broken = np.ma.count_masked(data) - np.ma.count_masked(trace.data)
-    if broken: log.warning('%s: %d of %d samples are NaN, infinite or above 1e18; they are taken for a gap', trace.id, broken, len(data))
+    if broken:
+        log.warning('%s: %d of %d samples are NaN, infinite or above 1e18; they are taken for a gap', trace.id, broken, len(data))
     if data.mask.all(): return obspy.Stream()
     pieces = obspy.Trace(data - data.mean(), trace.stats).split()
     for piece in pieces:
@@ -66,31 +69,36 @@ READ_WINDOW = 16_384        # samples of a window in which a stream is read: 164
 BLINDING = 512       # samples
 OVERLAP = 2048       # samples
 
-CAUSAL = ('zerophase_resample=False is not possible: records are resampled by one zero-phase filter, '
-          'in training and in application; leave that option out.')
+CAUSAL = ('zerophase_resample=False is not possible: records are resampled by one zero-phase '
+          'filter, in training and in application; leave that option out.')
 
 class StreamPicker(WaveformModel):
     "The border between SeisBench's streams and windows normalised as in training; knows nothing of the weights"
     _annotate_args = {**WaveformModel._annotate_args,
         '*_threshold': ('Probability that a pick of this phase must reach', .3),
         '*_uncertainty': ('a (s) and b of uncertainty = a + b times the width of the peak', None),
-        'blinding': ('Samples at the start and at the end of a window that are left to its neighbours', (BLINDING, BLINDING)),
+        'blinding': ('Samples at the start and at the end of a window that are left to its '
+                     'neighbours', (BLINDING, BLINDING)),
         'overlap': ('Share (below 1) or samples that neighbouring windows have in common', OVERLAP),
         'batch_size': ('Windows at a time; 2 suit the caches of a CPU, a GPU wants more', 2)}
 
     def annotate_stream_pre(self, stream, argdict):
         "Clean every trace, in place, then filter it where `filter_args` says so"
-        if not self._argdict_get_with_default(argdict, 'zerophase_resample'): raise UserError(CAUSAL)
+        if not self._argdict_get_with_default(argdict, 'zerophase_resample'):
+            raise UserError(CAUSAL)
         fast = [trace for trace in stream if trace.stats.sampling_rate >= SLOWEST]
         for trace in stream if fast else []:
             rate = trace.stats.sampling_rate
-            if rate < SLOWEST: log.warning('%s has %g Hz and is left out: a picker needs at least %g Hz', trace.id, rate, SLOWEST)
+            if rate < SLOWEST:
+                log.warning('%s has %g Hz and is left out: a picker needs at least %g Hz', trace.id,
+                            rate, SLOWEST)
         stream.traces = [piece for trace in fast or stream for piece in clean_trace(trace)]
         self._filter_stream(stream)
         return stream
 
     def _get_in_pred_samples(self, group):
-        n = min(self.window or group.n_samples, group.n_samples)    # a shorter stretch is one window
+        # a shorter stretch is one window
+        n = min(self.window or group.n_samples, group.n_samples)
         return n, (0, n)
 
     def _get_overlap(self, in_samples, argdict):
@@ -104,7 +112,8 @@ class StreamPicker(WaveformModel):
 
     def annotate_batch_post(self, batch, piggyback, argdict):
         "(B, 3, L) to (B, L, 3); windows in which nothing moves are noise"
-        return torch.where(piggyback[:, None, None], batch.transpose(1, 2), batch.new_tensor([1., 0., 0.]))
+        return torch.where(piggyback[:, None, None], batch.transpose(1, 2),
+                           batch.new_tensor([1., 0., 0.]))
 
     def _stack_predictions_array_ext(self, predictions, argdict):
         "Blank the ends of the windows of a stretch, but not the ends of the stretch itself; SeisBench stacks the rest"
@@ -119,9 +128,13 @@ class StreamPicker(WaveformModel):
         "Picks where the probability of P or S passes its threshold, at its highest sample, in order of time"
         picks = []
         for phase in 'PS':
-            threshold = argdict.get(f'{phase}_threshold', argdict.get('*_threshold', self._annotate_args['*_threshold'][1]))
-            picks += self.picks_from_annotations(annotations.select(channel=f'{self.name}_{phase}'), threshold, phase)
-        return ClassifyOutput(self.name, picks=PickList(sorted(picks, key=lambda pick: pick.peak_time)))
+            threshold = argdict.get(f'{phase}_threshold',
+                                    argdict.get('*_threshold',
+                                                self._annotate_args['*_threshold'][1]))
+            picks += self.picks_from_annotations(annotations.select(channel=f'{self.name}_{phase}'),
+                                                 threshold, phase)
+        return ClassifyOutput(self.name, picks=PickList(sorted(picks,
+            key=lambda pick: pick.peak_time)))
 
 # %% ../../nbs/picking/01_seisbench_model.ipynb #aed9f9c3
 def stored_args(
@@ -130,23 +143,30 @@ def stored_args(
     "Default arguments stored with a picker"
     return dict(read_config(folder).get('default_args', {}))
 
+# %% ../../nbs/picking/01_seisbench_model.ipynb #c7ccc1cc
 class SeisModelPicker(StreamPicker):
     "A `Picker` in SeisBench's terms: streams in, probabilities of noise, P and S at 100 Hz out, and picks"
     def __init__(self,
-        model:str|dict='contrastive-tiny', # a preset, or what `config_to_dict` makes of a configuration
-        width:int=64,                      # channels of the head
-        dropout:float=.2,                  # in the head, in training
-        raw:bool=True,                     # the waveform beside the features
-        at:str='samples',                  # where the head works; files of version 0.1 do not say
-        window:int|None=READ_WINDOW,       # samples that annotate reads in one pass; None: a whole stretch, however long
-        default_args:dict|None=None,       # of annotate and classify, such as {'P_threshold': .5}
+        # a preset, or what `config_to_dict` makes of a configuration
+        model: str|dict = 'contrastive-tiny',
+        width: int = 64,                 # channels of the head
+        dropout: float = .2,             # in the head, in training
+        raw: bool = True,                # the waveform beside the features
+        at: str = 'samples',             # where the head works; files of version 0.1 do not say
+        # samples that annotate reads in one pass; None: a whole stretch, however long
+        window: int|None = READ_WINDOW,
+        default_args: dict|None = None,  # of annotate and classify, such as {'P_threshold': .5}
     ):
-        super().__init__(citation='seismodel: self-supervised pretraining of seismic waveform models', component_order=COMPONENTS,
-                         sampling_rate=SAMPLING_RATE, output_type='array', in_samples=WINDOW, pred_sample=(0, WINDOW),
+        super().__init__(citation='seismodel: self-supervised pretraining of seismic waveform '
+                                  'models', component_order=COMPONENTS,
+                         sampling_rate=SAMPLING_RATE, output_type='array', in_samples=WINDOW,
+                         pred_sample=(0, WINDOW),
                          labels=LABELS, default_args=default_args, grouping=Instruments())
         self.window = window
         self.model_config = config_to_dict(preset(model).model) if isinstance(model, str) else model
-        self.picker = picker_from_dict({'model': self.model_config, 'picker': dict(width=width, dropout=dropout, raw=raw, at=at)})
+        self.picker = picker_from_dict({'model': self.model_config,
+                                        'picker': dict(width=width, dropout=dropout, raw=raw,
+                                                       at=at)})
 
     def get_model_args(self):
         "What the constructor needs to build this model again"
@@ -162,13 +182,15 @@ class SeisModelPicker(StreamPicker):
         "Around a `Picker`, which is not copied; further arguments are those of the constructor"
         model = cls(config_to_dict(picker.config), **picker.options, **kwargs)
         model.picker = picker
-        return model.train(picker.training)        # SeisBench goes back to this mode after each annotate
+        # SeisBench goes back to this mode after each annotate
+        return model.train(picker.training)
 
     @classmethod
     def load(cls, path, version_str=None, **kwargs):
         "From the two files that `save(path)` wrote, on the CPU; raises `UserError` where one is missing"
         for file in cls._get_weights_file_paths(path, version_str):
-            if not file.is_file(): raise UserError(f"There is no model '{path}': {file.name} is missing.")
+            if not file.is_file():
+                raise UserError(f"There is no model '{path}': {file.name} is missing.")
         return super().load(path, version_str, **{'map_location': 'cpu', **kwargs}).eval()
 
     @classmethod
@@ -191,14 +213,18 @@ class SeisModelPicker(StreamPicker):
 
 # %% ../../nbs/picking/01_seisbench_model.ipynb #7c924dc5
 def open_picker(
-    name:str, # a name of the box, folder of a fine-tuning run, a name in SeisBench's cache, or CLASS:NAME for a picker of SeisBench, such as PhaseNet:stead
-)->WaveformModel: # on the CPU, in evaluation mode
+    # a name of the box, folder of a fine-tuning run, a name in SeisBench's cache, or CLASS:NAME
+    # for a picker of SeisBench, such as PhaseNet:stead
+    name: str,
+) -> WaveformModel:  # on the CPU, in evaluation mode
     "Open any picker; raises `UserError` where there is none of that name"
     kind, colon, weights = str(name).partition(':')
     if not colon or Path(name).exists(): return SeisModelPicker.from_pretrained(name)
     import seisbench.models
     cls = getattr(seisbench.models, kind, None)
     if not (isinstance(cls, type) and issubclass(cls, WaveformModel)):
-        raise UserError(f"SeisBench has no picker '{kind}'; PhaseNet and EQTransformer are two of those it has.")
+        raise UserError(f"SeisBench has no picker '{kind}'; PhaseNet and EQTransformer are two of "
+                        "those it has.")
     try: return cls.from_pretrained(weights).eval()
-    except Exception as e: raise UserError(f"SeisBench cannot provide '{name}' ({type(e).__name__}: {str(e)[:100]}).") from None
+    except Exception as e:
+        raise UserError(f"SeisBench cannot provide '{name}' ({type(e).__name__}: {str(e)[:100]}).") from None
