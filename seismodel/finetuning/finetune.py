@@ -96,7 +96,8 @@ def label_windows(
     weights: list[float]|None,  # relative weights of the datasets
     c: TrainConfig,             # names steps, batch and seed
     window: int = WINDOW,       # samples
-) -> tuple[WindowDataset, WindowDataset, list[int]]:  # to train on, to validate on; records of each dataset
+# to train on, to validate on; records of each dataset
+) -> tuple[WindowDataset, WindowDataset, list[int]]:
     "Windows with labels; raises `UserError` where a dataset cannot be opened, or has no dev split"
     training = [open_source(name, 'train', window) for name in names]
     for name, source in zip(names, training):
@@ -115,7 +116,7 @@ def with_real_noise(
     device,                                   # of the training
     settings: Augmentation = Augmentation(),  # how often and how much
     events: int = 1000,  # synthetic ones to make, where there are any among the data
-) -> tuple[WindowDataset, Callable]:          # the windows to train on, the augmentation for `train`
+) -> tuple[WindowDataset, Callable]:  # the windows to train on, the augmentation for `train`
     "Noise from the windows' own records: added by the augmentation, and put around the synthetic events among them"
     is_real = [not isinstance(s, SyntheticSource) for s in windows.sources]
     real = [s for s, yes in zip(windows.sources, is_real) if yes]

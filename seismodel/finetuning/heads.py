@@ -20,7 +20,8 @@ from torch.nn import functional as F
 
 from ..models.frontend import TraceConv, convolve
 from ..models.masked_mse import feature_variance
-from ..models.pretraining import Pretrainer, Step, build, config_from_dict, load_weights, read_model
+from ..models.pretraining import (Pretrainer, Step, build, config_from_dict, load_weights,
+                                          read_model)
 from ..core import UserError
 
 # %% ../../nbs/finetuning/01_heads.ipynb #f743fa64
@@ -30,8 +31,7 @@ def to_samples(
 ) -> Tensor:           # (B, L, D)
     "Linear interpolation from 25 Hz to 100 Hz; after the last frame its value is held"
     after = torch.cat([features[:, 1:], features[:, -1:]], 1)
-    # (4, 1)
-    share = torch.arange(4, device=features.device, dtype=features.dtype)[:, None]/4
+    share = torch.arange(4, device=features.device, dtype=features.dtype)[:, None]/4  # (4, 1)
     # (B, T, 4, D) first
     return torch.lerp(features[:, :, None], after[:, :, None], share).flatten(1, 2)[:, :samples]
 
@@ -73,8 +73,7 @@ class PickHead(nn.Module):
         convs = ([ConvNorm(channels, width, dropout), ConvNorm(width, width, dropout)] if width
                  else [])
         self.convs, self.out = nn.Sequential(*convs), nn.Linear(width or channels, 3*answers)
-        # of the samples of a window, for one onset
-        share = math.sqrt(2*math.pi)*SIGMA/4096
+        share = math.sqrt(2*math.pi)*SIGMA/4096  # of the samples of a window, for one onset
         rates = torch.tensor([1 - 2*share, share, share])
         with torch.no_grad(): self.out.bias.copy_(rates.log().repeat(answers))
 
@@ -111,14 +110,10 @@ def label_curves(
     sigma: float = SIGMA,  # standard deviation of a bump, samples
 ) -> Tensor:               # (B, L, 3) probabilities of noise, P and S, summing to 1
     "Gaussian bumps at the onsets, as SeisBench's `ProbabilisticLabeller` makes them"
-    # (B, A, 1, 2)
-    onset = torch.stack([p_onset, s_onset], -1).view(len(p_onset), -1, 1, 2)
-    # (L, 1)
-    time = torch.arange(samples, device=onset.device, dtype=onset.dtype)[:, None]
-    # (B, A, L, 2)
-    bumps = torch.exp(-(time - onset).square()/(2*sigma**2)).nan_to_num(0.)
-    # (B, L, 2)
-    y = bumps.amax(1)
+    onset = torch.stack([p_onset, s_onset], -1).view(len(p_onset), -1, 1, 2)  # (B, A, 1, 2)
+    time = torch.arange(samples, device=onset.device, dtype=onset.dtype)[:, None]  # (L, 1)
+    bumps = torch.exp(-(time - onset).square()/(2*sigma**2)).nan_to_num(0.)  # (B, A, L, 2)
+    y = bumps.amax(1)  # (B, L, 2)
     y = y/y.sum(-1, keepdim=True).clamp_min(1.)
     return torch.cat([1 - y.sum(-1, keepdim=True), y], -1)
 
@@ -127,7 +122,9 @@ def batch_onsets(
     # p_onset and s_onset (B,) samples, and p_status, s_status (B,) int, 0 where a phase was not
     # labelled; without them all are
     batch: dict,
-) -> tuple[Tensor, Tensor]:  # onsets (B, 2), NaN where there is none or it is not labelled; (B, 2) bool, whether P and S were labelled
+# onsets (B, 2), NaN where there is none or it is not labelled; (B, 2) bool, whether P and S were
+# labelled
+) -> tuple[Tensor, Tensor]:
     "What a batch of windows says about P and S"
     onset = torch.stack([batch['p_onset'], batch['s_onset']], -1)
     known = torch.stack([batch.get(f'{k}_status', torch.ones_like(onset[:, 0])) > 0 for k in 'ps'],
@@ -137,7 +134,9 @@ def batch_onsets(
 # %% ../../nbs/finetuning/01_heads.ipynb #49416f9b
 def batch_events(
     batch: dict,  # see `batch_onsets`; perhaps events (B, A, 2), P and S of each
-) -> tuple[Tensor, Tensor]:  # onsets (B, A, 2), NaN where there is none or it is not labelled; (B, 2) bool, whether P and S were labelled
+# onsets (B, A, 2), NaN where there is none or it is not labelled; (B, 2) bool, whether P and S
+# were labelled
+) -> tuple[Tensor, Tensor]:
     "What a batch of windows says about all events; with one P and one S a window, a list of one"
     onset, known = batch_onsets(batch)
     if 'events' not in batch: return onset[:, None], known
@@ -153,12 +152,9 @@ def pick_loss(
 ) -> Tensor:         # 0-d, mean over the samples of all windows with any label
     "Cross-entropy over the classes that the labels tell apart: an unlabelled phase and noise count as one"
     log_p = logits.float().log_softmax(-1)
-    # (B, 1 or L, 2)
-    known = known if known.ndim == 3 else known[:, None]
-    # (B, 1 or L, 3), never noise
-    apart = F.pad(known, (1, 0))
-    # (B, L)
-    rest = log_p.masked_fill(apart, -math.inf).logsumexp(-1)
+    known = known if known.ndim == 3 else known[:, None]  # (B, 1 or L, 2)
+    apart = F.pad(known, (1, 0))  # (B, 1 or L, 3), never noise
+    rest = log_p.masked_fill(apart, -math.inf).logsumexp(-1)  # (B, L)
     loss = -(labels[..., 0]*rest + (labels*log_p*apart).sum(-1))
     labelled = known.any(2).any(1)                                                           # (B,)
     return (loss.mean(1)*labelled).sum()/labelled.sum().clamp_min(1)
@@ -172,10 +168,8 @@ def in_zones(
 ) -> Tensor:       # (B, L, 2) bool
     "Where P and S are not labelled"
     time = torch.arange(samples, device=zones.device, dtype=zones.dtype)
-    # (B, 2, Z)
-    first, last = zones.unbind(-1)
-    # (B, 2, Z, L)
-    inside = (time >= first[..., None]) & (time < last[..., None])
+    first, last = zones.unbind(-1)  # (B, 2, Z)
+    inside = (time >= first[..., None]) & (time < last[..., None])  # (B, 2, Z, L)
     return inside.any(2).transpose(1, 2)
 
 # %% ../../nbs/finetuning/01_heads.ipynb #f9586a66
@@ -184,14 +178,13 @@ def pick_targets(
     # see `in_zones`
     batch: dict,
     samples: int,  # L
-) -> tuple[Tensor, Tensor]:  # labels (B, L, 3), and known: (B, 2), or (B, L, 2) where there are zones
+# labels (B, L, 3), and known: (B, 2), or (B, L, 2) where there are zones
+) -> tuple[Tensor, Tensor]:
     "What `pick_loss` needs of a batch"
-    # (B, A, 2)
-    events, known = batch_events(batch)
+    events, known = batch_events(batch)  # (B, A, 2)
     labels = label_curves(*events.unbind(-1), samples)
     if 'unlabelled' not in batch: return labels, known
-    # (B, L, 2)
-    known = known[:, None] & ~in_zones(batch['unlabelled'], samples)
+    known = known[:, None] & ~in_zones(batch['unlabelled'], samples)  # (B, L, 2)
     y = labels[..., 1:]*known
     return torch.cat([1 - y.sum(-1, keepdim=True), y], -1), known
 
@@ -280,12 +273,9 @@ def found(
     within: float = 30.,  # samples: 0.3 s
 ) -> dict:                # p_found and s_found, 0-d
     "Share of the windows with an onset whose highest probability of that phase is near one; 1 where a batch has no onset"
-    # (B, A, 2)
-    onset = onset.view(len(onset), -1, 2)
-    # (B, 2)
-    top = logits.float().softmax(-1)[..., 1:].argmax(1)
-    # (B, 2), False for NaN
-    near = ((top[:, None] - onset).abs() <= within).any(1)
+    onset = onset.view(len(onset), -1, 2)  # (B, A, 2)
+    top = logits.float().softmax(-1)[..., 1:].argmax(1)  # (B, 2)
+    near = ((top[:, None] - onset).abs() <= within).any(1)  # (B, 2), False for NaN
     there = onset.isfinite().any(1)
     share = (near.sum(0) + ~there.any(0))/there.sum(0).clamp_min(1)
     return {'p_found': share[0], 's_found': share[1]}

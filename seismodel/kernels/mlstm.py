@@ -129,8 +129,7 @@ def mlstm_parallel(
     H, T = q.shape[1:3]
     hi = torch.promote_types(q.dtype, torch.float32)
     total = time_scan(F.logsigmoid(f.double()), torch.cumsum, reverse)            # F_t (B, H, T)
-    # F_t - F_s + i_s (B, H, T, T)
-    log_D = total[..., :, None] + (i.double() - total)[..., None, :]
+    log_D = total[..., :, None] + (i.double() - total)[..., None, :]  # F_t - F_s + i_s (B, H, T, T)
     log_D = log_D.masked_fill(causal_lag(T, H, reverse, q.device) < 0, -math.inf)
     m = log_D.amax(-1, keepdim=True).detach()                                     # (B, H, T, 1)
     P = (q.to(hi) @ k.to(hi).mT) * q.shape[-1]**-0.5 * torch.exp((log_D - m).to(hi))
@@ -147,8 +146,7 @@ def chunk_gates(
     "Logarithms inside each chunk, float64: weight seen from the entry, decay since the entry, decay and scale of the chunk."
     i, log_f = i.double().unflatten(-1, (-1, L)), F.logsigmoid(f.double()).unflatten(-1, (-1, L))
     b = time_scan(log_f, torch.cumsum, reverse)
-    # b only falls: its smallest value is the sum of the whole chunk
-    g = b.amin(-1)
+    g = b.amin(-1)  # b only falls: its smallest value is the sum of the whole chunk
     x = i - b
     return x, b, g, g + x.amax(-1)
 
@@ -163,8 +161,7 @@ def chunk_weights(
     G = time_scan(g.double(), torch.cumsum, reverse)
     log_W = (G - g)[..., :, None] + (A - G)[..., None, :]
     log_W = log_W.masked_fill_(causal_lag(N, H, reverse, g.device) <= 0, -math.inf)
-    # the first chunk receives nothing
-    m = log_W.amax(-1).clamp_min_(NEVER)
+    m = log_W.amax(-1).clamp_min_(NEVER)  # the first chunk receives nothing
     return torch.exp(log_W - m[..., None]), m
 
 # %% ../../nbs/kernels/01_mlstm.ipynb #b8ae031f
@@ -175,8 +172,7 @@ def decay_tile(
     dtype: torch.dtype,  # of the result
 ) -> torch.Tensor:       # (B, H, N, L, L): exp(x_s - r_t) where t has read s, else 0
     "The decay matrix of every chunk."
-    # (H, 1, L, L)
-    hidden = causal_lag(x.shape[-1], x.shape[1], reverse, x.device)[:, None] < 0
+    hidden = causal_lag(x.shape[-1], x.shape[1], reverse, x.device)[:, None] < 0  # (H, 1, L, L)
     bias = torch.zeros(hidden.shape, dtype=x.dtype, device=x.device).masked_fill_(hidden, -math.inf)
     return (x[..., None, :] + bias).sub_(r[..., :, None]).to(dtype).exp_()
 
@@ -189,32 +185,26 @@ def dot(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def chunk_forward(q, k, v, i, f, reverse, L, state=None, return_state=False):
     "Forward pass, L a divisor of T. Returns h, the state at the end or None, and what `chunk_backward` needs."
     N, lo, hi, s = q.shape[2] // L, q.dtype, i.dtype, q.shape[-1]**-0.5
-    # (B, H, N, L, d)
-    q, k, v = (z.contiguous().unflatten(2, (N, L)) for z in (q, k, v))
+    q, k, v = (z.contiguous().unflatten(2, (N, L)) for z in (q, k, v))  # (B, H, N, L, d)
     x, b, g, A = chunk_gates(i, f, L, reverse)
     r = time_scan(x, running_max, reverse)                                            # (B, H, N, L)
     into = W = w = C = n = end = None
     if N > 1 or state is not None or return_state:
-        # e^{g + x - A}
-        into = torch.exp(x + (g - A)[..., None]).to(hi)
+        into = torch.exp(x + (g - A)[..., None]).to(hi)  # e^{g + x - A}
         kg = k * into[..., None]
-        # what each chunk adds
-        U, u = dot(kg.mT, v, lo).to(hi), kg.to(hi).sum(-2)
+        U, u = dot(kg.mT, v, lo).to(hi), kg.to(hi).sum(-2)  # what each chunk adds
         C, n, m, W, end = carry(U, u, g, A, reverse, state, return_state)
         r = torch.maximum(r, m[..., None])
         w = torch.exp(m[..., None] - r).to(hi) * s                                    # s w_t
-    # the factor s rides on the exponent
-    r_s = r - math.log(s)
-    # (B, H, N, L, L)
-    P = decay_tile(x, r_s, reverse, hi).mul_(dot(q, k.mT, lo))
+    r_s = r - math.log(s)  # the factor s rides on the exponent
+    P = decay_tile(x, r_s, reverse, hi).mul_(dot(q, k.mT, lo))  # (B, H, N, L, L)
     num, den = dot(P, v, lo).to(hi), P.sum(-1)
     if C is not None:
         num = num + w[..., None] * dot(q, C, lo)
         den = den + w * (q * n[..., None, :]).sum(-1)
     floor = torch.exp(-b - r).to(hi)                                                  # e^{-m_t}
     size = den.abs()
-    # 0 where the floor wins
-    sign = den.sign() * (size > floor)
+    sign = den.sign() * (size > floor)  # 0 where the floor wins
     den = torch.maximum(size, floor)
     h = (num / den[..., None]).to(lo)
     return h.flatten(2, 3), end, (q, k, v, f, x, r_s, into, w, W, C, n, h, den, sign)
@@ -229,8 +219,7 @@ def carry(U, u, g, A, reverse, state=None, return_state=False):
             2)
         g_all, A_all = F.pad(g, (1, 0)), torch.cat([state.m[..., None], A], -1)
     W, m = chunk_weights(g_all, A_all, reverse)
-    # the rows of the real chunks
-    W, m = W[..., -N:, :].to(U.dtype), m[..., -N:]
+    W, m = W[..., -N:, :].to(U.dtype), m[..., -N:]  # the rows of the real chunks
     C, n = (W @ U_all.flatten(-2)).unflatten(-1, U.shape[-2:]), W @ u_all
     end = None
     if return_state:
@@ -253,11 +242,9 @@ def chunk_backward(dh, reverse, q, k, v, f, x, r_s, into, w, W, C, n, h, den, si
     dS = D.mul_(dot(dnum, v.mT, lo) + dden[..., None])
     dq, dk = dot(dS, k, lo).to(hi), dot(dS.mT, q, lo).to(hi)
     if C is not None:
-        # what reads the entering memory
-        dnum, dden = dnum * w[..., None], dden * w
+        dnum, dden = dnum * w[..., None], dden * w  # what reads the entering memory
         dq = dq + dot(dnum, C.mT, lo) + dden[..., None] * n[..., None, :]
-        # gradients of C and n
-        X, y = dot(q.mT, dnum, lo).to(hi), (q * dden[..., None]).sum(-2)
+        X, y = dot(q.mT, dnum, lo).to(hi), (q * dden[..., None]).sum(-2)  # gradients of C and n
         dU, du = (W.mT @ X.flatten(-2)).view_as(X), W.mT @ y
         dk = dk + into[..., None] * (dot(v, dU.mT, lo) + du[..., None, :])
         dv = dv + into[..., None] * dot(k, dU, lo)
@@ -295,17 +282,14 @@ def chunk_inference(q, k, v, i, f, reverse, L):
     "h (B, H, T, dv) without a tile of exponentials, T a multiple of L; None where the forget gates close too far for it"
     (B, H, T, d), N, forwards = q.shape, q.shape[2] // L, q.shape[1] - reverse
     x, b, g, A = chunk_gates(i, f, L, reverse)
-    # max x (B, H, N)
-    top = A - g
+    top = A - g  # max x (B, H, N)
     if (x.amin(-1) - top).amin() < -SPREAD: return None
     W, m = chunk_weights(g, A, reverse)
-    # log scale of the sums of a chunk
-    scale = torch.maximum(top, m)
+    scale = torch.maximum(top, m)  # log scale of the sums of a chunk
     # share of the scale that is the chunk's own
     now = torch.exp(top - scale).clamp_min_(1e-25).to(i.dtype)
     before = torch.exp(m - scale) / now
-    # then a direction is one piece of memory
-    heads_first = lambda z: z.transpose(0, 1)
+    heads_first = lambda z: z.transpose(0, 1)  # then a direction is one piece of memory
     qs, ks, vs = i.new_empty(H, B, N, L, d), i.new_empty(H, B, N, L, d), i.new_ones(H, B, N, L,
         v.shape[-1] + 1)
     torch.mul(heads_first(q.unflatten(2, (N, L))), heads_first(now * d**-0.5)[..., None, None],
@@ -313,14 +297,11 @@ def chunk_inference(q, k, v, i, f, reverse, L):
     torch.mul(heads_first(k.unflatten(2, (N, L))),
               heads_first(torch.exp(x - top[..., None]).to(i.dtype))[..., None], out=ks)
     vs[..., :-1] = heads_first(v.unflatten(2, (N, L)))
-    # (H B N, L, d), the last one (…, dv + 1)
-    qs, ks, vs = (z.flatten(0, 2) for z in (qs, ks, vs))
-    # (H B N, L, L)
-    P = qs @ ks.mT
+    qs, ks, vs = (z.flatten(0, 2) for z in (qs, ks, vs))  # (H B N, L, d), the last one (…, dv + 1)
+    P = qs @ ks.mT  # (H B N, L, L)
     P[:forwards * B * N].tril_()
     P[forwards * B * N:].triu_()
-    # what each chunk adds
-    U = (ks.mT @ vs).view(H, B, N, -1)
+    U = (ks.mT @ vs).view(H, B, N, -1)  # what each chunk adds
     # what enters it
     C = (heads_first(W * before[..., None]).to(i.dtype) @ U).view(H * B * N, d, -1)
     sums = (P @ vs).baddbmm_(qs, C).view(H, B, T, -1)

@@ -37,7 +37,8 @@ def fill_heads(
     qkvo: Tensor,  # (4 · H · n, D) weight that makes q, k, v and o
     out: Tensor,   # (D, H · n) weight that takes y
     heads: int,    # H
-) -> tuple[Tensor, Tensor]:  # (4 · H · d, D) and (D, H · d), d the next multiple of 16 at or above n
+# (4 · H · d, D) and (D, H · d), d the next multiple of 16 at or above n
+) -> tuple[Tensor, Tensor]:
     "Rows and columns of zeros between the heads, so that each is d wide"
     n = out.shape[1] // heads
     if n % 16 == 0: return qkvo, out
@@ -75,8 +76,7 @@ class BidirectionalMLSTM(nn.Module):
         self.norm = HeadNorm(self.heads, dim // heads)
         self.out = nn.Linear(width, dim, bias=False)
         nn.init.normal_(self.qkvo.weight[:3 * width], std=math.sqrt(2 / (5 * dim)))
-        # o: all output gates half open
-        nn.init.zeros_(self.qkvo.weight[3 * width:])
+        nn.init.zeros_(self.qkvo.weight[3 * width:])  # o: all output gates half open
         nn.init.normal_(self.out.weight, std=2 / (blocks * math.sqrt(width)))
         nn.init.zeros_(self.gates.weight)
         with torch.no_grad():
@@ -90,19 +90,15 @@ class BidirectionalMLSTM(nn.Module):
     ) -> torch.Tensor:    # (B, T, D)
         qkvo, out = self.qkvo.weight, self.out.weight
         if x.is_cuda and self.direction != 'shared': qkvo, out = fill_heads(qkvo, out, self.heads)
-        # (B, T, 4, H, d)
-        qkvo = F.linear(x, qkvo).unflatten(-1, (4, self.heads, -1))
-        # gates in full precision
-        with torch.autocast(x.device.type, enabled=False):
+        qkvo = F.linear(x, qkvo).unflatten(-1, (4, self.heads, -1))  # (B, T, 4, H, d)
+        with torch.autocast(x.device.type, enabled=False):  # gates in full precision
             # (B, T, 2, cells)
             gates = self.gates(x.to(self.gates.weight.dtype)).unflatten(-1, (2, -1))
         if self.direction != 'shared':
             return F.linear(mlstm_mix(qkvo, gates, self.norm.weight, self.cells // 2,
                                       self.norm.eps), out)
-        # (B, H, T, d)
-        q, k, v, o = (z.transpose(1, 2) for z in qkvo.unbind(2))
-        # (B, 2 H, T)
-        i, f = (soft_cap(z.transpose(1, 2)) for z in gates.unbind(2))
+        q, k, v, o = (z.transpose(1, 2) for z in qkvo.unbind(2))  # (B, H, T, d)
+        i, f = (soft_cap(z.transpose(1, 2)) for z in gates.unbind(2))  # (B, 2 H, T)
         q, k, v = (torch.cat([z, z], 1) for z in (q, k, v))
         # (B, H, T, d)
         h = mlstm(q, k, v, i, f, reverse=self.heads).unflatten(1, (2, self.heads)).sum(1)

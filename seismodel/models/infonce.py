@@ -23,11 +23,11 @@ from .quantizer import (MaskedCodes, Quantized, entropy_perplexity, gather_frame
 def masked_frames(
     mask: Tensor,             # (B, T) bool, True where a frame is masked
     most: int | None = None,  # M, static bound of the masked frames per row (`max_masked`); None: T
-) -> tuple[Tensor, Tensor]:   # (B, M) int64 frame numbers, masked ones first, in order; (B, M) bool, which are masked
+# (B, M) int64 frame numbers, masked ones first, in order; (B, M) bool, which are masked
+) -> tuple[Tensor, Tensor]:
     "Where the masked frames are, in a shape that does not depend on their number; those beyond `most` are left out."
     M = mask.shape[1] if most is None else min(most, mask.shape[1])
-    # (B, M)
-    indices = (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :M]
+    indices = (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :M]  # (B, M)
     return indices, mask.gather(1, indices)
 
 # %% ../../nbs/models/07_infonce.ipynb #4022be71
@@ -35,7 +35,7 @@ def negatives(
     valid: Tensor,  # (B, M) bool from `masked_frames`: the first m of a row are True
     n_negatives: int = 100,                   # K
     generator: torch.Generator | None = None,  # of the same device; None: torch's global one
-) -> Tensor:                                  # (B, M, K) int64, positions among the M gathered frames
+) -> Tensor:  # (B, M, K) int64, positions among the M gathered frames
     "Draw for each masked frame K other masked frames of its row; positions of frames that are not valid mean nothing."
     B, M = valid.shape
     others = (valid.sum(1) - 1).clamp_min(1).view(B, 1, 1)                                  # m - 1
@@ -49,11 +49,10 @@ def negatives(
 def duplicate_negatives(
     codes: Tensor,  # (B, M, G) int64, codes of the gathered frames
     picks: Tensor,  # (B, M, K) int64 from `negatives`
-) -> Tensor:        # (B, M, K) bool, True where the negative carries the frame's own codes in all groups
+) -> Tensor:  # (B, M, K) bool, True where the negative carries the frame's own codes in all groups
     "Which negatives are the positive under another frame number."
     same = torch.ones_like(picks, dtype=torch.bool)
-    # (B, M), group by group
-    for code in codes.unbind(-1):
+    for code in codes.unbind(-1):  # (B, M), group by group
         same &= code.gather(1, picks.flatten(1)).view_as(picks) == code.unsqueeze(-1)
     return same
 
@@ -61,7 +60,7 @@ def duplicate_negatives(
 def similarity(
     predictions: Tensor,  # (B, M, D)
     targets: Tensor,      # (B, M, D)
-) -> Tensor:              # (B, M, M), cosine of prediction i and target j; float64 for float64 input, else fp32
+) -> Tensor:  # (B, M, M), cosine of prediction i and target j; float64 for float64 input, else fp32
     "Cosine of every prediction with every target of the same window, as one matrix product; a zero vector gives zeros."
     with torch.autocast(predictions.device.type, enabled=False):
         if predictions.dtype != torch.float64:
@@ -77,14 +76,12 @@ def info_nce_sums(
     collided: Tensor,          # (B, M, K) bool, negatives to leave out
     valid: Tensor,             # (B, M) bool, frames that count
     temperature: float = 0.1,  # tau
-) -> tuple[Tensor, Tensor, Tensor]:  # 0-d each: sum of the losses; hits and counted frames, of the same type, no gradient
+# 0-d each: sum of the losses; hits and counted frames, of the same type, no gradient
+) -> tuple[Tensor, Tensor, Tensor]:
     "InfoNCE over the given negatives, summed over frames that have one left (wav2vec 2.0, equation 3); fp32."
-    # (B, M, M)
-    s = similarity(predictions, targets) / temperature
-    # (B, M, 1)
-    positive = s.diagonal(dim1=1, dim2=2).unsqueeze(-1)
-    # (B, M, K)
-    negative = s.gather(2, picks).masked_fill(collided, float('-inf'))
+    s = similarity(predictions, targets) / temperature  # (B, M, M)
+    positive = s.diagonal(dim1=1, dim2=2).unsqueeze(-1)  # (B, M, 1)
+    negative = s.gather(2, picks).masked_fill(collided, float('-inf'))  # (B, M, K)
     each = torch.cat([positive, negative], -1).logsumexp(-1) - positive.squeeze(-1)         # (B, M)
     counted = valid & ~collided.all(-1)
     hit = counted & (positive.squeeze(-1) > negative.amax(-1))
@@ -98,7 +95,8 @@ def info_nce(
     collided: Tensor,          # (B, M, K) bool, negatives to leave out
     valid: Tensor,             # (B, M) bool, frames that count
     temperature: float = 0.1,  # tau
-) -> tuple[Tensor, Tensor]:    # 0-d mean loss, 0-d accuracy (no gradient); 0 and 0 where no frame counts
+# 0-d mean loss, 0-d accuracy (no gradient); 0 and 0 where no frame counts
+) -> tuple[Tensor, Tensor]:
     "The mean of `info_nce_sums` over the counted frames, and the share of hits."
     loss, hits, counted = info_nce_sums(predictions, targets, picks, collided, valid, temperature)
     return loss / counted.clamp_min(1), hits / counted.clamp_min(1)
@@ -107,7 +105,8 @@ def info_nce(
 def diversity(
     code_logits: Tensor,  # (B, T, G, V) scores of the codes
     mask: Tensor,         # (B, T) bool, frames that count
-) -> tuple[Tensor, Tensor]:  # 0-d loss between 0 (even usage) and 1 - 1/V, differentiable; 0-d soft perplexity
+# 0-d loss between 0 (even usage) and 1 - 1/V, differentiable; 0-d soft perplexity
+) -> tuple[Tensor, Tensor]:
     "(GV - perplexity) / GV over the masked frames (wav2vec 2.0, equation 4); 0 where no frame is masked."
     perplexity = soft_perplexity(code_logits, mask)
     size = code_logits.shape[-2] * code_logits.shape[-1]                                    # G*V

@@ -22,7 +22,7 @@ from ..kernels.choice import kernels_for
 def gumbel_noise(
     logits: Tensor,  # any shape; gives the noise its shape, type and device
     generator: torch.Generator | None = None,  # of the same device; None: torch's global one
-) -> Tensor:                                  # independent draws of the standard Gumbel distribution
+) -> Tensor:  # independent draws of the standard Gumbel distribution
     "Gumbel noise, -log of an exponential variable, of the shape of `logits` (Jang et al., 2017)."
     exponential = (torch.empty_like(logits, memory_format=torch.contiguous_format).exponential_(generator=generator))
     # a draw of 0 would become infinite
@@ -31,7 +31,8 @@ def gumbel_noise(
 # %% ../../nbs/models/03_quantizer.ipynb #f0285e24
 def straight_through(
     soft: Tensor,  # (..., V) a soft choice, sums to 1 over the last dimension
-) -> tuple[Tensor, Tensor]:  # (..., V) exactly one-hot, with the gradient of `soft`; (...) index of the one, int64
+# (..., V) exactly one-hot, with the gradient of `soft`; (...) index of the one, int64
+) -> tuple[Tensor, Tensor]:
     "The hard choice forward, the gradient of the soft choice backward (Jang et al., 2017, section 2.2)."
     codes = soft.argmax(-1)
     hard = torch.zeros_like(soft).scatter_(-1, codes.unsqueeze(-1), 1.)
@@ -89,12 +90,10 @@ class GumbelVectorQuantizer(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             # (B, T, G*V), fp32
             logits = self.weight_proj(x.to(self.weight_proj.weight.dtype)) * self.scale
-            # (B, T, G, V)
-            logits = logits.unflatten(-1, (self.groups, self.codes))
+            logits = logits.unflatten(-1, (self.groups, self.codes))  # (B, T, G, V)
             scores = logits
             if self.training: scores = (logits + gumbel_noise(logits, generator)) / self.temperature
-            # (B, T, G, V), (B, T, G)
-            one_hot, codes = straight_through(scores.softmax(-1))
+            one_hot, codes = straight_through(scores.softmax(-1))  # (B, T, G, V), (B, T, G)
             return Quantized(look_up(one_hot, self.codevectors), codes, logits)
 
 # %% ../../nbs/models/03_quantizer.ipynb #fb3ba1c5
@@ -108,7 +107,8 @@ def entropy_perplexity(
 def soft_usage(
     logits: Tensor,              # (..., G, V) scores of the codes
     mask: Tensor | None = None,  # (...) bool, frames that count; None: all
-) -> Tensor:                     # (G, V) fp32 (float64 for float64 logits), differentiable; each row sums to the number of frames
+# (G, V) fp32 (float64 for float64 logits), differentiable; each row sums to the number of frames
+) -> Tensor:
     "Sum of the softmax over the masked frames: how many frames would choose each code."
     with torch.autocast(logits.device.type, enabled=False):
         if logits.dtype != torch.float64: logits = logits.float()
@@ -121,7 +121,7 @@ def soft_usage(
 def soft_perplexity(
     logits: Tensor,              # (..., G, V) scores of the codes
     mask: Tensor | None = None,  # (...) bool, frames that count; None: all
-) -> Tensor:                     # 0-d fp32, between G and G*V, differentiable; G where no frame counts
+) -> Tensor:  # 0-d fp32, between G and G*V, differentiable; G where no frame counts
     "Perplexity of the mean softmax over the masked frames (wav2vec 2.0, equation 4, exponentiated), in fp32."
     frames = math.prod(logits.shape[:-2]) if mask is None else mask.sum().clamp_min(1)
     return entropy_perplexity(soft_usage(logits, mask) / frames)

@@ -22,7 +22,8 @@ import torch
 from ..files import read_table, write_atomically
 from ..finetuning.classification import load_window_model, score_window_model
 from ..models.pretraining import read_config
-from ..data.sources import PHASES, later_events, onsets, open_dataset, split_column, trace_names
+from ..data.sources import (PHASES, later_events, onsets, open_dataset, split_column,
+                                    trace_names)
 from ..data.channels import translate_components
 from ..statistics import ONSET_METRICS, auc, best_threshold, bootstrap, mcc
 from ..signals.records import COMPONENTS, SAMPLING_RATE
@@ -55,8 +56,7 @@ def labelled(
     "Whether the phase was looked for: there is a pick of it, or the record is noise"
     later = later_events(metadata)[..., 'PS'.index(phase)]
     here = np.isfinite(onsets(metadata, phase)) | np.isfinite(later).any(0)
-    # the data set says where nobody looked
-    if f'trace_{phase}_unlabelled_samples' in metadata:
+    if f'trace_{phase}_unlabelled_samples' in metadata:  # the data set says where nobody looked
         return (~(metadata[f'trace_{phase}_unlabelled_samples'].fillna('').astype(str) != '').to_numpy())
     if 'trace_category' in metadata:
         return here | metadata['trace_category'].astype(str).str.lower().eq('noise').to_numpy()
@@ -99,7 +99,8 @@ def picks_of(
 # %% ../../nbs/picking/04_evaluation.ipynb #eaaeb8d7
 def task1_targets(
     dataset,  # a SeisBench data set
-) -> pd.DataFrame:  # one row a window: trace_name, trace_split, start_sample, end_sample, trace_type, clean, …
+# one row a window: trace_name, trace_split, start_sample, end_sample, trace_type, clean, …
+) -> pd.DataFrame:
     "30 s windows with and without the first onset, by the rule of the pick-benchmark"
     draws, length, rows = np.random.RandomState(42), int(30*SAMPLING_RATE), []
     add = lambda row, window, kind, clean: rows.append({**row, 'start_sample': window[0],
@@ -119,7 +120,8 @@ def task1_targets(
 # %% ../../nbs/picking/04_evaluation.ipynb #613c4ae0
 def task23_targets(
     dataset,  # a SeisBench data set
-) -> pd.DataFrame:  # one row a window: as in task 1, with phase_label, full_phase_label and phase_onset
+# one row a window: as in task 1, with phase_label, full_phase_label and phase_onset
+) -> pd.DataFrame:
     "10 s windows with exactly one labelled onset, by the rule of the pick-benchmark"
     draws, length, gap, rows = (np.random.RandomState(42), int(10*SAMPLING_RATE),
                                 int(.5*SAMPLING_RATE), [])
@@ -213,8 +215,7 @@ def curves(
     args = {**model.default_args, 'blinding': (0, 0)}
     x = model.annotate_batch_pre(x, args)
     x, aside = x if isinstance(x, tuple) else (x, None)
-    # (B, L, labels)
-    p = model.annotate_batch_post(model(x), piggyback=aside, argdict=args)
+    p = model.annotate_batch_post(model(x), piggyback=aside, argdict=args)  # (B, L, labels)
     at = {str(label)[0].upper(): k for k, label in enumerate(model.labels)}
     return torch.stack([p[..., at['D']] if 'D' in at else 1 - p[..., at['N']], p[..., at['P']],
                         p[..., at['S']]], -1)
@@ -227,7 +228,7 @@ def predict(
     # samples that the model sees; None: its own in_samples, or the longest target
     context: int|None = None,
     batch_size: int = 64,  # windows at a time
-) -> pd.DataFrame:         # the table with score_detection, score_p_or_s, p_sample_pred and s_sample_pred
+) -> pd.DataFrame:  # the table with score_detection, score_p_or_s, p_sample_pred and s_sample_pred
     "What the model says about each target, in the columns of the pick-benchmark"
     import seisbench.generate as sbg
     dataset = dataset.copy()
@@ -245,13 +246,11 @@ def predict(
     model.eval()
     rows = []
     for batch in torch.utils.data.DataLoader(generator, batch_size):
-        # (B, L, 3)
-        p = curves(model, batch['X'].to(model.device)).float().cpu()
+        p = curves(model, batch['X'].to(model.device)).float().cpu()  # (B, L, 3)
         n = torch.arange(p.shape[1])
         first, last = batch['window_borders'].T                                               # (B,)
         p = p.masked_fill(((n < first[:, None]) | (n >= last[:, None]))[..., None], -1.)
-        # (B, 3)
-        top, at = p.max(1)
+        top, at = p.max(1)  # (B, 3)
         ratio = top[:, 1].clamp_min(1e-30).log() - top[:, 2].clamp_min(1e-30).log()
         rows.append(torch.stack([top[:, 0], ratio, at[:, 1] - first, at[:, 2] - first],
                                 -1).double())
@@ -311,7 +310,7 @@ def predict_tasks(
     folder: str|Path,          # of the targets, see `targets`
     split: str = 'test',       # that is scored
     context: int|None = None,  # samples that the model sees, see `predict`
-) -> list[pd.DataFrame]:       # predictions of task 1; of tasks 2 and 3 on dev; of these on the split
+) -> list[pd.DataFrame]:  # predictions of task 1; of tasks 2 and 3 on dev; of these on the split
     "What a picker says about the targets of a data set, with the event of each trace"
     table, parts = dataset.metadata, []
     events = event_names(table)
@@ -345,7 +344,8 @@ def score_records(
     threshold: float = .3,          # that a peak must reach
     progress: bool = False,         # show a bar
     found: list[dict]|None = None,  # from `pick_records`; None: pick now
-) -> pd.DataFrame:                  # trace_name, event, trace_dataset, components, kind (P, S or noise), residual (s), picks
+# trace_name, event, trace_dataset, components, kind (P, S or noise), residual (s), picks
+) -> pd.DataFrame:
     "Picks of whole records against their labels"
     dataset = dataset.copy()
     translate_components(dataset.metadata)

@@ -97,8 +97,7 @@ class StreamPicker(WaveformModel):
         return stream
 
     def _get_in_pred_samples(self, group):
-        # a shorter stretch is one window
-        n = min(self.window or group.n_samples, group.n_samples)
+        n = min(self.window or group.n_samples, group.n_samples)  # a shorter stretch is one window
         return n, (0, n)
 
     def _get_overlap(self, in_samples, argdict):
@@ -182,8 +181,7 @@ class SeisModelPicker(StreamPicker):
         "Around a `Picker`, which is not copied; further arguments are those of the constructor"
         model = cls(config_to_dict(picker.config), **picker.options, **kwargs)
         model.picker = picker
-        # SeisBench goes back to this mode after each annotate
-        return model.train(picker.training)
+        return model.train(picker.training)  # SeisBench goes back to this mode after each annotate
 
     @classmethod
     def load(cls, path, version_str=None, **kwargs):
