@@ -1,4 +1,4 @@
-"""`seismodel finetune`: from a pretrained run and a fraction of the labels to a picker, or to a model for one column of the metadata, with the trainer that pretraining uses; and the control that starts from random weights
+"""`seismodel finetune`: from a pretrained model and labels to a picker or a model for windows
 
 Docs: https://seismodel.github.io/seismodel/finetuning/finetune.html.md"""
 
@@ -78,14 +78,14 @@ LAYER_DECAY = .65     # of a pretrained start
 
 def fine_recipe(
     method: str,               # contrastive, reconstruction or masked
-    pretrained: bool = False,  # or from random weights
+    pretrained: bool = False,  # False: random weights
     **given,                   # fields of `TrainConfig`; None means not given
 ) -> TrainConfig:              # checked
-    "The recipe of a method with the given fields changed; the first stages of a pretrained model learn more slowly"
-    own = dict(steps=2000, batch_size=32, layer_decay=LAYER_DECAY if pretrained
-               and method != 'reconstruction' else 1.)
-    config = TrainConfig(**{**own, **RECIPES[method],
-                            **{k: v for k, v in given.items() if v is not None}})
+    "Training settings of a method; the first stages of a pretrained model learn more slowly"
+    own = dict(steps=2000, batch_size=32,
+               layer_decay=LAYER_DECAY if pretrained and method != 'reconstruction' else 1.)
+    given = {k: v for k, v in given.items() if v is not None}
+    config = TrainConfig(**{**own, **RECIPES[method], **given})
     check_config(config)
     return config
 
@@ -113,11 +113,11 @@ def label_windows(
 # %% ../../nbs/finetuning/03_finetune.ipynb #b6e17e79
 def with_real_noise(
     windows: WindowDataset,                   # to train on
-    device,                                   # of the training
+    device: str|torch.device,                 # of the training
     settings: Augmentation = Augmentation(),  # how often and how much
     events: int = 1000,  # synthetic ones to make, where there are any among the data
 ) -> tuple[WindowDataset, Callable]:  # the windows to train on, the augmentation for `train`
-    "Noise from the windows' own records: added by the augmentation, and put around the synthetic events among them"
+    "Real noise of the training records, for augmentation and around synthetic events"
     is_real = [not isinstance(s, SyntheticSource) for s in windows.sources]
     real = [s for s, yes in zip(windows.sources, is_real) if yes]
     noise = (noise_bank(real, seed=windows.seed, window=windows.window) if real
@@ -131,9 +131,10 @@ def with_real_noise(
                             windows.window)
     return windows, fine_augment(noise.to(device), settings)
 
-# %% ../../nbs/finetuning/03_finetune.ipynb #c83ed753
-ADDED = {'noise': 'noise', 'stack': 'another window'}    # options that say how often -> what
+# %% ../../nbs/finetuning/03_finetune.ipynb #1f2d7120
+ADDED = {'noise': 'noise', 'stack': 'another window'}    # name of the option -> what is added
 
+# %% ../../nbs/finetuning/03_finetune.ipynb #c83ed753
 def check_fine_options(
     told: dict,  # name of an option -> what was typed, of those that were given
 ) -> None:
@@ -154,10 +155,10 @@ def check_fine_options(
                f'--{name} says how often {what} is added, and --augment none '
                'adds none; leave one of them out.')
         share = told.get(name, 0.)
-        refuse(not 0 <= share <= 1, f'--{name} is {share}; it is a fraction of the windows, from 0 '
-                                    'to 1.')
-    refuse('classes' in told and not column, '--classes goes with --column NAME, the column that '
-                                             'has them.')
+        refuse(not 0 <= share <= 1,
+               f'--{name} is {share}; it is a fraction of the windows, from 0 to 1.')
+    refuse('classes' in told and not column,
+           '--classes goes with --column NAME, the column that has them.')
     refuse(len(set(names)) < 2 or '' in names,
            f"--classes is '{told.get('classes')}'; give at least two "
            'different names with commas between.')
@@ -231,7 +232,7 @@ def fine_settings(
     options: dict,          # fields of the recipe with an option of their own; None: not given
     resume: Path|None,      # the run to go on with
 ) -> tuple[dict, dict]:     # what `start_model` changes; the given fields of the recipe
-    "What was said about fields; raises `UserError` as `read_settings` does, and for what cannot change with --resume"
+    "Fields given by options, --set and --config; raises `UserError` for a wrong or a fixed one"
     if resume and config:
         raise UserError("--resume goes on with the run's own settings; leave --config away.")
     changes, others = read_settings(config, words, options)
@@ -265,16 +266,16 @@ def free_options(
 def fine_run(
     plan: dict,            # from `fine_plan`
     picker: Picker,        # in training mode
-    c: TrainConfig,
+    c: TrainConfig,        # from `fine_recipe`
     folder: Path,          # of the run
-    resume: bool = False,  # or a new run
-):
-    "Open the data, say what is going to happen, train"
+    resume: bool = False,  # False: a new run
+) -> None:
+    "Open the data, print what will be trained, train"
     windows, dev, records = label_windows(plan['data'], plan['fraction'], plan['weights'], c)
     with join_ranks(c.device) as ranks:
         change = None
         if plan.get('augment'):
-            # 0: a run begun before there was such a thing
+            # runs of version 0.1 have no `stack`: 0
             recipe = Augmentation(**{'stack': 0., **plan['augment']})
             windows, change = with_real_noise(windows, ranks.device, recipe)
         if ranks.rank == 0:
@@ -295,11 +296,11 @@ def fine_run(
 def column_run(
     plan: dict,            # from `fine_plan`, with a column
     start: Pretrainer,     # where encoder and backbone come from
-    c: TrainConfig,
+    c: TrainConfig,        # from `fine_recipe`
     folder: Path,          # of the run
-    resume: bool = False,  # or a new run
+    resume: bool = False,  # False: a new run
 ) -> None:
-    "Open the data, ask the question, say what is going to happen, train"
+    "Open the data and the column, print what will be trained, train"
     question, training, dev = label_sources(plan['data'], plan['column'], plan['classes'],
                                             plan['fraction'], c.seed)
     model = WindowModel(start, question, plan['freeze']).train()
@@ -339,7 +340,7 @@ def resume_fine_run(
     folder: Path,  # of the run
     free: dict,    # fields of `TrainConfig` that may change
 ) -> None:
-    "Go on with a run, with the settings that it began with"
+    "Continue a run with the settings it began with"
     saved = saved_run(folder)
     plan = next(saved[key] for key in PLANS if key in saved)
     # their types
@@ -352,8 +353,11 @@ def resume_fine_run(
     say_next(plan, folder)
 
 # %% ../../nbs/finetuning/03_finetune.ipynb #57193bce
-def say_next(plan, folder):
-    "What can be done with the result"
+def say_next(
+    plan: dict,    # from `fine_plan`
+    folder: Path,  # of the run
+) -> None:
+    "Print what can be done with the result"
     if 'column' in plan: print(f'weights  {folder}, for `seismodel evaluate`')
     else:
         print(f'picker  {folder}, for `seismodel pick --model` and '
@@ -369,15 +373,15 @@ def finetune(
     # a SeisBench dataset with picks, or with the column, by folder or by name, a store packed from
     # one, or synthetic; may be given several times
     data: Annotated[str, {'action': 'append'}] = None,
-    # of the metadata, to learn instead of picks: text makes classes, numbers a regression; empty
-    # cells are left out
+    # column of the metadata to learn instead of picks: text makes classes, numbers a regression;
+    # empty cells are left out
     column: str = None,
-    # with --column: those that count, such as up,down; all that the column has if not given
+    # with --column: the classes to learn, such as up,down; all classes of the column if not given
     classes: str = None,
     data_weights: str = None,  # relative weights of the datasets, such as 3,1; equal if not given
     # of the labelled events of each dataset to train on, such as .1; all if not given
     fraction: float = None,
-    # what does not learn: none (if not given), encoder, all (but the head), or gradual
+    # what is frozen: none (if not given), encoder, all (but the head), or gradual
     freeze: str = None,
     # channels of the head, 64 if not given; 0 makes it linear: with --freeze all a linear probe
     width: int = None,
@@ -391,21 +395,21 @@ def finetune(
     # .65 from a pretrained model, 1 from random weights, for reconstruction models and with
     # --column
     layer_decay: float = None,
-    # decay of a moving average of the weights, such as .99, which is what is saved; the weights
+    # decay of a moving average of the weights, such as .99; the average is then saved; the weights
     # themselves if not given
     average: float = None,
     steps: int = None,               # optimiser steps; 2000 if not given, 500 with --column
     batch_size: int = None,          # windows a step; 32 if not given
     # peak learning rate; if not given 2e-4 for reconstruction models, 1e-3 for the others
     lr: float = None,
-    # pull of the weights towards 0, of AdamW; if not given .005 for reconstruction models, .1 for
+    # weight decay of AdamW; if not given .005 for reconstruction models, .1 for
     # the others
     weight_decay: float = None,
     seed: int = None,                # of head, windows, dropout and fraction; 0 if not given
     device: str = None,              # auto (if not given), cpu, cuda or cuda:N
     workers: int = None,  # processes that prepare windows; chosen by the device if not given
-    validate_every: int = None,      # steps between two looks at the dev windows; 100 if not given
-    validation_windows: int = None,  # dev windows looked at each time; 64 if not given
+    validate_every: int = None,      # steps between two validations; 100 if not given
+    validation_windows: int = None,  # dev windows in a validation; 64 if not given
     checkpoint_every: int = None,    # steps between two checkpoints; 100 if not given
     tensorboard: bool = False,       # write TensorBoard events into the run's folder
     # NAME=VALUE, any field that `seismodel info PRESET` lists, such as train.warmup=.05; may be
@@ -414,19 +418,16 @@ def finetune(
     # a JSON file with fields under "model" and "train"; the config.json of a run is one
     config: Path = None,
     out: Path = None,                # the run's folder
-    resume: Path = None,  # the folder of a fine-tuning run to go on with; needs nothing else
+    resume: Path = None,  # the folder of a fine-tuning run to resume; needs nothing else
 ) -> Path:                           # the run's folder
-    "Fine-tune a pretrained model to pick P and S, or to answer one question about a window (--column), or go on with such a run"
+    "Fine-tune a pretrained model to pick P and S, or to learn a column (--column), or resume a run"
     told = dict(from_run=from_run, preset=preset, data=data, column=column, classes=classes,
-                data_weights=data_weights,
-                fraction=fraction, freeze=freeze, width=width, augment=augment, noise=noise,
-                stack=stack)
+                data_weights=data_weights, fraction=fraction, freeze=freeze, width=width,
+                augment=augment, noise=noise, stack=stack)
     given = dict(steps=steps, batch_size=batch_size, lr=lr, weight_decay=weight_decay, seed=seed,
-                 device=device,
-                 workers=workers, validate_every=validate_every,
-                 validation_windows=validation_windows,
-                 checkpoint_every=checkpoint_every, tensorboard=tensorboard or None,
-                 layer_decay=layer_decay, average=average)
+                 device=device, workers=workers, validate_every=validate_every,
+                 validation_windows=validation_windows, checkpoint_every=checkpoint_every,
+                 tensorboard=tensorboard or None, layer_decay=layer_decay, average=average)
     changes, given = fine_settings(config, set_fields, given, resume)
     if resume: resume_fine_run(Path(resume), free_options({**told, **given, 'out': out}))
     else: new_fine_run(fine_plan(**told), given, fine_folder(out), changes)

@@ -1,4 +1,4 @@
-"""From one vector every 40 ms to a probability of P and S at every sample, learned from labels of which some are missing
+"""From features at 25 Hz to probabilities of P and S at 100 Hz, with a loss for incomplete labels
 
 Docs: https://seismodel.github.io/seismodel/finetuning/heads.html.md"""
 
@@ -6,8 +6,8 @@ Docs: https://seismodel.github.io/seismodel/finetuning/heads.html.md"""
 
 # %% auto #0
 __all__ = ['LABELS', 'SIGMA', 'AT', 'FREEZE', 'PRETRAINING_ONLY', 'to_samples', 'ConvNorm', 'PickHead', 'WindowHead',
-           'label_curves', 'batch_onsets', 'batch_events', 'pick_loss', 'in_zones', 'pick_targets', 'FineTuned',
-           'Picker', 'found', 'picker_from_dict', 'load_picker']
+           'label_curves', 'batch_onsets', 'batch_events', 'pick_loss', 'in_zones', 'pick_targets',
+           'without_pretraining', 'FineTuned', 'Picker', 'found', 'pick_step', 'picker_from_dict', 'load_picker']
 
 # %% ../../nbs/finetuning/01_heads.ipynb #44d1b57a
 import json
@@ -35,12 +35,13 @@ def to_samples(
     # (B, T, 4, D) first
     return torch.lerp(features[:, :, None], after[:, :, None], share).flatten(1, 2)[:, :samples]
 
-# %% ../../nbs/finetuning/01_heads.ipynb #7e93642d
+# %% ../../nbs/finetuning/01_heads.ipynb #6abad4c7
 LABELS = 'NPS'       # the order of the classes: noise, P, S
 SIGMA = 20.          # samples, standard deviation of a label: 0.2 s
 
+# %% ../../nbs/finetuning/01_heads.ipynb #7e93642d
 class ConvNorm(nn.Module):
-    "Conv1d over three samples → LayerNorm over channels → GELU → dropout, (B, L, C) to (B, L, width)"
+    "Conv1d over three samples → LayerNorm → GELU → dropout, (B, L, C) to (B, L, width)"
     def __init__(self,
         channels: int,   # C
         width: int,      # channels that come out
@@ -56,19 +57,19 @@ class ConvNorm(nn.Module):
 AT = ('frames', 'samples')      # frames of 40 ms, or samples of 10 ms
 
 class PickHead(nn.Module):
-    "Features (B, T, D) and the window (B, L, 3) they were made of, to logits (B, L, 3) of noise, P and S"
+    "Features (B, T, D) and their window (B, L, 3) to logits (B, L, 3) of noise, P and S"
     def __init__(self,
         dim: int,             # D
         width: int = 64,      # channels of both convolutions; 0 leaves them out: a linear probe
         dropout: float = .2,  # after each convolution
         raw: bool = True,     # the waveform beside the features
-        # where the convolutions work: 'frames', four answers each, or 'samples'
+        # where the convolutions work: 'frames', four samples each, or 'samples'
         at: str = 'frames',
     ):
         super().__init__()
         if at not in AT: raise UserError(f"at is '{at}'; choose one of {', '.join(AT)}.")
         self.raw, self.at = raw, at
-        answers = 4 if at == 'frames' else 1                     # samples that one place speaks of
+        answers = 4 if at == 'frames' else 1                     # samples per position
         channels = dim + 3*answers*raw
         convs = ([ConvNorm(channels, width, dropout), ConvNorm(width, width, dropout)] if width
                  else [])
@@ -150,7 +151,7 @@ def pick_loss(
     # must hold no bump
     known: Tensor,
 ) -> Tensor:         # 0-d, mean over the samples of all windows with any label
-    "Cross-entropy over the classes that the labels tell apart: an unlabelled phase and noise count as one"
+    "Cross-entropy in which an unlabelled phase and noise count as one class"
     log_p = logits.float().log_softmax(-1)
     known = known if known.ndim == 3 else known[:, None]  # (B, 1 or L, 2)
     apart = F.pad(known, (1, 0))  # (B, 1 or L, 3), never noise
@@ -188,13 +189,23 @@ def pick_targets(
     y = labels[..., 1:]*known
     return torch.cat([1 - y.sum(-1, keepdim=True), y], -1), known
 
-# %% ../../nbs/finetuning/01_heads.ipynb #397c0452
+# %% ../../nbs/finetuning/01_heads.ipynb #8dd519e3
 FREEZE = ('none', 'encoder', 'all', 'gradual')
-# parts of an encoder that a picker does not need
-PRETRAINING_ONLY = ('quantizer', 'target_projection', 'mask_emb')
+PRETRAINING_ONLY = ('quantizer', 'target_projection', 'mask_emb')   # parts of an encoder
 
+# %% ../../nbs/finetuning/01_heads.ipynb #6f83b8d9
+def without_pretraining(
+    encoder: nn.Module,  # of a pretraining model; changed in place
+) -> nn.Module:          # the same encoder
+    "Remove the parts of an encoder that only pretraining needs"
+    for name in PRETRAINING_ONLY:
+        if hasattr(encoder, name): delattr(encoder, name)
+    encoder.pretraining = False
+    return encoder
+
+# %% ../../nbs/finetuning/01_heads.ipynb #397c0452
 class FineTuned(nn.Module):
-    "Encoder and backbone of a pretraining model, whose parts it takes over, with a head, and what of them learns"
+    "Encoder and backbone of a pretraining model, shared with it, and a head; `freeze` says what learns"
     whole_batch = True       # tells the trainer that `forward` wants labels, not the windows alone
 
     def __init__(self,
@@ -205,14 +216,10 @@ class FineTuned(nn.Module):
         if freeze not in FREEZE:
             raise UserError(f"freeze is '{freeze}'; choose one of {', '.join(FREEZE)}.")
         super().__init__()
-        self.config, self.encoder, self.backbone, self.head = (model.config, model.encoder,
-            model.backbone, head)
-        for name in PRETRAINING_ONLY:
-            if hasattr(self.encoder, name): delattr(self.encoder, name)
-        self.encoder.pretraining = False
+        self.config, self.encoder = model.config, without_pretraining(model.encoder)
+        self.backbone, self.head = model.backbone, head
         self.freeze = self.frozen = freeze
-        # else a step's operations change along the run, and must not be recorded
-        self.steady = freeze != 'gradual'
+        self.steady = freeze != 'gradual'   # else a step changes along the run: no CUDA graph
         self.set_progress(0, 1)
         self.encoder.requires_grad_(freeze in ('none', 'gradual'))
         self.backbone.requires_grad_(freeze != 'all')
@@ -230,7 +237,7 @@ class FineTuned(nn.Module):
 
 # %% ../../nbs/finetuning/01_heads.ipynb #11877423
 class Picker(FineTuned):
-    "Encoder and backbone of a pretraining model, whose parts it takes over, with a head for P and S"
+    "Encoder and backbone of a pretraining model, shared with it, and a head for P and S"
     def __init__(self,
         model: Pretrainer,     # where encoder and backbone come from
         width: int = 64,       # channels of the head; 0: a linear probe
@@ -248,16 +255,12 @@ class Picker(FineTuned):
         return self.head(self.features(x), x)
 
     def forward(self,
-        batch:dict, # x (B, L, 3), and labels as `pick_targets` reads them
-        generator:torch.Generator|None=None, # not used: nothing is drawn but dropout
-    )->Step:
-        "Cross-entropy of the picks that are labelled, and how many were found"
-        x, (events, _) = batch['x'], batch_events(batch)
-        features = self.features(x)
-        logits = self.head(features, x)
-        loss = pick_loss(logits, *pick_targets(batch, x.shape[1]))
-        return Step(loss, {**found(logits, events),
-                           'feature_variance': feature_variance(features).detach()})
+        batch: dict,  # x (B, L, 3), and labels as `pick_targets` reads them
+        generator: torch.Generator|None = None,  # not used: only dropout is random
+    ) -> Step:
+        "Cross-entropy of the labelled picks, and the share that was found"
+        features = self.features(batch['x'])
+        return pick_step(self.head(features, batch['x']), features, batch)
 
     def save_pretrained(self, folder, extra=None):
         "Write `model.safetensors` and `config.json`, which says that this is a picker"
@@ -272,7 +275,7 @@ def found(
     onset: Tensor,
     within: float = 30.,  # samples: 0.3 s
 ) -> dict:                # p_found and s_found, 0-d
-    "Share of the windows with an onset whose highest probability of that phase is near one; 1 where a batch has no onset"
+    "Share of windows with an onset whose highest probability is near one; 1 without any onset"
     onset = onset.view(len(onset), -1, 2)  # (B, A, 2)
     top = logits.float().softmax(-1)[..., 1:].argmax(1)  # (B, 2)
     near = ((top[:, None] - onset).abs() <= within).any(1)  # (B, 2), False for NaN
@@ -280,17 +283,28 @@ def found(
     share = (near.sum(0) + ~there.any(0))/there.sum(0).clamp_min(1)
     return {'p_found': share[0], 's_found': share[1]}
 
+# %% ../../nbs/finetuning/01_heads.ipynb #99e4beb6
+def pick_step(
+    logits: Tensor,    # (B, L, 3)
+    features: Tensor,  # (B, T, D)
+    batch: dict,       # see `pick_targets`
+) -> Step:
+    "Loss and metrics of a batch"
+    loss = pick_loss(logits, *pick_targets(batch, logits.shape[1]))
+    metrics = found(logits, batch_events(batch)[0])
+    return Step(loss, {**metrics, 'feature_variance': feature_variance(features).detach()})
+
 # %% ../../nbs/finetuning/01_heads.ipynb #7719fdf5
 def picker_from_dict(
     config: dict,  # a model's configuration under 'model', the picker's options under 'picker'
     freeze: str = 'none',  # see `Picker`
 ) -> Picker:               # with fresh weights
-    "The picker that a configuration describes; raises `UserError` naming an option that this version does not know"
+    "The picker that a configuration describes; raises `UserError` for an unknown option"
     unknown = set(config['picker']) - {'width', 'dropout', 'raw', 'at'}
     if unknown:
         raise UserError(f"config field 'picker.{min(unknown)}' is not known to this version of "
                         "seismodel.")
-    options = {'at': 'samples', **config['picker']}              # which version 0.1 did not say
+    options = {'at': 'samples', **config['picker']}              # version 0.1 did not store `at`
     return Picker(build(config_from_dict(config['model'])), **options, freeze=freeze)
 
 # %% ../../nbs/finetuning/01_heads.ipynb #45fa2ada
