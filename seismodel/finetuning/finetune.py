@@ -418,7 +418,7 @@ def finetune(
     # a JSON file with fields under "model" and "train"; the config.json of a run is one
     config: Path = None,
     out: Path = None,                # the run's folder
-    resume: Path = None,  # the folder of a fine-tuning run to resume; needs nothing else
+    resume: Path = None,             # the folder of a fine-tuning run to resume; needs nothing else
 ) -> Path:                           # the run's folder
     "Fine-tune a pretrained model to pick P and S, or to learn a column (--column), or resume a run"
     told = dict(from_run=from_run, preset=preset, data=data, column=column, classes=classes,

@@ -205,7 +205,7 @@ def without_pretraining(
 
 # %% ../../nbs/finetuning/01_heads.ipynb #397c0452
 class FineTuned(nn.Module):
-    "Encoder and backbone of a pretraining model, shared with it, and a head; `freeze` says what learns"
+    "Encoder and backbone of a pretraining model, shared with it, and a head"
     whole_batch = True       # tells the trainer that `forward` wants labels, not the windows alone
 
     def __init__(self,
