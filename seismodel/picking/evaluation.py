@@ -392,31 +392,21 @@ def score_records(
 # trace_name, event, trace_dataset, components, kind (P, S or noise), residual (s), picks
 ) -> pd.DataFrame:
     "Picks of whole records against their labels"
-    dataset = dataset.copy()
-    translate_components(dataset.metadata)
-    dataset.component_order, dataset.dimension_order, dataset.sampling_rate = (COMPONENTS, 'NCW',
-        SAMPLING_RATE)
+    dataset = as_zne(dataset)
     table, rows = dataset.metadata, []
     column = (lambda name, default: table[name].fillna(default) if name in table
               else pd.Series(default, table.index))
     noise = column('trace_category', 'earthquake').eq('noise').to_numpy()
-    onset = {p: onsets(table, p)*SAMPLING_RATE/column('trace_sampling_rate_hz',
-                                                      SAMPLING_RATE).to_numpy(float) for p in 'PS'}
+    rate = column('trace_sampling_rate_hz', SAMPLING_RATE).to_numpy(float)
+    onset = {p: onsets(table, p)*SAMPLING_RATE/rate for p in 'PS'}
     about = pd.DataFrame(dict(trace_name=trace_names(table), event=event_names(table),
                               trace_dataset=column('trace_dataset', 'all'),
-                              components=column('trace_components_present',
-                                                COMPONENTS))).to_dict('records')
-    for i, at in enumerate(pick_records(model, dataset, threshold, progress) if found is None
-                           else found):
-        if noise[i]:
-            rows.append({**about[i], 'kind': 'noise', 'residual': np.nan,
-                         'picks': sum(map(len, at.values()))})
-        for p in 'PS':
-            if noise[i] or np.isnan(onset[p][i]): continue
-            late = at[p] - onset[p][i]/SAMPLING_RATE
-            rows.append({**about[i], 'kind': p,
-                         'residual': late[np.abs(late).argmin()] if len(late) else np.nan,
-                         'picks': len(late)})
+                              components=column('trace_components_present', COMPONENTS)))
+    about = about.to_dict('records')
+    if found is None: found = pick_records(model, dataset, threshold, progress)
+    for i, at in enumerate(found):
+        seconds = {p: onset[p][i]/SAMPLING_RATE for p in 'PS'}
+        rows += record_rows(about[i], at, seconds, noise[i])
     return pd.DataFrame(rows)
 
 # %% ../../nbs/picking/04_evaluation.ipynb #31c11fcc
@@ -533,11 +523,12 @@ def write_tables(
     tables: dict[str, pd.DataFrame],  # from `score_picker`
     out: Path,                        # folder, made if it is missing
 ) -> None:
-    "Write each table as NAME.csv"
+    "Write each table as NAME.csv, and print the short ones"
     out.mkdir(parents=True, exist_ok=True)
     for name, table in tables.items():
         write = lambda part, table=table: table.to_csv(part, index=False)
         write_atomically(out/f'{name}.csv', write)
+    for name in ('tasks', 'summary', 'matches'): print(tables[name].round(3).to_string(index=False))
 
 # %% ../../nbs/picking/04_evaluation.ipynb #e52ddf35
 def evaluate(
@@ -548,14 +539,12 @@ def evaluate(
     # store with that column, its own if not given; may be given several times
     data: Annotated[str, {'action': 'append'}] = None,
     split: str = 'test',      # train, dev or test; thresholds of a picker come from dev
-    # folder with task1.csv and task23.csv, published ones for example, of several datasets with a
-    # folder of each; made in OUT if not given
+    # folder with task1.csv and task23.csv, of several datasets one for each; made if not given
     targets: Path = None,
     threshold: float = None,  # probability that counts as a pick in a record; .3 if not given
     context: int = None,  # samples that the model sees around a target; its own window if not given
     device: str = 'auto',     # auto, cpu, cuda or cuda:N
-    # folder for the tables; if not given `evaluation`, of a run with --column the split's name in
-    # its folder
+    # folder for the tables; `evaluation` if not given, with --column the split's name in the run
     out: Path = None,
 ) -> Path:                    # the folder
     "Score a picker on the pick-benchmark and on whole records, or a model for windows on a column"
@@ -570,5 +559,4 @@ def evaluate(
     threshold = .3 if threshold is None else threshold
     tables = score_picker(net, sets, Path(targets or out/'targets'), split, threshold, context)
     write_tables(tables, out)
-    for name in ('tasks', 'summary', 'matches'): print(tables[name].round(3).to_string(index=False))
     return out

@@ -1,4 +1,4 @@
-"""The fine-tuned picker as a `seisbench.models.WaveformModel`: annotate and classify a stream of any length, with gaps, NaN, other rates and missing components
+"""Annotate and classify streams of any length with a fine-tuned picker, through SeisBench
 
 Docs: https://seismodel.github.io/seismodel/picking/seisbench_model.html.md"""
 
@@ -56,7 +56,8 @@ def clean_trace(
     data = np.ma.masked_where(np.abs(data.filled(np.inf)) > MOST, data)
     broken = np.ma.count_masked(data) - np.ma.count_masked(trace.data)
     if broken:
-        log.warning('%s: %d of %d samples are NaN, infinite or above 1e18; they are taken for a gap', trace.id, broken, len(data))
+        log.warning('%s: %d of %d samples are NaN, infinite or above 1e18; they are taken for a '
+                    'gap', trace.id, broken, len(data))
     if data.mask.all(): return obspy.Stream()
     pieces = obspy.Trace(data - data.mean(), trace.stats).split()
     for piece in pieces:
@@ -73,7 +74,7 @@ CAUSAL = ('zerophase_resample=False is not possible: records are resampled by on
           'filter, in training and in application; leave that option out.')
 
 class StreamPicker(WaveformModel):
-    "The border between SeisBench's streams and windows normalised as in training; knows nothing of the weights"
+    "What SeisBench calls between streams and windows, for any weights"
     _annotate_args = {**WaveformModel._annotate_args,
         '*_threshold': ('Probability that a pick of this phase must reach', .3),
         '*_uncertainty': ('a (s) and b of uncertainty = a + b times the width of the peak', None),
@@ -115,7 +116,7 @@ class StreamPicker(WaveformModel):
                            batch.new_tensor([1., 0., 0.]))
 
     def _stack_predictions_array_ext(self, predictions, argdict):
-        "Blank the ends of the windows of a stretch, but not the ends of the stretch itself; SeisBench stacks the rest"
+        "Blank the ends of windows, but not those of the stretch; SeisBench stacks the rest"
         before, after = argdict.get('blinding', self._annotate_args['blinding'][1])
         last = max(p.window_offset for p in predictions)
         for p in predictions:
@@ -124,16 +125,15 @@ class StreamPicker(WaveformModel):
         return super()._stack_predictions_array_ext(predictions, argdict)
 
     def classify_aggregate(self, annotations, argdict):
-        "Picks where the probability of P or S passes its threshold, at its highest sample, in order of time"
+        "Picks at the peaks of P and S above their thresholds, in order of time"
         picks = []
         for phase in 'PS':
-            threshold = argdict.get(f'{phase}_threshold',
-                                    argdict.get('*_threshold',
-                                                self._annotate_args['*_threshold'][1]))
-            picks += self.picks_from_annotations(annotations.select(channel=f'{self.name}_{phase}'),
-                                                 threshold, phase)
-        return ClassifyOutput(self.name, picks=PickList(sorted(picks,
-            key=lambda pick: pick.peak_time)))
+            threshold = argdict.get('*_threshold', self._annotate_args['*_threshold'][1])
+            threshold = argdict.get(f'{phase}_threshold', threshold)
+            curves = annotations.select(channel=f'{self.name}_{phase}')
+            picks += self.picks_from_annotations(curves, threshold, phase)
+        picks.sort(key=lambda pick: pick.peak_time)
+        return ClassifyOutput(self.name, picks=PickList(picks))
 
 # %% ../../nbs/picking/01_seisbench_model.ipynb #aed9f9c3
 def stored_args(
@@ -144,7 +144,7 @@ def stored_args(
 
 # %% ../../nbs/picking/01_seisbench_model.ipynb #c7ccc1cc
 class SeisModelPicker(StreamPicker):
-    "A `Picker` in SeisBench's terms: streams in, probabilities of noise, P and S at 100 Hz out, and picks"
+    "A `Picker` as a SeisBench model: streams in, probabilities of noise, P, S and picks out"
     def __init__(self,
         # a preset, or what `config_to_dict` makes of a configuration
         model: str|dict = 'contrastive-tiny',
@@ -172,7 +172,7 @@ class SeisModelPicker(StreamPicker):
         return {'model': self.model_config, **self.picker.options, 'window': self.window}
 
     def forward(self, x, logits=False):
-        "(B, 3, L) normalised to (B, 3, L), probabilities of N, P, S: SeisBench puts components before samples"
+        "Normalised windows (B, 3, L) to probabilities (B, 3, L) of N, P, S"
         z = self.picker.logits(x.transpose(1, 2)).transpose(1, 2)
         return z if logits else z.softmax(1)
 
@@ -185,7 +185,7 @@ class SeisModelPicker(StreamPicker):
 
     @classmethod
     def load(cls, path, version_str=None, **kwargs):
-        "From the two files that `save(path)` wrote, on the CPU; raises `UserError` where one is missing"
+        "From the two files of `save(path)`, on the CPU; raises `UserError` if one is missing"
         for file in cls._get_weights_file_paths(path, version_str):
             if not file.is_file():
                 raise UserError(f"There is no model '{path}': {file.name} is missing.")
@@ -225,4 +225,5 @@ def open_picker(
                         "those it has.")
     try: return cls.from_pretrained(weights).eval()
     except Exception as e:
-        raise UserError(f"SeisBench cannot provide '{name}' ({type(e).__name__}: {str(e)[:100]}).") from None
+        why = f'{type(e).__name__}: {str(e)[:100]}'
+        raise UserError(f"SeisBench cannot provide '{name}' ({why}).") from None
