@@ -1,4 +1,4 @@
-"""InfoNCE over masked frames with a diversity term: matrix products, and safe for empty rows and colliding codes.
+"""InfoNCE over masked frames with a diversity term, safe for empty rows and colliding codes
 
 Docs: https://seismodel.github.io/seismodel/models/infonce.html.md"""
 
@@ -25,7 +25,7 @@ def masked_frames(
     most: int | None = None,  # M, static bound of the masked frames per row (`max_masked`); None: T
 # (B, M) int64 frame numbers, masked ones first, in order; (B, M) bool, which are masked
 ) -> tuple[Tensor, Tensor]:
-    "Where the masked frames are, in a shape that does not depend on their number; those beyond `most` are left out."
+    "Where the masked frames are, in a shape that does not depend on their number; at most `most`."
     M = mask.shape[1] if most is None else min(most, mask.shape[1])
     indices = (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :M]  # (B, M)
     return indices, mask.gather(1, indices)
@@ -36,7 +36,7 @@ def negatives(
     n_negatives: int = 100,                   # K
     generator: torch.Generator | None = None,  # of the same device; None: torch's global one
 ) -> Tensor:  # (B, M, K) int64, positions among the M gathered frames
-    "Draw for each masked frame K other masked frames of its row; positions of frames that are not valid mean nothing."
+    "Draw for each masked frame K others of its row; those of frames that are not valid mean nothing."
     B, M = valid.shape
     others = (valid.sum(1) - 1).clamp_min(1).view(B, 1, 1)                                  # m - 1
     draw = torch.randint(2**31, (B, M, n_negatives), device=valid.device,
@@ -61,12 +61,12 @@ def similarity(
     predictions: Tensor,  # (B, M, D)
     targets: Tensor,      # (B, M, D)
 ) -> Tensor:  # (B, M, M), cosine of prediction i and target j; float64 for float64 input, else fp32
-    "Cosine of every prediction with every target of the same window, as one matrix product; a zero vector gives zeros."
+    "Cosines of all predictions and targets of a window, by one product; a zero vector gives zeros."
     with torch.autocast(predictions.device.type, enabled=False):
         if predictions.dtype != torch.float64:
             predictions, targets = predictions.float(), targets.float()
-        return F.normalize(predictions, dim=-1, eps=1e-8) @ F.normalize(targets, dim=-1,
-            eps=1e-8).mT
+        predictions, targets = (F.normalize(z, dim=-1, eps=1e-8) for z in (predictions, targets))
+        return predictions @ targets.mT
 
 # %% ../../nbs/models/07_infonce.ipynb #c0c6693a
 def info_nce_sums(
@@ -78,7 +78,7 @@ def info_nce_sums(
     temperature: float = 0.1,  # tau
 # 0-d each: sum of the losses; hits and counted frames, of the same type, no gradient
 ) -> tuple[Tensor, Tensor, Tensor]:
-    "InfoNCE over the given negatives, summed over frames that have one left (wav2vec 2.0, equation 3); fp32."
+    "InfoNCE summed over frames that have a negative left (wav2vec 2.0, equation 3); fp32."
     s = similarity(predictions, targets) / temperature  # (B, M, M)
     positive = s.diagonal(dim1=1, dim2=2).unsqueeze(-1)  # (B, M, 1)
     negative = s.gather(2, picks).masked_fill(collided, float('-inf'))  # (B, M, K)
@@ -107,7 +107,7 @@ def diversity(
     mask: Tensor,         # (B, T) bool, frames that count
 # 0-d loss between 0 (even usage) and 1 - 1/V, differentiable; 0-d soft perplexity
 ) -> tuple[Tensor, Tensor]:
-    "(GV - perplexity) / GV over the masked frames (wav2vec 2.0, equation 4); 0 where no frame is masked."
+    "(GV - perplexity) / GV over the masked frames (wav2vec 2.0, equation 4); 0 without any."
     perplexity = soft_perplexity(code_logits, mask)
     size = code_logits.shape[-2] * code_logits.shape[-1]                                    # G*V
     return (size - perplexity) / size * mask.any(), perplexity
@@ -115,7 +115,7 @@ def diversity(
 # %% ../../nbs/models/07_infonce.ipynb #6fc74d0f
 class ContrastiveLoss(NamedTuple):
     "The loss and what to watch about it; only `loss` carries a gradient."
-    loss: Tensor  # 0-d, contrastive + diversity_weight * diversity
+    loss: Tensor  # 0-d, contrastive + diversity_weight · diversity
     contrastive: Tensor  # 0-d, InfoNCE, mean over counted frames; chance is ln(K + 1)
     diversity: Tensor  # 0-d, (GV - perplexity) / GV
     # 0-d, share of counted frames whose positive beats every negative; 0 if none counts
@@ -126,7 +126,7 @@ class ContrastiveLoss(NamedTuple):
 
 # %% ../../nbs/models/07_infonce.ipynb #ef6ccb43
 class ContrastiveSums(NamedTuple):
-    "What one batch adds to the loss. Over several devices: add each field up (`loss` and `usage` carry gradients)."
+    "What a batch adds to the loss; devices add up each field. `loss` and `usage` carry gradients."
     loss: Tensor  # 0-d, InfoNCE, sum over counted frames
     usage: Tensor  # (G, V), sum of the softmax of the codes' logits over masked frames
     masked: Tensor  # 0-d, number of masked frames
@@ -136,7 +136,7 @@ class ContrastiveSums(NamedTuple):
 
 # %% ../../nbs/models/07_infonce.ipynb #c3948e96
 def contrastive_mean(
-    sums: ContrastiveSums,
+    sums: ContrastiveSums,          # of all devices
     n_negatives: int = 100,         # K
     diversity_weight: float = 0.1,  # weight of the diversity term
 ) -> ContrastiveLoss:
@@ -159,7 +159,7 @@ def contrastive_sums(
     temperature: float = 0.1,                 # tau of InfoNCE
     generator: torch.Generator | None = None,  # of the negatives
 ) -> ContrastiveSums:
-    "InfoNCE at the masked frames with fresh negatives, in fp32. ValueError if settings are out of range."
+    "InfoNCE at the masked frames with fresh negatives. ValueError if settings are out of range."
     if n_negatives < 1 or temperature <= 0:
         raise ValueError(f'n_negatives {n_negatives} must be at least 1 and temperature '
                          f'{temperature} above 0')
@@ -189,7 +189,7 @@ def contrastive_loss(
     most: int | None = None,  # static bound of masked frames per row (`max_masked`); None: T
     generator: torch.Generator | None = None,  # of the negatives
 ) -> ContrastiveLoss:
-    "The loss of wav2vec 2.0 in fp32; rows with fewer than 2 masked frames count nothing. ValueError if shapes differ."
+    "The loss of wav2vec 2.0 in fp32; rows with fewer than 2 masked frames do not count."
     targets, codes, logits = quantized
     if predictions.shape != targets.shape or any(t.shape[:2] != mask.shape for t in quantized):
         shapes = [tuple(t.shape) for t in (predictions, mask, *quantized)]
