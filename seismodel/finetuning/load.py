@@ -1,4 +1,4 @@
-"""`load(folder)`: a pretrained model, a picker or a model for windows, whichever a folder holds
+"""`load(folder)` opens a pretrained model, a picker or a model for windows
 
 Docs: https://seismodel.github.io/seismodel/finetuning/load.html.md"""
 

@@ -1,4 +1,4 @@
-"""The one module through which the models reach the kernels: importing it imports no Triton, each kernel is checked at its first use, and the torch form runs wherever a kernel cannot be trusted.
+"""One module for all models: kernels are imported and checked at first use, or PyTorch runs
 
 Docs: https://seismodel.github.io/seismodel/kernels/choice.html.md"""
 
@@ -27,8 +27,10 @@ _all_ = ['head_norm', 'mlstm', 'mlstm_mix', 'soft_cap']
 SWIGLU_LIBRARY = __name__.split('.')[0]         # 'seismodel', or a chapter that is run
 
 @torch.library.custom_op(f'{SWIGLU_LIBRARY}::swiglu_forward', mutates_args=())
-def swiglu_forward(ab: Tensor) -> Tensor:
-    "silu(a) * b of the halves of (..., 2 h)"
+def swiglu_forward(
+    ab: Tensor,  # (..., 2 h), a and b side by side
+) -> Tensor:     # (..., h)
+    "silu(a) times b, by the kernel"
     from seismodel.kernels import swiglu as kernels
     return kernels.forward(ab)
 
@@ -38,8 +40,11 @@ def _(ab): return ab.new_empty(*ab.shape[:-1], ab.shape[-1] // 2)
 
 # %% ../../nbs/kernels/09_choice.ipynb #3f57947e
 @torch.library.custom_op(f'{SWIGLU_LIBRARY}::swiglu_backward', mutates_args=())
-def swiglu_backward(dy: Tensor, ab: Tensor) -> Tensor:
-    "Gradient of ab"
+def swiglu_backward(
+    dy: Tensor,  # (..., h) gradient of the result
+    ab: Tensor,  # (..., 2 h), a and b side by side
+) -> Tensor:     # (..., 2 h)
+    "Gradient of ab, by the kernel"
     from seismodel.kernels import swiglu as kernels
     return kernels.backward(dy, ab)
 
@@ -64,7 +69,7 @@ class SwiGLU(torch.autograd.Function):
 def swiglu_plain(
     ab: Tensor,  # (..., 2 h), a and b side by side
 ) -> Tensor:     # (..., h)
-    "silu(a) * b in plain PyTorch"
+    "silu(a) times b in plain PyTorch"
     a, b = ab.chunk(2, -1)
     return F.silu(a) * b
 
@@ -84,14 +89,20 @@ def swiglu_errors(
     return relative_errors(found, [y, *torch.autograd.grad(y, exact, dy.double())])
 
 # %% ../../nbs/kernels/09_choice.ipynb #b286c96c
-def swiglu_fault(device: torch.device, dtype: torch.dtype) -> str:
-    "Why the kernels must not be used, or nothing"
+def swiglu_fault(
+    device: torch.device,  # a GPU; the CPU, where Triton interprets
+    dtype: torch.dtype,    # of a and b
+) -> str:                  # empty: nothing is wrong
+    "Why the kernels must not be used"
     if dtype not in BOUNDS: return f'no kernel is made for {dtype}'
     return find_fault(lambda: largest(swiglu_errors(device, dtype)), BOUNDS[dtype], device)
 
 # %% ../../nbs/kernels/09_choice.ipynb #38705244
 @constant_when_compiled
-def swiglu_trusted(device: torch.device, dtype: torch.dtype) -> bool:
+def swiglu_trusted(
+    device: torch.device,  # a GPU
+    dtype: torch.dtype,    # of a and b
+) -> bool:
     "Whether the kernels can be used; says why not, once"
     fault = lambda: swiglu_fault(device, dtype)
     return passes_check(f'SwiGLU in {str(dtype)[6:]}', (device, dtype), fault)
@@ -100,7 +111,7 @@ def swiglu_trusted(device: torch.device, dtype: torch.dtype) -> bool:
 def swiglu(
     ab: Tensor,  # (..., 2 h), a and b side by side
 ) -> Tensor:     # (..., h)
-    "silu(a) * b, by the kernels where a GPU can run them"
+    "silu(a) times b, by the kernels where a GPU can run them"
     if ab.is_cuda and swiglu_trusted(ab.device, ab.dtype): return SwiGLU.apply(ab)
     return swiglu_plain(ab)
 

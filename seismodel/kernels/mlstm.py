@@ -1,4 +1,4 @@
-"""A matrix memory with exponential gates in three forms that agree, reading the window in both directions in one pass.
+"""A matrix memory with exponential gates in three forms that agree, reading in both directions
 
 Docs: https://seismodel.github.io/seismodel/kernels/mlstm.html.md"""
 
@@ -22,21 +22,29 @@ def soft_cap(
     x: torch.Tensor,   # pre-activations, any shape
     cap: float = 15.,  # bound on the absolute value
 ) -> torch.Tensor:     # same shape, within (-cap, cap)
-    "Bound `x` smoothly: `cap * tanh(x / cap)`, the gate cap of xLSTM-7B (Beck et al. 2025)."
+    "Bound `x` smoothly: `cap tanh(x / cap)`, the gate cap of xLSTM-7B (Beck et al. 2025)."
     return cap * torch.tanh(x / cap)
 
 # %% ../../nbs/kernels/01_mlstm.ipynb #aabdd255
 NEVER = -1e30         # logarithm of nothing: finite, so that NEVER - NEVER is 0 and not NaN
 
 class MLSTMState(NamedTuple):
-    "What an mLSTM remembers between two pieces of a stream. The unstabilised memory is `C * exp(m)`."
+    "What an mLSTM remembers between two pieces of a stream; the true memory is C times exp(m)."
     C: torch.Tensor   # (B, H, dk, dv) matrix memory, times exp(-m)
     n: torch.Tensor   # (B, H, dk) normaliser, times exp(-m)
     m: torch.Tensor   # (B, H) logarithm of the scale
 
 # %% ../../nbs/kernels/01_mlstm.ipynb #0f6fab6d
-def check_inputs(q, k, v, i, f, reverse, stream=False):
-    "Raise ValueError unless shapes and dtypes fit, T ≥ 1, 0 ≤ reverse ≤ H, and a stream has no reversed heads."
+def check_inputs(
+    q: torch.Tensor,       # (B, H, T, dk) queries
+    k: torch.Tensor,       # (B, H, T, dk) keys
+    v: torch.Tensor,       # (B, H, T, dv) values
+    i: torch.Tensor,       # (B, H, T) input gates
+    f: torch.Tensor,       # (B, H, T) forget gates
+    reverse: int,          # heads that read time backwards
+    stream: bool = False,  # whether a state comes in or goes out
+) -> None:
+    "Raise ValueError unless shapes and dtypes fit; a stream has no reversed heads."
     if q.ndim != 4 or q.shape[2] < 1 or k.shape != q.shape or v.shape[:-1] != q.shape[:-1]:
         shapes = ', '.join(str(tuple(x.shape)) for x in (q, k, v))
         raise ValueError('q and k must be (B, H, T, dk) and v (B, H, T, dv) with T ≥ 1, but q, k, '
@@ -48,7 +56,8 @@ def check_inputs(q, k, v, i, f, reverse, stream=False):
         raise ValueError(f'i and f must be {tuple(q.shape[:3])}, but they are {tuple(i.shape)} and '
                          f'{tuple(f.shape)}')
     if not 0 <= reverse <= q.shape[1]:
-        raise ValueError(f'reverse must count between 0 and {q.shape[1]} heads, but it is {reverse}')
+        raise ValueError(f'reverse must count between 0 and {q.shape[1]} heads, but it is '
+                         f'{reverse}')
     if reverse and stream:
         raise ValueError('a state passes forwards in time only: reverse must be 0')
 
@@ -63,7 +72,7 @@ def mlstm_recurrent(
     state: MLSTMState | None = None,  # memory left by the piece before
     return_state: bool = False,       # also return the memory at the end
 ):                                    # h (B, H, T, dv), or (h, MLSTMState)
-    "mLSTM frame by frame (Beck et al. 2024), the slow reference. Raises ValueError on shapes that do not fit."
+    "mLSTM frame by frame (Beck et al. 2024), the slow reference. ValueError for wrong shapes."
     check_inputs(q, k, v, i, f, reverse, stream=return_state or state is not None)
     hi = torch.promote_types(q.dtype, torch.float32)
     turn = lambda x: torch.cat([x[:, :x.shape[1] - reverse], x[:, x.shape[1] - reverse:].flip(2)],
@@ -75,8 +84,8 @@ def mlstm_recurrent(
     out = []
     for t in range(len(qs)):
         last, m = m, torch.maximum(log_f[t] + m, i[t]).detach()                  # (B, H)
-        keep, write = torch.exp(log_f[t] + last - m)[..., None], torch.exp(i[t]
-            - m)[..., None] * ks[t]
+        keep = torch.exp(log_f[t] + last - m)[..., None]                         # (B, H, 1)
+        write = torch.exp(i[t] - m)[..., None] * ks[t]                           # (B, H, dk)
         C = keep[..., None] * C + write[..., None] * vs[t][..., None, :]         # (B, H, dk, dv)
         n = keep * n + write                                                     # (B, H, dk)
         num, den = (qs[t][..., None, :] @ C).squeeze(-2), (qs[t] * n).sum(-1)
@@ -86,10 +95,10 @@ def mlstm_recurrent(
 
 # %% ../../nbs/kernels/01_mlstm.ipynb #7003bf35
 def causal_lag(
-    n: int,        # steps
-    heads: int,    # H
-    reverse: int,  # the last `reverse` heads read time backwards
-    device=None,   # of the result
+    n: int,                              # steps
+    heads: int,                          # H
+    reverse: int,                        # the last `reverse` heads read time backwards
+    device: torch.device | None = None,  # of the result
 ) -> torch.Tensor:  # (H, n, n) int64: how long before step t (row) a head has read step s (column)
     "Signed distance in reading order: a head at row t has seen column s where the lag is ≥ 0."
     step = torch.arange(n, device=device)
@@ -97,7 +106,10 @@ def causal_lag(
     return torch.cat([behind.expand(heads - reverse, n, n), -behind.expand(reverse, n, n)])
 
 # %% ../../nbs/kernels/01_mlstm.ipynb #c235211a
-def running_max(x: torch.Tensor, dim: int) -> torch.Tensor:
+def running_max(
+    x: torch.Tensor,  # any shape
+    dim: int,         # along which
+) -> torch.Tensor:    # same shape
     "`torch.cummax` without the indices"
     return torch.cummax(x, dim).values
 
@@ -143,7 +155,7 @@ def chunk_gates(
     L: int,           # frames a chunk, a divisor of T
     reverse: int,     # the last `reverse` heads read time backwards
 ):                    # x (B, H, N, L), b (B, H, N, L), g (B, H, N), A (B, H, N)
-    "Logarithms inside each chunk, float64: weight seen from the entry, decay since the entry, decay and scale of the chunk."
+    "Logarithms in a chunk, float64: weight from and decay since the entry, its decay and scale."
     i, log_f = i.double().unflatten(-1, (-1, L)), F.logsigmoid(f.double()).unflatten(-1, (-1, L))
     b = time_scan(log_f, torch.cumsum, reverse)
     g = b.amin(-1)  # b only falls: its smallest value is the sum of the whole chunk
@@ -156,7 +168,7 @@ def chunk_weights(
     A: torch.Tensor,  # (B, H, N) log scale of what each chunk adds
     reverse: int,     # the last `reverse` heads read time backwards
 ):                    # W (B, H, N, N), m (B, H, N), float64
-    "Weights of the chunks already read (columns) in the memory that enters a chunk (row), and its log scale m."
+    "Weights of the chunks read before (columns) in the memory that enters one (row); its log scale m."
     H, N = g.shape[1:]
     G = time_scan(g.double(), torch.cumsum, reverse)
     log_W = (G - g)[..., :, None] + (A - G)[..., None, :]
@@ -177,13 +189,17 @@ def decay_tile(
     return (x[..., None, :] + bias).sub_(r[..., :, None]).to(dtype).exp_()
 
 # %% ../../nbs/kernels/01_mlstm.ipynb #3a3ed09f
-def dot(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def dot(
+    a: torch.Tensor,     # (..., n, d)
+    b: torch.Tensor,     # (..., d, m)
+    dtype: torch.dtype,  # of operands and result
+) -> torch.Tensor:       # (..., n, m)
     "Batched matrix product with operands of `dtype`"
     return a.to(dtype) @ b.to(dtype)
 
 # %% ../../nbs/kernels/01_mlstm.ipynb #151dae6d
 def chunk_forward(q, k, v, i, f, reverse, L, state=None, return_state=False):
-    "Forward pass, L a divisor of T. Returns h, the state at the end or None, and what `chunk_backward` needs."
+    "Forward pass, L a divisor of T: h, the state at the end or None, what `chunk_backward` needs."
     N, lo, hi, s = q.shape[2] // L, q.dtype, i.dtype, q.shape[-1]**-0.5
     q, k, v = (z.contiguous().unflatten(2, (N, L)) for z in (q, k, v))  # (B, H, N, L, d)
     x, b, g, A = chunk_gates(i, f, L, reverse)
@@ -211,12 +227,12 @@ def chunk_forward(q, k, v, i, f, reverse, L, state=None, return_state=False):
 
 # %% ../../nbs/kernels/01_mlstm.ipynb #669f470b
 def carry(U, u, g, A, reverse, state=None, return_state=False):
-    "Memory C, n, log scale m that enter each chunk, the weights W (B, H, N, N), the state at the end or None."
+    "Memory C, n, log scale m that enter each chunk, weights W (B, H, N, N), last state or None."
     N = U.shape[2]
     U_all, u_all, g_all, A_all = U, u, g, A
     if state is not None:
-        U_all, u_all = torch.cat([state.C[:, :, None], U], 2), torch.cat([state.n[:, :, None], u],
-            2)
+        U_all = torch.cat([state.C[:, :, None], U], 2)
+        u_all = torch.cat([state.n[:, :, None], u], 2)
         g_all, A_all = F.pad(g, (1, 0)), torch.cat([state.m[..., None], A], -1)
     W, m = chunk_weights(g_all, A_all, reverse)
     W, m = W[..., -N:, :].to(U.dtype), m[..., -N:]  # the rows of the real chunks
@@ -233,7 +249,7 @@ def carry(U, u, g, A, reverse, state=None, return_state=False):
 
 # %% ../../nbs/kernels/01_mlstm.ipynb #4a343fac
 def chunk_backward(dh, reverse, q, k, v, f, x, r_s, into, w, W, C, n, h, den, sign):
-    "Gradients of q, k, v, i, f from dh (B, H, T, dv); `dz` is the gradient of z. The tiles are computed again."
+    "Gradients of q, k, v, i, f from dh (B, H, T, dv); `dz` is that of z. Tiles are computed again."
     (N, L), lo, hi = q.shape[2:4], q.dtype, den.dtype
     dnum = dh.unflatten(2, (N, L)) / den[..., None]                              # (B, H, N, L, dv)
     dden = -(dnum * h).sum(-1) * sign                                            # (B, H, N, L)
@@ -256,7 +272,7 @@ def chunk_backward(dh, reverse, q, k, v, f, x, r_s, into, w, W, C, n, h, den, si
 
 # %% ../../nbs/kernels/01_mlstm.ipynb #e0a80c84
 class ChunkwiseMLSTM(torch.autograd.Function):
-    "Chunkwise mLSTM with a hand-written backward pass, differentiable once; a state passes no gradient."
+    "Chunkwise mLSTM with a backward pass by hand, differentiable once; a state passes no gradient."
 
     @staticmethod
     def forward(ctx, q, k, v, i, f, reverse, L, state, return_state):
@@ -274,12 +290,12 @@ class ChunkwiseMLSTM(torch.autograd.Function):
         with torch.autocast(dh.device.type, enabled=False):
             return *chunk_backward(dh, ctx.reverse, *ctx.saved_tensors), None, None, None, None
 
-# %% ../../nbs/kernels/01_mlstm.ipynb #36d2d8ac
-# frames a chunk when only reading; exponents that single precision bears
-INFERENCE_CHUNK, SPREAD = 32, 64.
+# %% ../../nbs/kernels/01_mlstm.ipynb #9ab2ddc3
+INFERENCE_CHUNK, SPREAD = 32, 64.   # frames a chunk when only reading; largest exponent for float32
 
+# %% ../../nbs/kernels/01_mlstm.ipynb #36d2d8ac
 def chunk_inference(q, k, v, i, f, reverse, L):
-    "h (B, H, T, dv) without a tile of exponentials, T a multiple of L; None where the forget gates close too far for it"
+    "h (B, H, T, dv) without a tile of exponentials, T a multiple of L; None for gates too closed."
     (B, H, T, d), N, forwards = q.shape, q.shape[2] // L, q.shape[1] - reverse
     x, b, g, A = chunk_gates(i, f, L, reverse)
     top = A - g  # max x (B, H, N)
@@ -290,8 +306,8 @@ def chunk_inference(q, k, v, i, f, reverse, L):
     now = torch.exp(top - scale).clamp_min_(1e-25).to(i.dtype)
     before = torch.exp(m - scale) / now
     heads_first = lambda z: z.transpose(0, 1)  # then a direction is one piece of memory
-    qs, ks, vs = i.new_empty(H, B, N, L, d), i.new_empty(H, B, N, L, d), i.new_ones(H, B, N, L,
-        v.shape[-1] + 1)
+    qs, ks = i.new_empty(H, B, N, L, d), i.new_empty(H, B, N, L, d)
+    vs = i.new_ones(H, B, N, L, v.shape[-1] + 1)
     torch.mul(heads_first(q.unflatten(2, (N, L))), heads_first(now * d**-0.5)[..., None, None],
               out=qs)
     torch.mul(heads_first(k.unflatten(2, (N, L))),
@@ -305,8 +321,8 @@ def chunk_inference(q, k, v, i, f, reverse, L):
     # what enters it
     C = (heads_first(W * before[..., None]).to(i.dtype) @ U).view(H * B * N, d, -1)
     sums = (P @ vs).baddbmm_(qs, C).view(H, B, T, -1)
-    den = torch.maximum(sums[..., -1].abs(), heads_first(torch.exp(-b
-        - scale[..., None]).to(i.dtype)).flatten(2))
+    floor = torch.exp(-b - scale[..., None]).to(i.dtype)
+    den = torch.maximum(sums[..., -1].abs(), heads_first(floor).flatten(2))
     return heads_first(sums[..., :-1] / den[..., None]).to(q.dtype)
 
 # %% ../../nbs/kernels/01_mlstm.ipynb #0138ee55
@@ -321,7 +337,7 @@ def mlstm_chunkwise(
     state: MLSTMState | None = None,  # memory left by the piece before; carries no gradient
     return_state: bool = False,       # also return the memory at the end
 ):                                    # h (B, H, T, dv), or (h, MLSTMState)
-    "mLSTM chunk by chunk, for any T and finite gates. Raises ValueError on shapes or dtypes that do not fit."
+    "mLSTM chunk by chunk, for any T and finite gates. ValueError for wrong shapes or dtypes."
     check_inputs(q, k, v, i, f, reverse, stream=return_state or state is not None)
     if chunk < 1: raise ValueError(f'chunk must be at least 1 frame, but it is {chunk}')
     T, hi = q.shape[2], torch.promote_types(q.dtype, torch.float32)

@@ -36,7 +36,7 @@ def negatives(
     n_negatives: int = 100,                   # K
     generator: torch.Generator | None = None,  # of the same device; None: torch's global one
 ) -> Tensor:  # (B, M, K) int64, positions among the M gathered frames
-    "Draw for each masked frame K others of its row; those of frames that are not valid mean nothing."
+    "Draw for each masked frame K others of its row; those of other frames mean nothing."
     B, M = valid.shape
     others = (valid.sum(1) - 1).clamp_min(1).view(B, 1, 1)                                  # m - 1
     draw = torch.randint(2**31, (B, M, n_negatives), device=valid.device,

@@ -34,7 +34,7 @@ def straight_through(
     soft: Tensor,  # (..., V) a soft choice, sums to 1 over the last dimension
 # (..., V) exactly one-hot, with the gradient of `soft`; (...) index of the one, int64
 ) -> tuple[Tensor, Tensor]:
-    "The hard choice forward, the gradient of the soft one backward (Jang et al., 2017, section 2.2)."
+    "The hard choice forward, the gradient of the soft one backward (Jang et al., 2017, 2.2)."
     codes = soft.argmax(-1)
     hard = torch.zeros_like(soft).scatter_(-1, codes.unsqueeze(-1), 1.)
     return hard + (soft - soft.detach()), codes
@@ -87,8 +87,7 @@ class GumbelVectorQuantizer(nn.Module):
         self.weight_proj = nn.Linear(in_features, groups*codes)
         self.codevectors = nn.Parameter(torch.rand(1, groups*codes, codevector_dim//groups))
         self.register_buffer('temperature', torch.tensor(float(temperature)))
-        nn.init.normal_(self.weight_proj.weight)
-        nn.init.zeros_(self.weight_proj.bias)
+        nn.init.normal_(self.weight_proj.weight); nn.init.zeros_(self.weight_proj.bias)
 
     def forward(self,
         x: Tensor,  # (B, T, in_features) frames
@@ -128,7 +127,7 @@ def soft_perplexity(
     logits: Tensor,              # (..., G, V) scores of the codes
     mask: Tensor | None = None,  # (...) bool, frames that count; None: all
 ) -> Tensor:  # 0-d fp32, between G and G*V, differentiable; G where no frame counts
-    "Perplexity of the mean softmax over the masked frames (wav2vec 2.0, exponential of equation 4)."
+    "Perplexity of the mean softmax over masked frames (wav2vec 2.0, exponential of equation 4)."
     frames = math.prod(logits.shape[:-2]) if mask is None else mask.sum().clamp_min(1)
     return entropy_perplexity(soft_usage(logits, mask) / frames)
 
