@@ -168,7 +168,7 @@ def chunk_weights(
     A: torch.Tensor,  # (B, H, N) log scale of what each chunk adds
     reverse: int,     # the last `reverse` heads read time backwards
 ):                    # W (B, H, N, N), m (B, H, N), float64
-    "Weights of the chunks read before (columns) in the memory that enters one (row); its log scale m."
+    "Weights of the chunks read before (columns) in the memory entering one (row); its log scale m."
     H, N = g.shape[1:]
     G = time_scan(g.double(), torch.cumsum, reverse)
     log_W = (G - g)[..., :, None] + (A - G)[..., None, :]
