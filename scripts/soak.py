@@ -31,9 +31,9 @@ from seismodel import cli, files
 if os.environ.get('SOAK_FULL'):                        # from one step to another no checkpoint fits on the disk
     import seismodel.training.checkpoints as c
     real, first, last = c.write_atomically, *map(int, os.environ['SOAK_FULL'].split(','))
-    def full(path, write):
+    def full(path, write, *size):
         if first <= int(path.stem[5:]) < last: raise OSError(errno.ENOSPC, 'No space left on device', str(path))
-        return real(path, write)
+        return real(path, write, *size)
     c.write_atomically = full
 sys.exit(cli.main(sys.argv[1:]))
 '''
