@@ -229,6 +229,8 @@ def names_of(tree):
             case ast.Name(id=name) | ast.arg(arg=name) | ast.ExceptHandler(name=name): bound.add(name)
             case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.MatchAs(name=name): bound.add(name)
             case ast.alias(name=name, asname=other): bound.add((other or name).split('.')[0])
+        for said in (getattr(n, 'annotation', None), getattr(n, 'returns', None)):       # 'Name' is looked up by the pages, too
+            if isinstance(said, ast.Constant) and isinstance(said.value, str): used |= names_of(ast.parse(said.value))[0]
     return used, bound
 
 
