@@ -226,7 +226,15 @@ def chunk_forward(q, k, v, i, f, reverse, L, state=None, return_state=False):
     return h.flatten(2, 3), end, (q, k, v, f, x, r_s, into, w, W, C, n, h, den, sign)
 
 # %% ../../nbs/kernels/01_mlstm.ipynb #669f470b
-def carry(U, u, g, A, reverse, state=None, return_state=False):
+def carry(
+    U: torch.Tensor,                  # (B, H, N, dk, dv) what each chunk adds to the memory
+    u: torch.Tensor,                  # (B, H, N, dk) and to the normaliser
+    g: torch.Tensor,                  # (B, H, N) log decay of each chunk
+    A: torch.Tensor,                  # (B, H, N) log scale of what it adds
+    reverse: int,                     # the last `reverse` heads read time backwards
+    state: MLSTMState | None = None,  # memory left by the piece before
+    return_state: bool = False,       # also return the memory at the end
+):  # C (B, H, N, dk, dv), n (B, H, N, dk), m (B, H, N), W, `MLSTMState` or None
     "Memory C, n, log scale m that enter each chunk, weights W (B, H, N, N), last state or None."
     N = U.shape[2]
     U_all, u_all, g_all, A_all = U, u, g, A

@@ -82,7 +82,7 @@ def onset_columns(
 
 # %% ../../nbs/picking/04_evaluation.ipynb #c8b6f7a6
 def picks_of(
-    dataset,  # a SeisBench data set
+    dataset: object,  # a SeisBench WaveformDataset
 # yields ({trace_name, trace_idx, trace_split, sampling_rate, perhaps trace_chunk}, samples,
 # [(onset, phase, full name), …] in order, {phase: labelled}), at 100 Hz
 ):
@@ -108,7 +108,7 @@ def picks_of(
 
 # %% ../../nbs/picking/04_evaluation.ipynb #eaaeb8d7
 def task1_targets(
-    dataset,  # a SeisBench data set
+    dataset: object,  # a SeisBench WaveformDataset
 # one row a window: trace_name, trace_split, start_sample, end_sample, trace_type, clean, …
 ) -> pd.DataFrame:
     "30 s windows with and without the first onset, by the rule of the pick-benchmark"
@@ -129,7 +129,7 @@ def task1_targets(
 
 # %% ../../nbs/picking/04_evaluation.ipynb #613c4ae0
 def task23_targets(
-    dataset,  # a SeisBench data set
+    dataset: object,  # a SeisBench WaveformDataset
 # one row a window: as in task 1, with phase_label, full_phase_label and phase_onset
 ) -> pd.DataFrame:
     "10 s windows with exactly one labelled onset, by the rule of the pick-benchmark"
@@ -199,7 +199,7 @@ def read_targets(
 
 # %% ../../nbs/picking/04_evaluation.ipynb #5399fafa
 def targets(
-    dataset,           # a SeisBench data set
+    dataset: object,   # a SeisBench WaveformDataset
     folder: str|Path,  # holds task1.csv and task23.csv, or will
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # windows of task 1; windows of tasks 2 and 3
     "The tables in the folder, published ones for example; made and saved there if they are missing"
@@ -219,9 +219,9 @@ def targets(
 # %% ../../nbs/picking/04_evaluation.ipynb #7fe59d8d
 @torch.no_grad()
 def curves(
-    model,            # with labels P and S, and N or Detection
-    x: torch.Tensor,  # (B, 3, L) windows as they are
-) -> torch.Tensor:    # (B, L, 3): something happens, P, S
+    model: torch.nn.Module,  # with labels P and S, and N or Detection
+    x: torch.Tensor,         # (B, 3, L) windows as they are
+) -> torch.Tensor:           # (B, L, 3): something happens, P, S
     "Probabilities of a picker, without blinding"
     args = {**model.default_args, 'blinding': (0, 0)}
     x = model.annotate_batch_pre(x, args)
@@ -233,8 +233,9 @@ def curves(
 
 # %% ../../nbs/picking/04_evaluation.ipynb #0f059a26
 def as_zne(
-    dataset,  # a SeisBench data set
-):            # a copy whose waveforms come as (components, samples) in the order Z, N, E, at 100 Hz
+    dataset: object,  # a SeisBench WaveformDataset
+# a copy whose waveforms come as (components, samples) in the order Z, N, E, at 100 Hz
+) -> object:
     "A data set in the order of components and at the rate of the package"
     dataset = dataset.copy()
     translate_components(dataset.metadata)
@@ -244,10 +245,11 @@ def as_zne(
 
 # %% ../../nbs/picking/04_evaluation.ipynb #8a020a40
 def target_windows(
-    dataset,              # a SeisBench data set
+    dataset: object,      # a SeisBench WaveformDataset
     table: pd.DataFrame,  # targets, whose traces are in the data set
     samples: int,         # of a window
-):                        # a `SteeredGenerator`: X (3, samples), window_borders (2,) of the target
+# a SeisBench SteeredGenerator: X (3, samples), window_borders (2,) of the target
+) -> object:
     "Windows around the targets, without their mean, padded where a record ends"
     import seisbench.generate as sbg
     columns = [*(k for k in KEYS if k in table), 'start_sample', 'end_sample']
@@ -259,12 +261,12 @@ def target_windows(
 
 # %% ../../nbs/picking/04_evaluation.ipynb #e38c0bf4
 def predict(
-    model,                 # any picker of SeisBench's kind
-    dataset,               # a SeisBench data set, three components
-    table: pd.DataFrame,   # targets, whose traces are in the data set
+    model: torch.nn.Module,  # any picker of SeisBench's kind
+    dataset: object,         # a SeisBench WaveformDataset, three components
+    table: pd.DataFrame,     # targets, whose traces are in the data set
     # samples that the model sees; None: its own in_samples, or the longest target
     context: int|None = None,
-    batch_size: int = 64,  # windows at a time
+    batch_size: int = 64,    # windows at a time
 ) -> pd.DataFrame:  # the table with score_detection, score_p_or_s, p_sample_pred and s_sample_pred
     "What the model says about each target, in the columns of the pick-benchmark"
     longest = int(np.ceil((table['end_sample'] - table['start_sample']).max()))
@@ -331,8 +333,8 @@ def score_tasks(
 
 # %% ../../nbs/picking/04_evaluation.ipynb #42411863
 def predict_tasks(
-    model,                     # any picker of SeisBench's kind
-    dataset,                   # a SeisBench data set
+    model: torch.nn.Module,    # any picker of SeisBench's kind
+    dataset: object,           # a SeisBench WaveformDataset
     folder: str|Path,          # of the targets, see `targets`
     split: str = 'test',       # that is scored
     context: int|None = None,  # samples that the model sees, see `predict`
@@ -353,12 +355,12 @@ def predict_tasks(
 
 # %% ../../nbs/picking/04_evaluation.ipynb #b2f654a5
 def pick_benchmark(
-    model,                # any picker of SeisBench's kind
-    dataset,              # a SeisBench data set
-    folder: str|Path,     # of the targets, see `targets`
-    split: str = 'test',  # that is scored
-    draws: int = 500,     # of the bootstrap
-) -> pd.DataFrame:        # see `score_tasks`
+    model: torch.nn.Module,  # any picker of SeisBench's kind
+    dataset: object,         # a SeisBench WaveformDataset
+    folder: str|Path,        # of the targets, see `targets`
+    split: str = 'test',     # that is scored
+    draws: int = 500,        # of the bootstrap
+) -> pd.DataFrame:           # see `score_tasks`
     "All three tasks of a picker on a data set"
     task1, dev, task23 = predict_tasks(model, dataset, folder, split)
     return score_tasks(dev, task1, task23, draws)
@@ -384,8 +386,8 @@ def record_rows(
 
 # %% ../../nbs/picking/04_evaluation.ipynb #76cfb93c
 def score_records(
-    model,                          # any picker of SeisBench's kind
-    dataset,                        # a SeisBench data set, or one split of it
+    model: torch.nn.Module,         # any picker of SeisBench's kind
+    dataset: object,                # a SeisBench WaveformDataset, or one split of it
     threshold: float = .3,          # that a peak must reach
     progress: bool = False,         # show a bar
     found: list[dict]|None = None,  # from `pick_records`; None: pick now
@@ -484,7 +486,7 @@ def open_labelled(
 
 # %% ../../nbs/picking/04_evaluation.ipynb #29e376a3
 def score_picker(
-    model,                     # any picker of SeisBench's kind
+    model: torch.nn.Module,    # any picker of SeisBench's kind
     sets: dict,                # from `open_labelled`
     folder: Path,              # of the targets; of several sets: of a folder for each
     split: str = 'test',       # that is scored
