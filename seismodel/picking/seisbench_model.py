@@ -6,7 +6,7 @@ Docs: https://seismodel.github.io/seismodel/picking/seisbench_model.html.md"""
 
 # %% auto #0
 __all__ = ['SHORTEST', 'READ_WINDOW', 'BLINDING', 'OVERLAP', 'CAUSAL', 'ANNOTATE_ARGS', 'CITATION', 'Instruments', 'clean_trace',
-           'StreamReader', 'StreamPicker', 'stored_args', 'missing_picker', 'check_saved', 'StoredPicker',
+           'StreamReader', 'StreamPicker', 'stored_args', 'missing_picker', 'check_weight_files', 'StoredPicker',
            'SeisModelPicker', 'open_picker']
 
 # %% ../../nbs/picking/01_seisbench_model.ipynb #a575fdcc
@@ -161,7 +161,7 @@ def missing_picker(
                      f"cache ({cache}).")
 
 # %% ../../nbs/picking/01_seisbench_model.ipynb #cb2d3c03
-def check_saved(
+def check_weight_files(
     path: str|Path,     # of a model, without the endings of its files
     files: list[Path],  # that must exist
 ) -> None:
@@ -183,7 +183,7 @@ class StoredPicker(StreamPicker):
     @classmethod
     def load(cls, path, version_str=None, **kwargs):
         "From the two files of `save(path)`, on the CPU; raises `UserError` if one is missing"
-        check_saved(path, cls._get_weights_file_paths(path, version_str))
+        check_weight_files(path, cls._get_weights_file_paths(path, version_str))
         return super().load(path, version_str, **{'map_location': 'cpu', **kwargs}).eval()
 
     @classmethod
