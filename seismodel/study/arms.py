@@ -29,6 +29,7 @@ class Variant:
     budget: float = 1.           # of the windows of the study
     memory: float = 9            # GiB of a GPU, about
 
+# %% ../../nbs/study/07_arms.ipynb #972b722e
 @dataclass(frozen=True)
 class Way:
     "A way of fine-tuning"
@@ -130,7 +131,8 @@ def study_variants(
                                     for name in ('spectrum', 'contrastive', 'reconstruction'))
     slow = dict(lr=2e-3, weight_decay=.01, batch=128, budget=.5, memory=14)
     return {'spectrum': Variant(spectrum), 'placebo': Variant(spectrum, data='scrambled'),
-            'supervised': Variant(spectrum, lr=2e-3, batch=128, data='events', budget=.5, memory=14),
+            'supervised': Variant(spectrum, lr=2e-3, batch=128, data='events', budget=.5,
+                                  memory=14),
             'contrastive': Variant(contrastive),
             'recon': Variant(replace(recon, target='tokens'), **slow),
             'recon-spectrum': Variant(replace(recon, target='spectrum'), **slow)}
@@ -147,19 +149,26 @@ def study_arms(
     random, other = Start('random', v['spectrum']), Start('random-sequential', v['recon'])
     sequential = dict(way=LOW_RATE, control='random-sequential')
     arms = [Arm('random', 'random weights', random, PLAIN, whole=True),
-            Arm('best', 'pretrained on spectra', seen('spectrum'), DECAY, whole=True, pretrainings=3)]
+            Arm('best', 'pretrained on spectra', seen('spectrum'), DECAY, whole=True,
+                pretrainings=3)]
     for name in baselines: arms += baseline_arms(name)
     arms += [Arm('placebo', 'pretrained on scrambled windows', seen('placebo'), DECAY),
-             Arm('synthetic', 'supervised on synthetic events', seen('supervised'), DECAY, whole=True),
-             Arm('contrastive', 'contrastive, as specified', seen('contrastive'), DECAY, whole=True),
-             Arm('reconstruction', 'reconstruction, as specified', seen('recon'), whole=True, **sequential),
+             Arm('synthetic', 'supervised on synthetic events', seen('supervised'), DECAY,
+                 whole=True),
+             Arm('contrastive', 'contrastive, as specified', seen('contrastive'), DECAY,
+                 whole=True),
+             Arm('reconstruction', 'reconstruction, as specified', seen('recon'), whole=True,
+                 **sequential),
              Arm('random-3x', 'random weights, 3 × the steps', random, Way('plain-3x', budget=3)),
              Arm('random+synthetic', 'random weights, synthetic events beside', random,
                  Way('plain+synthetic', synthetic=.25)),
-             Arm('best+synthetic', 'pretrained on spectra, synthetic events beside', seen('spectrum'),
+             Arm('best+synthetic', 'pretrained on spectra, synthetic events beside',
+                 seen('spectrum'),
                  Way('decay.65+synthetic', layer_decay=.65, synthetic=.25), pretrainings=3),
-             Arm('random-sequential', 'random weights, shapes of reconstruction', other, **sequential),
-             Arm('reconstruction-spectrum', 'reconstruction of spectra', seen('recon-spectrum'), **sequential)]
+             Arm('random-sequential', 'random weights, shapes of reconstruction', other,
+                 **sequential),
+             Arm('reconstruction-spectrum', 'reconstruction of spectra', seen('recon-spectrum'),
+                 **sequential)]
     return arms + probe_arms(arms)
 
 # %% ../../nbs/study/07_arms.ipynb #b3aef1a3
@@ -169,10 +178,12 @@ def baseline_arms(
     "A published picker as it is, fine-tuned on the same labels, and from random weights"
     start = Start(name)
     return [Arm(name, f'{name} as published', start, AS_IT_IS, few=False, whole=True),
-            Arm(f'{name}-finetuned', f'{name}, fine-tuned', start, PEER, f'{name}-fresh', whole=True),
+            Arm(f'{name}-finetuned', f'{name}, fine-tuned', start, PEER, f'{name}-fresh',
+                whole=True),
             Arm(f'{name}-fresh', f'shapes of {name}, random weights', Start(name, fresh=True), PEER,
                 f'{name}-fresh')]
 
+# %% ../../nbs/study/07_arms.ipynb #ca2597ef
 def probe_arms(
     arms:list[Arm],
 )->list[Arm]: # with all labels of one fold
@@ -194,6 +205,7 @@ class Grid:
     fractions: tuple[float, ...] = (.1, 1.)
     seeds: tuple[int, ...] = (0, 1, 2)
 
+# %% ../../nbs/study/07_arms.ipynb #b7de3741
 def arm_trials(
     arm:Arm,
     grid:Grid,
@@ -206,6 +218,7 @@ def arm_trials(
     return [FoldTrial(starts[seed], arm.way, fraction, fold, seed)
             for seed in seeds for fold in range(min(grid.folds, arm.folds))]
 
+# %% ../../nbs/study/07_arms.ipynb #da35f0a0
 def plan_folds(
     arms:list[Arm],
     grid:Grid=Grid(),
@@ -226,5 +239,6 @@ def choose_arms(
     wanted = [name.strip() for name in text.split(',')]
     known = [arm.name for arm in arms]
     for name in wanted:
-        if name not in known: raise UserError(f"There is no arm '{name}'; choose from {', '.join(known)}.")
+        if name not in known:
+            raise UserError(f"There is no arm '{name}'; choose from {', '.join(known)}.")
     return [arm for arm in arms if arm.name in wanted]

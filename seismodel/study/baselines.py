@@ -53,7 +53,8 @@ class Baseline(nn.Module):
 
     def save_pretrained(self, folder, extra=None):
         "Write `model.safetensors` and `config.json`, which says that this is a baseline, and which"
-        write_model(folder, {'model': {}, 'peer': type(self.net).__name__, **(extra or {})}, self.state_dict())
+        write_model(folder, {'model': {}, 'peer': type(self.net).__name__, **(extra or {})},
+                    self.state_dict())
 
 # %% ../../nbs/study/01_baselines.ipynb #1818f79f
 class PhaseNetBaseline(Baseline):
@@ -73,7 +74,7 @@ def detection_labels(
     p, s = onset[..., :1], onset[..., 1:]                                        # (B, A, 1)
     time = torch.arange(samples, device=onset.device)
     on = ((time >= p) & (time <= s + 1.4*(s - p))).any(1)                        # False for NaN
-    half = (onset.isfinite().sum(-1) == 1).any(1)                                # P without S, or S without P
+    half = (onset.isfinite().sum(-1) == 1).any(1)  # P without S, or S without P
     return on.float(), ~half & (onset.isfinite().any((1, 2)) | known.all(1))
 
 # %% ../../nbs/study/01_baselines.ipynb #6eee98e1
@@ -85,10 +86,11 @@ class EQTransformerBaseline(Baseline):
         "Weighted binary cross-entropies of detection, P and S, each over the windows where it can be said"
         samples, (events, known) = z.shape[1], batch_events(batch)
         on, said = detection_labels(events, known, samples)
-        labels = torch.cat([on[..., None], pick_targets(batch, samples)[0][..., 1:]], -1)                      # (B, L, 3)
-        said = torch.cat([said[:, None], known], -1)                                                          # (B, 3)
+        # (B, L, 3)
+        labels = torch.cat([on[..., None], pick_targets(batch, samples)[0][..., 1:]], -1)
+        said = torch.cat([said[:, None], known], -1)  # (B, 3)
         each = F.binary_cross_entropy_with_logits(z.float(), labels, reduction='none')
-        if 'unlabelled' in batch:                                                # nobody knows in a zone
+        if 'unlabelled' in batch:  # nobody knows in a zone
             zone = in_zones(batch['unlabelled'], samples)
             each = each*~torch.cat([zone.any(-1, keepdim=True), zone], -1)
         each = each.mean(1)*said
@@ -108,6 +110,7 @@ def fresh_baseline(
     if name == 'EQTransformer': return EQTransformerBaseline()
     raise UserError(f"There is no baseline '{name}'; choose PhaseNet or EQTransformer.")
 
+# %% ../../nbs/study/01_baselines.ipynb #17e1ce70
 class BaselinePicker(StreamPicker):
     "A `Baseline` in SeisBench's terms, read and picked by the rules of `SeisModelPicker`"
     def __init__(self,
@@ -115,8 +118,10 @@ class BaselinePicker(StreamPicker):
         default_args:dict|None=None, # of annotate and classify
     ):
         baseline = fresh_baseline(peer)
-        super().__init__(citation=baseline.net.citation, component_order=COMPONENTS, sampling_rate=SAMPLING_RATE, output_type='array', in_samples=WINDOW,
-                         pred_sample=(0, WINDOW), labels=LABELS, default_args=default_args, grouping=Instruments())
+        super().__init__(citation=baseline.net.citation, component_order=COMPONENTS,
+                         sampling_rate=SAMPLING_RATE, output_type='array', in_samples=WINDOW,
+                         pred_sample=(0, WINDOW), labels=LABELS, default_args=default_args,
+                         grouping=Instruments())
         self.window, self.peer = WINDOW, baseline
 
     def get_model_args(self): return {'peer': type(self.peer.net).__name__}

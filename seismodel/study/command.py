@@ -38,18 +38,22 @@ def numbers(
         raise UserError(f"{flag} is '{text}'; give {rule}, each once, with commas between.")
     return values
 
+# %% ../../nbs/study/12_command.ipynb #a5717601
 def fractions_and_seeds(
     fractions:str,
     seeds:str,
 )->tuple[list, list]:
     "Both, checked"
-    some = numbers(fractions, float, '--fractions', lambda f: 0 < f <= 1, 'fractions above 0 and at most 1')
+    some = numbers(fractions, float, '--fractions', lambda f: 0 < f <= 1,
+                   'fractions above 0 and at most 1')
     return some, numbers(seeds, int, '--seeds', lambda s: s >= 0, 'whole numbers from 0 up')
 
 # %% ../../nbs/study/12_command.ipynb #88423586
-ONLY_FOLDS = ('unlabelled', 'arms', 'size', 'windows', 'continuous', 'analyst', 'only', 'arrays', 'take',
+ONLY_FOLDS = ('unlabelled', 'arms', 'size', 'windows', 'continuous', 'analyst', 'only', 'arrays',
+              'take',
               'bring', 'stop_after')
-ONLY_SPLIT = ('from_run', 'lr', 'threshold', 'synthetic', 'augment', 'freeze', 'layer_decay', 'average',
+ONLY_SPLIT = ('from_run', 'lr', 'threshold', 'synthetic', 'augment', 'freeze', 'layer_decay',
+              'average',
               'validation_windows', 'workers', 'set_fields')
 
 def refuse_misplaced(
@@ -60,8 +64,10 @@ def refuse_misplaced(
     folds = given['folds'] is not None
     for name in ONLY_SPLIT if folds else ONLY_FOLDS:
         if given[name] == usual[name]: continue
-        flag = {'from_run': '--from', 'set_fields': '--set'}.get(name, '--' + name.replace('_', '-'))
-        raise UserError(f'{flag} does nothing {"with" if folds else "without"} --folds; leave it out.')
+        flag = {'from_run': '--from', 'set_fields': '--set'}.get(name,
+                                                                 '--' + name.replace('_', '-'))
+        raise UserError(f'{flag} does nothing {"with" if folds else "without"} --folds; leave it '
+                        'out.')
 
 # %% ../../nbs/study/12_command.ipynb #0039dcb3
 FOLD_STEPS = ('prepare', 'train', 'report')
@@ -71,20 +77,27 @@ def fold_data(a:dict)->FoldData:
     pairs = [text.partition('=') for text in a['baseline'] or ()]
     for name, equals, stem in pairs:
         if not (name and equals and stem):
-            raise UserError(f"--baseline is '{name}'; with --folds give NAME=FILES, such as volpick=FOLDER/phasenet "
+            raise UserError(f"--baseline is '{name}'; with --folds give NAME=FILES, such as "
+                            "volpick=FOLDER/phasenet "
                             'for FOLDER/phasenet.json and FOLDER/phasenet.pt.')
     paths = lambda name: tuple(map(whole_path, a[name] or ()))
     return FoldData(paths('data'), paths('unlabelled'), tuple((n, s) for n, _, s in pairs),
                     tuple(a['continuous'] or ()), a['analyst'])
 
+# %% ../../nbs/study/12_command.ipynb #fc694629
 def check_folds(a:dict):
     "Raise `UserError` for what would fail later"
     if not a['out']: raise UserError("Name the study's folder, with --out FOLDER.")
-    if a['only'] not in (None, *FOLD_STEPS): raise UserError(f"--only is '{a['only']}'; choose one of {', '.join(FOLD_STEPS)}.")
-    if a['size'] not in ('tiny', 'small', 'base'): raise UserError(f"--size is '{a['size']}'; choose tiny, small or base.")
+    if a['only'] not in (None, *FOLD_STEPS):
+        raise UserError(f"--only is '{a['only']}'; choose one of {', '.join(FOLD_STEPS)}.")
+    if a['size'] not in ('tiny', 'small', 'base'):
+        raise UserError(f"--size is '{a['size']}'; choose tiny, small or base.")
     for name, least in dict(folds=2, steps=1, batch_size=1, windows=1, jobs=1).items():
-        if a[name] < least: raise UserError(f"--{name.replace('_', '-')} is {a[name]}; it must be at least {least}.")
-    if a['device'] == 'all': raise UserError('--device is all; a study by folds runs on one device.')
+        if a[name] < least:
+            raise UserError(f"--{name.replace('_', '-')} is {a[name]}; it must be at least "
+                            f"{least}.")
+    if a['device'] == 'all':
+        raise UserError('--device is all; a study by folds runs on one device.')
     pick_device(a['device'])
 
 # %% ../../nbs/study/12_command.ipynb #701df023
@@ -107,7 +120,8 @@ def study_by_folds(
     fractions, seeds = fractions_and_seeds(a['fractions'] or '.1,1', a['seeds'])
     data, out, grid = fold_data(a), Path(a['out']), Grid(a['folds'], tuple(fractions), tuple(seeds))
     out.mkdir(parents=True, exist_ok=True)
-    lock = locked(out/'.lock', f"Another process works in '{out}'; wait for it, or name another --out.")
+    lock = locked(out/'.lock',
+                  f"Another process works in '{out}'; wait for it, or name another --out.")
     try:
         home = take_bundles(Path(a['take']), out) if a['take'] else set()
         arrays = fold_arrays(a, data, out)
@@ -119,10 +133,13 @@ def study_by_folds(
         left = [] if a['only'] == 'report' else train_folds(plan_folds(arms, grid), s, a, home)
         if a['only'] != 'train': report_folds(out, arms, grid)
     finally: lock.release()
-    if left: raise TrainingError(f"{len(left)} trials failed: {', '.join(left)}. What happened stands in "
+    if left:
+        raise TrainingError(f"{len(left)} trials failed: {', '.join(left)}. What happened stands "
+                            "in "
                                  f"'{out/'logs'}'; the same command tries them again.")
     return out
 
+# %% ../../nbs/study/12_command.ipynb #8125004f
 def say_packed(arrays, out):
     "Small copies of the arrays"
     size = pack_arrays(arrays, out/'packed')
@@ -135,18 +152,24 @@ def train_folds(trials, s, a, home):
     begin_folds(s, trials, a['jobs'])
     bring = lambda: bring_bundles(s.out, Path(a['bring']), home) if a['bring'] else None
     plan = run_fold_trials(trials, s, a['jobs'], a['stop_after'] or FOREVER, bring)
-    lost = {t.start.label for t in plan.todo if t.pretraining in plan.done and t.start.label not in plan.weights}
-    if lost: print(f"the weights of {', '.join(sorted(lost))} are not here: --take a folder with their bundles")
-    print(f'{len(plan.done)} of {len(trials)} trials done, {len(plan.todo)} left, {len(plan.failed)} failed')
+    lost = {t.start.label for t in plan.todo if t.pretraining in plan.done
+            and t.start.label not in plan.weights}
+    if lost:
+        print(f"the weights of {', '.join(sorted(lost))} are not here: --take a folder with their "
+              "bundles")
+    print(f'{len(plan.done)} of {len(trials)} trials done, {len(plan.todo)} left, '
+          f'{len(plan.failed)} failed')
     return [t.name for t in plan.failed]
 
+# %% ../../nbs/study/12_command.ipynb #862f7421
 def report_folds(out, arms, grid):
     "Tables, reports and the figure of what is done"
     if not write_fold_tables(out): return print('no trial is scored yet')
     try:
         from seismodel.study.fold_report import arm_overview, plot_gains, save_figure, write_reports
     except ModuleNotFoundError as e:
-        return print(f'{e.name} is not installed here: make the reports elsewhere, with --only report')
+        return print(f'{e.name} is not installed here: make the reports elsewhere, with --only '
+                     'report')
     reports = write_reports(out, arms, grid)
     save_figure(plot_gains(reports, arms, min(grid.fractions)), out/'figure.png')
     print(arm_overview(reports, arms, min(grid.fractions)).to_string())
@@ -194,5 +217,5 @@ def study(
     if folds is not None: return study_by_folds(given)
     if not out: raise UserError("Name the study's folder, with --out FOLDER.")
     if jobs < 1: raise UserError(f'--jobs is {jobs}; it must be at least 1.')
-    from seismodel.study.run import study_one_split        # brings pandas and figures, which take seconds
+    from seismodel.study.run import study_one_split  # brings pandas and figures, which take seconds
     return study_one_split(given, *fractions_and_seeds(fractions or '.1,.2,.5,1', seeds))

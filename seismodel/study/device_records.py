@@ -105,12 +105,14 @@ def synthetic_part(numbers): # list of int
     q, _, scale = zip(*(quantize_samples(source.record(i).waveform, 'int16') for i in numbers))
     return np.stack(q), np.stack(scale)
 
+# %% ../../nbs/study/06a_device_records.ipynb #92f0ead2
 def events_part(number): # from 0
     "Fifty clean events, and their onsets"
     torch.set_num_threads(1)
     made = EventsInNoise(torch.randn(1, WINDOW, 3), 50, number)
     return made.waves.astype(np.float16), made.onsets
 
+# %% ../../nbs/study/06a_device_records.ipynb #5c751d98
 def spread(work, parts, jobs):
     "Results of `work` for each of the parts, from several processes if there is much to do"
     if jobs == 1 or len(parts) == 1: return [work(part) for part in parts]
@@ -162,7 +164,7 @@ class DeviceEvents:
         u = torch.rand(4, count, generator=generator, device=device)
         event, noise = ((v*n).long() for v, n in zip(u, (len(self.waves), len(self.noise))))
         first = (u[2]*(extra + 1)).long()
-        size = self.level[noise]*10**((6*u[3] - 3)/20)                                  # within 3 dB
+        size = self.level[noise]*10**((6*u[3] - 3)/20)  # within 3 dB
         t = first[:, None] + torch.arange(WINDOW, device=device)
         x = self.noise[noise] + size[:, None, None]*self.waves[event[:, None], t].float()
         onset = self.onsets[event] - first[:, None]

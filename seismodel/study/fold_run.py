@@ -53,7 +53,8 @@ class FoldData:
         "Names without their folders, since a study can be moved"
         name = lambda path: Path(path).name
         return dict(labelled=[*map(name, self.labelled)], unlabelled=[*map(name, self.unlabelled)],
-                    baselines=[n for n, _ in self.baselines], continuous=[*map(name, self.continuous)])
+                    baselines=[n for n, _ in self.baselines],
+                    continuous=[*map(name, self.continuous)])
 
 # %% ../../nbs/study/10_fold_run.ipynb #848b9302
 def prepare_arrays(
@@ -77,6 +78,7 @@ def prepare_arrays(
     if data.continuous: write_continuous(folder, data.continuous, data.analyst)
     write_atomically(done, lambda part: part.write_text(json.dumps(data.kept), encoding='utf-8'))
 
+# %% ../../nbs/study/10_fold_run.ipynb #1aad1188
 def refuse_change(saved, wanted, where):
     "Raise `UserError` naming the first setting that differs"
     for name, value in json.loads(json.dumps(wanted)).items():
@@ -224,7 +226,8 @@ def run_fold_trials(
     every_minute()
     if signals.caught:
         raise Interrupted(signals.caught, f'Stopped by {signal.Signals(signals.caught).name} with '
-                          f'{len(plan.done)} of {len(trials)} trials done; the same command goes on.')
+                          f'{len(plan.done)} of {len(trials)} trials done; the same command goes '
+                          'on.')
     return plan
 
 # %% ../../nbs/study/10_fold_run.ipynb #67f4c9ae
@@ -240,6 +243,7 @@ def check_fold_settings(
     if file.exists(): return refuse_change(read_json(file), wanted, s.out)
     write_atomically(file, lambda part: part.write_text(json.dumps(wanted), encoding='utf-8'))
 
+# %% ../../nbs/study/10_fold_run.ipynb #bb291faa
 def begin_folds(
     s:FoldStudy,
     trials:list[FoldTrial],
@@ -267,7 +271,7 @@ def take_bundles(
         with zipfile.ZipFile(file) as z:
             for name in z.namelist():
                 if name == 'home.txt': names |= set(z.read(name).decode().split())
-                where = out/Path(name).parent.name/Path(name).name           # two levels, never outside
+                where = out/Path(name).parent.name/Path(name).name  # two levels, never outside
                 if name == 'home.txt' or where.exists(): continue
                 where.parent.mkdir(parents=True, exist_ok=True)
                 where.write_bytes(z.read(name))
@@ -289,14 +293,15 @@ def bring_bundles(
         if name in there: continue
         if not bundles or bundles[-1].stat().st_size + file.stat().st_size > .98*LARGEST:
             if len(bundles) == BUNDLES: break
-            bundles.append(folder/f'weights-{len(there):03}.zip')       # no call uses a number again
+            bundles.append(folder/f'weights-{len(there):03}.zip')  # no call uses a number again
         with zipfile.ZipFile(bundles[-1], 'a') as z: z.write(file, name)
         there.add(name)
     def write(part):
         with zipfile.ZipFile(part, 'w', zipfile.ZIP_DEFLATED) as z:
             names = ('trials', 'pretrained', 'logs')
             for file in sorted(f for name in names for f in (out/name).glob('*')):
-                if file.suffix in ('.json', '.txt'): z.write(file, f'{file.parent.name}/{file.name}')
+                if file.suffix in ('.json', '.txt'):
+                    z.write(file, f'{file.parent.name}/{file.name}')
             z.writestr('home.txt', '\n'.join(sorted(there)))
     write_atomically(folder/'results.zip', write)
 
@@ -328,7 +333,8 @@ def write_fold_tables(
     windows = [f'{name}_{j}' for j in range(places) for name in ('residual', 'p', 's', 'any')]
     about = ('phase', 'record', 'event', 'status', 'known')
     write_lines(out/'onsets.csv.gz', [*ARM_COLUMNS, *about, *windows],
-                ([*arm(t), *o[:5], *(v for w in o[5] for v in w)] for t in trials for o in t['onsets']),
+                ([*arm(t), *o[:5], *(v for w in o[5] for v in w)] for t in trials
+                 for o in t['onsets']),
                 gzip.open)
     write_lines(out/'picks.csv.gz', [*ARM_COLUMNS, *about, 'residual_0', 'picks', 'seconds'],
                 ([*arm(t), *row] for t in trials for row in t['picks']), gzip.open)
@@ -337,6 +343,7 @@ def write_fold_tables(
     write_lines(out/'stretches.csv', [*ARM_COLUMNS, *columns],
                 ([*arm(t), *(r[k] for k in columns)] for t in heard
                  for r in t['continuous']['stretches']))
-    write_lines(out/'analyst.csv', [*ARM_COLUMNS, 'station', 'phase', 'event', 'residual', 'highest'],
+    write_lines(out/'analyst.csv', [*ARM_COLUMNS, 'station', 'phase', 'event', 'residual',
+                                    'highest'],
                 ([*arm(t), *r] for t in heard for r in t['continuous']['analyst']))
     return len(trials)

@@ -37,7 +37,8 @@ def phase_probabilities(
     "What a picker says of some windows"
     device = records.first.device
     batch = records.at(*(torch.as_tensor(v, device=device) for v in (rows, first)))
-    with mixed_precision(device), tensor_float32(device): logits = picker.logits(to_model(batch)['x'])
+    with mixed_precision(device), tensor_float32(device):
+        logits = picker.logits(to_model(batch)['x'])
     return logits.float().softmax(-1)
 
 # %% ../../nbs/study/08_fold_scores.ipynb #569b630c
@@ -83,6 +84,7 @@ class Labels:
     event: np.ndarray   # (R,) number of the event
     known: np.ndarray   # (R,) bool: whether the picker learned from the station
 
+# %% ../../nbs/study/08_fold_scores.ipynb #eafdea94
 def labels_of_fold(
     table:np.ndarray, # of `write_records`
     sides:Sides,
@@ -93,6 +95,7 @@ def labels_of_fold(
     known = np.isin(table['station'], table['station'][sides.train])
     return Labels(table['onset'], table['status'], event, known)
 
+# %% ../../nbs/study/08_fold_scores.ipynb #7674efc0
 def scored_rows(
     labels:Labels,
     rows:np.ndarray, # records of one side
@@ -153,7 +156,8 @@ def record_curves(
     size = 16 if records.first.device.type == 'cpu' else 128
     for k in range(0, len(first), size):
         some = first[k:k + size]
-        p = phase_probabilities(picker, records, np.full(len(some), row), some)[..., 1:].cpu().numpy()
+        p = phase_probabilities(picker, records, np.full(len(some), row),
+                                some)[..., 1:].cpu().numpy()
         for start, one in zip(some, p):
             a, b = start + 512, min(start + WINDOW, length) - 512
             total[a:b] += one[512:512 + max(b - a, 0)]
@@ -221,7 +225,8 @@ def score_stretch(
             first = max(0, round(pick['sample']) - ANALYST_REACH)
             top = first + int(curve[first:first + 2*ANALYST_REACH, k].argmax())
             found = round(float(late[np.abs(late).argmin()]), 4) if near.any() else None
-            rows.append([phase, pick['event'], found, round((top - pick['sample'])/SAMPLING_RATE, 4)])
+            rows.append([phase, pick['event'], found, round((top - pick['sample'])/SAMPLING_RATE,
+                                                            4)])
         about |= {f'{phase}_picks': len(at), f'{phase}_unconfirmed': int(alone.sum())}
     return about, rows
 

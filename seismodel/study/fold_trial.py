@@ -37,7 +37,8 @@ from ..signals.noise import calm_bank, noise_bank
 from .arms import FoldTrial, Start
 from .device_records import DeviceEvents, read_records, scramble_phases
 from .folds import event_parts, fold_sides
-from .fold_scores import (choose_on_dev, labels_of_fold, onset_summary, score_continuous,
+from .fold_scores import (choose_on_dev, labels_of_fold, onset_summary,
+                                         score_continuous,
                                          score_onsets, score_picks)
 from ..training.config import TrainConfig
 from ..training.cuda_graph import Replay, compile_blocks, mixed_precision, tensor_float32
@@ -71,7 +72,8 @@ def record_baseline(
     from seisbench.models import PhaseNet
     files = [sorted(Path(stem).parent.glob(f'{Path(stem).name}.{end}*')) for end in ('json', 'pt')]
     if not all(files):
-        raise UserError(f"'{stem}' is no picker of SeisBench: {stem}.json and {stem}.pt are needed.")
+        raise UserError(f"'{stem}' is no picker of SeisBench: {stem}.json and {stem}.pt are "
+                        "needed.")
     try:
         options = json.loads(files[0][0].read_text(encoding='utf-8')).get('model_args', {})
         model = PhaseNet(**options)
@@ -98,7 +100,8 @@ class RecordedPicker(nn.Module):
         self.peak = self.net.norm == 'peak'
         order = ['ZNE'.index(c) for c in options.get('component_order', 'ZNE')]
         phases = [self.net.labels.index(c) for c in LABELS]
-        for name, part in (('components', order), ('phases', phases)):  # on the device, for recordings
+        # on the device, for recordings
+        for name, part in (('components', order), ('phases', phases)):
             self.register_buffer(name, torch.tensor(part), persistent=False)
 
     def set_progress(self, step, steps): "Nothing follows from the number of the step"
@@ -113,7 +116,8 @@ class RecordedPicker(nn.Module):
     def forward(self, batch, generator=None):
         "Loss and measures, as `Picker` has them"
         z = self.logits(batch['x'])
-        return Step(pick_loss(z, *pick_targets(batch, z.shape[1])), found(z, batch_events(batch)[0]))
+        return Step(pick_loss(z, *pick_targets(batch, z.shape[1])),
+                    found(z, batch_events(batch)[0]))
 
 # %% ../../nbs/study/09_fold_trial.ipynb #d2cd2fd7
 def tensor_rate_optimizer(model, c, device):
@@ -230,9 +234,11 @@ def pretrain_start(
     seconds = time.perf_counter() - begin
     keep_weights(model, s.out/'pretrained'/f'{start.label}.safetensors')
     return dict(start=start.label, variant=start.name, seed=start.seed, windows=c.steps*batch,
-                batch=batch, lr=v.lr, augment=v.augment, data=v.data, seconds=round(seconds, 1), gib=gpu_memory(),
+                batch=batch, lr=v.lr, augment=v.augment, data=v.data, seconds=round(seconds, 1),
+                gib=gpu_memory(),
                 windows_per_second=round(c.steps*batch/seconds), history=history,
-                parameters=sum(p.numel() for p in model.parameters()), model=config_to_dict(v.model))
+                parameters=sum(p.numel() for p in model.parameters()),
+                model=config_to_dict(v.model))
 
 # %% ../../nbs/study/09_fold_trial.ipynb #99f424a8
 def keep_weights(model, file):
@@ -242,6 +248,7 @@ def keep_weights(model, file):
                for k, v in model.state_dict().items()}
     write_atomically(file, lambda part: save_file(weights, part))
 
+# %% ../../nbs/study/09_fold_trial.ipynb #2ad28234
 def gpu_memory():
     "GiB at most, so far"
     return round(torch.cuda.max_memory_allocated()/2**30, 1) if torch.cuda.is_available() else 0
@@ -317,7 +324,8 @@ def fine_windows(
     change = fine_augment(noise.to(device), replace(Augmentation(), noise=way.noise))
     made = round(way.synthetic*s.batch_size)
     if made and not len(noise):
-        raise UserError('No training record has a quiet part, in which synthetic events could be set.')
+        raise UserError('No training record has a quiet part, in which synthetic events could be '
+                        'set.')
     events = DeviceEvents(s.out, noise, 1000, device) if made else None
     here = torch.as_tensor(rows, device=device)
     def draw(generator):
@@ -327,6 +335,7 @@ def fine_windows(
         return to_model(change(amplitudes(b), generator))
     return draw
 
+# %% ../../nbs/study/09_fold_trial.ipynb #4b4019c5
 def fold_recipe(trial, s):
     "The recipe of a fine-tuning; of a way without steps, one step that is not taken"
     way = trial.way

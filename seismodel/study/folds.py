@@ -38,6 +38,7 @@ class Sides(NamedTuple):
     dev: np.ndarray
     test: np.ndarray
 
+# %% ../../nbs/study/05_folds.ipynb #59ac1807
 def fold_sides(
     events:list[str],  # event of each record
     part:np.ndarray,   # (R,) from `event_parts`
@@ -65,7 +66,8 @@ def check_sides(
     "Raise `UserError` unless each side has events, and none is on two of them"
     held = {name: {events[i] for i in rows} for name, rows in sides._asdict().items()}
     for name, there in held.items():
-        if not there: raise UserError(f'A fold has no event for {name}: give more events, or fewer --folds.')
+        if not there:
+            raise UserError(f'A fold has no event for {name}: give more events, or fewer --folds.')
     for one, other in (('train', 'test'), ('dev', 'test'), ('train', 'dev')):
         both = held[one] & held[other]
         if both: raise UserError(f"Event '{min(both)}' is in {one} and in {other} of one fold.")

@@ -23,7 +23,8 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .trial import (Candidate, StudyConfig, Trial, candidates_of, complete_trial, refuse_others,
+from .trial import (Candidate, StudyConfig, Trial, candidates_of, complete_trial,
+                                   refuse_others,
                                    run_trial, start_trial, trial_recipe, trial_settings)
 from .tables import gains, pack_study, plot_study, summary_table, table, trials_of
 from ..core import (Interrupted, TrainingError, UserError, check_fields, pick_devices,
@@ -46,13 +47,14 @@ def attempt(
     part = folder/f'{trial.name}.part'
     try:
         part.mkdir(parents=True, exist_ok=True)
-        with open(part/'output.txt', 'a', encoding='utf-8') as output, redirect_stdout(output), redirect_stderr(output):
+        with open(part/'output.txt', 'a',
+                  encoding='utf-8') as output, redirect_stdout(output), redirect_stderr(output):
             try: run_trial(trial, common, folder)
             except Exception as e:
                 if isinstance(e, Interrupted) or is_disk_full(e): raise
                 traceback.print_exc()
                 return f"{type(e).__name__}: {(str(e).strip().splitlines() or ['no message'])[-1]}"
-    except OSError as e:                                   # output.txt does not take the words either
+    except OSError as e:  # output.txt does not take the words either
         if not is_disk_full(e): raise
         return e.strerror if isinstance(e, DiskFull) else f"no space left in '{part}'"
     complete_trial(trial, folder)
@@ -65,13 +67,15 @@ def serve(
     threads:int, # of the CPU
 ):
     "A process of a study: trial after trial, until there are no more"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)     # Ctrl-C reaches every process; the first one says when to stop
+    # Ctrl-C reaches every process; the first one says when to stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     unblock_signals()
     torch.set_num_threads(threads)
     try:
         while True: pipe.send(attempt(pipe.recv(), common, folder))
     except (EOFError, BrokenPipeError, Interrupted): pass
 
+# %% ../../nbs/study/04_run.ipynb #7d94ecf2
 def start_server(
     common:StudyConfig,
     folder:Path, # of all trials
@@ -80,7 +84,8 @@ def start_server(
     "Begin a process that runs `serve`"
     context = get_context('spawn')                   # a forked process could not use a GPU
     here, there = context.Pipe()
-    process = context.Process(target=serve, args=(there, common, folder, max(1, (os.cpu_count() or 1)//jobs)))
+    process = context.Process(target=serve,
+                              args=(there, common, folder, max(1, (os.cpu_count() or 1)//jobs)))
     with blocking_signals(): process.start()
     there.close()                                    # so that its end is noticed here
     return here, process
@@ -88,7 +93,8 @@ def start_server(
 # %% ../../nbs/study/04_run.ipynb #dffbc108
 def share_out(trials, configs, folder, note, signals):
     "Give the trials to processes, one for each configuration of `configs`, each the next one when it is done, and `note` what becomes of them"
-    todo, busy, free, jobs, configs = list(trials), {}, [], len(configs), list(configs)    # busy: pipe -> process, its configuration, trial
+    # busy: pipe -> process, its configuration, trial
+    todo, busy, free, jobs, configs = list(trials), {}, [], len(configs), list(configs)
     try:
         while (todo or busy) and not signals.caught:
             while todo and (free or configs):
@@ -104,12 +110,14 @@ def share_out(trials, configs, folder, note, signals):
                     why = f'its process ended ({process.exitcode})'
                 note(trial, why)
                 if why:
-                    pipe.close()                                                   # which ends the process
-                    configs.append(common)                                         # another one takes its place
+                    pipe.close()  # which ends the process
+                    configs.append(common)  # another one takes its place
                 else: free.append((pipe, process, common))
     finally:
-        for pipe, process in [*(one[:2] for one in free), *((pipe, one[0]) for pipe, one in busy.items())]:
-            if pipe in busy: process.terminate()                                   # it finishes its step, and writes a checkpoint (on Windows it just ends)
+        for pipe, process in [*(one[:2] for one in free),
+                              *((pipe, one[0]) for pipe, one in busy.items())]:
+            # it finishes its step, and writes a checkpoint (on Windows it just ends)
+            if pipe in busy: process.terminate()
             pipe.close()
             process.join()
 
@@ -122,7 +130,8 @@ def run_trials(
     devices=None,     # names; None: that of `common`
 )->dict[str, str]: # name of a trial -> what went wrong
     "Every trial once; raises `Interrupted` when told to stop"
-    configs = [replace(common, device=str(d)) for _ in range(jobs) for d in devices or [common.device]]
+    configs = [replace(common, device=str(d)) for _ in range(jobs) for d in devices
+               or [common.device]]
     failed, bar = {}, progress_bar(total=len(trials), unit='trial')
     def note(trial, why):
         if why: failed[trial.name] = why; tqdm.write(f'{trial.name} failed: {why}')
@@ -134,7 +143,9 @@ def run_trials(
             except Interrupted as e: signals.caught = e.number
             if signals.caught: break
         if signals.caught:
-            raise Interrupted(signals.caught, f"Stopped by {signal.Signals(signals.caught).name} with {bar.n} of {len(trials)} trials done; the same command goes on.")
+            raise Interrupted(signals.caught,
+                              f"Stopped by {signal.Signals(signals.caught).name} with {bar.n} of "
+                              f"{len(trials)} trials done; the same command goes on.")
     return failed
 
 # %% ../../nbs/study/04_run.ipynb #554f4b49
@@ -160,7 +171,8 @@ def plan_trials(
     for trial in trials:
         wanted = trial_settings(trial, common, trial_recipe(nets[trial.candidate], trial, common))
         for name in (trial.name, f'{trial.name}.part'): refuse_others(folder/name, wanted)
-    for other in sorted(folder.glob('*')): refuse_others(other, wanted, same=False)      # trials of an earlier call stand in the same table
+    # trials of an earlier call stand in the same table
+    for other in sorted(folder.glob('*')): refuse_others(other, wanted, same=False)
     return [trial for trial in trials if not (folder/trial.name/'records.csv').exists()]
 
 # %% ../../nbs/study/04_run.ipynb #e8669f9b
@@ -169,10 +181,14 @@ def check_study(
 ):
     "Raises `UserError` for what would fail in every trial"
     if not common.data: raise UserError('Say which labels, with --data FOLDER.')
-    if not 0 < common.threshold < 1: raise UserError(f'--threshold is {common.threshold}; it is a probability, between 0 and 1.')
-    if not 0 <= common.synthetic < 1: raise UserError(f'--synthetic is {common.synthetic}; it is a fraction, from 0 to below 1.')
-    if common.augment not in ('full', 'none'): raise UserError(f"--augment is '{common.augment}'; choose full or none.")
-    if common.freeze not in FREEZE: raise UserError(f"--freeze is '{common.freeze}'; choose one of {', '.join(FREEZE)}.")
+    if not 0 < common.threshold < 1:
+        raise UserError(f'--threshold is {common.threshold}; it is a probability, between 0 and 1.')
+    if not 0 <= common.synthetic < 1:
+        raise UserError(f'--synthetic is {common.synthetic}; it is a fraction, from 0 to below 1.')
+    if common.augment not in ('full', 'none'):
+        raise UserError(f"--augment is '{common.augment}'; choose full or none.")
+    if common.freeze not in FREEZE:
+        raise UserError(f"--freeze is '{common.freeze}'; choose one of {', '.join(FREEZE)}.")
     pick_devices(common.device)
 
 # %% ../../nbs/study/04_run.ipynb #7b4624f6
@@ -203,7 +219,9 @@ def report_study(
 ):
     "Table, differences, picks and figure of what is done, and the table on the screen"
     t = table(folder)
-    for name, frame in {'table': t, 'gains': gains(folder)}.items(): write_atomically(folder/f'{name}.csv', lambda path, frame=frame: frame.to_csv(path, index=False))
+    for name, frame in {'table': t, 'gains': gains(folder)}.items():
+        write_atomically(folder/f'{name}.csv', lambda path, frame=frame: frame.to_csv(path,
+            index=False))
     for by in ('fixed', 'dev'): pack_study(folder, folder/f'study_{by}.csv', by)
     fig = plot_study(folder)
     write_atomically(folder/'figure.png', lambda path: fig.savefig(path, format='png', dpi=150))
@@ -218,7 +236,8 @@ def study_one_split(
     seeds:list[int],
 )->Path: # the study's folder
     "Compare pretrained starts, random starts and baselines on the test split of a data set"
-    names = ('steps', 'batch_size', 'threshold', 'synthetic', 'augment', 'validation_windows', 'device', 'workers',
+    names = ('steps', 'batch_size', 'threshold', 'synthetic', 'augment', 'validation_windows',
+             'device', 'workers',
              'freeze', 'layer_decay', 'average')
     common = StudyConfig(tuple(map(whole_path, a['data'] or ())), *(a[name] for name in names))
     check_study(common)
@@ -231,9 +250,12 @@ def study_one_split(
           f"{whole} trials of {common.steps} steps, {whole - len(todo)} done before")
     try: failed = run_trials(todo, common, folder, a['jobs'], pick_devices(common.device))
     finally:
-        if any(folder.glob('*[0-9]/records.csv')): report_study(out)     # also when stopped: what is there so far
+        # also when stopped: what is there so far
+        if any(folder.glob('*[0-9]/records.csv')): report_study(out)
     if failed:
-        raise TrainingError(f"{len(failed)} of {whole} trials failed: {', '.join(failed)}; the first: "
-                            f"{next(iter(failed.values()))}. What happened stands in output.txt of each; "
+        raise TrainingError(f"{len(failed)} of {whole} trials failed: {', '.join(failed)}; the "
+                            "first: "
+                            f"{next(iter(failed.values()))}. What happened stands in output.txt of "
+                            "each; "
                             "the same command tries them again.")
     return out

@@ -32,6 +32,7 @@ def trials_of(
     old = Path(folder)/'cells'
     return old if old.is_dir() else Path(folder)/'trials'
 
+# %% ../../nbs/study/03_tables.ipynb #96240247
 PICKED = (*RECORD_COLUMNS, 'by', 'residual', 'picks')      # columns of records.csv
 CURE = 'remove that folder, and the trial is run again by the same command'
 
@@ -54,6 +55,7 @@ def read_trial(
     arm = config['cell']['method'], config['cell']['share'], config['train']['seed']
     return arm, values.set_axis(pd.MultiIndex.from_frame(table[RECORD_COLUMNS]))
 
+# %% ../../nbs/study/03_tables.ipynb #e360d9f9
 def gather_trials(
     folder:str|Path, # of a study
     by:str='fixed',  # threshold: fixed, or dev
@@ -66,6 +68,7 @@ def gather_trials(
     if not columns: raise UserError(f"'{folder}' holds no finished trial of a study.")
     return pd.DataFrame(columns).rename_axis(columns=TRIAL_COLUMNS).sort_index(axis=1)
 
+# %% ../../nbs/study/03_tables.ipynb #1b67f562
 def pack_study(
     folder:str|Path, # of a study
     file:str|Path,   # csv to write
@@ -74,6 +77,7 @@ def pack_study(
     "All picks of a study in one small file, to a millisecond"
     write_atomically(file, lambda path: gather_trials(folder, by).round(3).to_csv(path))
 
+# %% ../../nbs/study/03_tables.ipynb #1f8e1fa1
 def results(
     where, # a study's folder, a file of `pack_study`, or what `gather_trials` gave
 )->pd.DataFrame: # see `gather_trials`
@@ -103,9 +107,12 @@ def resample_events(
     size = np.bincount(event)
     summed = np.zeros((len(size), hits.shape[1]))
     np.add.at(summed, event, hits)
-    counts = np.random.default_rng(seed).multinomial(len(size), np.full(len(size), 1/len(size)), draws)       # (draws, events)
+    # (draws, events)
+    counts = np.random.default_rng(seed).multinomial(len(size), np.full(len(size), 1/len(size)),
+                                                     draws)
     return counts@summed/(counts@size)[:, None]
 
+# %% ../../nbs/study/03_tables.ipynb #cc9c39ef
 def parts_of(
     wide:pd.DataFrame, # see `gather_trials`
 )->dict[str, np.ndarray]: # name -> (rows,) bool
@@ -115,15 +122,18 @@ def parts_of(
     return {'all': np.ones(len(wide), bool), **({} if whole.all() else {'three components': whole}),
             **({name: source == name for name in names} if len(names) > 1 else {})}
 
+# %% ../../nbs/study/03_tables.ipynb #ba45afc1
 def hits_of(
     wide:pd.DataFrame, # rows of one kind, see `gather_trials`
     metric:str, # such as 'within 0.3 s', or 'disturbed'
 )->pd.DataFrame: # of 0 and 1, same rows and columns
     "Which onsets were found in time; which noise records were disturbed"
-    return (wide > 0 if metric == 'disturbed' else wide.abs() <= float(metric.split()[1])).astype(float)
+    return (wide > 0 if metric == 'disturbed' else wide.abs()
+            <= float(metric.split()[1])).astype(float)
 
 # %% ../../nbs/study/03_tables.ipynb #fe099f30
-METRICS = {'P': ('within 0.1 s', 'within 0.3 s', 'within 0.5 s'), 'S': ('within 0.1 s', 'within 0.3 s', 'within 0.5 s'), 'noise': ('disturbed',)}
+METRICS = {'P': ('within 0.1 s', 'within 0.3 s', 'within 0.5 s'),
+           'S': ('within 0.1 s', 'within 0.3 s', 'within 0.5 s'), 'noise': ('disturbed',)}
 
 def table(
     where, # see `results`
@@ -137,12 +147,17 @@ def table(
             chosen = wide[inside & (kinds == kind)]
             for metric in metrics if len(chosen) else ():
                 hits = hits_of(chosen, metric)
-                mean = hits.T.groupby(level=['method', 'fraction']).mean().T                      # over seeds
-                low, high = np.quantile(resample_events(mean.to_numpy(), chosen.index.get_level_values('event').to_numpy(), draws), [.025, .975], axis=0)
+                mean = hits.T.groupby(level=['method', 'fraction']).mean().T  # over seeds
+                low, high = np.quantile(resample_events(mean.to_numpy(),
+                                                        chosen.index.get_level_values('event').to_numpy(), draws), [.025, .975], axis=0)
                 seeds = hits.mean().groupby(level=['method', 'fraction'])
-                rows.append(pd.DataFrame(dict(value=mean.mean(), low=low, high=high, seed_low=seeds.min(), seed_high=seeds.max(), seeds=seeds.size())
-                                         ).reset_index().assign(records=part, kind=kind, metric=metric, n=len(chosen)))
-    order = ['method', 'fraction', 'records', 'kind', 'metric', 'value', 'low', 'high', 'seed_low', 'seed_high', 'n', 'seeds']
+                rows.append(pd.DataFrame(dict(value=mean.mean(), low=low, high=high,
+                                              seed_low=seeds.min(), seed_high=seeds.max(),
+                                              seeds=seeds.size())
+                                         ).reset_index().assign(records=part, kind=kind,
+                                                                metric=metric, n=len(chosen)))
+    order = ['method', 'fraction', 'records', 'kind', 'metric', 'value', 'low', 'high', 'seed_low',
+             'seed_high', 'n', 'seeds']
     return pd.concat(rows, ignore_index=True)[order]
 
 # %% ../../nbs/study/03_tables.ipynb #3a57fc80
@@ -158,10 +173,15 @@ def gains(
             hits = hits_of(chosen, metric).T.groupby(level=['method', 'fraction']).mean().T
             pairs = [(m, fraction) for m, fraction in hits if (f'{m}-random', fraction) in hits]
             if not pairs or not len(chosen): continue
-            extra = np.stack([hits[m, fraction] - hits[f'{m}-random', fraction] for m, fraction in pairs], 1)           # (records, pairs)
-            low, high = np.quantile(resample_events(extra, chosen.index.get_level_values('event').to_numpy(), draws), [.025, .975], axis=0)
-            rows += [(*pair, kind, metric, *numbers) for pair, *numbers in zip(pairs, extra.mean(0), low, high)]
-    return pd.DataFrame(rows, columns=['method', 'fraction', 'kind', 'metric', 'gain', 'low', 'high'])
+            # (records, pairs)
+            extra = np.stack([hits[m, fraction] - hits[f'{m}-random', fraction]
+                              for m, fraction in pairs], 1)
+            low, high = np.quantile(resample_events(extra,
+                                                    chosen.index.get_level_values('event').to_numpy(), draws), [.025, .975], axis=0)
+            rows += [(*pair, kind, metric, *numbers) for pair, *numbers in zip(pairs, extra.mean(0),
+                                                                               low, high)]
+    return pd.DataFrame(rows,
+                        columns=['method', 'fraction', 'kind', 'metric', 'gain', 'low', 'high'])
 
 # %% ../../nbs/study/03_tables.ipynb #4cec5708
 def summary_table(
@@ -171,8 +191,10 @@ def summary_table(
     "The table as it is printed"
     t = t[t['records'] == records]
     cells = [f'{v:.2f} [{a:.2f}, {b:.2f}]' for v, a, b in zip(t['value'], t['low'], t['high'])]
-    return t.assign(cell=cells).pivot(index=['kind', 'metric', 'method'], columns='fraction', values='cell')
+    return t.assign(cell=cells).pivot(index=['kind', 'metric', 'method'], columns='fraction',
+                                      values='cell')
 
+# %% ../../nbs/study/03_tables.ipynb #30711858
 def plot_study(
     where, # see `results`
     lines:dict|None=None, # kind -> metric -> value of a published picker, such as {'P': {'within 0.3 s': .89}}
@@ -180,16 +202,26 @@ def plot_study(
 )->Figure:
     "Share found within 0.3 and 0.5 s against the fraction of the labels, with 95 % intervals"
     t = table(where)
-    t = t[t['records'] == ('three components' if 'three components' in set(t['records']) else 'all')]
-    colors = {m: f'C{k}' for k, m in enumerate(dict.fromkeys(m.removesuffix('-random') for m in t['method']))}
+    t = t[t['records'] == ('three components' if 'three components' in set(t['records'])
+                           else 'all')]
+    colors = {m: f'C{k}' for k, m in enumerate(dict.fromkeys(m.removesuffix('-random')
+                                                             for m in t['method']))}
     fig, axs = plt.subplots(1, 4, figsize=(10, 2.8), sharey=True, layout='constrained')
-    for ax, (kind, name) in zip(axs, [(kind, name) for kind in 'PS' for name in ('within 0.3 s', 'within 0.5 s')]):
-        for k, (m, rows) in enumerate(t[(t['kind'] == kind) & (t['metric'] == name)].groupby('method', sort=False)):
-            ax.errorbar(rows['fraction']*1.02**k, rows['value'], np.maximum(0, [rows['value'] - rows['low'], rows['high'] - rows['value']]), label=m,
-                        color=colors[m.removesuffix('-random')], ls='--' if m.endswith('-random') else '-', marker='o', ms=3, lw=1, elinewidth=.6, capsize=2)
-        if lines and name in lines.get(kind, {}): ax.axhline(lines[kind][name], color='.5', ls=':', lw=1, label=label)
+    for ax, (kind, name) in zip(axs,
+                                [(kind, name) for kind in 'PS'
+                                 for name in ('within 0.3 s', 'within 0.5 s')]):
+        for k, (m, rows) in enumerate(t[(t['kind'] == kind)
+                                        & (t['metric'] == name)].groupby('method', sort=False)):
+            ax.errorbar(rows['fraction']*1.02**k, rows['value'],
+                        np.maximum(0, [rows['value'] - rows['low'], rows['high'] - rows['value']]),
+                        label=m,
+                        color=colors[m.removesuffix('-random')], ls='--' if m.endswith('-random')
+                        else '-', marker='o', ms=3, lw=1, elinewidth=.6, capsize=2)
+        if lines and name in lines.get(kind, {}):
+            ax.axhline(lines[kind][name], color='.5', ls=':', lw=1, label=label)
         fractions = sorted(set(t['fraction']))
-        ax.set(title=f'{kind} {name}', xlabel='fraction of the labels', xscale='log', xticks=fractions, xticklabels=[f'{s:g}' for s in fractions], ylim=(0, 1))
+        ax.set(title=f'{kind} {name}', xlabel='fraction of the labels', xscale='log',
+               xticks=fractions, xticklabels=[f'{s:g}' for s in fractions], ylim=(0, 1))
         ax.minorticks_off()
     axs[0].set_ylabel('share of the onsets found')
     axs[-1].legend(*axs[0].get_legend_handles_labels(), fontsize=6, loc='lower right')
