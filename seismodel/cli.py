@@ -50,7 +50,7 @@ def imported(
 def usage(
 )->str: # the text of `seismodel --help`
     "One line for each command"
-    lines = [f'  {name:16} {described(name).help}' for name in COMMANDS]
+    lines = [f"  {name:16} {' '.join(described(name).help.split())}" for name in COMMANDS]
     return '\n'.join(['usage: seismodel COMMAND [options]', '', *lines, '',
                       'seismodel COMMAND --help lists the options of a command.'])
 
@@ -124,14 +124,14 @@ def call_quietly(
     command:Callable, # a command
     args:dict, # its options
 ):
-    "Call a command that returns a path, and print only that; messages, bars and warnings go nowhere"
+    "Call a command that returns a path, and print only that path"
     with silenced(): result = command(**args)
     if int(os.environ.get('RANK', 0)) == 0: print(result)   # once, under torchrun
 
 # %% ../nbs/reference/01_cli.ipynb #5a453129
 def main(
     argv:list[str]|None=None, # the words after `seismodel`; those of the process if not given
-)->int: # exit code: 0 done, 1 the run failed, 2 something to mend in the command or the data, 128 + n stopped by signal n
+)->int: # exit code: 0 done, 1 the run failed, 2 for the user to mend, 128 + n stopped by signal n
     "The command `seismodel`"
     name, *rest = (sys.argv[1:] if argv is None else argv) or ['--help']
     if name in ('--help', '-h', '--version'):

@@ -124,10 +124,12 @@ def describe_one(
 
 # %% ../nbs/reference/01b_info.ipynb #c55277ad
 def info(
-    runs:Annotated[str, {'opt': False, 'nargs': '*'}]=None, # models of the box, presets or folders of runs, any number; a list of models and presets if not given
+    # models of the box, presets or folders of runs, any number; a list of models and presets if not
+    # given
+    runs:Annotated[str, {'opt': False, 'nargs': '*'}]=None,
     versions:bool=False, # print the versions of all that matters, for a report of a fault
 ):
-    "List models and presets, print a card or the fields of a preset, describe runs, or print versions"
+    "List models and presets; describe a model, a preset or a run; or print versions"
     if versions: print(describe_versions())
     runs = [runs] if isinstance(runs, (str, Path)) else list(runs or [])
     texts, wrong = {}, []

@@ -21,12 +21,13 @@ from pathlib import Path
 def definition(
     module:str, # such as seismodel.data.pack
     name:str,   # of a function, a class or a constant in it
-)->tuple[str, ast.stmt, list[str]]: # the module that defines it, its statement, the lines of that module
+)->tuple[str, ast.stmt, list[str]]: # the module that defines it, its statement, lines of the module
     "Where a name is defined. Nothing is executed; raises `LookupError` where it is not defined"
     lines = find_spec(module).loader.get_source(module).split('\n')
     for node in ast.parse('\n'.join(lines)).body:
         match node:
-            case ast.FunctionDef(name=own) | ast.ClassDef(name=own) | ast.Assign(targets=[ast.Name(id=own)]):
+            case (ast.FunctionDef(name=own) | ast.ClassDef(name=own)
+                  | ast.Assign(targets=[ast.Name(id=own)])):
                 if own == name: return module, node, lines
             case ast.ImportFrom(names=names) if name in [a.name for a in names]:
                 package = module.rpartition('.')[0]

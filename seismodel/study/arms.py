@@ -6,12 +6,13 @@ Docs: https://seismodel.github.io/seismodel/study/arms.html.md"""
 
 # %% auto #0
 __all__ = ['PLAIN', 'DECAY', 'LOW_RATE', 'PEER', 'AS_IT_IS', 'PROBE', 'HEAD_ONLY', 'Variant', 'Way', 'Start', 'FoldTrial', 'Arm',
-           'study_variants', 'study_arms', 'baseline_arms', 'probe_arms', 'Grid', 'arm_trials', 'plan_folds',
-           'choose_arms']
+           'study_variants', 'later_arms', 'study_arms', 'baseline_arms', 'probe_arms', 'Grid', 'arm_trials',
+           'plan_folds', 'choose_arms']
 
 # %% ../../nbs/study/07_arms.ipynb #426d2daa
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Callable
 
 from ..core import UserError
 from ..models.pretraining import preset
@@ -74,7 +75,6 @@ class FoldTrial:
 
     @property
     def name(self):
-        "Of its files"
         if not self.way: return self.start.label
         name = f'{self.start.label}--{self.way.name}--{self.fraction:g}--{self.fold}'
         return name + f'--{self.seed}'*bool(self.seed)
@@ -83,20 +83,17 @@ class FoldTrial:
     def method(self): return f"{self.start.name + '-fresh'*self.start.fresh} {self.way.name}"
 
     @property
-    def pretraining(self):
-        "What must have been run before; None: nothing"
-        return FoldTrial(self.start) if self.start.windows and self.way else None
+    def pretraining(self): return FoldTrial(self.start) if self.start.windows and self.way else None
 
     def file(self, out:Path):
-        "Its result"
         return out/('trials' if self.way else 'pretrained')/f'{self.name}.json'
 
     @property
     def memory(self):
         "GiB of a GPU, about"
-        variant = self.start.variant
-        if not self.way: return variant.memory
-        return 7 if variant and variant.batch < 256 and variant.data == 'windows' else 4
+        v = self.start.variant
+        if not self.way: return v.memory
+        return 7 if v and v.batch < 256 and v.data == 'windows' else 4
 
 # %% ../../nbs/study/07_arms.ipynb #426baf6b
 PLAIN, DECAY = Way('plain'), Way('decay.65', layer_decay=.65)
@@ -138,6 +135,29 @@ def study_variants(
             'recon-spectrum': Variant(replace(recon, target='spectrum'), **slow)}
 
 # %% ../../nbs/study/07_arms.ipynb #652b4919
+def later_arms(
+    v:dict,  # from `study_variants`
+    seen:Callable,  # name of a variant -> its start
+)->list[Arm]: # what matters less
+    "Arms that explain the first ones"
+    random, other = Start('random', v['spectrum']), Start('random-sequential', v['recon'])
+    sequential = dict(way=LOW_RATE, control='random-sequential')
+    return [
+        Arm('placebo', 'pretrained on scrambled windows', seen('placebo'), DECAY),
+        Arm('synthetic', 'supervised on synthetic events', seen('supervised'), DECAY, whole=True),
+        Arm('contrastive', 'contrastive, as specified', seen('contrastive'), DECAY, whole=True),
+        Arm('reconstruction', 'reconstruction, as specified', seen('recon'), whole=True,
+            **sequential),
+        Arm('random-3x', 'random weights, 3 × the steps', random, Way('plain-3x', budget=3)),
+        Arm('random+synthetic', 'random weights, synthetic events beside', random,
+            Way('plain+synthetic', synthetic=.25)),
+        Arm('best+synthetic', 'pretrained on spectra, synthetic events beside', seen('spectrum'),
+            Way('decay.65+synthetic', layer_decay=.65, synthetic=.25), pretrainings=3),
+        Arm('random-sequential', 'random weights, shapes of reconstruction', other, **sequential),
+        Arm('reconstruction-spectrum', 'reconstruction of spectra', seen('recon-spectrum'),
+            **sequential)]
+
+# %% ../../nbs/study/07_arms.ipynb #901d1f5b
 def study_arms(
     size:str='small',            # of the models
     windows:int=1_000_000,       # that pretraining sees
@@ -146,29 +166,11 @@ def study_arms(
     "All arms of the study"
     v = study_variants(size)
     seen = lambda name: Start(name, v[name], max(1, round(windows*v[name].budget)))
-    random, other = Start('random', v['spectrum']), Start('random-sequential', v['recon'])
-    sequential = dict(way=LOW_RATE, control='random-sequential')
-    arms = [Arm('random', 'random weights', random, PLAIN, whole=True),
+    arms = [Arm('random', 'random weights', Start('random', v['spectrum']), PLAIN, whole=True),
             Arm('best', 'pretrained on spectra', seen('spectrum'), DECAY, whole=True,
                 pretrainings=3)]
     for name in baselines: arms += baseline_arms(name)
-    arms += [Arm('placebo', 'pretrained on scrambled windows', seen('placebo'), DECAY),
-             Arm('synthetic', 'supervised on synthetic events', seen('supervised'), DECAY,
-                 whole=True),
-             Arm('contrastive', 'contrastive, as specified', seen('contrastive'), DECAY,
-                 whole=True),
-             Arm('reconstruction', 'reconstruction, as specified', seen('recon'), whole=True,
-                 **sequential),
-             Arm('random-3x', 'random weights, 3 × the steps', random, Way('plain-3x', budget=3)),
-             Arm('random+synthetic', 'random weights, synthetic events beside', random,
-                 Way('plain+synthetic', synthetic=.25)),
-             Arm('best+synthetic', 'pretrained on spectra, synthetic events beside',
-                 seen('spectrum'),
-                 Way('decay.65+synthetic', layer_decay=.65, synthetic=.25), pretrainings=3),
-             Arm('random-sequential', 'random weights, shapes of reconstruction', other,
-                 **sequential),
-             Arm('reconstruction-spectrum', 'reconstruction of spectra', seen('recon-spectrum'),
-                 **sequential)]
+    arms += later_arms(v, seen)
     return arms + probe_arms(arms)
 
 # %% ../../nbs/study/07_arms.ipynb #b3aef1a3

@@ -6,9 +6,9 @@ Docs: https://seismodel.github.io/seismodel/study/fold_run.html.md"""
 
 # %% auto #0
 __all__ = ['PRETRAININGS', 'LARGEST_SHARE', 'CONTEXT', 'FOREVER', 'LARGEST', 'BUNDLES', 'ARM_COLUMNS', 'FoldData',
-           'prepare_arrays', 'refuse_change', 'manual_where_unsaid', 'Workers', 'Schedule', 'said_of',
-           'run_fold_trials', 'check_fold_settings', 'begin_folds', 'take_bundles', 'bring_bundles', 'write_lines',
-           'write_fold_tables']
+           'prepare_arrays', 'refuse_change', 'manual_where_unsaid', 'TrialProcesses', 'Workers', 'Progress',
+           'Schedule', 'said_of', 'run_fold_trials', 'check_fold_settings', 'begin_folds', 'take_bundles',
+           'bring_bundles', 'write_lines', 'write_fold_tables']
 
 # %% ../../nbs/study/10_fold_run.ipynb #bb765837
 import csv
@@ -110,7 +110,8 @@ LARGEST_SHARE = .94          # of a GPU's memory that is given out
 CONTEXT = .6                 # GiB that a process needs besides
 FOREVER = float('inf')       # seconds
 
-class Workers:
+# %% ../../nbs/study/10_fold_run.ipynb #1e477ea9
+class TrialProcesses:
     "Processes with a trial each"
     def __init__(self,
         s:FoldStudy,
@@ -119,16 +120,6 @@ class Workers:
         method = 'forkserver' if 'forkserver' in get_all_start_methods() else 'spawn'
         self.s, self.jobs, self.busy, self.context = s, jobs, {}, get_context(method)
         if method == 'forkserver': self.context.set_forkserver_preload([run_fold_trial.__module__])
-        on_gpu = pick_device(s.device).type == 'cuda'
-        self.total = torch.cuda.mem_get_info()[1]/2**30 if on_gpu else FOREVER
-
-    def fits(self, trial):
-        "Whether there is room"
-        if len(self.busy) >= self.jobs: return False
-        pretrainings = sum(not other.way for other in self.busy.values())
-        if not trial.way and pretrainings >= PRETRAININGS: return False
-        used = sum(CONTEXT + other.memory for other in self.busy.values())
-        return used + CONTEXT + trial.memory <= LARGEST_SHARE*self.total or not self.busy
 
     def start(self, trial):
         "Begin a trial"
@@ -148,9 +139,28 @@ class Workers:
         for p in self.busy: p.join()
         return len(self.busy)
 
+# %% ../../nbs/study/10_fold_run.ipynb #20745933
+class Workers(TrialProcesses):
+    "Processes with a trial each, as many as fit into the device's memory"
+    def __init__(self,
+        s:FoldStudy,
+        jobs:int, # processes at once
+    ):
+        super().__init__(s, jobs)
+        on_gpu = pick_device(s.device).type == 'cuda'
+        self.total = torch.cuda.mem_get_info()[1]/2**30 if on_gpu else FOREVER
+
+    def fits(self, trial):
+        "Whether there is room"
+        if len(self.busy) >= self.jobs: return False
+        pretrainings = sum(not other.way for other in self.busy.values())
+        if not trial.way and pretrainings >= PRETRAININGS: return False
+        used = sum(CONTEXT + other.memory for other in self.busy.values())
+        return used + CONTEXT + trial.memory <= LARGEST_SHARE*self.total or not self.busy
+
 # %% ../../nbs/study/10_fold_run.ipynb #3cd67dc7
-class Schedule:
-    "What is to do, in the order of the plan"
+class Progress:
+    "What is done and what is left, in the order of the plan"
     def __init__(self, trials, s, stop_after):
         self.s, self.stop_after, self.begin = s, stop_after, time.monotonic()
         self.done = [t for t in trials if t.file(s.out).exists()]
@@ -173,6 +183,9 @@ class Schedule:
         if self.passed > 30 and ends > self.stop_after: return False
         return not trial.pretraining or trial.start.label in self.weights
 
+# %% ../../nbs/study/10_fold_run.ipynb #6c60c569
+class Schedule(Progress):
+    "Which trial begins next, and what became of those that ended"
     def next(self, workers):
         "The first trial that can begin; None: none can"
         trial = next((t for t in self.todo if self.ready(t) and workers.fits(t)), None)
@@ -180,7 +193,7 @@ class Schedule:
         return trial
 
     def note(self, trial, code):
-        "A process ended, with a result, or without: then it is tried once more. Returns what to say"
+        "A process ended; without a result its trial is tried once more. Returns a message"
         if trial.file(self.s.out).exists():
             if not trial.way: self.weights.add(trial.name)
             self.note_time(trial)

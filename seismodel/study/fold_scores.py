@@ -127,7 +127,7 @@ def score_onsets(
 # %% ../../nbs/study/08_fold_scores.ipynb #a3a21605
 def onset_summary(
     onsets:list[list], # from `score_onsets`
-)->dict: # p0.1, p0.3, p0.5, p_mae, p_mae0.5, p_n, the same for S, p_auc; None where there is nothing
+)->dict: # p0.1, p0.3, p0.5, p_mae, p_mae0.5, p_n, p_auc, the same for S; None: no onset
     "Means over the manual onsets of a fold"
     mean = lambda v: round(float(v.mean()), 4) if v.size else None
     quiet = np.array([w[1] for row in onsets if row[0] == 'n' for w in row[5]])

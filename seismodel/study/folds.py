@@ -22,7 +22,7 @@ def event_parts(
     datasets:list[str], # data set of each record
     folds:int=5,        # F, at least 2
 )->np.ndarray: # (R,) part of each record, 0 to 2F - 1
-    "Parts of equal size: all records of an event in one, the events of each data set in all of them"
+    "Folds of equal size: an event is in one fold, each data set is spread over all folds"
     if folds < 2: raise UserError(f'--folds is {folds}; it must be at least 2.')
     home = {}
     for event, dataset in zip(events, datasets):

@@ -1,4 +1,4 @@
-"""Differences paired by onset, with intervals over events and seeds, Holm's correction over the arms, and margins that were said beforehand
+"""Differences paired by onset, with intervals over events and seeds, Holm's correction over the arms, and margins that were fixed beforehand
 
 Docs: https://seismodel.github.io/seismodel/study/paired.html.md"""
 
@@ -53,7 +53,7 @@ def score_table(
     phase:str,           # p or s
     metric:str,          # of `SHARES` or `ERRORS`
     status:str='manual', # labels that count: manual or automatic
-)->pd.DataFrame: # rows: record, event; columns: method, fraction, seed; NaN where an arm was not scored
+)->pd.DataFrame: # rows: record, event; columns: method, fraction, seed; NaN: not scored
     "The score of each onset with each arm, a mean over its windows"
     rows = onsets[(onsets['phase'] == phase) & (onsets['status'] == status)]
     windows = rows[[c for c in rows if c.startswith('residual_')]].to_numpy(float)
@@ -141,8 +141,8 @@ def compare(
     methods:list[str]|None=None, # those that are compared, and counted by Holm; None: all others
     draws:int=2000,      # of the bootstrap
     status:str='manual', # labels that count
-)->pd.DataFrame: # fraction, phase, metric, method, gain, low, high, p, verdict, onsets, events, seeds
-    "Every arm less the reference, at the same fraction; an arm that shares nothing with it is left out"
+)->pd.DataFrame: # gain, low, high, p and verdict by fraction, phase, metric and method
+    "Each arm minus the reference at the same fraction; without common onsets it is left out"
     rows = []
     for phase in 'ps':
         for metric in (*SHARES, *ERRORS):
@@ -188,9 +188,8 @@ def arm_scores(
                 events = one.index.get_level_values('event').to_numpy()
                 low, high = np.quantile(two_way_draws(one.to_numpy(), events, draws), [.025, .975])
                 rows.append(dict(method=arm[0], fraction=arm[1], phase=phase, metric=metric,
-                                 low=low,
-                                 high=high, value=one.to_numpy().mean(), onsets=len(one),
-                                 seeds=one.shape[1]))
+                                 low=low, high=high, value=one.to_numpy().mean(),
+                                 onsets=len(one), seeds=one.shape[1]))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/study/03a_paired.ipynb #77042b21
@@ -200,11 +199,11 @@ def detection(
     "AUC of the highest P probability in windows with a manual P onset, against windows of noise"
     columns, rows = [c for c in onsets if c.startswith('p_')], {}
     for key, part in onsets.groupby([*ARM_KEYS, 'fold']):
-        loud = part[(part['phase'] == 'p')
-                    & (part['status'] == 'manual')][columns].to_numpy().ravel()
+        manual = (part['phase'] == 'p') & (part['status'] == 'manual')
+        loud = part[manual][columns].to_numpy().ravel()
         quiet = part[part['phase'] == 'n'][columns].to_numpy().ravel()
         rows[key] = auc(np.repeat([True, False], [len(loud), len(quiet)]),
                         np.concatenate([loud, quiet]))
     values = pd.Series(rows).groupby(level=[0, 1])
-    return pd.DataFrame(dict(auc=values.mean(), lowest=values.min(), highest=values.max())
-                        ).rename_axis(['method', 'fraction'])
+    found = pd.DataFrame(dict(auc=values.mean(), lowest=values.min(), highest=values.max()))
+    return found.rename_axis(['method', 'fraction'])

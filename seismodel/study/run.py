@@ -1,4 +1,4 @@
-"""`seismodel study --from NAME=RUN`: every method, every fraction of the labels, every seed, in several processes on one device or on all; a table with intervals and a figure come out
+"""`seismodel study --from NAME=RUN`: pretrained runs, their random controls and baselines at several fractions of the labels; trials run in several processes, and a table with intervals and a figure come out
 
 Docs: https://seismodel.github.io/seismodel/study/run.html.md"""
 
@@ -92,7 +92,8 @@ def start_server(
 
 # %% ../../nbs/study/04_run.ipynb #dffbc108
 def share_out(trials, configs, folder, note, signals):
-    "Give the trials to processes, one for each configuration of `configs`, each the next one when it is done, and `note` what becomes of them"
+    """Give the trials to processes, one for each configuration of `configs`, each the next one
+    when it is done, and `note` what becomes of them"""
     # busy: pipe -> process, its configuration, trial
     todo, busy, free, jobs, configs = list(trials), {}, [], len(configs), list(configs)
     try:
@@ -165,7 +166,8 @@ def plan_trials(
     common:StudyConfig,
     folder:Path, # of all trials
 )->list[Trial]:
-    "The trials that are not done yet, slowest candidates first; raises `UserError` where the folder holds something else"
+    """The trials that are not done yet, slowest candidates first; raises `UserError` where the
+    folder holds something else"""
     nets = slowest_first(candidates, common.changes)
     trials = [Trial(m, fraction, seed) for m in nets for fraction in fractions for seed in seeds]
     for trial in trials:

@@ -1,4 +1,4 @@
-"""Shares found, with intervals over events and ranges over seeds, what pretraining adds, and the figure: from the picks of all trials
+"""Fractions of onsets found with intervals over events and ranges over seeds, the gain of pretraining, and a figure, from the picks of all trials
 
 Docs: https://seismodel.github.io/seismodel/study/tables.html.md"""
 
@@ -7,7 +7,7 @@ Docs: https://seismodel.github.io/seismodel/study/tables.html.md"""
 # %% auto #0
 __all__ = ['RECORD_COLUMNS', 'TRIAL_COLUMNS', 'PICKED', 'CURE', 'METRICS', 'trials_of', 'read_trial', 'gather_trials',
            'pack_study', 'results', 'resample_events', 'parts_of', 'hits_of', 'table', 'gains', 'summary_table',
-           'plot_study']
+           'plot_fractions', 'plot_study']
 
 # %% ../../nbs/study/03_tables.ipynb #8371a608
 from pathlib import Path
@@ -59,7 +59,7 @@ def read_trial(
 def gather_trials(
     folder:str|Path, # of a study
     by:str='fixed',  # threshold: fixed, or dev
-)->pd.DataFrame: # rows: kind, …, trace_name; columns: method, fraction, seed; residual in seconds, for noise the number of picks
+)->pd.DataFrame: # rows: records; columns: method, fraction, seed; residual in s, or picks in noise
     "The finished trials of a study side by side"
     columns = {}
     for file in sorted(trials_of(folder).glob('*/records.csv')):
@@ -117,7 +117,8 @@ def parts_of(
     wide:pd.DataFrame, # see `gather_trials`
 )->dict[str, np.ndarray]: # name -> (rows,) bool
     "All records, those with three components, and each source by itself"
-    source, whole = wide.index.get_level_values('trace_dataset'), wide.index.get_level_values('components') == COMPONENTS
+    source = wide.index.get_level_values('trace_dataset')
+    whole = wide.index.get_level_values('components') == COMPONENTS
     names = sorted(set(source))
     return {'all': np.ones(len(wide), bool), **({} if whole.all() else {'three components': whole}),
             **({name: source == name for name in names} if len(names) > 1 else {})}
@@ -128,8 +129,8 @@ def hits_of(
     metric:str, # such as 'within 0.3 s', or 'disturbed'
 )->pd.DataFrame: # of 0 and 1, same rows and columns
     "Which onsets were found in time; which noise records were disturbed"
-    return (wide > 0 if metric == 'disturbed' else wide.abs()
-            <= float(metric.split()[1])).astype(float)
+    if metric == 'disturbed': return (wide > 0).astype(float)
+    return (wide.abs() <= float(metric.split()[1])).astype(float)
 
 # %% ../../nbs/study/03_tables.ipynb #fe099f30
 METRICS = {'P': ('within 0.1 s', 'within 0.3 s', 'within 0.5 s'),
@@ -138,8 +139,8 @@ METRICS = {'P': ('within 0.1 s', 'within 0.3 s', 'within 0.5 s'),
 def table(
     where, # see `results`
     draws:int=1000, # of the bootstrap
-)->pd.DataFrame: # method, fraction, records, kind, metric, value, low, high, seed_low, seed_high, n, seeds
-    "Shares found and disturbed: mean over seeds, its 95 % interval over events, lowest and highest seed"
+)->pd.DataFrame: # a row for each method, fraction, records, kind and metric
+    "Fractions found and disturbed: mean over seeds, 95 % interval, lowest and highest seed"
     wide, rows = results(where), []
     kinds = wide.index.get_level_values('kind')
     for part, inside in parts_of(wide).items():
@@ -148,14 +149,14 @@ def table(
             for metric in metrics if len(chosen) else ():
                 hits = hits_of(chosen, metric)
                 mean = hits.T.groupby(level=['method', 'fraction']).mean().T  # over seeds
-                low, high = np.quantile(resample_events(mean.to_numpy(),
-                                                        chosen.index.get_level_values('event').to_numpy(), draws), [.025, .975], axis=0)
+                events = chosen.index.get_level_values('event').to_numpy()
+                drawn = resample_events(mean.to_numpy(), events, draws)
+                low, high = np.quantile(drawn, [.025, .975], axis=0)
                 seeds = hits.mean().groupby(level=['method', 'fraction'])
-                rows.append(pd.DataFrame(dict(value=mean.mean(), low=low, high=high,
-                                              seed_low=seeds.min(), seed_high=seeds.max(),
-                                              seeds=seeds.size())
-                                         ).reset_index().assign(records=part, kind=kind,
-                                                                metric=metric, n=len(chosen)))
+                cells = dict(value=mean.mean(), low=low, high=high, seed_low=seeds.min(),
+                             seed_high=seeds.max(), seeds=seeds.size())
+                rows.append(pd.DataFrame(cells).reset_index().assign(
+                    records=part, kind=kind, metric=metric, n=len(chosen)))
     order = ['method', 'fraction', 'records', 'kind', 'metric', 'value', 'low', 'high', 'seed_low',
              'seed_high', 'n', 'seeds']
     return pd.concat(rows, ignore_index=True)[order]
@@ -176,10 +177,10 @@ def gains(
             # (records, pairs)
             extra = np.stack([hits[m, fraction] - hits[f'{m}-random', fraction]
                               for m, fraction in pairs], 1)
-            low, high = np.quantile(resample_events(extra,
-                                                    chosen.index.get_level_values('event').to_numpy(), draws), [.025, .975], axis=0)
-            rows += [(*pair, kind, metric, *numbers) for pair, *numbers in zip(pairs, extra.mean(0),
-                                                                               low, high)]
+            events = chosen.index.get_level_values('event').to_numpy()
+            low, high = np.quantile(resample_events(extra, events, draws), [.025, .975], axis=0)
+            rows += [(*pair, kind, metric, *numbers)
+                     for pair, *numbers in zip(pairs, extra.mean(0), low, high)]
     return pd.DataFrame(rows,
                         columns=['method', 'fraction', 'kind', 'metric', 'gain', 'low', 'high'])
 
@@ -195,34 +196,42 @@ def summary_table(
                                       values='cell')
 
 # %% ../../nbs/study/03_tables.ipynb #30711858
+def plot_fractions(
+    ax,  # matplotlib axes
+    rows:pd.DataFrame,  # of `table`: one kind and metric
+    colors:dict,        # model -> colour
+)->None:
+    "Lines over the fractions with intervals; dashed for controls"
+    for k, (m, own) in enumerate(rows.groupby('method', sort=False)):
+        bars = np.maximum(0, [own['value'] - own['low'], own['high'] - own['value']])
+        ax.errorbar(own['fraction']*1.02**k, own['value'], bars, label=m,
+                    color=colors[m.removesuffix('-random')],
+                    ls='--' if m.endswith('-random') else '-',
+                    marker='o', ms=3, lw=1, elinewidth=.6, capsize=2)
+
+# %% ../../nbs/study/03_tables.ipynb #91a8624a
 def plot_study(
     where, # see `results`
-    lines:dict|None=None, # kind -> metric -> value of a published picker, such as {'P': {'within 0.3 s': .89}}
+    # kind -> metric -> value of a published picker, such as {'P': {'within 0.3 s': .89}}
+    lines:dict|None=None,
     label:str='published picker', # what it is called
 )->Figure:
     "Share found within 0.3 and 0.5 s against the fraction of the labels, with 95 % intervals"
     t = table(where)
-    t = t[t['records'] == ('three components' if 'three components' in set(t['records'])
-                           else 'all')]
-    colors = {m: f'C{k}' for k, m in enumerate(dict.fromkeys(m.removesuffix('-random')
-                                                             for m in t['method']))}
+    three = 'three components'
+    t = t[t['records'] == (three if three in set(t['records']) else 'all')]
+    models = dict.fromkeys(m.removesuffix('-random') for m in t['method'])
+    colors = {m: f'C{k}' for k, m in enumerate(models)}
     fig, axs = plt.subplots(1, 4, figsize=(10, 2.8), sharey=True, layout='constrained')
-    for ax, (kind, name) in zip(axs,
-                                [(kind, name) for kind in 'PS'
-                                 for name in ('within 0.3 s', 'within 0.5 s')]):
-        for k, (m, rows) in enumerate(t[(t['kind'] == kind)
-                                        & (t['metric'] == name)].groupby('method', sort=False)):
-            ax.errorbar(rows['fraction']*1.02**k, rows['value'],
-                        np.maximum(0, [rows['value'] - rows['low'], rows['high'] - rows['value']]),
-                        label=m,
-                        color=colors[m.removesuffix('-random')], ls='--' if m.endswith('-random')
-                        else '-', marker='o', ms=3, lw=1, elinewidth=.6, capsize=2)
+    panels = [(kind, name) for kind in 'PS' for name in ('within 0.3 s', 'within 0.5 s')]
+    for ax, (kind, name) in zip(axs, panels):
+        plot_fractions(ax, t[(t['kind'] == kind) & (t['metric'] == name)], colors)
         if lines and name in lines.get(kind, {}):
             ax.axhline(lines[kind][name], color='.5', ls=':', lw=1, label=label)
         fractions = sorted(set(t['fraction']))
         ax.set(title=f'{kind} {name}', xlabel='fraction of the labels', xscale='log',
                xticks=fractions, xticklabels=[f'{s:g}' for s in fractions], ylim=(0, 1))
         ax.minorticks_off()
-    axs[0].set_ylabel('share of the onsets found')
-    axs[-1].legend(*axs[0].get_legend_handles_labels(), fontsize=6, loc='lower right')
+    axs[0].set_ylabel('fraction of onsets found')
+    axs[-1].legend(*axs[0].get_legend_handles_labels(), fontsize=7, loc='lower right')
     return fig

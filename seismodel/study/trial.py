@@ -1,4 +1,4 @@
-"""A method, a fraction of the labels and a seed: trained as all methods of the study, and scored on whole records by one rule
+"""One method, one fraction of the labels and one seed: trained like all trials of the study, and scored on whole records
 
 Docs: https://seismodel.github.io/seismodel/study/trial.html.md"""
 
@@ -51,7 +51,7 @@ class Candidate(NamedTuple):
 def named_values(
     texts:list[str]|None, # such as 'NAME=RUN'
 )->dict[str, str]: # name -> value
-    "Split at the first equals sign; without one a folder's own name is taken. Raises `UserError` for names that are no good, or appear twice"
+    "Split NAME=VALUE; VALUE alone is named after its folder. Raises `UserError` for bad names"
     found = {}
     for text in texts or []:
         name, equals, value = text.partition('=')
@@ -71,7 +71,7 @@ def candidates_of(
     baselines:list[str]|None, # 'PhaseNet', or 'NAME=PhaseNet'
     rates:list[str]|None=None, # 'NAME=VALUE', learning rates
 )->list[Candidate]:
-    "Every pretrained run with its control, then the baselines; raises `UserError` for what is not there"
+    "Pretrained runs with their controls, then baselines; raises `UserError` for missing ones"
     candidates = []
     for name, run in named_values(runs).items():
         if {'picker', 'question'} & read_model(run)[0].keys():
@@ -130,7 +130,7 @@ def start_trial(
     freeze:str='none', # of our models, see `Picker`
     changes:dict|None=None, # whole name of a field of our models -> value
 )->nn.Module: # in training mode; takes batches with labels
-    "The network of a trial before its first step; pretrained and random ones differ in weights alone"
+    "The network of a trial before its first step"
     torch.manual_seed(trial.seed)
     where = trial.candidate.source
     if trial.candidate.start == 'peer':
@@ -188,13 +188,18 @@ THRESHOLDS = (.05, .1, .2, .3, .4, .5, .6, .7)
 BLINDED = 5.12       # seconds at the ends of a record: 512 samples, as at the ends of a window
 
 class CachedAnnotator:
-    "A picker that annotates a record once, and makes picks of it at any threshold, none within `BLINDED` seconds of its ends"
-    def __init__(self, picker): self.picker, self.known = picker, {}
+    "Annotates a record once and picks at any threshold, not within `BLINDED` seconds of its ends"
+    def __init__(self,
+        picker,  # SeisBench's kind
+    ): self.picker, self.known = picker, {}
 
-    def classify(self, stream, **thresholds):
-        "As `picker.classify(stream, **thresholds)`, but for the ends"
-        key, args = b''.join(trace.data.tobytes() for trace in stream), {**self.picker.default_args,
-                                                                         **thresholds}
+    def classify(self,
+        stream,        # a record
+        **thresholds,  # as for the picker
+    ):
+        "As the picker's own method, except at the ends"
+        key = b''.join(trace.data.tobytes() for trace in stream)
+        args = {**self.picker.default_args, **thresholds}
         if hash(key) not in self.known:
             said = self.picker.annotate(stream, **args)
             self.known[hash(key)] = said.trim(min(t.stats.starttime for t in stream) + BLINDED,
@@ -207,8 +212,8 @@ def dev_score(
 )->float: # at most 1
     "Share of the onsets found within 0.3 s, less the share of noise records disturbed"
     noise = records['kind'] == 'noise'
-    return (records['residual'][~noise].abs() <= .3).mean() - ((records['picks'][noise] > 0).mean()
-                                                               if noise.any() else 0.)
+    disturbed = (records['picks'][noise] > 0).mean() if noise.any() else 0.
+    return (records['residual'][~noise].abs() <= .3).mean() - disturbed
 
 # %% ../../nbs/study/02_trial.ipynb #172ee033
 def score_trial(
@@ -228,9 +233,12 @@ def score_trial(
 
 # %% ../../nbs/study/02_trial.ipynb #9d45307d
 @cache
-def count_records(name):
-    return [len(open_source(name, split))
-            for split in ('train', 'dev')] + [len(open_records(name, 'test').metadata)]
+def count_records(
+    name:str,  # of a data set
+)->list[int]:
+    "Records in train, dev and test"
+    counts = [len(open_source(name, split)) for split in ('train', 'dev')]
+    return counts + [len(open_records(name, 'test').metadata)]
 
 # %% ../../nbs/study/02_trial.ipynb #74bfb10e
 def trial_settings(
@@ -240,7 +248,9 @@ def trial_settings(
 )->dict: # as config.json has them
     "What makes the result of a trial what it is"
     counts = [[Path(name).name, *count_records(name)] for name in common.data]
-    weights = crc32((Path(trial.candidate.source)/'model.safetensors').read_bytes()) if trial.candidate.start == 'pretrained' else None
+    weights = None
+    if trial.candidate.start == 'pretrained':
+        weights = crc32((Path(trial.candidate.source)/'model.safetensors').read_bytes())
     about = {'method': trial.candidate.name, 'start': trial.candidate.start, 'weights': weights,
              'share': trial.fraction, 'data': counts, 'synthetic': common.synthetic,
              'augment': asdict(Augmentation()) if common.augment == 'full' else None,
@@ -303,5 +313,5 @@ def complete_trial(
     trial:Trial,
     folder:Path, # of all trials
 ):
-    "A trial that is done gets its name; nothing in its folder may be open, since Windows would not rename it"
+    "Rename a finished trial; no file in its folder may be open, or Windows refuses"
     os.replace(folder/f'{trial.name}.part', folder/trial.name)
