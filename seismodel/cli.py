@@ -1,4 +1,4 @@
-"""The package from a terminal: what the commands are called, where they live, and how they end
+"""`seismodel COMMAND [options]`: the commands, where each is defined, and how they end
 
 Docs: https://seismodel.github.io/seismodel/reference/cli.html.md"""
 
@@ -78,7 +78,7 @@ def renamed_options(
 def run_command(
     call:Callable[[], object], # the command with its options
 )->int: # exit code
-    "Call a command; what goes wrong becomes a sentence and a number"
+    "Call a command; an error becomes a sentence and an exit code"
     # needs torch, as every command does
     from seismodel.core import Interrupted, TrainingError, UserError
     from seismodel.files import DiskFull, is_disk_full

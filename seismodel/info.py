@@ -1,4 +1,4 @@
-"""`seismodel info`: models that come with the package and their cards, presets and their fields, what a run was and how far it got, or the versions in use
+"""Lists the models that come with the package and their cards, presets and their fields; describes a run; prints the versions in use
 
 Docs: https://seismodel.github.io/seismodel/reference/info.html.md"""
 

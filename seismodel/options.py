@@ -128,11 +128,11 @@ FLAGS = {'from_run': '--from', 'set_fields': '--set'}
 
 class Parser(argparse.ArgumentParser):
     "Says what is wrong in one sentence"
-    def error(self, message):
+    def error(self, message:str):
         message = message.rstrip('.') + ('' if message[-1] == '?' else ';')
         self.exit(2, f"{self.prog}: {message} '{self.prog} --help' lists the options.\n")
 
-    def parse_args(self, args=None, namespace=None):
+    def parse_args(self, args:list[str]|None=None, namespace:argparse.Namespace|None=None):
         "As argparse does it; an option that is not known is named together with the nearest one"
         known, unknown = self.parse_known_args(args, namespace)
         if not unknown: return known

@@ -22,6 +22,7 @@ from ..core import UserError, log
 from ..data.sources import open_source
 from ..data.store import quantize_samples
 from ..files import write_atomically
+from ..signals.source import Source
 
 # %% ../../nbs/study/06_arrays.ipynb #4c2d2148
 SPLITS = ('train', 'dev', 'test')
@@ -56,7 +57,7 @@ def record_fields(
 
 # %% ../../nbs/study/06_arrays.ipynb #87a87e78
 def names_of_source(
-    source,     # from `open_splits`
+    source:Source, # from `open_splits`
     number:int, # of the source among all
 )->list[tuple]: # event, whether the data name it, data set, station, trace
     "Whose records these are"
@@ -94,7 +95,10 @@ def write_records(
     return table
 
 # %% ../../nbs/study/06_arrays.ipynb #23c06d52
-def save_array(file, array):
+def save_array(
+    file:Path,
+    array:np.ndarray,
+):
     "Whole or not at all; np.save adds .npy to names, and not to an open file"
     def write(part):
         with open(part, 'wb') as f: np.save(f, array)
@@ -130,14 +134,19 @@ def write_continuous(
     return table
 
 # %% ../../nbs/study/06_arrays.ipynb #0ad4e680
-def centre(instrument, span):
+def centre(
+    instrument:object, # of an `Archive`
+    span:object,       # one of its spans
+)->np.ndarray: # (3,)
     "Median of each component over a stretch; 0 where a component is missing"
     x = instrument.read(span, 0, span.count)
     there = ~np.isnan(x).all(0)
     return np.where(there, np.nanmedian(np.where(there, x, 0), 0), 0)
 
 # %% ../../nbs/study/06_arrays.ipynb #4642ab36
-def typical(x):
+def typical(
+    x:np.ndarray, # (L, 3)
+)->np.ndarray: # (3,)
     "Median size of the samples of each component"
     return np.median(np.abs(x), 0)
 

@@ -59,8 +59,8 @@ class Baseline(nn.Module):
 class PhaseNetBaseline(Baseline):
     "PhaseNet with fresh weights"
     def __init__(self): super().__init__(PhaseNet(phases=LABELS))
-    def loss(self, z, batch): return pick_loss(z, *pick_targets(batch, z.shape[1]))
-    def probabilities(self, z): return z.softmax(-1)
+    def loss(self, z:Tensor, batch:dict): return pick_loss(z, *pick_targets(batch, z.shape[1]))
+    def probabilities(self, z:Tensor): return z.softmax(-1)
 
 # %% ../../nbs/study/01_baselines.ipynb #442935e4
 def detection_labels(
@@ -81,7 +81,7 @@ class EQTransformerBaseline(Baseline):
     "EQTransformer with fresh weights, for windows of 4096 samples instead of 6000"
     def __init__(self): super().__init__(EQTransformer(in_samples=WINDOW))
 
-    def loss(self, z, batch):
+    def loss(self, z:Tensor, batch:dict):
         "Weighted binary cross-entropies of detection, P and S, each over windows where it is known"
         samples, (events, known) = z.shape[1], batch_events(batch)
         on, said = detection_labels(events, known, samples)
@@ -95,7 +95,7 @@ class EQTransformerBaseline(Baseline):
         each = each.mean(1)*said
         return (each.sum(0)/said.sum(0).clamp_min(1)*z.new_tensor([.05, .4, .55])).sum()
 
-    def probabilities(self, z):
+    def probabilities(self, z:Tensor):
         "Noise is what is no detection; the three do not sum to one"
         d, p, s = z.sigmoid().unbind(-1)
         return torch.stack([1 - d, p, s], -1)
@@ -125,7 +125,7 @@ class BaselinePicker(StreamPicker):
 
     def get_model_args(self): return {'peer': type(self.peer.net).__name__}
 
-    def forward(self, x):
+    def forward(self, x:Tensor):
         "(B, 3, L) normalised to (B, 3, L), probabilities of N, P, S"
         x = x.transpose(1, 2)
         return self.peer.probabilities(self.peer.outputs(x)).transpose(1, 2)

@@ -78,7 +78,8 @@ def fold_data(
     for name, equals, stem in pairs:
         if not (name and equals and stem):
             raise UserError(f"--baseline is '{name}'; with --folds give NAME=FILES, such as "
-                            'volpick=FOLDER/phasenet for FOLDER/phasenet.json and FOLDER/phasenet.pt.')
+                            'volpick=FOLDER/phasenet for FOLDER/phasenet.json '
+                            'and FOLDER/phasenet.pt.')
     paths = lambda name: tuple(map(whole_path, a[name] or ()))
     return FoldData(paths('data'), paths('unlabelled'), tuple((n, s) for n, _, s in pairs),
                     tuple(a['continuous'] or ()), a['analyst'])

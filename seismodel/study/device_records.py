@@ -12,6 +12,7 @@ __all__ = ['LENGTH', 'RecordTable', 'DeviceRecords', 'read_records', 'synthetic_
 import math
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ class RecordTable(Source):
         samples:np.ndarray, # (N, 3) int16 or int32, on the host
         # (R,) with first, length, scale, and where there are labels onset and status
         table:np.ndarray,
-        device='cpu',
+        device:str|torch.device='cpu',
     ):
         put = lambda v, dtype: torch.as_tensor(np.array(v), dtype=dtype).to(device)
         labels = 'onset' in table.dtype.names
@@ -48,7 +49,7 @@ class RecordTable(Source):
 
     def __len__(self): return len(self.rows)
 
-    def record(self, i):
+    def record(self, i:int):
         "As `noise_bank` wants it; records are counted on from any multiple of their number"
         i = self.rows[i % len(self.rows)]
         first, length = int(self.first[i]), int(self.length[i])
@@ -92,7 +93,7 @@ class DeviceRecords(RecordTable):
 def read_records(
     folder:Path,   # of `write_records` or `write_continuous`
     name:str,      # labelled, unlabelled, continuous, or synthetic
-    device='cpu',
+    device:str|torch.device='cpu',
 )->tuple[DeviceRecords, np.ndarray]: # records, table
     "The arrays of a study on a device"
     table = np.load(folder/f'{name}-table.npy')
@@ -101,7 +102,9 @@ def read_records(
 # %% ../../nbs/study/06a_device_records.ipynb #f471a721
 LENGTH = 3*WINDOW//2         # samples of a synthetic record
 
-def synthetic_part(numbers): # list of int
+def synthetic_part(
+    numbers:list[int], # of the generator
+):
     "Some records of the generator, in 16 bits"
     torch.set_num_threads(1)
     source = SyntheticSource(0, SyntheticConfig(samples=LENGTH))
@@ -110,14 +113,20 @@ def synthetic_part(numbers): # list of int
     return np.stack(q), np.stack(scale)
 
 # %% ../../nbs/study/06a_device_records.ipynb #92f0ead2
-def events_part(number): # from 0
+def events_part(
+    number:int, # from 0
+):
     "Fifty clean events, and their onsets"
     torch.set_num_threads(1)
     made = EventsInNoise(torch.randn(1, WINDOW, 3), 50, number)
     return made.waves.astype(np.float16), made.onsets
 
 # %% ../../nbs/study/06a_device_records.ipynb #5c751d98
-def spread(work, parts, jobs):
+def spread(
+    work:Callable, # function of a part
+    parts:list,
+    jobs:int,      # processes
+):
     "Results of `work` for each of the parts, from several processes if there is much to do"
     if jobs == 1 or len(parts) == 1: return [work(part) for part in parts]
     with get_context('spawn').Pool(jobs) as pool: return pool.map(work, parts)
@@ -165,7 +174,7 @@ class DeviceEvents:
         folder:Path,   # of `make_generated`
         noise:Tensor,  # (n, 4096, 3) of rms 1, on the host
         most:int,      # events that are used
-        device='cpu',
+        device:str|torch.device='cpu',
     ):
         self.waves = torch.as_tensor(np.load(folder/'events-waves.npy')[:most], device=device)
         onsets = np.load(folder/'events-onsets.npy')[:most]

@@ -143,7 +143,9 @@ def write_reports(
     return found
 
 # %% ../../nbs/study/11_fold_report.ipynb #bbc659cf
-def detection_table(onsets):
+def detection_table(
+    onsets:pd.DataFrame, # from `read_onsets`
+)->pd.DataFrame:
     "AUC of the folds that have manual P onsets and noise"
     kind = onsets['phase'].where(onsets['phase'] == 'n', onsets['phase'] + onsets['status'])
     scored = onsets[kind.isin(['pmanual', 'n'])]

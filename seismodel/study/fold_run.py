@@ -1,4 +1,4 @@
-"""From data sets to arrays, many trials side by side on one GPU, and results that travel: stopped at any time, the same command goes on
+"""From data sets to arrays, many trials side by side on one GPU, and bundles of results; the same command goes on after a stop
 
 Docs: https://seismodel.github.io/seismodel/study/fold_run.html.md"""
 
@@ -22,6 +22,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
+from typing import Callable
 from zlib import crc32
 
 import numpy as np
@@ -79,7 +80,11 @@ def prepare_arrays(
     write_atomically(done, lambda part: part.write_text(json.dumps(data.kept), encoding='utf-8'))
 
 # %% ../../nbs/study/10_fold_run.ipynb #1aad1188
-def refuse_change(saved, wanted, where):
+def refuse_change(
+    saved:dict,  # settings of the first call
+    wanted:dict, # of this one
+    where:Path,  # for the message
+):
     "Raise `UserError` naming the first setting that differs"
     for name, value in json.loads(json.dumps(wanted)).items():
         if saved.get(name) != value:
@@ -121,7 +126,7 @@ class TrialProcesses:
         self.s, self.jobs, self.busy, self.context = s, jobs, {}, get_context(method)
         if method == 'forkserver': self.context.set_forkserver_preload([run_fold_trial.__module__])
 
-    def start(self, trial):
+    def start(self, trial:FoldTrial):
         "Begin a trial"
         process = self.context.Process(target=run_fold_trial, args=(trial, self.s))
         process.start()
@@ -150,7 +155,7 @@ class Workers(TrialProcesses):
         on_gpu = pick_device(s.device).type == 'cuda'
         self.total = torch.cuda.mem_get_info()[1]/2**30 if on_gpu else FOREVER
 
-    def fits(self, trial):
+    def fits(self, trial:FoldTrial):
         "Whether there is room"
         if len(self.busy) >= self.jobs: return False
         pretrainings = sum(not other.way for other in self.busy.values())
@@ -161,7 +166,7 @@ class Workers(TrialProcesses):
 # %% ../../nbs/study/10_fold_run.ipynb #3cd67dc7
 class Progress:
     "What is done and what is left, in the order of the plan"
-    def __init__(self, trials, s, stop_after):
+    def __init__(self, trials:list[FoldTrial], s:FoldStudy, stop_after:float):
         self.s, self.stop_after, self.begin = s, stop_after, time.monotonic()
         self.done = [t for t in trials if t.file(s.out).exists()]
         self.todo = [t for t in trials if not t.file(s.out).exists()]
@@ -172,12 +177,12 @@ class Progress:
     @property
     def passed(self): return time.monotonic() - self.begin
 
-    def note_time(self, trial):
+    def note_time(self, trial:FoldTrial):
         "How long a trial took"
         took = read_json(trial.file(self.s.out), cure='remove it').get('process_seconds', 0.)
         self.slowest[bool(trial.way)] = max(self.slowest[bool(trial.way)], took)
 
-    def ready(self, trial):
+    def ready(self, trial:FoldTrial):
         "Whether its start is there, and time is left"
         ends = self.passed + 1.2*self.slowest[bool(trial.way)]
         if self.passed > 30 and ends > self.stop_after: return False
@@ -186,13 +191,13 @@ class Progress:
 # %% ../../nbs/study/10_fold_run.ipynb #6c60c569
 class Schedule(Progress):
     "Which trial begins next, and what became of those that ended"
-    def next(self, workers):
+    def next(self, workers:Workers):
         "The first trial that can begin; None: none can"
         trial = next((t for t in self.todo if self.ready(t) and workers.fits(t)), None)
         if trial: self.todo.remove(trial)
         return trial
 
-    def note(self, trial, code):
+    def note(self, trial:FoldTrial, code:int):
         "A process ended; without a result its trial is tried once more. Returns a message"
         if trial.file(self.s.out).exists():
             if not trial.way: self.weights.add(trial.name)
@@ -207,7 +212,10 @@ class Schedule(Progress):
         return f"{trial.name} failed ({code}): {lines[-1] if lines else 'no output'}"
 
 # %% ../../nbs/study/10_fold_run.ipynb #edb8c0c4
-def said_of(trial, s):
+def said_of(
+    trial:FoldTrial,
+    s:FoldStudy,
+)->str:
     "A line for a trial that is done"
     row = read_json(trial.file(s.out))
     shown = ('p0.3', 's0.3', 'seconds', 'windows_per_second', 'gib')
@@ -219,7 +227,7 @@ def run_fold_trials(
     s:FoldStudy,
     jobs:int=1,             # processes at once
     stop_after:float=FOREVER, # seconds after which those that run are stopped
-    every_minute=lambda: None, # called once a minute
+    every_minute:Callable=lambda: None, # called once a minute
 )->Schedule: # what is left
     "Run what is not done; raises `Interrupted` when told to stop"
     plan, workers, called = Schedule(trials, s, stop_after), Workers(s, jobs), 0.
@@ -321,7 +329,12 @@ def bring_bundles(
 # %% ../../nbs/study/10_fold_run.ipynb #9b82358e
 ARM_COLUMNS = ('method', 'fraction', 'seed', 'fold', 'start')
 
-def write_lines(file, columns, lines, opener=open):
+def write_lines(
+    file:Path,
+    columns:list[str],
+    lines:list, # of cells
+    opener:Callable=open,
+):
     "A CSV file, whole or not at all"
     def write(part):
         with opener(part, 'wt', newline='', encoding='utf-8') as f:

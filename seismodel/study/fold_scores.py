@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data.prefetch import to_model
 from ..finetuning.calibration import choose_threshold, peaks_of
@@ -29,7 +29,7 @@ MANUAL, AUTOMATIC, ABSENT = map(STATUS.index, ('manual', 'automatic', 'absent'))
 
 @torch.no_grad()
 def phase_probabilities(
-    picker,            # with `logits`, in evaluation mode
+    picker:nn.Module,  # with `logits`, in evaluation mode
     records:DeviceRecords,
     rows:np.ndarray,   # (n,) records
     first:np.ndarray,  # (n,) sample at which each window begins
@@ -44,7 +44,12 @@ def phase_probabilities(
 # %% ../../nbs/study/08_fold_scores.ipynb #569b630c
 PLACES = 3                   # windows around each onset
 
-def highest(picker, records, rows, first):
+def highest(
+    picker:nn.Module,
+    records:DeviceRecords,
+    rows:np.ndarray,  # (n,) records
+    first:np.ndarray, # (n,) sample at which each window begins
+):
     "Samples of the highest P and S (n, 2), and highest probabilities of P, S and either (n, 3)"
     size = 16 if records.first.device.type == 'cpu' else 128
     at, top = [np.zeros((0, 2), int)], [np.zeros((0, 3))]
@@ -57,7 +62,7 @@ def highest(picker, records, rows, first):
 
 # %% ../../nbs/study/08_fold_scores.ipynb #b908fbd5
 def window_rows(
-    picker,           # in evaluation mode
+    picker:nn.Module, # in evaluation mode
     records:DeviceRecords,
     rows:np.ndarray,  # (n,) records
     phase:int,        # 0: P, 1: S, 2: noise
@@ -109,7 +114,7 @@ def scored_rows(
 
 # %% ../../nbs/study/08_fold_scores.ipynb #b8735bc2
 def score_onsets(
-    picker,
+    picker:nn.Module,
     records:DeviceRecords,
     labels:Labels,
     rows:np.ndarray, # records of test
@@ -144,7 +149,7 @@ def onset_summary(
 
 # %% ../../nbs/study/08_fold_scores.ipynb #a02b424c
 def record_curves(
-    picker,
+    picker:nn.Module,
     records:DeviceRecords,
     row:int, # a record
 )->np.ndarray: # (L, 2) probabilities of P and S, float32
@@ -166,7 +171,7 @@ def record_curves(
 
 # %% ../../nbs/study/08_fold_scores.ipynb #b6787a8a
 def choose_on_dev(
-    picker,
+    picker:nn.Module,
     records:DeviceRecords,
     labels:Labels,
     rows:np.ndarray, # records of dev
@@ -182,7 +187,7 @@ def choose_on_dev(
 
 # %% ../../nbs/study/08_fold_scores.ipynb #cefe82c6
 def score_picks(
-    picker,
+    picker:nn.Module,
     records:DeviceRecords,
     labels:Labels,
     rows:np.ndarray, # records of test
@@ -232,7 +237,7 @@ def score_stretch(
 
 # %% ../../nbs/study/08_fold_scores.ipynb #25b7a1f8
 def score_continuous(
-    picker,
+    picker:nn.Module,
     records:DeviceRecords, # of `continuous`
     table:np.ndarray,      # of `write_continuous`
     analyst:list[dict],    # of analyst.json

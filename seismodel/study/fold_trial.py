@@ -38,9 +38,10 @@ from ..models.pretraining import Step, build, config_to_dict
 from ..signals.augment import Augmentation, fine_augment, pretrain_augment
 from ..signals.noise import calm_bank, noise_bank
 from .arms import FoldTrial, Start
-from .device_records import DeviceEvents, read_records, scramble_phases
-from .folds import event_parts, fold_sides
-from .fold_scores import (choose_on_dev, labels_of_fold, onset_summary,
+from .device_records import (DeviceEvents, DeviceRecords, read_records,
+                                            scramble_phases)
+from .folds import Sides, event_parts, fold_sides
+from .fold_scores import (Labels, choose_on_dev, labels_of_fold, onset_summary,
                                          score_continuous, score_onsets, score_picks)
 from ..training.config import TrainConfig
 from ..training.cuda_graph import Replay, compile_blocks, mixed_precision, tensor_float32
@@ -105,22 +106,26 @@ class RecordedPicker(nn.Module):
         for name, part in (('components', order), ('phases', phases)):   # on the device
             self.register_buffer(name, torch.tensor(part), persistent=False)
 
-    def set_progress(self, step, steps): "Does nothing"
-    def logits(self, x):
+    def set_progress(self, step:int, steps:int): "Does nothing"
+    def logits(self, x:torch.Tensor):
         "(B, L, 3) normalised windows to (B, L, 3) of N, P, S, in float32"
         with torch.autocast(x.device.type, enabled=False):
             x = x.float().transpose(1, 2).index_select(1, self.components)
             if self.peak: x = x/(x.abs().amax(-1, keepdim=True) + 1e-10)
             return self.net(x, logits=True).transpose(1, 2).index_select(-1, self.phases)
 
-    def forward(self, batch, generator=None):
+    def forward(self, batch:dict, generator:torch.Generator|None=None):
         "Loss and measures, as `Picker` has them"
         z = self.logits(batch['x'])
         return Step(pick_loss(z, *pick_targets(batch, z.shape[1])),
                     found(z, batch_events(batch)[0]))
 
 # %% ../../nbs/study/09_fold_trial.ipynb #d2cd2fd7
-def tensor_rate_optimizer(model, c, device):
+def tensor_rate_optimizer(
+    model:nn.Module,
+    c:TrainConfig,
+    device:torch.device,
+)->torch.optim.Optimizer:
     "AdamW over the groups of a recipe; on a GPU its rate is a tensor, which a recording reads anew"
     on_gpu = device.type == 'cuda'
     lr = lambda: torch.tensor(c.lr, device=device) if on_gpu else c.lr
@@ -188,11 +193,11 @@ def train_on_device(
 # %% ../../nbs/study/09_fold_trial.ipynb #c946f1e5
 class Recorded:
     "A step, on a GPU as a recording that is made anew when another part of the model is frozen"
-    def __init__(self, step, generator, device):
+    def __init__(self, step:Callable, generator:torch.Generator, device:torch.device):
         self.step, self.generator, self.on_gpu = step, generator, device.type == 'cuda'
         self.replay, self.phase = None, None
 
-    def of(self, phase):
+    def of(self, phase:object):
         "The step while `phase` is frozen"
         if self.replay is not None and phase == self.phase: return self.replay
         self.close()
@@ -263,7 +268,10 @@ def pretrain_start(
                 model=config_to_dict(v.model))
 
 # %% ../../nbs/study/09_fold_trial.ipynb #99f424a8
-def keep_weights(model, file):
+def keep_weights(
+    model:nn.Module,
+    file:Path,
+):
     "Weights as float16"
     file.parent.mkdir(parents=True, exist_ok=True)
     weights = {k: v.detach().half().cpu().contiguous() if v.is_floating_point() else v.cpu()
@@ -300,7 +308,7 @@ def fold_picker(
 
 # %% ../../nbs/study/09_fold_trial.ipynb #c5bcf325
 def dev_batches(
-    records,         # `DeviceRecords`
+    records:DeviceRecords,
     rows:np.ndarray, # of dev
     count:int,       # windows
     seed:int,        # of the windows
@@ -317,7 +325,7 @@ class LowestLoss:
     "The weights with the lowest loss over dev windows"
     def __init__(self,
         picker:nn.Module,
-        records,         # `DeviceRecords`
+        records:DeviceRecords,
         rows:np.ndarray, # of dev
         count:int,       # windows
         seed:int,        # of the windows
@@ -346,7 +354,7 @@ class LowestLoss:
 def fine_windows(
     trial:FoldTrial,
     s:FoldStudy,
-    records,         # `DeviceRecords`
+    records:DeviceRecords,
     rows:np.ndarray, # to learn from
 ): # function of a generator that draws a batch
     "Windows of fine-tuning: real noise from the same records, perhaps synthetic events in it"
@@ -368,7 +376,10 @@ def fine_windows(
     return draw
 
 # %% ../../nbs/study/09_fold_trial.ipynb #4b4019c5
-def fold_recipe(trial, s):
+def fold_recipe(
+    trial:FoldTrial,
+    s:FoldStudy,
+)->TrainConfig:
     "The recipe of a fine-tuning; of a way without steps, one step that is not taken"
     way = trial.way
     return TrainConfig(steps=max(1, round(way.budget*s.steps)), batch_size=s.batch_size, lr=way.lr,
@@ -404,7 +415,13 @@ def finetune_fold(
     return about | fold_results(picker.eval(), s, records, labels_of_fold(table, sides), sides)
 
 # %% ../../nbs/study/09_fold_trial.ipynb #456820a9
-def fold_results(picker, s, records, labels, sides):
+def fold_results(
+    picker:nn.Module,
+    s:FoldStudy,
+    records:DeviceRecords,
+    labels:Labels,
+    sides:Sides,
+)->dict:
     "All scores of a picker"
     thresholds = choose_on_dev(picker, records, labels, sides.dev)
     onsets = score_onsets(picker, records, labels, sides.test)

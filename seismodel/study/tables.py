@@ -79,7 +79,7 @@ def pack_study(
 
 # %% ../../nbs/study/03_tables.ipynb #1f8e1fa1
 def results(
-    where, # a study's folder, a file of `pack_study`, or what `gather_trials` gave
+    where:str|Path|pd.DataFrame, # a study's folder, a file of `pack_study`, or what `gather_trials` gave
 )->pd.DataFrame: # see `gather_trials`
     "The residuals of a study"
     if isinstance(where, pd.DataFrame): return where
@@ -137,7 +137,7 @@ METRICS = {'P': ('within 0.1 s', 'within 0.3 s', 'within 0.5 s'),
            'S': ('within 0.1 s', 'within 0.3 s', 'within 0.5 s'), 'noise': ('disturbed',)}
 
 def table(
-    where, # see `results`
+    where:str|Path|pd.DataFrame, # see `results`
     draws:int=1000, # of the bootstrap
 )->pd.DataFrame: # a row for each method, fraction, records, kind and metric
     "Fractions found and disturbed: mean over seeds, 95 % interval, lowest and highest seed"
@@ -163,7 +163,7 @@ def table(
 
 # %% ../../nbs/study/03_tables.ipynb #3a57fc80
 def gains(
-    where, # see `results`
+    where:str|Path|pd.DataFrame, # see `results`
     draws:int=1000, # of the bootstrap
 )->pd.DataFrame: # method, fraction, kind, metric, gain, low, high
     "What pretraining adds to the share of onsets found, over all records: method less its control"
@@ -211,7 +211,7 @@ def plot_fractions(
 
 # %% ../../nbs/study/03_tables.ipynb #91a8624a
 def plot_study(
-    where, # see `results`
+    where:str|Path|pd.DataFrame, # see `results`
     # kind -> metric -> value of a published picker, such as {'P': {'within 0.3 s': .89}}
     lines:dict|None=None,
     label:str='published picker', # what it is called

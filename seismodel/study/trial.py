@@ -190,11 +190,11 @@ BLINDED = 5.12       # seconds at the ends of a record: 512 samples, as at the e
 class CachedAnnotator:
     "Annotates a record once and picks at any threshold, not within `BLINDED` seconds of its ends"
     def __init__(self,
-        picker,  # SeisBench's kind
+        picker:object,  # a SeisBench WaveformModel
     ): self.picker, self.known = picker, {}
 
     def classify(self,
-        stream,        # a record
+        stream:object, # ObsPy's, of one record
         **thresholds,  # as for the picker
     ):
         "As the picker's own method, except at the ends"
@@ -217,7 +217,7 @@ def dev_score(
 
 # %% ../../nbs/study/02_trial.ipynb #172ee033
 def score_trial(
-    picker, # SeisBench's kind
+    picker:object, # a SeisBench WaveformModel
     common:StudyConfig,
 )->pd.DataFrame: # rows of `score_records` on test, with threshold and by: fixed or dev
     "Picks of the test records, at the fixed threshold and at the one that does best on dev"
