@@ -193,6 +193,7 @@ def report_folds(
     print(f"reports  {out}/folds_*.csv\nfigure  {out/'figure.png'}")
 
 # %% ../../nbs/study/12_command.ipynb #dd5379f5
+# above thirty lines: the command line reads all options from one signature
 def study(
     # parts of the labelled events that take turns as test: the study by folds; without it one split
     # is scored

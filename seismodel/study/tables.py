@@ -79,7 +79,7 @@ def pack_study(
 
 # %% ../../nbs/study/03_tables.ipynb #1f8e1fa1
 def results(
-    where:str|Path|pd.DataFrame, # a study's folder, a file of `pack_study`, or what `gather_trials` gave
+    where:str|Path|pd.DataFrame, # a study's folder, a file of `pack_study`, or its table
 )->pd.DataFrame: # see `gather_trials`
     "The residuals of a study"
     if isinstance(where, pd.DataFrame): return where
