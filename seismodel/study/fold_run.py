@@ -6,7 +6,7 @@ Docs: https://seismodel.github.io/seismodel/study/fold_run.html.md"""
 
 # %% auto #0
 __all__ = ['PRETRAININGS', 'LARGEST_SHARE', 'CONTEXT', 'FOREVER', 'LARGEST', 'BUNDLES', 'ARM_COLUMNS', 'FoldData',
-           'prepare_arrays', 'refuse_change', 'manual_where_unsaid', 'TrialProcesses', 'Workers', 'Progress',
+           'prepare_arrays', 'refuse_change', 'manual_where_unsaid', 'TrialProcesses', 'Workers', 'TrialProgress',
            'Schedule', 'said_of', 'run_fold_trials', 'check_fold_settings', 'begin_folds', 'take_bundles',
            'bring_bundles', 'write_lines', 'write_fold_tables']
 
@@ -164,7 +164,7 @@ class Workers(TrialProcesses):
         return used + CONTEXT + trial.memory <= LARGEST_SHARE*self.total or not self.busy
 
 # %% ../../nbs/study/10_fold_run.ipynb #3cd67dc7
-class Progress:
+class TrialProgress:
     "What is done and what is left, in the order of the plan"
     def __init__(self, trials:list[FoldTrial], s:FoldStudy, stop_after:float):
         self.s, self.stop_after, self.begin = s, stop_after, time.monotonic()
@@ -189,7 +189,7 @@ class Progress:
         return not trial.pretraining or trial.start.label in self.weights
 
 # %% ../../nbs/study/10_fold_run.ipynb #6c60c569
-class Schedule(Progress):
+class Schedule(TrialProgress):
     "Which trial begins next, and what became of those that ended"
     def next(self, workers:Workers):
         "The first trial that can begin; None: none can"
