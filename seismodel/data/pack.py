@@ -20,7 +20,8 @@ from fastcore.meta import delegates
 
 from .archive import TICK, Notes, Selection, closed, interval, open_archive, spans_of
 from .store_reader import is_store
-from .sources import (SeisBenchSource, draw_split, means_files, open_dataset, parse_weights,
+from .sources import (SeisBenchSource, draw_split, means_files, open_dataset,
+                                    parse_weights,
                                     trace_names)
 from .store import DTYPES, StoreWriter, finish
 from ..files import in_bytes, is_disk_full, sha256
@@ -37,6 +38,7 @@ class Item(NamedTuple):
     split: str          # such as "train"
     more: dict          # everything else that is known of it
 
+# %% ../../nbs/data/05_pack.ipynb #4c05f26b
 def left_out(name, why, position=None) -> Item:
     "No trace, and the reason"
     return Item(position, name, None, why, "", {})
@@ -52,7 +54,8 @@ class DatasetItems:
         self.name, self.path, self.table = name, Path(dataset.path), dataset.metadata
         self.names = trace_names(self.table).tolist()
         self.source = SeisBenchSource(dataset, None, name, window)
-        self.source.data.cache, self.source.data.metadata_cache = None, False  # each is read once: nothing to keep
+        # each is read once: nothing to keep
+        self.source.data.cache, self.source.data.metadata_cache = None, False
 
     def __len__(self): return len(self.table)
 
@@ -73,7 +76,9 @@ class DatasetItems:
             item = left_out(self.names[row], source.why[row], row + 1)
             if item.why is None:
                 i = int(np.searchsorted(source.rows, row))
-                try: item = item._replace(record=source.record(i), split=str(source.splits[i]), more=more)
+                try:
+                    item = item._replace(record=source.record(i), split=str(source.splits[i]),
+                                         more=more)
                 except BadRecord as e: item = item._replace(why=e.args[1])
             yield item
 
@@ -96,7 +101,7 @@ def stretches(
     whole, gap = np.bitwise_or.reduce(code), np.zeros(len(code), bool)
     for a, b in zip(edges, edges[1:]):
         gap[a:b] = code[a] != whole and (code[a] == 0 or b - a < window)
-    gap, parts = closed(gap, window//2 - 1), []          # what lies between two gaps and is too short
+    gap, parts = closed(gap, window//2 - 1), []  # what lies between two gaps and is too short
     for first, last in spans_of(~gap):
         inside = [first, *(e for e in edges if first < e < last), last]
         for a, b in zip(inside, inside[1:]):
@@ -171,6 +176,7 @@ class ArchiveItems:
                     trace_components_present=present)
         return Item(None, name, record, '', draw_split(start[:13]), more)
 
+# %% ../../nbs/data/05_pack.ipynb #a12efa34
 def without_mean(
     x: np.ndarray,  # (L, 3), NaN where nothing was recorded
 ) -> np.ndarray:    # (L, 3)
@@ -189,7 +195,8 @@ def open_items(
     where = str(words[0])
     path = Path(where).expanduser()
     if where == "synthetic":
-        raise UserError("the generator has no end and is not packed: give --data synthetic beside --data STORE")
+        raise UserError("the generator has no end and is not packed: give --data synthetic beside "
+                        "--data STORE")
     if path.is_dir() and is_store(path): raise UserError(f"{where} is a packed store already")
     name = path.resolve().name if path.exists() else path.name
     if means_files(where):
@@ -197,9 +204,12 @@ def open_items(
         return ArchiveItems([os.path.expanduser(w) for w in words], name, window, selection)
     given = next(iter(selection.given), None) if selection else None
     option = f"--{(given or '').replace('_', '-')}"
-    if given: raise UserError(f'{option} chooses from waveform files, and {where} is a data set: leave it away')
+    if given:
+        raise UserError(f'{option} chooses from waveform files, and {where} is a data set: leave '
+                        'it away')
     return DatasetItems(open_dataset(where), name, window)
 
+# %% ../../nbs/data/05_pack.ipynb #2f244e9e
 def listing(
     stream,  # `DatasetItems` or `ArchiveItems`
 ) -> dict: # how many files, how many bytes, a checksum of their names and sizes, and one of the metadata
@@ -210,7 +220,8 @@ def listing(
     lines = sorted(f"{os.path.relpath(f, root)} {f.stat().st_size}" for f in files)
     names = hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
     tables = [f for f in files if isinstance(stream, DatasetItems) and f.parent == stream.path]
-    return {"count": len(files), "bytes": sum(f.stat().st_size for f in files), "names_and_sizes": names,
+    return {"count": len(files), "bytes": sum(f.stat().st_size for f in files),
+            "names_and_sizes": names,
             **{f.name: sha256(f) for f in tables if f.name.startswith("metadata")}}
 
 # %% ../../nbs/data/05_pack.ipynb #a61a6d8c
@@ -227,14 +238,18 @@ def pack(
     "Pack data sets and archives into a store that a GPU need not wait for"
     if dtype not in DTYPES: raise UserError(f"--dtype is {dtype!r}: choose {', '.join(DTYPES)}")
     if window < 1: raise UserError(f"--window is {window}: give 1 or more samples")
-    twice = [w for k, w in enumerate(sources) if Path(w).resolve() in [Path(v).resolve() for v in sources[:k]]]
-    if twice: raise UserError(f"{twice[0]} is named twice, and its traces would be packed twice: name it once, with a larger share in --data-weights")
+    twice = [w for k, w in enumerate(sources) if Path(w).resolve() in [Path(v).resolve()
+                                                                       for v in sources[:k]]]
+    if twice:
+        raise UserError(f"{twice[0]} is named twice, and its traces would be packed twice: name it "
+                        "once, with a larger share in --data-weights")
     shares = parse_weights(data_weights, len(sources))
     selection = Selection(**selection)
     groups = _groups([str(w) for w in sources], together=not shares)
     streams = [open_items(*group, window=window, selection=selection) for group in groups]
     shard = file_mib * 2**20 // (3 * np.dtype(DTYPES[dtype]).itemsize)
-    if shard < 3 * window: raise UserError(f"--file-mib is {file_mib}, too small for one record: give 1 or more")
+    if shard < 3 * window:
+        raise UserError(f"--file-mib is {file_mib}, too small for one record: give 1 or more")
     once = lambda name: [s.name for s in streams].count(name) == 1
     names = [s.name if once(s.name) else " ".join(g) for s, g in zip(streams, groups)]
     plan = dict(dtype=dtype, window=window, shard_samples=shard, sources=[
@@ -245,13 +260,15 @@ def pack(
         with StoreWriter(out, plan) as writer:
             if not writer.complete: _copy(streams, writer)
             manifest = finish(writer)
-    except KeyboardInterrupt: raise UserError(f"stopped; the same command goes on with {out}") from None
+    except KeyboardInterrupt:
+        raise UserError(f"stopped; the same command goes on with {out}") from None
     except OSError as e:
         if not is_disk_full(e): raise
         raise UserError(_no_room(Path(out), streams, dtype)) from None
     print(report(manifest))
     return manifest
 
+# %% ../../nbs/data/05_pack.ipynb #80224662
 def _groups(words, together):
     "Words that are read as one source: all waveform files, unless each has a weight of its own"
     if not together: return [[w] for w in words]
@@ -264,7 +281,8 @@ def _no_room(out, streams, dtype):
     there = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
     free = shutil.disk_usage(next(p for p in (out, *out.absolute().parents) if p.exists())).free
     wanted = f"up to {in_bytes(need)}" if need > there else f"more than {in_bytes(there)}"
-    return (f"no space left for the store in '{out}': it needs {wanted}, {in_bytes(there)} are written "
+    return (f"no space left for the store in '{out}': it needs {wanted}, {in_bytes(there)} are "
+            "written "
             f"and {in_bytes(free)} are free; make room and give the same command again, it goes on")
 
 def _copy(streams, writer):
@@ -272,7 +290,8 @@ def _copy(streams, writer):
     at, after = writer.position or (0, None)
     for k, stream in enumerate(streams):
         if k < at: continue
-        bar = progress_bar(stream.items(after if k == at else None), unit=" traces", desc=stream.name)
+        bar = progress_bar(stream.items(after if k == at else None), unit=" traces",
+                           desc=stream.name)
         for item in bar:
             if item.record is None: writer.leave_out(k, item.name, item.why, item.position)
             else: writer.add(k, item.record, item.split, item.more, item.position)
@@ -282,8 +301,10 @@ def report(
 )->str: # lines
     "What is in a store, and what was left out and why"
     hours = manifest["samples"] / SAMPLING_RATE / 3600
-    lines = [f"{manifest['traces']:,} traces, {hours:,.1f} h, {manifest['dtype']}, {len(manifest['shards'])} files"]
+    lines = [f"{manifest['traces']:,} traces, {hours:,.1f} h, {manifest['dtype']}, "
+             f"{len(manifest['shards'])} files"]
     for s in manifest["sources"]:
-        lines.append(f"{s['name']}: " + ", ".join(f"{n:,} {split}" for split, n in s["packed"].items()))
+        lines.append(f"{s['name']}: "
+                     + ", ".join(f"{n:,} {split}" for split, n in s["packed"].items()))
         lines += [f"  left out {n:,}: {why}" for why, n in s["left_out"].items()]
     return "\n".join(lines)

@@ -44,12 +44,13 @@ class SyntheticSource(Source):
     def __init__(self,
         seed:int=0,                                # stream of random numbers
         config:SyntheticConfig=SyntheticConfig(),  # dials of the generator
-        split:str="train",                         # "train", "dev" or "test"; any other name raises UserError
+        split:str="train",  # "train", "dev" or "test"; any other name raises UserError
     ):
         if split not in ("train", "dev", "test"):
-            raise UserError(f"the synthetic source has no split {split!r}: choose train, dev or test")
+            raise UserError(f"the synthetic source has no split {split!r}: choose train, dev or "
+                            "test")
         self.seed, self.config, self.first = seed, config, ("train", "dev", "test").index(split)
-        self._ahead = {}                                                       # i -> Record, not yet asked for
+        self._ahead = {}  # i -> Record, not yet asked for
 
     def __len__(self): return 1_000_000
 
@@ -88,7 +89,8 @@ def onsets(
     "The earliest of the columns `trace_<phase>_arrival_sample`, for all usual names of a phase"
     import pandas as pd
     columns = [c for p in PHASES[phase] if (c := f"trace_{p}_{by}_sample") in metadata]
-    picks = [pd.to_numeric(metadata[c], errors="coerce").to_numpy(float, na_value=np.nan) for c in columns]
+    picks = [pd.to_numeric(metadata[c], errors="coerce").to_numpy(float, na_value=np.nan)
+             for c in columns]
     return np.fmin.reduce([np.full(len(metadata), np.nan), *picks])    # fmin passes over NaN
 
 # %% ../../nbs/data/02_sources.ipynb #1a368022
@@ -100,7 +102,7 @@ def statuses(
     "What is known of a phase on each trace"
     there = np.isfinite(onset)
     status = np.where(there, STATUS.index("picked"), STATUS.index("unlabelled"))
-    if f"trace_{phase}_unlabelled_samples" in metadata:        # outside of these zones somebody looked
+    if f"trace_{phase}_unlabelled_samples" in metadata:  # outside of these zones somebody looked
         status[~there] = STATUS.index("absent")
     if "trace_category" in metadata:
         noise = metadata["trace_category"].astype(str).str.lower().eq("noise").to_numpy()
@@ -123,6 +125,7 @@ def later_events(
     found = [np.stack([column("P", n), column("S", n)], 1) for n in event_numbers(metadata)]
     return np.stack(found) if found else np.empty((0, len(metadata), 2))
 
+# %% ../../nbs/data/02_sources.ipynb #dd91ae79
 def table_arrivals(
     metadata,         # SeisBench metadata, a pandas DataFrame
     own:np.ndarray,   # (traces, 2) P and S of the event of each record, samples at 100 Hz
@@ -132,7 +135,8 @@ def table_arrivals(
     "Events and zones of all records that have more than one event, or a zone"
     columns = [f"trace_{phase}_unlabelled_samples" for phase in "PS"]
     none = np.full(len(metadata), "")
-    text = [metadata[c].fillna("").astype(str).to_numpy() if c in metadata else none for c in columns]
+    text = [metadata[c].fillna("").astype(str).to_numpy() if c in metadata else none
+            for c in columns]
     some = np.isfinite(more).any((0, 2)) | (text[0] != "") | (text[1] != "")
     rows = []
     for k in np.flatnonzero(some):
@@ -142,6 +146,7 @@ def table_arrivals(
         rows.append(arrivals_of(k, Record(None, *own[k], "", events=events, zones=zones)))
     return np.concatenate(rows) if rows else np.empty(0, ARRIVAL)
 
+# %% ../../nbs/data/02_sources.ipynb #20c38963
 def arrivals_of_record(
     arrivals:np.ndarray, # (n,) ARRIVAL, in order of records
     i:int,               # number of the record
@@ -162,6 +167,7 @@ def draw_split(
     "A split by a checksum"
     return (["dev", "test"] + 8 * ["train"])[crc32(key.encode()) % 10]
 
+# %% ../../nbs/data/02_sources.ipynb #269cb02a
 def split_column(
     metadata, # SeisBench metadata, a pandas DataFrame
     name:str, # of the data set, for the log
@@ -170,13 +176,17 @@ def split_column(
     if "split" in metadata and metadata["split"].notna().any():
         return metadata["split"].astype(str).where(metadata["split"].notna(), "").to_numpy(str)
     key = np.full(len(metadata), None, object)
-    for column, digits in (("trace_start_time", 13), ("source_id", None)):              # 2014-03-01T02, the hour
+    # 2014-03-01T02, the hour
+    for column, digits in (("trace_start_time", 13), ("source_id", None)):
         if column not in metadata: continue
         known = metadata[column].notna().to_numpy()
         key[known] = [str(k)[:digits].replace(" ", "T") for k in metadata[column][known]]
-    log.warning("%s has no column split: its traces are split by event or hour, 80 %% train, 10 %% dev, 10 %% test", name)
+    log.warning("%s has no column split: its traces are split by event or hour, 80 %% train, 10 %% "
+                "dev, 10 %% test", name)
     lost = sum(k is None for k in key)
-    if lost: log.warning("%s: %d traces with neither source_id nor trace_start_time are in train", name, lost)
+    if lost:
+        log.warning("%s: %d traces with neither source_id nor trace_start_time are in train", name,
+                    lost)
     return np.array(["train" if k is None else draw_split(k) for k in key])
 
 # %% ../../nbs/data/02_sources.ipynb #20ef7eba
@@ -188,11 +198,16 @@ def unusable(
     import pandas as pd
     rate = metadata["trace_sampling_rate_hz"].to_numpy(float)
     known = (rate >= 10) & (rate <= 10_000)                                    # False for NaN
-    samples = metadata["trace_npts"] if "trace_npts" in metadata else pd.Series(np.nan, metadata.index)   # optional
-    samples = pd.to_numeric(samples, errors="coerce").to_numpy(float) * SAMPLING_RATE / np.where(known, rate, 1.)
+    # optional
+    samples = metadata["trace_npts"] if "trace_npts" in metadata else pd.Series(np.nan,
+                                                                                metadata.index)
+    samples = pd.to_numeric(samples,
+                            errors="coerce").to_numpy(float) * SAMPLING_RATE / np.where(known, rate,
+                                1.)
     return {
         "no trace name": metadata["trace_name"].isna().to_numpy(),
-        "no component Z, N or E": ~metadata["trace_component_order"].str.contains("[ZNE]").to_numpy(bool),
+        "no component Z, N or "
+        "E": ~metadata["trace_component_order"].str.contains("[ZNE]").to_numpy(bool),
         "sampling rate not between 10 and 10,000 Hz": ~known,
         "shorter than half a window": samples < window / 2,
         "trace name appears twice": metadata.duplicated(["trace_name", "trace_chunk"]).to_numpy(),
@@ -209,6 +224,7 @@ def trace_names(
     chunks = metadata["trace_chunk"].astype(str)
     return names.where(chunks == "", names + " in chunk " + chunks)
 
+# %% ../../nbs/data/02_sources.ipynb #d630d492
 def component_codes(
     metadata, # SeisBench metadata, a pandas DataFrame
     name:str, # of the data set, for the message
@@ -216,7 +232,8 @@ def component_codes(
     "Component codes in the alphabet Z, N, E. Raises `UserError` when no trace has all three."
     codes = zne_orders(metadata)
     if not any(set(COMPONENTS) <= set(c) for c in codes.unique()):
-        raise UserError(f"{name}: no trace has all of the components Z, N, E (or Z, 1, 2), the column "
+        raise UserError(f"{name}: no trace has all of the components Z, N, E (or Z, 1, 2), the "
+                        "column "
                         f"trace_component_order holds only {', '.join(sorted(codes.unique())[:5])}")
     return codes
 
@@ -229,9 +246,11 @@ def of_split(
     "Which traces a split has; raises `UserError` with the splits that there are"
     inside = splits == split if split else np.ones(len(splits), bool)
     if inside.any(): return inside
-    counts = ", ".join(f"{s} ({n})" for s, n in zip(*np.unique(splits[splits != ""], return_counts=True)))
+    counts = ", ".join(f"{s} ({n})"
+                       for s, n in zip(*np.unique(splits[splits != ""], return_counts=True)))
     raise UserError(f"{name} has no trace in split {split!r}, only in {counts}")
 
+# %% ../../nbs/data/02_sources.ipynb #5d83d2ac
 def refusals(
     table,             # metadata with component codes as Z, N, E
     splits:np.ndarray, # (traces,)
@@ -240,11 +259,13 @@ def refusals(
 ) -> np.ndarray: # (traces,) object: the first reason against a trace, or None
     "What the table says against each trace"
     why, fine = np.full(len(table), None, object), inside.copy()
-    for clause, hit in {"no split, in a table that has some": splits == "", **unusable(table, window)}.items():
+    for clause, hit in {"no split, in a table that has some": splits == "",
+                        **unusable(table, window)}.items():
         why[hit & fine] = clause
         fine &= ~hit
     return why
 
+# %% ../../nbs/data/02_sources.ipynb #6001c51d
 def make_quick(
     data,            # a copy of a SeisBench data set
     keep:np.ndarray, # (traces,) bool
@@ -254,7 +275,7 @@ def make_quick(
     for column in set(data.metadata) - set(needed): del data.metadata[column]
     data.filter(keep)
     data.dimension_order, data.component_order, data.missing_components = "NCW", COMPONENTS, "pad"
-    data.sampling_rate = None                                                  # SeisBench does not resample: we do
+    data.sampling_rate = None  # SeisBench does not resample: we do
     small = sum(f.stat().st_size for f in Path(data.path).glob("waveforms*.hdf5")) <= 2**30
     data.cache, data.metadata_cache = ("full", True) if small else (None, False)
 
@@ -268,23 +289,26 @@ class SeisBenchSource(Source):
         name:str="dataset",       # what messages call it
         window:int=WINDOW,        # samples; traces below half of it are left out
     ):
-        data = dataset.copy()                                                  # metadata only, the samples are shared
+        data = dataset.copy()  # metadata only, the samples are shared
         table, splits = data.metadata, split_column(data.metadata, name)
         inside = of_split(splits, split, name)
         table["trace_component_order"] = component_codes(table, name)
         self.name, self.window, self.why = name, window, refusals(table, splits, inside, window)
         keep, names = inside & ~self.why.astype(bool), trace_names(table)
-        self.left_out = {why: names[self.why == why].tolist() for why in dict.fromkeys(w for w in self.why if w)}
+        self.left_out = {why: names[self.why == why].tolist()
+                         for why in dict.fromkeys(w for w in self.why if w)}
         where = f", split {split}" if split else ""
-        if not keep.any(): raise UserError(f"{name}{where}: no usable trace, since {self.reasons()}")
+        if not keep.any():
+            raise UserError(f"{name}{where}: no usable trace, since {self.reasons()}")
         if self.left_out: log.warning("%s%s: %s", name, where, self.reasons())
-        self.rows, self.splits = np.flatnonzero(keep), splits[keep]            # of the data set's own table
+        self.rows, self.splits = np.flatnonzero(keep), splits[keep]  # of the data set's own table
         self.names = names[keep].tolist()
-        row = "level_0" if "level_0" in table else "index"                     # SeisBench's: the row in the chunk's file
+        # SeisBench's: the row in the chunk's file
+        row = "level_0" if "level_0" in table else "index"
         self.chunks, self.places = (table[k][keep].to_numpy() for k in ("trace_chunk", row))
         self._labels(table[keep])
         make_quick(data, keep)
-        self.data, self.checked = data, np.zeros(len(self.names), bool)        # a record is checked once
+        self.data, self.checked = data, np.zeros(len(self.names), bool)  # a record is checked once
 
     def _labels(self, table):
         "Onsets at 100 Hz and their statuses; all events and zones where there are several"
@@ -310,10 +334,12 @@ class SeisBenchSource(Source):
 
     def metadata(self, column, default=None):
         "Read from the files by row; SeisBench's own table has forgotten which text a number was"
-        tables = {chunk: Path(self.data.path)/f"metadata{chunk}.csv" for chunk in sorted(set(self.chunks))}
+        tables = {chunk: Path(self.data.path)/f"metadata{chunk}.csv"
+                  for chunk in sorted(set(self.chunks))}
         columns = {chunk: columns_of(table) for chunk, table in tables.items()}
         there = [chunk for chunk in tables if column in columns[chunk]]
-        if not there and default is None: raise no_column(self.name, column, list(dict.fromkeys(sum(columns.values(), []))))
+        if not there and default is None:
+            raise no_column(self.name, column, list(dict.fromkeys(sum(columns.values(), []))))
         cells = np.full(len(self), "" if there else default, object)
         for chunk in there:
             here = self.chunks == chunk
@@ -322,16 +348,21 @@ class SeisBenchSource(Source):
 
     def fingerprint(self):
         "Of names, places, labels, events and zones, sampling rates, and the sizes of the files"
-        sizes = [(f.name, f.stat().st_size) for f in sorted(Path(self.data.path).glob("waveforms*.hdf5"))]
+        sizes = [(f.name, f.stat().st_size)
+                 for f in sorted(Path(self.data.path).glob("waveforms*.hdf5"))]
         more = [self.arrivals] if len(self.arrivals) else []   # one event a record: as in 0.1
         return digest(self.names, self.rows, *self.onset, self.status, self.rate, sizes, *more)
 
     def record(self, i:int) -> Record:
-        try: x = self.data.get_waveforms(int(i)).T                             # (3, L) -> (L, 3) at the original rate
-        except Exception as e: raise BadRecord(self.names[i], f"cannot be read: {reason(e)}") from None
-        with np.errstate(over="ignore", invalid="ignore"): x = resample(x, self.rate[i]).astype(np.float32)
-        inside = [float(pick) if 0 <= pick < len(x) else np.nan for pick in (onset[i] for onset in self.onset)]
-        record = Record(x, *inside[:2], self.names[i], *(status[i] for status in self.status), *inside[2:])
+        try: x = self.data.get_waveforms(int(i)).T  # (3, L) -> (L, 3) at the original rate
+        except Exception as e:
+            raise BadRecord(self.names[i], f"cannot be read: {reason(e)}") from None
+        with np.errstate(over="ignore", invalid="ignore"):
+            x = resample(x, self.rate[i]).astype(np.float32)
+        inside = [float(pick) if 0 <= pick < len(x) else np.nan
+                  for pick in (onset[i] for onset in self.onset)]
+        record = Record(x, *inside[:2], self.names[i], *(status[i] for status in self.status),
+                        *inside[2:])
         if len(self.arrivals):
             record = with_arrivals(record, arrivals_of_record(self.arrivals, i, len(x)))
         if not self.checked[i]: check_record(record, self.window)
@@ -339,7 +370,7 @@ class SeisBenchSource(Source):
         return record
 
 # %% ../../nbs/data/02_sources.ipynb #e692f79c
-NEEDED = {"trace_name": {"trace_name"},                                        # what is needed -> where it may stand
+NEEDED = {"trace_name": {"trace_name"},  # what is needed -> where it may stand
           "trace_sampling_rate_hz": {"trace_sampling_rate_hz", "trace_dt_s", "sampling_rate"},
           "trace_component_order": {"trace_component_order", "component_order"}}
 
@@ -350,37 +381,49 @@ def check_files(
     "Raises `UserError` when one of a pair of SeisBench files is missing, unreadable, empty or without a needed field"
     import h5py, pandas as pd
     for file in (metadata, waveforms):
-        if not file.is_file(): raise UserError(f"{file} does not exist: a SeisBench data set needs it")
+        if not file.is_file():
+            raise UserError(f"{file} does not exist: a SeisBench data set needs it")
     try: table = pd.read_csv(metadata, nrows=1)
-    except (OSError, ValueError) as e: raise UserError(f"{metadata} cannot be read as a table: {reason(e)}") from None
+    except (OSError, ValueError) as e:
+        raise UserError(f"{metadata} cannot be read as a table: {reason(e)}") from None
     try:
         with h5py.File(waveforms) as f: groups, known = set(f), set(f.get("data_format", ()))
     except OSError:
-        raise UserError(f"{waveforms} is not a readable HDF5 file, perhaps it was cut short: copy it again") from None
-    if "data" not in groups: raise UserError(f"{waveforms} has no group 'data': it was not written by SeisBench")
+        raise UserError(f"{waveforms} is not a readable HDF5 file, perhaps it was cut short: copy "
+                        "it again") from None
+    if "data" not in groups:
+        raise UserError(f"{waveforms} has no group 'data': it was not written by SeisBench")
     if not len(table): raise UserError(f"{metadata} lists no trace")
     for column, places in NEEDED.items():
-        if not places & (known | set(table)): raise UserError(f"{metadata} has no column {column}: SeisBench needs it")
+        if not places & (known | set(table)):
+            raise UserError(f"{metadata} has no column {column}: SeisBench needs it")
 
 # %% ../../nbs/data/02_sources.ipynb #898ec045
 def _seisbench():
     "SeisBench, imported when it is needed: it takes seconds"
     try: import seisbench.data
     except OSError as e:   # it writes a cache folder on import
-        raise UserError(f"SeisBench cannot make its cache folder, set SEISBENCH_CACHE_ROOT: {reason(e)}") from None
+        raise UserError("SeisBench cannot make its cache folder, set SEISBENCH_CACHE_ROOT: "
+                        f"{reason(e)}") from None
     return seisbench
 
 def open_folder(
     folder:Path, # a SeisBench data set: metadata.csv and waveforms.hdf5, or chunks of them
 ): # seisbench.data.WaveformDataset
     "The data set in a folder, or `UserError`"
-    if is_store(folder): raise UserError(f"{folder} is a packed store, which has no SeisBench table: give the folder that it was packed from")
+    if is_store(folder):
+        raise UserError(f"{folder} is a packed store, which has no SeisBench table: give the "
+                        "folder that it was packed from")
     WaveformDataset = _seisbench().data.WaveformDataset
-    try: chunks = WaveformDataset.available_chunks(folder)                     # [""] for the usual pair of files
-    except FileNotFoundError: raise UserError(f"{folder} holds no store and no SeisBench data set (metadata.csv and "
-                                              "waveforms.hdf5); miniSEED or SAC files can be packed: seismodel pack") from None
+    try: chunks = WaveformDataset.available_chunks(folder)  # [""] for the usual pair of files
+    except FileNotFoundError:
+        raise UserError(f"{folder} holds no store and no SeisBench data set (metadata.csv and "
+                                              "waveforms.hdf5); miniSEED or SAC files can be "
+                                              "packed: seismodel pack") from None
     for chunk in chunks: check_files(folder/f"metadata{chunk}.csv", folder/f"waveforms{chunk}.hdf5")
-    try: data = WaveformDataset(folder, dimension_order="NCW", component_order=COMPONENTS, sampling_rate=SAMPLING_RATE)
+    try:
+        data = WaveformDataset(folder, dimension_order="NCW", component_order=COMPONENTS,
+                               sampling_rate=SAMPLING_RATE)
     except Exception as e: raise UserError(f"SeisBench cannot read {folder}: {reason(e)}") from None
     return data
 
@@ -398,7 +441,8 @@ def open_published(
         if not existed: rmtree(cache, ignore_errors=True)
         for file in set(cache.glob("*")) - before: file.unlink()
         if not isinstance(e, Exception): raise                                 # Ctrl-C stays Ctrl-C
-        raise UserError(f"SeisBench cannot provide {name} ({type(e).__name__}: {reason(e)[:150]}); connect to the "
+        raise UserError(f"SeisBench cannot provide {name} ({type(e).__name__}: {reason(e)[:150]}); "
+                        "connect to the "
                         "network, or give the folder of a data set") from None
 
 # %% ../../nbs/data/02_sources.ipynb #a8767eb3
@@ -407,7 +451,8 @@ def published(
 ) -> str: # the name of a class in seisbench.data
     "Checks the name; raises `UserError` with the nearest one"
     folder = Path(where).expanduser()
-    if folder.exists(): raise UserError(f"{where} is a file: give the folder with metadata.csv and waveforms.hdf5")
+    if folder.exists():
+        raise UserError(f"{where} is a file: give the folder with metadata.csv and waveforms.hdf5")
     if len(folder.parts) != 1: raise UserError(f"the folder {where} does not exist")
     known = published_names()
     if str(where) in known: return str(where)
@@ -415,6 +460,7 @@ def published(
     raise UserError(f"{where!r} is neither a folder, nor a data set of SeisBench, nor 'synthetic'"
                     + (f": did you mean {near[0]}?" if near else ""))
 
+# %% ../../nbs/data/02_sources.ipynb #fe0908ed
 def published_names() -> list[str]: # class names that `open_dataset` understands
     "The waveform data sets that SeisBench knows by name"
     sbd = _seisbench().data
@@ -422,12 +468,14 @@ def published_names() -> list[str]: # class names that `open_dataset` understand
     return [n for n, c in vars(sbd).items() if isinstance(c, type) and issubclass(c, base)
             and c is not base and not n.endswith("Dataset")]
 
+# %% ../../nbs/data/02_sources.ipynb #ae49278d
 def open_dataset(
     where:str, # the folder of a SeisBench data set, or the name of a published one ("ETHZ")
 ): # seisbench.data.WaveformDataset
     "A data set with all of its splits; raises `UserError` where there is none"
     if str(where) == "synthetic":
-        raise UserError("the synthetic source has no whole records: write some into a SeisBench folder")
+        raise UserError("the synthetic source has no whole records: write some into a SeisBench "
+                        "folder")
     folder = Path(where).expanduser()
     return open_folder(folder) if folder.is_dir() else open_published(published(where))
 
@@ -438,13 +486,15 @@ def whole_path(
     "The whole path of a folder; other names as they are"
     return str(Path(name).expanduser().resolve()) if Path(name).expanduser().is_dir() else name
 
+# %% ../../nbs/data/02_sources.ipynb #77dad709
 def means_files(
     where:str, # what a person typed
 ) -> bool: # a file, a pattern, or a folder that is neither a store nor a SeisBench data set
     "Whether a word means waveform files, which the archive reader reads"
     path = Path(where).expanduser()
     if not path.is_dir(): return path.is_file() or has_magic(str(where))
-    return not (is_store(path) or any(path.glob("metadata*.csv")) or any(path.glob("waveforms*.hdf5")))
+    return not (is_store(path) or any(path.glob("metadata*.csv"))
+                or any(path.glob("waveforms*.hdf5")))
 
 # %% ../../nbs/data/02_sources.ipynb #08ae6abe
 def parse_weights(
@@ -456,7 +506,8 @@ def parse_weights(
     try: weights = [float(w) for w in text.split(",")]
     except ValueError: weights = []
     if len(weights) != n or not all(0 < w < np.inf for w in weights):
-        raise UserError(f"--data-weights is '{text}'; give one positive number for each dataset ({n}), with commas between.")
+        raise UserError(f"--data-weights is '{text}'; give one positive number for each dataset "
+                        f"({n}), with commas between.")
     return weights
 
 # %% ../../nbs/data/02_sources.ipynb #d3afc4e2
@@ -466,10 +517,12 @@ def open_source(
     window:int=WINDOW, # samples of a window
 ) -> Source:
     "Open a source of records. Everything that can be wrong with `where` raises `UserError`."
-    if str(where) == "synthetic": return SyntheticSource(split=split, config=SyntheticConfig(samples=window))
+    if str(where) == "synthetic":
+        return SyntheticSource(split=split, config=SyntheticConfig(samples=window))
     folder = Path(where).expanduser()
     if is_store(folder): return StoreSource(Store(folder), split, window)
-    return SeisBenchSource(open_dataset(where), split, folder.resolve().name if folder.is_dir() else str(where), window)
+    return SeisBenchSource(open_dataset(where), split, folder.resolve().name if folder.is_dir()
+                           else str(where), window)
 
 # %% ../../nbs/data/02_sources.ipynb #1b1ee794
 def write_synthetic(
@@ -482,7 +535,8 @@ def write_synthetic(
     WaveformDataWriter = _seisbench().data.WaveformDataWriter
     split = [name for name, count in splits.items() for _ in range(count)]
     made = synthesize(range(len(split)), seed=seed, config=SyntheticConfig(samples=samples))
-    with redirect_stderr(StringIO()), WaveformDataWriter(folder/"metadata.csv", folder/"waveforms.hdf5") as writer:
+    with redirect_stderr(StringIO()), WaveformDataWriter(folder/"metadata.csv",
+                                                         folder/"waveforms.hdf5") as writer:
         writer.data_format = {"dimension_order": "CW"}
         for k, (x, p, s) in enumerate(zip(made.waveforms, made.p_onset, made.s_onset)):
             kind = "noise" if np.isnan(p) and np.isnan(s) else "earthquake"

@@ -28,7 +28,8 @@ from ..signals.source import Source, Windows, digest
 from ..core import UserError
 
 # %% ../../nbs/data/04_store_reader.ipynb #dca25abf
-MANIFEST = dict(version=int, dtype=str, splits=list[str], traces=int, samples=int, sources=list[dict], shards=list[dict], tables=dict)
+MANIFEST = dict(version=int, dtype=str, splits=list[str], traces=int, samples=int,
+                sources=list[dict], shards=list[dict], tables=dict)
 
 # %% ../../nbs/data/04_store_reader.ipynb #20607f4a
 def read_manifest(
@@ -36,14 +37,16 @@ def read_manifest(
 ) -> dict:
     "The manifest; raises `UserError` where it is missing, of something else, incomplete or of a newer version"
     if (folder/"plan.json").exists() and not (folder/"manifest.json").exists():
-        raise UserError(f"{folder} is a store that is not finished: give the same seismodel pack command again")
+        raise UserError(f"{folder} is a store that is not finished: give the same seismodel pack "
+                        "command again")
     file, cure = folder/"manifest.json", "copy it again, or pack again"
     m = read_json(file, cure=cure)
     if m.get("format") != "seismodel-store":
         raise UserError(f"{folder} is no store: its manifest.json is of something else")
     check_json(m, MANIFEST, file, cure)
     if m["version"] > VERSION:
-        raise UserError(f"{folder} was packed by a newer seismodel (store version {m['version']}): upgrade this one")
+        raise UserError(f"{folder} was packed by a newer seismodel (store version {m['version']}): "
+                        "upgrade this one")
     for shard in m["shards"]: check_json(shard, dict(file=str, samples=int, sha256=str), file, cure)
     sealed = "sha256" in m or any("header" in shard for shard in m["shards"])    # since version 0.2
     if sealed and not is_sealed(file.read_bytes(), m.get("sha256")) or m["dtype"] not in DTYPES:
@@ -60,7 +63,8 @@ def check_sizes(
     for k, shard in enumerate(manifest["shards"]):
         file, size = folder/f"samples-{k:05}.npy", 128 + shard["samples"] * width
         if not file.is_file() or file.stat().st_size != size:
-            raise UserError(f"{file} is missing or cut short (it should have {size} bytes): copy it again")
+            raise UserError(f"{file} is missing or cut short (it should have {size} bytes): copy "
+                            "it again")
     for name in table_names(manifest["version"]):
         if not (folder/name).is_file(): raise UserError(f"{folder/name} is missing: copy it again")
 
@@ -72,7 +76,8 @@ def check_tables(
     "Raises `UserError` for an index or a table that is not what was written"
     for name in table_names(manifest["version"]):
         if sha256(folder/name) != manifest["tables"].get(name):
-            raise UserError(f"{folder/name} is damaged or does not belong to its manifest: copy it again")
+            raise UserError(f"{folder/name} is damaged or does not belong to its manifest: copy it "
+                            "again")
 
 # %% ../../nbs/data/04_store_reader.ipynb #2f771bd1
 def read_index(
@@ -81,11 +86,14 @@ def read_index(
 ) -> np.ndarray: # a row a trace, mapped
     "The index; raises `UserError` where it is of another store"
     try: index = np.load(folder/"index.npy", mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError): raise UserError(f"{folder}/index.npy is damaged: copy it again") from None
-    if len(index) != manifest["traces"] or not {"name", "shard", "first", *LABEL_FIELDS} <= set(index.dtype.names or ()):
+    except (OSError, ValueError):
+        raise UserError(f"{folder}/index.npy is damaged: copy it again") from None
+    if len(index) != manifest["traces"] or not {"name", "shard", "first",
+                                                *LABEL_FIELDS} <= set(index.dtype.names or ()):
         raise UserError(f"{folder}/index.npy does not belong to its manifest: copy both again")
     return index
 
+# %% ../../nbs/data/04_store_reader.ipynb #901c3614
 def read_arrivals(
     folder:Path,   # of a store
     manifest:dict, # of it
@@ -93,7 +101,8 @@ def read_arrivals(
     "All events and zones of the traces that have more to say than one P and one S"
     if manifest["version"] < 2: return np.empty(0, ARRIVAL)
     try: arrivals = np.load(folder/ARRIVALS, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError): raise UserError(f"{folder}/{ARRIVALS} is damaged: copy it again") from None
+    except (OSError, ValueError):
+        raise UserError(f"{folder}/{ARRIVALS} is damaged: copy it again") from None
     if arrivals.dtype != ARRIVAL:
         raise UserError(f"{folder}/{ARRIVALS} does not belong to its manifest: copy both again")
     return arrivals
@@ -115,7 +124,7 @@ class Store:
         self.checked = np.full(len(self.index), "crc" not in self.index.dtype.names)
 
     def __len__(self): return len(self.index)
-    def __reduce__(self): return Store, (self.folder, False)                   # a loader process opens it for itself
+    def __reduce__(self): return Store, (self.folder, False)  # a loader process opens it for itself
 
     def shard(self,
         k:int, # its number
@@ -123,7 +132,8 @@ class Store:
         "A file of samples, mapped when it is first asked for"
         if k not in self._maps:
             file, shard = self.folder/f"samples-{k:05}.npy", self.manifest["shards"][k]
-            if shard.get("header", header_crc(file)) != header_crc(file): raise UserError(f"{file} is damaged: copy it again")
+            if shard.get("header", header_crc(file)) != header_crc(file):
+                raise UserError(f"{file} is damaged: copy it again")
             x = np.memmap(file, self.dtype, "r", 128, (shard["samples"], 3))
             self._maps[k] = np.asarray(x), x._mmap
         return self._maps[k]
@@ -134,12 +144,13 @@ class Store:
         "Compare the checksums of traces that were not read before; raises `UserError` for one that is damaged"
         fresh = np.unique(rows[~self.checked[rows]])
         if not len(fresh): return
-        known = ("shard", "first", "samples", "crc")                          # a row by itself is slow
+        known = ("shard", "first", "samples", "crc")  # a row by itself is slow
         about = (self.index[k][fresh].tolist() for k in known)
         for row, shard, first, samples, crc in zip(fresh.tolist(), *about):
             if crc and crc32(self.shard(shard)[0][first:first + samples]) != crc:
                 name = self.index["name"][row].decode()
-                raise UserError(f"{self.folder}/samples-{shard:05}.npy: trace {name} is damaged, its "
+                raise UserError(f"{self.folder}/samples-{shard:05}.npy: trace {name} is damaged, "
+                                "its "
                                 "checksum does not match; copy the file again, or pack again")
             self.checked[row] = True
 
@@ -151,7 +162,8 @@ class Store:
         self.check(np.array([row]))
         q = self.shard(r["shard"])[0][r["first"]:r["first"] + r["samples"]]
         labels = {k: r[k].item() for k in LABEL_FIELDS}
-        record = Record(dequantize_samples(q, r["offset"], r["scale"]), name=r["name"].decode(), **labels)
+        record = Record(dequantize_samples(q, r["offset"], r["scale"]), name=r["name"].decode(),
+                        **labels)
         first, last = np.searchsorted(self.arrivals["record"], [row, row + 1])
         return with_arrivals(record, self.arrivals[first:last])
 
@@ -160,6 +172,7 @@ class Store:
         want = {s["file"]: s["sha256"] for s in self.manifest["shards"]} | self.manifest["tables"]
         return [name for name, digest in want.items() if sha256(self.folder/name) != digest]
 
+# %% ../../nbs/data/04_store_reader.ipynb #5c6c1639
 def is_store(
     folder, # any path
 ) -> bool: # finished or not
@@ -176,10 +189,12 @@ def advise_willneed(
 ) -> None:
     "Let the system fetch stretches that will be read soon, where it takes advice"
     width = 3 * store.dtype.itemsize
-    for k, first, last in zip(shard, 128 + start * width, 128 + (start + samples) * width):     # bytes, after the header
+    # bytes, after the header
+    for k, first, last in zip(shard, 128 + start * width, 128 + (start + samples) * width):
         memory, page = store.shard(k)[1], int(first) // mmap.PAGESIZE * mmap.PAGESIZE
         if hasattr(memory, "madvise"): memory.madvise(mmap.MADV_WILLNEED, page, int(last) - page)
 
+# %% ../../nbs/data/04_store_reader.ipynb #2159db64
 def gather_windows(
     store:Store,       # open
     shard:np.ndarray,  # (B,) which file
@@ -192,7 +207,8 @@ def gather_windows(
     for k in files:
         here = np.flatnonzero(shard == k)
         x = store.shard(k)[0]
-        rows = np.lib.stride_tricks.as_strided(x, (len(x) - window + 1, 3 * window), (width, store.dtype.itemsize))
+        rows = np.lib.stride_tricks.as_strided(x, (len(x) - window + 1, 3 * window),
+                                               (width, store.dtype.itemsize))
         if out is None: out = rows[start]                                      # one file: one copy
         else: out[here] = rows[start[here]]
     return out.reshape(-1, window, 3)
@@ -205,12 +221,16 @@ def rows_of_split(
 ) -> tuple[np.ndarray, list[str]]: # rows of the index with at least half a window; names of the others
     "The traces of a split"
     name, splits, index = store.folder.resolve().name, store.manifest["splits"], store.index
-    if split not in splits: raise UserError(f"{name} has no trace in split {split!r}, only in {', '.join(splits)}")
+    if split not in splits:
+        raise UserError(f"{name} has no trace in split {split!r}, only in {', '.join(splits)}")
     rows = np.flatnonzero(index["split"] == splits.index(split))
     brief = index["samples"][rows] < window / 2
-    if brief.all(): raise UserError(f"{name}: every trace of split {split!r} is shorter than half a window of {window}")
+    if brief.all():
+        raise UserError(f"{name}: every trace of split {split!r} is shorter than half a window of "
+                        f"{window}")
     return rows[~brief], [n.decode() for n in index["name"][rows[brief]]]
 
+# %% ../../nbs/data/04_store_reader.ipynb #aa4aaa62
 def upper_bounds(
     count:np.ndarray, # (sources,) traces of each
     weights:list,     # of the sources; None in it: every trace counts the same
@@ -220,6 +240,7 @@ def upper_bounds(
     if not share.any(): share = count
     return np.cumsum(share / share.sum())
 
+# %% ../../nbs/data/04_store_reader.ipynb #a26bb09e
 def choose_traces(
     u:np.ndarray,     # (B,) in [0, 1)
     upto:np.ndarray,  # (sources,) from `upper_bounds`
@@ -240,15 +261,18 @@ def place_windows(
     "Where windows start; negative: that many zeros come first"
     extra = samples.astype(np.int64) - window
     first = (u * (np.abs(extra) + 1)).astype(np.int64) * np.where(extra < 0, -1, 1)
-    return first, np.stack([np.maximum(-first, 0), np.minimum(samples - first, window)], 1).astype(np.int32)
+    return first, np.stack([np.maximum(-first, 0), np.minimum(samples - first, window)],
+                           1).astype(np.int32)
 
+# %% ../../nbs/data/04_store_reader.ipynb #b2a9aee4
 def labels_in_windows(
     rows:np.ndarray,  # (B,) of the index
     first:np.ndarray, # (B,) sample of the trace at which a window starts
     window:int,       # samples
 ) -> tuple[np.ndarray, np.ndarray]: # onsets (B, 4) float32 in the window, NaN outside; statuses (B, 2) int8
     "The labels of windows"
-    onset = np.stack([rows[k] for k in ("p_onset", "s_onset", "p_weak", "s_weak")], 1) - first[:, None]
+    onset = np.stack([rows[k] for k in ("p_onset", "s_onset", "p_weak", "s_weak")],
+                     1) - first[:, None]
     onset[~((onset >= 0) & (onset < window))] = np.nan
     return onset.astype(np.float32), np.stack([rows["p_status"], rows["s_status"]], 1)
 
@@ -267,7 +291,8 @@ def gather_padded(
     x = np.zeros((len(shard), window, 3), store.dtype)
     if long.any(): x[long] = gather_windows(store, shard[long], begin[long] + first[long], window)
     for b in np.flatnonzero(~long):
-        x[b, -first[b]:samples[b] - first[b]] = store.shard(shard[b])[0][begin[b]:begin[b] + samples[b]]
+        x[b, -first[b]:samples[b] - first[b]] = store.shard(shard[b])[0][begin[b]:begin[b]
+                                                                         + samples[b]]
     return x
 
 # %% ../../nbs/data/04_store_reader.ipynb #1609d28a
@@ -278,6 +303,7 @@ def columns_of(
     import pandas as pd
     return list(pd.read_csv(file, nrows=0))
 
+# %% ../../nbs/data/04_store_reader.ipynb #026eca2f
 def read_column(
     file: Path,     # a CSV with that column
     column: str,
@@ -287,6 +313,7 @@ def read_column(
     cells = pd.read_csv(file, usecols=[column], dtype=str, keep_default_na=False)[column]
     return cells.where(~cells.isin(['nan', 'NaN']), '').to_numpy(object)
 
+# %% ../../nbs/data/04_store_reader.ipynb #ff67c239
 def no_column(
     name: str,            # of the source
     column: str,          # that was asked for
@@ -314,7 +341,8 @@ class StoreSource(Source):
     def _look_up(self):
         "Where the records lie, and how often each source is drawn"
         index, sources = self.store.index, self.store.manifest['sources']
-        self.samples, self.first, self.shard = (index[k][self.rows] for k in ('samples', 'first', 'shard'))
+        self.samples, self.first, self.shard = (index[k][self.rows]
+                                                for k in ('samples', 'first', 'shard'))
         self.count = np.bincount(index['source'][self.rows], minlength=len(sources))
         self.upto = upper_bounds(self.count, [s['weight'] for s in sources])
         arrived = self.store.arrivals['record']
@@ -327,7 +355,8 @@ class StoreSource(Source):
 
     def metadata(self, column, default=None):
         file = self.store.folder/'traces.csv'
-        if column in (columns := columns_of(file)): return read_column(file, column)[self.rows].tolist()
+        if column in (columns := columns_of(file)):
+            return read_column(file, column)[self.rows].tolist()
         if default is None: raise no_column(self.name, column, columns)
         return [default]*len(self)
 
@@ -337,10 +366,12 @@ class StoreSource(Source):
         twice = set(names[count > 1].tolist())
         called = lambda name, row: name.decode() + (f', row {row}' if name in twice else '')
         own = self.store.index['name'][self.rows].tolist()
-        return [e or called(n, row) for e, n, row in zip(self.metadata('source_id', ''), own, self.rows)]
+        return [e or called(n, row) for e, n, row in zip(self.metadata('source_id', ''), own,
+                                                         self.rows)]
 
     def has_phase_labels(self):
-        return bool(any((self.store.index[k][self.rows] > 0).any() for k in ('p_status', 's_status')))
+        return bool(any((self.store.index[k][self.rows] > 0).any()
+                        for k in ('p_status', 's_status')))
 
     def fingerprint(self):
         "Of index and arrivals, which hold labels and sizes, and of the checksums of the samples"

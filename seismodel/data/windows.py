@@ -23,12 +23,13 @@ def splitmix64(
     z:np.ndarray, # uint64
 ) -> np.ndarray: # uint64, one to one
     "SplitMix64: add the golden ratio, then shift and multiply"
-    with np.errstate(over="ignore"):                                           # arithmetic modulo 2^64
+    with np.errstate(over="ignore"):  # arithmetic modulo 2^64
         z = z + np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ z >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ z >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
         return z ^ z >> np.uint64(31)
 
+# %% ../../nbs/data/06_windows.ipynb #9f3d65fa
 def uniforms(
     seed:int,           # of the run
     numbers:np.ndarray, # (B,) windows
@@ -53,12 +54,15 @@ def write_rows_into(
         raise UserError(f"a window has {events} events and {zones} zones, "
                         "more than its source says in `most`")
     b.events[rows, :events], b.zones[rows, :, :zones] = w.events, w.zones
-    if len(rows) and rows[-1] - rows[0] == len(rows) - 1: rows = slice(rows[0], rows[-1] + 1)       # a view, no copy
+    # a view, no copy
+    if len(rows) and rows[-1] - rows[0] == len(rows) - 1: rows = slice(rows[0], rows[-1] + 1)
     if not raw and isinstance(rows, slice): normalize_windows(w.x, w.valid, b.x[rows])
     elif not raw: b.x[rows] = normalize_windows(w.x, w.valid)
     elif w.x.dtype == b.x.dtype: b.x[rows] = w.x
-    else: b.x[rows], b.scale[rows] = w.x * w.scale[:, None], 1.                # sources of several types: amplitudes
+    # sources of several types: amplitudes
+    else: b.x[rows], b.scale[rows] = w.x * w.scale[:, None], 1.
 
+# %% ../../nbs/data/06_windows.ipynb #d3f6bcaf
 def empty_batch(
     count:int,      # windows
     window:int,     # samples
@@ -67,8 +71,10 @@ def empty_batch(
 ) -> Windows:
     "A batch to be filled"
     missing = lambda *shape: np.full(shape, np.nan, np.float32)
-    return Windows(np.empty((count, window, 3), dtype), np.ones((count, 3), np.float32), np.zeros((count, 2), np.int32),
-                   np.zeros((count, 4), np.float32), np.zeros((count, 2), np.int8), np.zeros(count, int),
+    return Windows(np.empty((count, window, 3), dtype), np.ones((count, 3), np.float32),
+                   np.zeros((count, 2), np.int32),
+                   np.zeros((count, 4), np.float32), np.zeros((count, 2), np.int8),
+                   np.zeros(count, int),
                    missing(count, most[0], 2), missing(count, 2, most[1], 2))
 
 # %% ../../nbs/data/06_windows.ipynb #62cabeb8
@@ -88,7 +94,8 @@ class Filler:
     ) -> np.ndarray:       # rows that succeeded
         "Fill what can be filled"
         i = self.source.choose(u[:, 0])
-        self.source.prefetch_windows(i, u[:, 1], self.window)      # all of them, while the first are copied
+        # all of them, while the first are copied
+        self.source.prefetch_windows(i, u[:, 1], self.window)
         few = [slice(k, k + 32) for k in range(0, len(rows), 32)]
         return np.concatenate([self.fill_few(b, rows[k], i[k], u[k, 1], raw) for k in few])
 
@@ -128,6 +135,7 @@ def shares_of(
     if not valid: raise UserError(f"{n} sources need as many weights, positive or 0: {weights}")
     return share / share.sum()
 
+# %% ../../nbs/data/06_windows.ipynb #7d62d37e
 def choose_sources(
     u:np.ndarray,     # (B,) in [0, 1)
     share:np.ndarray, # (n,) from `shares_of`
@@ -164,7 +172,8 @@ class WindowDataset(Dataset):
         start:int=0,        # number of the first window: a resumed run starts where it stopped
         window:int=WINDOW,  # samples of a window
     ):
-        self.sources, self.length, self.share = list(sources), length, shares_of(weights, len(sources))
+        self.sources, self.length, self.share = list(sources), length, shares_of(weights,
+            len(sources))
         self.seed, self.start, self.window, self.rejected = seed, start, window, {}
         self.fillers = [Filler(s, window, self.rejected) for s in self.sources]
         self.most = tuple(map(max, zip(*(s.most(window) for s in self.sources))))
@@ -187,7 +196,8 @@ class WindowDataset(Dataset):
         n, kinds = n + self.start, {s.dtype for s in self.sources}
         dtype = kinds.pop() if raw and len(kinds) == 1 else np.float32
         b = empty_batch(len(n), self.window, dtype, self.most)
-        todo, source, redrawn, attempt = np.arange(len(n)), np.zeros(len(n), int), np.zeros(len(n), int), 0
+        todo, source, redrawn, attempt = np.arange(len(n)), np.zeros(len(n), int), np.zeros(len(n),
+            int), 0
         while len(todo) and attempt < 1000:
             u = uniforms(self.seed, n[todo], attempt)
             source[todo] = s = choose_sources(u[:, 0], self.share)
@@ -203,7 +213,9 @@ class WindowDataset(Dataset):
         for s in np.flatnonzero(self.share):
             for i in range(len(self.sources[s])):
                 u = uniforms(self.seed, np.array([n]), asked)[:, 2]
-                if len(self.fillers[s].fill_few(b, np.array([row]), np.array([i]), u, raw)): return s, asked
+                if len(self.fillers[s].fill_few(b, np.array([row]), np.array([i]), u, raw)):
+                    return s, asked
                 asked += 1
-        raise UserError(f"no usable record in {', '.join(s.name for s in self.sources)}; the first: "
+        raise UserError(f"no usable record in {', '.join(s.name for s in self.sources)}; the "
+                        "first: "
                         + ": ".join(next(iter(self.rejected.items()))))

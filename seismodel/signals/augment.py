@@ -29,6 +29,7 @@ def uniform(
     "A random number a window"
     return torch.rand(len(like), generator=generator, device=like.device)
 
+# %% ../../nbs/signals/06_augment.ipynb #f8be0726
 def moved(
     batch:dict,          # with onsets and valid
     by:torch.Tensor,     # (B,) samples by which everything comes later
@@ -42,7 +43,7 @@ def moved(
     if "events" in batch:                                          # (B, A, 2): P and S of each
         onset = batch["events"] + by[:, None, None]
         new["events"] = torch.where((onset >= 0) & (onset < length), onset, torch.nan)
-    if "unlabelled" in batch:                                      # (B, 2, Z, 2): first and last of each zone
+    if "unlabelled" in batch:  # (B, 2, Z, 2): first and last of each zone
         new["unlabelled"] = (batch["unlabelled"] + by[:, None, None, None]).clamp(0, length)
     return new | {"valid": (batch["valid"] + by[:, None]).clamp(0, length).to(batch["valid"].dtype)}
 
@@ -54,15 +55,18 @@ def at(x, first, length):
     taken = x.gather(1, i.clamp(0, x.shape[1] - 1)[..., None].expand(-1, -1, x.shape[2]))
     return torch.where(there[..., None], taken, 0.)
 
+# %% ../../nbs/signals/06_augment.ipynb #b8797d1a
 def random_window(batch:dict, generator:torch.Generator,
     length:int=2048, # samples to keep, at most those that there are
 ) -> dict:
     "A shorter window at a random place"
     extra = batch["x"].shape[1] - length
-    if extra < 0: raise ValueError(f"a window of {batch['x'].shape[1]} samples has none of {length} in it")
+    if extra < 0:
+        raise ValueError(f"a window of {batch['x'].shape[1]} samples has none of {length} in it")
     first = (uniform(batch["x"], generator) * (extra + 1)).long()
     return {**batch, "x": at(batch["x"], first, length), **moved(batch, -first, length)}
 
+# %% ../../nbs/signals/06_augment.ipynb #b36a4363
 def shift_time(batch:dict, generator:torch.Generator,
     most:int=500, # samples to either side
 ) -> dict:
@@ -77,11 +81,13 @@ def drop_components(batch:dict, generator:torch.Generator,
 ) -> dict:
     "Components that fail"
     x = batch["x"]
-    order = torch.rand(len(x), 3, generator=generator, device=x.device).argsort(1)       # a random order of the three
-    lost = order < 1 + (uniform(x, generator) * 2).long()[:, None]                         # one or two of them
+    # a random order of the three
+    order = torch.rand(len(x), 3, generator=generator, device=x.device).argsort(1)
+    lost = order < 1 + (uniform(x, generator) * 2).long()[:, None]  # one or two of them
     hit = (uniform(x, generator) < share)[:, None] & lost
     return {**batch, "x": torch.where(hit[:, None], 0., x)}
 
+# %% ../../nbs/signals/06_augment.ipynb #fecfc112
 def flip_polarity(batch:dict, generator:torch.Generator,
     share:float=.5, # of the components, or of the windows
     together:bool=False, # all three components of a window or none
@@ -91,20 +97,24 @@ def flip_polarity(batch:dict, generator:torch.Generator,
     flip = torch.rand(len(x), 1 if together else 3, generator=generator, device=x.device) < share
     return {**batch, "x": torch.where(flip[:, None], -x, x)}
 
+# %% ../../nbs/signals/06_augment.ipynb #1a894014
 def rotate_horizontals(batch:dict, generator:torch.Generator) -> dict:
     "N and E turned by any angle; a window without one of the two stays as it is"
     x, angle = batch["x"], 2 * torch.pi * uniform(batch["x"], generator)
     n, e, c, s = x[..., 1], x[..., 2], angle.cos()[:, None], angle.sin()[:, None]
     both = ((n != 0).any(1) & (e != 0).any(1))[:, None, None]
-    return {**batch, "x": torch.where(both, torch.stack([x[..., 0], c * n + s * e, c * e - s * n], -1), x)}
+    return {**batch, "x": torch.where(both, torch.stack([x[..., 0], c * n + s * e, c * e - s * n],
+                                                        -1), x)}
 
 # %% ../../nbs/signals/06_augment.ipynb #0e243cc1
 def zones_of(
     batch:dict, # perhaps with zones
 ) -> torch.Tensor: # (B, 2, Z, 2) first and last of each zone of P and of S, in samples; Z is 0 where there are none
     "The zones without labels of a batch"
-    return batch["unlabelled"] if "unlabelled" in batch else batch["x"].new_empty(len(batch["x"]), 2, 0, 2)
+    return batch["unlabelled"] if "unlabelled" in batch else batch["x"].new_empty(len(batch["x"]),
+        2, 0, 2)
 
+# %% ../../nbs/signals/06_augment.ipynb #a959122c
 def add_noise(batch:dict, generator:torch.Generator,
     noise:torch.Tensor, # (N, L, 3) windows of noise, on the same device
     snr_db:tuple=(0., 20.), # signal to noise, of the standard deviations over the window, between these two
@@ -117,9 +127,11 @@ def add_noise(batch:dict, generator:torch.Generator,
     spread = lambda v: (v - v.mean(1, keepdim=True)).square().mean((1, 2)).sqrt()
     n = noise[which] - noise[which].mean(1, keepdim=True)
     size = ratio * spread(x) / spread(n).clamp(min=torch.finfo(torch.float32).tiny)
-    there = (x != x[:, :1]).any(1, keepdim=True) & valid_mask(batch["valid"], x.shape[1])               # not into missing components or padding
+    # not into missing components or padding
+    there = (x != x[:, :1]).any(1, keepdim=True) & valid_mask(batch["valid"], x.shape[1])
     return {**batch, "x": torch.where(there, x + size[:, None, None] * n, x)}
 
+# %% ../../nbs/signals/06_augment.ipynb #bfffe6ef
 def add_gaps(batch:dict, generator:torch.Generator,
     share:float=.1, # of the windows
     most:float=.2,  # of the window, at most
@@ -128,20 +140,22 @@ def add_gaps(batch:dict, generator:torch.Generator,
     x, L = batch["x"], batch["x"].shape[1]
     hit, length = uniform(x, generator) < share, 1 + uniform(x, generator) * (most * L - 1)
     first = uniform(x, generator) * (L - length)
-    several = "events" in batch or "unlabelled" in batch                       # then a zone says what nobody knows
+    several = "events" in batch or "unlabelled" in batch  # then a zone says what nobody knows
     gap = lambda t, one: hit[one] & (t >= first[one]) & (t < (first + length)[one])
-    new = {"x": torch.where(gap(torch.arange(L, device=x.device), (slice(None), None))[..., None], 0., x)}
+    new = {"x": torch.where(gap(torch.arange(L, device=x.device), (slice(None), None))[..., None],
+                            0., x)}
     for name in (n for n in ONSETS if n in batch):
         lost = gap(batch[name], slice(None))
         new[name] = torch.where(lost, torch.nan, batch[name])
         status = name.replace("_onset", "_status")
         if status != name and not several:
-            new[status] = torch.where(lost, STATUS.index("unlabelled"), batch[status]).to(batch[status].dtype)
+            new[status] = torch.where(lost, STATUS.index("unlabelled"),
+                                      batch[status]).to(batch[status].dtype)
     if "events" in batch:
         inside = gap(batch["events"], (slice(None), None, None))
         new["events"] = torch.where(inside, torch.nan, batch["events"])
     if several:
-        zone = torch.stack([first - 50, first + length + 50], -1)              # bumps reach out of the gap
+        zone = torch.stack([first - 50, first + length + 50], -1)  # bumps reach out of the gap
         zone = torch.where(hit[:, None], zone, torch.nan)[:, None, None].expand(-1, 2, -1, -1)
         new["unlabelled"] = torch.cat([zones_of(batch), zone.to(x.dtype)], 2)
     return {**batch, **new}
@@ -154,7 +168,7 @@ def merge_events(
 ) -> tuple[torch.Tensor, torch.Tensor]: # (B, most, 2) of both in order of time; (B,) bool, whether all have found room
     "Events of two windows as those of one"
     both = torch.cat([a, b], 1)                                                # (B, 2A, 2)
-    first = both.nan_to_num(torch.inf).amin(-1)                                # (B, 2A), infinite where there is none
+    first = both.nan_to_num(torch.inf).amin(-1)  # (B, 2A), infinite where there is none
     order = first.argsort(dim=1, stable=True)[:, :most]
     return both.gather(1, order[..., None].expand(-1, -1, 2)), first.isfinite().sum(1) <= most
 
@@ -165,10 +179,11 @@ def stack_events(batch:dict, generator:torch.Generator,
 ) -> dict:
     "The neighbour in the batch on top, with its events; all of them are then in `events`, and zones in `unlabelled`"
     x, number = batch["x"], torch.arange(len(batch["x"]), device=batch["x"].device)
-    other = (number ^ 1).clamp(max=len(x) - 1)                                 # in pairs: so each rank has its own neighbours
-    own = batch["events"] if "events" in batch else torch.stack([batch["p_onset"], batch["s_onset"]], -1)[:, None]
+    other = (number ^ 1).clamp(max=len(x) - 1)  # in pairs: so each rank has its own neighbours
+    own = batch["events"] if "events" in batch else torch.stack([batch["p_onset"],
+                                                                 batch["s_onset"]], -1)[:, None]
     theirs = own[other]                                                        # (B, A, 2)
-    valid = batch["valid"][:, None, None]                                      # (B, 1, 1, 2); not in the zeros beside a short record
+    valid = batch["valid"][:, None, None]  # (B, 1, 1, 2); not in the zeros beside a short record
     theirs = torch.where((theirs >= valid[..., 0]) & (theirs < valid[..., 1]), theirs, torch.nan)
     most = max(own.shape[1], min(2 * own.shape[1], MOST_EVENTS))
     events, room = merge_events(own, theirs, most)
@@ -176,14 +191,17 @@ def stack_events(batch:dict, generator:torch.Generator,
     ratio = 10 ** (-quieter_db * uniform(x, generator) / 20)
     spread = lambda v: (v - v.mean(1, keepdim=True)).square().mean((1, 2)).sqrt()
     size = ratio * spread(x) / spread(x[other]).clamp(min=torch.finfo(torch.float32).tiny)
-    there = (x != x[:, :1]).any(1, keepdim=True) & valid_mask(batch["valid"], x.shape[1])     # not into missing components
+    # not into missing components
+    there = (x != x[:, :1]).any(1, keepdim=True) & valid_mask(batch["valid"], x.shape[1])
     alone = torch.nn.functional.pad(own, (0, 0, 0, most - own.shape[1]), value=torch.nan)
     zones = zones_of(batch)
     new = {"x": torch.where(hit[:, None, None] & there, x + size[:, None, None] * x[other], x),
            "events": torch.where(hit[:, None, None], events, alone),
-           "unlabelled": torch.cat([zones, torch.where(hit[:, None, None, None], zones[other], torch.nan)], 2)}
+           "unlabelled": torch.cat([zones, torch.where(hit[:, None, None, None], zones[other],
+                                                       torch.nan)], 2)}
     return {**batch, **new, **stacked_labels(batch, hit, other)}
 
+# %% ../../nbs/signals/06_augment.ipynb #da5248a5
 def stacked_labels(
     batch:dict,
     hit:torch.Tensor,   # (B,) bool, which windows have another one on top
@@ -228,6 +246,7 @@ class Augmentation:
     stack: float = .1                # share with another window of the batch on top
     stack_db: float = 20.            # by which that one may be quieter
 
+# %% ../../nbs/signals/06_augment.ipynb #6c7534bd
 def fine_augment(
     noise:torch.Tensor, # (N, L, 3) of training records, on the device of the batches; N may be 0: none is added
     settings:Augmentation=Augmentation(), # how often and how much
@@ -240,7 +259,9 @@ def fine_augment(
         batch = flip_polarity(batch, generator, s.flip_one)
         batch = sometimes(batch, generator, s.shift, lambda b, g: shift_time(b, g, s.shift_most))
         if s.stack: batch = stack_events(batch, generator, s.stack, s.stack_db)
-        if len(noise): batch = sometimes(batch, generator, s.noise, lambda b, g: add_noise(b, g, noise, s.snr_db))
+        if len(noise):
+            batch = sometimes(batch, generator, s.noise, lambda b, g: add_noise(b, g, noise,
+                                                                                s.snr_db))
         batch = drop_components(batch, generator, s.drop)
         return add_gaps(batch, generator, s.gap, s.gap_most)
     return augment
@@ -254,7 +275,9 @@ def scale_components(batch:dict, generator:torch.Generator,
     gain_db = most_db * (2 * torch.rand(len(x), 3, generator=generator, device=x.device) - 1)
     return {**batch, "x": x * (10 ** (gain_db / 20))[:, None]}
 
-PRETRAIN_AUGMENTATION = Augmentation(rotate=.5, flip=.5, flip_one=0., shift=0., noise=.3, drop=.05, gap=.05, stack=0.)
+# %% ../../nbs/signals/06_augment.ipynb #1bf050fa
+PRETRAIN_AUGMENTATION = Augmentation(rotate=.5, flip=.5, flip_one=0., shift=0., noise=.3, drop=.05,
+                                     gap=.05, stack=0.)
 
 def pretrain_augment(
     noise:torch.Tensor, # (N, L, 3) of training records, on the device of the batches; N may be 0: none is added

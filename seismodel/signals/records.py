@@ -16,12 +16,13 @@ from ..core import BadRecord
 from .normalize import flat
 
 # %% ../../nbs/signals/03_records.ipynb #0011813f
-COMPONENTS = "ZNE"       # vertical, north, east: the order of the last axis, everywhere in the package
+COMPONENTS = "ZNE"  # vertical, north, east: the order of the last axis, everywhere in the package
 SAMPLING_RATE = 100.     # Hz, everywhere in the package
 WINDOW = 4096            # samples in a window, 40.96 s
 
 # %% ../../nbs/signals/03_records.ipynb #2006065c
-STATUS = ("unlabelled", "absent", "picked", "automatic", "manual")   # of an onset; the last three have one
+# of an onset; the last three have one
+STATUS = ("unlabelled", "absent", "picked", "automatic", "manual")
 
 class Record(NamedTuple):
     "One seismogram as a source gives it"
@@ -59,7 +60,8 @@ def check_record(
 ) -> Record:           # the same record
     "Raises `BadRecord` when a record is shorter than half a window, holds NaN or infinity, or is flat altogether"
     x, name = record.waveform, record.name
-    if len(x) < window / 2: raise BadRecord(name, f"{len(x)} samples at 100 Hz, less than half a window")
+    if len(x) < window / 2:
+        raise BadRecord(name, f"{len(x)} samples at 100 Hz, less than half a window")
     broken = [c for c, ok in zip(COMPONENTS, np.isfinite(x).all(0)) if not ok]
     if broken: raise BadRecord(name, f"NaN or infinite samples in component {', '.join(broken)}")
     if flat(torch.from_numpy(x)).all(): raise BadRecord(name, "all three components are flat")

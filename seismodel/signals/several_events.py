@@ -30,7 +30,8 @@ def pad_events(
     out = np.full((len(events), most, 2), np.nan, np.float32)
     for k, window in enumerate(events):
         window = window[~np.isnan(window).all(1)]
-        if len(window) > most: raise ValueError(f'window {k} has {len(window)} events, more than {most}')
+        if len(window) > most:
+            raise ValueError(f'window {k} has {len(window)} events, more than {most}')
         out[k, :len(window)] = window[np.argsort(np.fmin(*window.T))]
     return out
 
@@ -44,6 +45,7 @@ def events_in_window(
     moved = np.asarray(events, float) - first
     return np.where((moved >= 0) & (moved < window), moved, np.nan)
 
+# %% ../../nbs/signals/08_several_events.ipynb #1a98373e
 def zones_in_window(
     zones: tuple,  # for P and for S: [first, last) samples of the record
     first: int,  # sample at which the window begins
@@ -56,6 +58,7 @@ def zones_in_window(
     for k, z in enumerate(moved): out[k, :len(z)] = z
     return out
 
+# %% ../../nbs/signals/08_several_events.ipynb #62262551
 def parse_zones(
     text: str,  # such as '1200:3400 5000:6000', a cell of `trace_P_unlabelled_samples`
 ) -> np.ndarray:  # (zones, 2)
@@ -69,8 +72,10 @@ def event_numbers(
     columns: list[str],  # of a table of SeisBench
 ) -> list[int]:  # 2, 3, …
     "Numbers of the events after the first that have a column"
-    return sorted({int(m[1]) for c in columns if (m := EVENT_COLUMN.fullmatch(c)) and int(m[1]) > 1})
+    return sorted({int(m[1]) for c in columns if (m := EVENT_COLUMN.fullmatch(c)) and int(m[1])
+                   > 1})
 
+# %% ../../nbs/signals/08_several_events.ipynb #1aa6b22a
 def events_of_row(
     row: dict,  # of a table of SeisBench: names of columns -> values
     own: tuple[float, float],  # P and S of the event of the record, at the rate of the table; NaN where there is none
@@ -95,12 +100,14 @@ def arrivals_of(
     events = events[~np.isnan(events).all(1)]
     if len(events) < 2 and not any(record.zones):
         own = np.array([record.p_onset, record.s_onset], float)
-        if not len(events) or np.array_equal(events[0], own, equal_nan=True): return np.empty(0, ARRIVAL)
+        if not len(events) or np.array_equal(events[0], own, equal_nan=True):
+            return np.empty(0, ARRIVAL)
     events = events[np.argsort(np.fmin(*events.T), kind='stable')]
     rows = [(number, 0, *e) for e in events]
     rows += [(number, k, *z) for k, zones in enumerate(record.zones, 1) for z in zones]
     return np.array(rows, ARRIVAL)
 
+# %% ../../nbs/signals/08_several_events.ipynb #b69cf63f
 def with_arrivals(
     record: Record,
     rows: np.ndarray,  # (n,) ARRIVAL of this record
@@ -124,11 +131,12 @@ def most_in_window(
             most.append(0)
             continue
         low, high = np.fmin(own['first'], own['last']), np.fmax(own['first'], own['last'])
-        apart = own['record']*(high.max() + window + 1.)             # no window reaches into the next record
+        apart = own['record']*(high.max() + window + 1.)  # no window reaches into the next record
         low, high = np.sort(apart + low), np.sort(apart + high)
         most.append(int((np.searchsorted(low, high + window) - np.searchsorted(high, high)).max()))
     return max(1, most[0]), max(most[1:])
 
+# %% ../../nbs/signals/08_several_events.ipynb #b25f5ecd
 def arrivals_in_windows(
     arrivals: np.ndarray,  # (n,) ARRIVAL, in order of records
     begin: np.ndarray,  # (B,) first row of the record of each window
@@ -154,9 +162,12 @@ def arrivals_in_windows(
 class Swarm(NamedTuple):
     "Windows with several events"
     waveforms: np.ndarray   # (B, L, 3) float32, raw amplitudes, Z N E
-    events: np.ndarray      # (B, 8, 2) P and S in samples, in order of time, NaN where there is none in the window
+    # (B, 8, 2) P and S in samples, in order of time, NaN where there is none in the window
+    events: np.ndarray
 
-SWARM = SyntheticConfig(noise_only=0., double=0., late=0., bursts=0., faults=0., distance_km=(2., 60.),
+# %% ../../nbs/signals/08_several_events.ipynb #591fdc75
+SWARM = SyntheticConfig(noise_only=0., double=0., late=0., bursts=0., faults=0.,
+                        distance_km=(2., 60.),
                         snr_db=(15., 8., 4., 40.))
 
 def clean_events(
@@ -169,8 +180,10 @@ def clean_events(
     hiss = rng.standard_normal((len(numbers), config.samples, 3), np.float32)
     made = synthesize(numbers, seed, config, hiss)
     level = np.sqrt(band_power(hiss[:, :1000], SAMPLING_RATE))[:, None, None]
-    return ((made.waveforms - hiss)/level).astype(np.float32), np.stack([made.p_onset, made.s_onset], 1)
+    return ((made.waveforms - hiss)/level).astype(np.float32), np.stack([made.p_onset,
+                                                                         made.s_onset], 1)
 
+# %% ../../nbs/signals/08_several_events.ipynb #248170cd
 def draw_places(
     rng: np.random.Generator,
     count: int,  # events
@@ -206,6 +219,7 @@ def synthesize_swarm(
         found.append(own)
     return Swarm(np.stack(out), pad_events(found))
 
+# %% ../../nbs/signals/08_several_events.ipynb #99c675d8
 def shifted(
     x: np.ndarray,  # (L, 3)
     by: int,  # samples; negative: earlier

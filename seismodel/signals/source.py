@@ -25,11 +25,14 @@ class Windows(NamedTuple):
     x: np.ndarray      # (B, W, 3) numbers of the source's type; zeros outside of `valid`
     scale: np.ndarray  # (B, 3) float32: amplitude of one
     valid: np.ndarray  # (B, 2) int32: [first, last) sample that comes from the record
-    onset: np.ndarray  # (B, 4) float32: P, S, weak P, weak S in samples of the window, NaN where there is none in it
+    # (B, 4) float32: P, S, weak P, weak S in samples of the window, NaN where there is none in it
+    onset: np.ndarray
     status: np.ndarray # (B, 2) int8, see `STATUS`: of P and S
     record: np.ndarray # (B,) number of the record in its source
-    events: np.ndarray # (B, A, 2) float32: P and S of every event in the window, NaN where there is none
-    zones: np.ndarray  # (B, 2, Z, 2) float32: [first, last) of each zone without labels, of P and of S; NaN: no zone
+    # (B, A, 2) float32: P and S of every event in the window, NaN where there is none
+    events: np.ndarray
+    # (B, 2, Z, 2) float32: [first, last) of each zone without labels, of P and of S; NaN: no zone
+    zones: np.ndarray
 
 # %% ../../nbs/signals/05a_source.ipynb #b189524a
 def labels_of_window(
@@ -38,15 +41,17 @@ def labels_of_window(
     window: int,  # samples
 ) -> tuple:       # rows of `onset`, `status`, `events` and `zones` of `Windows`
     "What a window knows of its record's labels"
-    onset = events_in_window([record.p_onset, record.s_onset, record.p_weak, record.s_weak], first, window)
+    onset = events_in_window([record.p_onset, record.s_onset, record.p_weak, record.s_weak], first,
+                             window)
     known, status = record.all_events(), np.array([record.p_status, record.s_status], np.int8)
-    picked = np.isfinite(known).any(0)                                         # a pick without a status is a pick
+    picked = np.isfinite(known).any(0)  # a pick without a status is a pick
     status = np.where(picked, np.maximum(status, 2), status).astype(np.int8)
     events = events_in_window(known, first, window)
     events = pad_events([events], max(1, int((~np.isnan(events)).any(1).sum())))[0]
     zones = zones_in_window(record.zones, first, window).astype(np.float32)
     return onset.astype(np.float32), status, events, zones
 
+# %% ../../nbs/signals/05a_source.ipynb #1013a10f
 def cut_window(
     record:Record, # a record that `check_record` accepts
     window:int,    # samples
@@ -54,13 +59,15 @@ def cut_window(
 ) -> Windows: # one, not yet normalised; raises `BadRecord` when nothing moves in it
     "A window of a record"
     L = len(record.waveform)
-    first = int(u * (abs(L - window) + 1)) * (1 if L >= window else -1)        # negative: zeros come first
+    # negative: zeros come first
+    first = int(u * (abs(L - window) + 1)) * (1 if L >= window else -1)
     valid = np.array([[max(-first, 0), min(L - first, window)]], np.int32)
     x = np.zeros((1, window, 3), np.float32)
     x[0, valid[0, 0]:valid[0, 1]] = record.waveform[max(first, 0):max(first, 0) + window]
     if is_flat(x, valid)[0]: raise BadRecord(record.name, "no signal in the window that was drawn")
     onset, status, events, zones = labels_of_window(record, first, window)
-    return Windows(x, np.ones((1, 3), np.float32), valid, onset[None], status[None], np.zeros(1, int),
+    return Windows(x, np.ones((1, 3), np.float32), valid, onset[None], status[None],
+                   np.zeros(1, int),
                    events[None], zones[None])
 
 # %% ../../nbs/signals/05a_source.ipynb #3ba7d765
@@ -73,6 +80,7 @@ def empty_window(
                    np.zeros((1, 2), np.int8), np.zeros(1, int),
                    np.full((1, 1, 2), np.nan, np.float32), np.empty((1, 2, 0, 2), np.float32))
 
+# %% ../../nbs/signals/05a_source.ipynb #5a7de489
 def join_windows(
     windows: list[Windows],  # of one source, at least one
     i: np.ndarray,           # (B,) numbers of their records
@@ -82,15 +90,17 @@ def join_windows(
     joined = Windows(*map(np.concatenate, others), padded(events, 1), padded(zones, 2))
     return joined._replace(record=np.asarray(i))
 
+# %% ../../nbs/signals/05a_source.ipynb #0c79b85e
 def padded(
     parts: list[np.ndarray],  # arrays that differ in length along one axis
     axis: int,                # which
-) -> np.ndarray:              # one after the other along the first axis, NaN where a part ends sooner
+) -> np.ndarray:  # one after the other along the first axis, NaN where a part ends sooner
     "Arrays of several lengths in one"
     longest = max(p.shape[axis] for p in parts)
     room = lambda p: [(0, longest - n if k == axis else 0) for k, n in enumerate(p.shape)]
     alike = all(p.shape[axis] == longest for p in parts)
-    return np.concatenate(parts if alike else [np.pad(p, room(p), constant_values=np.nan) for p in parts])
+    return np.concatenate(parts if alike else [np.pad(p, room(p), constant_values=np.nan)
+                                               for p in parts])
 
 # %% ../../nbs/signals/05a_source.ipynb #5c84d7b1
 def digest(
@@ -99,8 +109,10 @@ def digest(
     "A checksum of values: the same on every machine"
     total = hashlib.sha256()
     for part in parts:
-        if isinstance(part, np.ndarray) and part.dtype.kind == 'f': part = np.where(np.isnan(part), np.nan, part)
-        raw = part.tobytes() if isinstance(part, np.ndarray) and part.dtype != object else str(part).encode()
+        if isinstance(part, np.ndarray) and part.dtype.kind == 'f':
+            part = np.where(np.isnan(part), np.nan, part)
+        raw = part.tobytes() if isinstance(part,
+                                           np.ndarray) and part.dtype != object else str(part).encode()
         total.update(len(raw).to_bytes(8, 'little') + raw)
     return total.hexdigest()[:16]
 
@@ -112,7 +124,7 @@ class Source:
     left_out = {}                  # reason -> names of the traces that were not taken
 
     @cached_property
-    def refused(self) -> dict: return {}      # number of a record that cannot be read -> its name, why
+    def refused(self) -> dict: return {}  # number of a record that cannot be read -> its name, why
 
     def __len__(self) -> int: raise NotImplementedError
 
