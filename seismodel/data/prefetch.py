@@ -44,9 +44,10 @@ def unpack_batch(
 
 # %% ../../nbs/data/07_prefetch.ipynb #55f09d1f
 class Batches(Dataset):
-    "Whole batches of a data set by their window numbers; each carries under `rejected` the bad traces met since the one before"
+    "Whole batches by window numbers, each with the bad traces met since the one before"
     def __init__(self,
-        data:Dataset,   # items are dicts of tensors; `rejected`, if it has one, maps the name of a bad trace to the reason
+        # items are dicts of tensors; `rejected`, if there is one, maps a bad trace to the reason
+        data:Dataset,
         raw:bool=False, # see `WindowDataset.batch`, which other data sets do not have; bundled
     ): self.data, self.raw, self.told = data, raw, set()
 
@@ -68,8 +69,8 @@ def amplitudes(
     "What a recorder would have written, without its offset"
     scaled, valid = batch["x"].float() * batch["scale"][:, None], batch["valid"]
     there = valid_mask(valid, scaled.shape[1])                                     # (B, W, 1)
-    mean = torch.where(there, scaled, 0.).sum(1, keepdim=True) / (valid[:, 1]
-                                                                  - valid[:, 0])[:, None, None]
+    count = (valid[:, 1] - valid[:, 0])[:, None, None]
+    mean = torch.where(there, scaled, 0.).sum(1, keepdim=True) / count
     return {**batch, "x": torch.where(there, scaled - mean, 0.),
             "scale": torch.ones_like(batch["scale"])}
 
@@ -140,14 +141,14 @@ def make_ready(
 
 # %% ../../nbs/data/07_prefetch.ipynb #eca3784a
 def device_batches(
-    batches,                  # batches in order, from a loader over `Batches`; raw ones, where they are to be augmented
+    batches,                  # in order, from a loader over `Batches`; raw where they are augmented
     batch_size:int,  # windows in a whole batch, of all ranks together: says which batch it is
     device="cpu",             # where they go
     augment:Callable=None,    # (batch, generator) -> batch, on the device, before normalising
     seed:int=0,               # of the augmentation
     draws:Callable=nullcontext, # makes a context for the draws, see `Ranks.draws`
     ahead:int=3,              # batches that lie ready
-) -> Iterator[dict]: # batches on the device, normalised; but what the host reads (n, source, redrawn, rejected)
+) -> Iterator[dict]: # normalised, on the device; n, source, redrawn, rejected on the host
     "Batches sent ahead, augmented and normalised by a thread; what goes wrong there is raised here"
     device, ready, stop = torch.device(device), Queue(ahead), Event()
     prepare = lambda batch, generator: make_ready(batch, device, augment, draws, generator, seed,
@@ -158,11 +159,7 @@ def device_batches(
         while (got := ready.get()) is not None:
             if isinstance(got, BaseException): raise got
             batch, event = got
-            if event is not None:
-                here = torch.cuda.current_stream(device)
-                here.wait_event(event)
-                for v in batch.values():  # not to be reused before `here` is done
-                    if isinstance(v, torch.Tensor) and v.is_cuda: v.record_stream(here)
+            if event is not None: _wait_for(batch, event, device)
             yield batch
     finally:  # also when the caller stops early
         stop.set()
@@ -180,10 +177,18 @@ def _produce(batches, prepare, device, ready, stop):
             except Full: pass
 
     try:
-        stream, generator = torch.cuda.Stream(device) if device.type == "cuda" else None, torch.Generator(device)
+        stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        generator = torch.Generator(device)
         for batch in batches:
             if stop.is_set(): return
             with torch.cuda.stream(stream) if stream else nullcontext():
                 put((prepare(batch, generator), stream.record_event() if stream else None))
         put(None)
     except BaseException as e: put(e)
+
+def _wait_for(batch, event, device):
+    "Make the stream of the training wait for a batch"
+    here = torch.cuda.current_stream(device)
+    here.wait_event(event)
+    for v in batch.values():  # not to be reused before `here` is done
+        if isinstance(v, torch.Tensor) and v.is_cuda: v.record_stream(here)

@@ -23,6 +23,7 @@ from shutil import rmtree
 from zlib import crc32
 
 import numpy as np
+from fastcore.basics import patch
 
 from .channels import zne_orders
 from .store_reader import (Store, StoreRecords, StoreSource, columns_of, is_store,
@@ -38,7 +39,7 @@ from ..core import BadRecord, UserError, log
 
 # %% ../../nbs/data/02_sources.ipynb #01b4c195
 class SyntheticSource(Source):
-    "The generator of `seismodel.signals.synthetic` as a source; the three splits are disjoint streams"
+    "Synthetic records as a source; the three splits are disjoint streams"
     name = "synthetic"
 
     def __init__(self,
@@ -54,19 +55,6 @@ class SyntheticSource(Source):
 
     def __len__(self): return 1_000_000
 
-    def prefetch(self, indices:list) -> None:
-        "Make these records together: a third of the time that they take one by one, and the same samples"
-        numbers = [3 * i + self.first for i in indices]
-        batch = synthesize(numbers, seed=self.seed, config=self.config)
-        onset = np.stack([batch.p_onset, batch.s_onset, batch.p2_onset, batch.s2_onset], 1)
-        onset, (picked, absent) = onset.reshape(-1, 2, 2), map(STATUS.index, ("picked", "absent"))
-        status = np.where(np.isfinite(onset).any(1), picked, absent)          # it knows
-        two = np.isfinite(onset[:, 1]).any(1)
-        rows = zip(indices, batch.waveforms, onset, numbers, status, two)
-        self._ahead = {i: Record(np.asarray(x, np.float32), *own[0].tolist(), str(k),
-                                 *known.tolist(), events=own if both else None)
-                       for i, x, own, k, known, both in rows}
-
     def prefetch_windows(self, i, u, window): self.prefetch(sorted(set(i.tolist())))
 
     def record(self, i:int) -> Record:
@@ -77,6 +65,20 @@ class SyntheticSource(Source):
     def most(self, window): return (2 if self.config.double else 1), 0
     def fingerprint(self): return digest(self.seed, self.first, self.config)
 
+# %% ../../nbs/data/02_sources.ipynb #8d40930f
+@patch
+def prefetch(self:SyntheticSource, indices:list) -> None:
+    "Make these records together: the same samples, in a third of the time"
+    numbers = [3 * i + self.first for i in indices]
+    batch = synthesize(numbers, seed=self.seed, config=self.config)
+    onset = np.stack([batch.p_onset, batch.s_onset, batch.p2_onset, batch.s2_onset], 1)
+    onset, (picked, absent) = onset.reshape(-1, 2, 2), map(STATUS.index, ("picked", "absent"))
+    status = np.where(np.isfinite(onset).any(1), picked, absent)          # it knows
+    two = np.isfinite(onset[:, 1]).any(1)
+    rows = zip(indices, batch.waveforms, onset, numbers, status, two)
+    self._ahead = {i: Record(np.asarray(x, np.float32), *own[0].tolist(), str(k),
+                             *known.tolist(), events=own if both else None)
+                   for i, x, own, k, known, both in rows}
 
 # %% ../../nbs/data/02_sources.ipynb #d2ac7e55
 PHASES = {"P": "p P P1 Pg Pn Pb PmP pP pwP".split(), "S": "s S S1 Sg Sn Sb SmS".split()}
@@ -85,7 +87,7 @@ def onsets(
     metadata,  # SeisBench metadata, a pandas DataFrame
     phase:str, # "P" or "S"
     by:str="arrival", # or "model", for the picks of another model
-) -> np.ndarray: # (traces,) sample of the earliest pick of that family, at the original rate; NaN when none
+) -> np.ndarray: # (traces,) sample of the earliest pick, at the original rate; NaN: none
     "The earliest of the columns `trace_<phase>_arrival_sample`, for all usual names of a phase"
     import pandas as pd
     columns = [c for p in PHASES[phase] if (c := f"trace_{p}_{by}_sample") in metadata]
@@ -116,8 +118,8 @@ def statuses(
 # %% ../../nbs/data/02_sources.ipynb #7192fca0
 def later_events(
     metadata, # SeisBench metadata, a pandas DataFrame
-) -> np.ndarray: # (events, traces, 2) P and S of the second event, the third, …, at the original rate; NaN: none
-    "The columns `trace_P2_arrival_sample`, `trace_S2_arrival_sample`, …"
+) -> np.ndarray: # (events, traces, 2) P and S in samples at the original rate; NaN: none
+    "Onsets of the second event, the third, …: columns `trace_P2_arrival_sample`, …"
     import pandas as pd
     def column(phase, n):
         cells = metadata.get(f"trace_{phase}{n}_arrival_sample", pd.Series(np.nan, metadata.index))
@@ -171,7 +173,7 @@ def draw_split(
 def split_column(
     metadata, # SeisBench metadata, a pandas DataFrame
     name:str, # of the data set, for the log
-) -> np.ndarray: # (traces,) str: the split of every trace, empty where a table with splits has none for it
+) -> np.ndarray: # (traces,) str: the split of each trace; empty where the table names none
     "The column `split`; where there is none, 80 % train, 10 % dev, 10 % test by event or hour"
     if "split" in metadata and metadata["split"].notna().any():
         return metadata["split"].astype(str).where(metadata["split"].notna(), "").to_numpy(str)
@@ -185,8 +187,8 @@ def split_column(
                 "dev, 10 %% test", name)
     lost = sum(k is None for k in key)
     if lost:
-        log.warning("%s: %d traces with neither source_id nor trace_start_time are in train", name,
-                    lost)
+        log.warning("%s: %d traces with neither source_id nor trace_start_time are in train",
+                    name, lost)
     return np.array(["train" if k is None else draw_split(k) for k in key])
 
 # %% ../../nbs/data/02_sources.ipynb #20ef7eba
@@ -198,12 +200,9 @@ def unusable(
     import pandas as pd
     rate = metadata["trace_sampling_rate_hz"].to_numpy(float)
     known = (rate >= 10) & (rate <= 10_000)                                    # False for NaN
-    # optional
-    samples = metadata["trace_npts"] if "trace_npts" in metadata else pd.Series(np.nan,
-                                                                                metadata.index)
-    samples = pd.to_numeric(samples,
-                            errors="coerce").to_numpy(float) * SAMPLING_RATE / np.where(known, rate,
-                                1.)
+    samples = metadata.get("trace_npts", pd.Series(np.nan, metadata.index))  # optional
+    samples = pd.to_numeric(samples, errors="coerce").to_numpy(float)
+    samples = samples * SAMPLING_RATE / np.where(known, rate, 1.)
     return {
         "no trace name": metadata["trace_name"].isna().to_numpy(),
         "no component Z, N or "
@@ -217,7 +216,7 @@ def unusable(
 def trace_names(
     metadata, # SeisBench metadata, a pandas DataFrame
 ): # pandas Series of str
-    "What each trace is called: its name, and its chunk where there are several; by its row where it has no name"
+    "Names of traces for messages: name and chunk; a trace without a name is called by its row"
     places = [f"row {k}" for k in range(len(metadata))]
     names = metadata["trace_name"].where(metadata["trace_name"].notna(), places).astype(str)
     if "trace_chunk" not in metadata: return names
@@ -270,7 +269,7 @@ def make_quick(
     data,            # a copy of a SeisBench data set
     keep:np.ndarray, # (traces,) bool
 ) -> None:
-    "Only these traces, only the columns that reading needs, and blocks in memory where they are small"
+    "Keep only these traces and the columns that reading needs; cache small files in memory"
     needed = ("trace_name", "trace_chunk", "trace_sampling_rate_hz", "trace_component_order")
     for column in set(data.metadata) - set(needed): del data.metadata[column]
     data.filter(keep)
@@ -282,7 +281,6 @@ def make_quick(
 # %% ../../nbs/data/02_sources.ipynb #fca0743f
 class SeisBenchSource(Source):
     "A SeisBench data set or one split of it"
-
     def __init__(self,
         dataset,                  # a seisbench.data.WaveformDataset; it is copied
         split:str|None="train",   # a value of the metadata column `split`; None: all of them
@@ -303,71 +301,80 @@ class SeisBenchSource(Source):
         if self.left_out: log.warning("%s%s: %s", name, where, self.reasons())
         self.rows, self.splits = np.flatnonzero(keep), splits[keep]  # of the data set's own table
         self.names = names[keep].tolist()
-        # SeisBench's: the row in the chunk's file
-        row = "level_0" if "level_0" in table else "index"
-        self.chunks, self.places = (table[k][keep].to_numpy() for k in ("trace_chunk", row))
-        self._labels(table[keep])
+        self._look_up(table[keep])
         make_quick(data, keep)
         self.data, self.checked = data, np.zeros(len(self.names), bool)  # a record is checked once
-
-    def _labels(self, table):
-        "Onsets at 100 Hz and their statuses; all events and zones where there are several"
-        self.rate = table["trace_sampling_rate_hz"].to_numpy(float)
-        found = [onsets(table, phase) for phase in "PS"]
-        more = later_events(table)
-        either = [np.fmin.reduce([onset, *more[:, :, k]]) for k, onset in enumerate(found)]
-        self.status = [statuses(table, phase, onset).tolist() for phase, onset in zip("PS", either)]
-        found += [onsets(table, phase, "model") for phase in "PS"]             # weak ones
-        self.onset = [onset * SAMPLING_RATE / self.rate for onset in found]
-        own, factor = np.stack(self.onset[:2], 1), SAMPLING_RATE / self.rate
-        self.arrivals = table_arrivals(table, own, more, factor)
-
-    def reasons(self) -> str:
-        "One clause a reason: how many traces were left out, and the first of them"
-        return "; ".join(f"{len(names)} left out, {why} ({names[0]}{', …' if names[1:] else ''})"
-                         for why, names in self.left_out.items())
 
     def __len__(self): return len(self.names)
     def label(self, i): return self.names[i]
     def has_phase_labels(self): return any(map(any, self.status))
     def most(self, window): return most_in_window(self.arrivals, window)
 
-    def metadata(self, column, default=None):
-        "Read from the files by row; SeisBench's own table has forgotten which text a number was"
-        tables = {chunk: Path(self.data.path)/f"metadata{chunk}.csv"
-                  for chunk in sorted(set(self.chunks))}
-        columns = {chunk: columns_of(table) for chunk, table in tables.items()}
-        there = [chunk for chunk in tables if column in columns[chunk]]
-        if not there and default is None:
-            raise no_column(self.name, column, list(dict.fromkeys(sum(columns.values(), []))))
-        cells = np.full(len(self), "" if there else default, object)
-        for chunk in there:
-            here = self.chunks == chunk
-            cells[here] = read_column(tables[chunk], column)[self.places[here].astype(int)]
-        return cells.tolist()
+# %% ../../nbs/data/02_sources.ipynb #fc8824a3
+@patch
+def _look_up(self:SeisBenchSource, table):
+    "Where the samples are, onsets at 100 Hz and their statuses; all events and zones"
+    row = "level_0" if "level_0" in table else "index"  # SeisBench's: the row in the chunk's file
+    self.chunks, self.places = (table[k].to_numpy() for k in ("trace_chunk", row))
+    self.rate = table["trace_sampling_rate_hz"].to_numpy(float)
+    found = [onsets(table, phase) for phase in "PS"]
+    more = later_events(table)
+    either = [np.fmin.reduce([onset, *more[:, :, k]]) for k, onset in enumerate(found)]
+    self.status = [statuses(table, phase, onset).tolist() for phase, onset in zip("PS", either)]
+    found += [onsets(table, phase, "model") for phase in "PS"]             # weak ones
+    self.onset = [onset * SAMPLING_RATE / self.rate for onset in found]
+    own, factor = np.stack(self.onset[:2], 1), SAMPLING_RATE / self.rate
+    self.arrivals = table_arrivals(table, own, more, factor)
 
-    def fingerprint(self):
-        "Of names, places, labels, events and zones, sampling rates, and the sizes of the files"
-        sizes = [(f.name, f.stat().st_size)
-                 for f in sorted(Path(self.data.path).glob("waveforms*.hdf5"))]
-        more = [self.arrivals] if len(self.arrivals) else []   # one event a record: as in 0.1
-        return digest(self.names, self.rows, *self.onset, self.status, self.rate, sizes, *more)
+# %% ../../nbs/data/02_sources.ipynb #4d6982f1
+@patch
+def reasons(self:SeisBenchSource) -> str:
+    "One clause a reason: how many traces were left out, and the first of them"
+    return "; ".join(f"{len(names)} left out, {why} ({names[0]}{', …' if names[1:] else ''})"
+                     for why, names in self.left_out.items())
 
-    def record(self, i:int) -> Record:
-        try: x = self.data.get_waveforms(int(i)).T  # (3, L) -> (L, 3) at the original rate
-        except Exception as e:
-            raise BadRecord(self.names[i], f"cannot be read: {reason(e)}") from None
-        with np.errstate(over="ignore", invalid="ignore"):
-            x = resample(x, self.rate[i]).astype(np.float32)
-        inside = [float(pick) if 0 <= pick < len(x) else np.nan
-                  for pick in (onset[i] for onset in self.onset)]
-        record = Record(x, *inside[:2], self.names[i], *(status[i] for status in self.status),
-                        *inside[2:])
-        if len(self.arrivals):
-            record = with_arrivals(record, arrivals_of_record(self.arrivals, i, len(x)))
-        if not self.checked[i]: check_record(record, self.window)
-        self.checked[i] = True
-        return record
+# %% ../../nbs/data/02_sources.ipynb #e05e6e35
+@patch
+def metadata(self:SeisBenchSource, column, default=None):
+    "Read from the files by row; SeisBench's own table has forgotten which text a number was"
+    tables = {chunk: Path(self.data.path)/f"metadata{chunk}.csv"
+              for chunk in sorted(set(self.chunks))}
+    columns = {chunk: columns_of(table) for chunk, table in tables.items()}
+    there = [chunk for chunk in tables if column in columns[chunk]]
+    if not there and default is None:
+        raise no_column(self.name, column, list(dict.fromkeys(sum(columns.values(), []))))
+    cells = np.full(len(self), "" if there else default, object)
+    for chunk in there:
+        here = self.chunks == chunk
+        cells[here] = read_column(tables[chunk], column)[self.places[here].astype(int)]
+    return cells.tolist()
+
+# %% ../../nbs/data/02_sources.ipynb #e1df5e58
+@patch
+def fingerprint(self:SeisBenchSource):
+    "Of names, places, labels, events and zones, sampling rates, and the sizes of the files"
+    sizes = [(f.name, f.stat().st_size)
+             for f in sorted(Path(self.data.path).glob("waveforms*.hdf5"))]
+    more = [self.arrivals] if len(self.arrivals) else []   # one event a record: as in 0.1
+    return digest(self.names, self.rows, *self.onset, self.status, self.rate, sizes, *more)
+
+# %% ../../nbs/data/02_sources.ipynb #3c771c79
+@patch
+def record(self:SeisBenchSource, i:int) -> Record:
+    try: x = self.data.get_waveforms(int(i)).T  # (3, L) -> (L, 3) at the original rate
+    except Exception as e:
+        raise BadRecord(self.names[i], f"cannot be read: {reason(e)}") from None
+    with np.errstate(over="ignore", invalid="ignore"):
+        x = resample(x, self.rate[i]).astype(np.float32)
+    inside = [float(pick) if 0 <= pick < len(x) else np.nan
+              for pick in (onset[i] for onset in self.onset)]
+    record = Record(x, *inside[:2], self.names[i], *(status[i] for status in self.status),
+                    *inside[2:])
+    if len(self.arrivals):
+        record = with_arrivals(record, arrivals_of_record(self.arrivals, i, len(x)))
+    if not self.checked[i]: check_record(record, self.window)
+    self.checked[i] = True
+    return record
 
 # %% ../../nbs/data/02_sources.ipynb #e692f79c
 NEEDED = {"trace_name": {"trace_name"},  # what is needed -> where it may stand
@@ -378,7 +385,7 @@ def check_files(
     metadata:Path,  # metadata.csv, or metadata<chunk>.csv
     waveforms:Path, # the HDF5 file that belongs to it
 ) -> None:
-    "Raises `UserError` when one of a pair of SeisBench files is missing, unreadable, empty or without a needed field"
+    "Raises `UserError` when a SeisBench file is missing, unreadable, empty or lacks a field"
     import h5py, pandas as pd
     for file in (metadata, waveforms):
         if not file.is_file():
@@ -431,7 +438,7 @@ def open_folder(
 def open_published(
     name:str, # class name in seisbench.data, such as "ETHZ"
 ): # seisbench.data.WaveformDataset
-    "A published data set from SeisBench's cache, downloaded when it is not there; `UserError` when that fails"
+    "A published data set, from SeisBench's cache or downloaded; `UserError` when that fails"
     seisbench = _seisbench()
     cache = Path(seisbench.cache_data_root)/name.lower()
     existed, before = cache.exists(), set(cache.glob("*"))
@@ -512,7 +519,8 @@ def parse_weights(
 
 # %% ../../nbs/data/02_sources.ipynb #d3afc4e2
 def open_source(
-    where:str,         # "synthetic", a store, the folder of a SeisBench data set, or the name of a published one ("ETHZ")
+    # "synthetic", a store, the folder of a SeisBench data set, or the name of a published one ("ETHZ")
+    where:str,
     split:str="train", # "train", "dev" or "test"
     window:int=WINDOW, # samples of a window
 ) -> Source:
@@ -521,8 +529,8 @@ def open_source(
         return SyntheticSource(split=split, config=SyntheticConfig(samples=window))
     folder = Path(where).expanduser()
     if is_store(folder): return StoreSource(Store(folder), split, window)
-    return SeisBenchSource(open_dataset(where), split, folder.resolve().name if folder.is_dir()
-                           else str(where), window)
+    name = folder.resolve().name if folder.is_dir() else str(where)
+    return SeisBenchSource(open_dataset(where), split, name, window)
 
 # %% ../../nbs/data/02_sources.ipynb #1b1ee794
 def write_synthetic(

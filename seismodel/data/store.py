@@ -19,8 +19,10 @@ from zlib import crc32
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 
-from ..files import check_json, locked, read_json, replace_durably, sha256, to_disk, write_atomically
+from ..files import (check_json, locked, read_json, replace_durably, sha256, to_disk,
+                             write_atomically)
 from ..signals.records import COMPONENTS, SAMPLING_RATE, STATUS, Record
 from ..signals.several_events import ARRIVAL, arrivals_of
 from ..signals.normalize import flat
@@ -34,7 +36,7 @@ SPAN = {"int16": 65534., "float16": 65536.}
 def quantize_samples(
     x:np.ndarray, # (L, 3) float32, finite
     dtype:str,    # one of DTYPES
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # (L, 3) numbers of that type, offset (3,), scale (3,)
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # (L, 3) of that type, offset (3,), scale (3,)
     "Numbers q with x = offset + scale q; a flat component is its mean and a scale of 0"
     if dtype == "float32": return np.asarray(x, np.float32), np.zeros(3), np.ones(3)
     y = x.astype(float)
@@ -91,36 +93,42 @@ class Part:
                                              dict(descr=kind, fortran_order=False,
                                                   shape=(self.samples, 3)))
 
-    def add(self,
-        q:np.ndarray, # (L, 3) numbers
-        row:dict,     # what the index needs to know
-    ) -> None:
-        "Append a trace"
-        data = np.ascontiguousarray(q).tobytes()
-        place = dict(shard=self.number, first=self.samples, samples=len(q), crc=crc32(data))
-        self.list.write(_json(dict(row, **place)))
-        self.file.write(data)
-        self.samples += len(q)
-
     def note(self, row:dict) -> None:
         "A line without samples"
         self.list.write(_json(row))
 
-    def close(self,
-        position, # where the sources stand
-    ) -> None:
-        "For good"
-        self._header()
-        to_disk(self.file)
-        self.note(dict(samples=self.samples, position=position, sha256=sha256(self.beside[0])))
-        to_disk(self.list)
-        self.abandon()
-        # the list last: now it counts
-        for beside, name in zip(self.beside, self.names): replace_durably(beside, name)
-
     def abandon(self) -> None:
         "Leave both where they are; the next writer deletes them"
         for f in (self.file, self.list): f.close()
+
+# %% ../../nbs/data/03_store.ipynb #799b8041
+@patch
+def add(
+    self:Part,
+    q:np.ndarray, # (L, 3) numbers
+    row:dict,     # what the index needs to know
+) -> None:
+    "Append a trace"
+    data = np.ascontiguousarray(q).tobytes()
+    place = dict(shard=self.number, first=self.samples, samples=len(q), crc=crc32(data))
+    self.list.write(_json(dict(row, **place)))
+    self.file.write(data)
+    self.samples += len(q)
+
+# %% ../../nbs/data/03_store.ipynb #3f94b55b
+@patch
+def close(
+    self:Part,
+    position, # where the sources stand
+) -> None:
+    "For good"
+    self._header()
+    to_disk(self.file)
+    self.note(dict(samples=self.samples, position=position, sha256=sha256(self.beside[0])))
+    to_disk(self.list)
+    self.abandon()
+    # the list last: now it counts
+    for beside, name in zip(self.beside, self.names): replace_durably(beside, name)
 
 # %% ../../nbs/data/03_store.ipynb #d15cd03b
 REMOVE = "remove this folder and pack again"
@@ -141,12 +149,11 @@ def begin_store(
     folder:Path, # of the store: new, empty, or begun with the same plan
     plan:dict,   # what will be in it
 ): # the lock, held
-    "Plan and folders of a store that is not complete; raises `UserError` where the folder is something else"
+    "Begin or resume a store; raises `UserError` where the folder holds something else"
     path = folder/"plan.json"
     if path.exists(): same_plan(folder, plan, read_json(path, cure=REMOVE))
-    elif folder.is_file() or folder.is_dir() and {f.name
-                                                  for f in folder.iterdir()} - {".plan.json.part",
-                                                                                "plan.json.part"}:
+    elif folder.is_file() or folder.is_dir() and {
+            f.name for f in folder.iterdir()} - {".plan.json.part", "plan.json.part"}:
         raise UserError(f"{folder} is there already and no store: name another folder")
     folder.mkdir(parents=True, exist_ok=True)
     # the first of all
@@ -209,52 +216,62 @@ class StoreWriter:
         if self.part: self.part.abandon()
         if not self.complete: self.lock.release()
 
-    def _open(self, samples=0):
-        "The part for so many samples more"
-        if self.part and self.part.samples + samples > self.plan["shard_samples"] and self.part.samples:
-            self.commit()
-        self.part = self.part or Part(self.folder, self.closed, self.plan["dtype"])
-        return self.part
+# %% ../../nbs/data/03_store.ipynb #ebb535c2
+@patch
+def _open(self:StoreWriter, samples=0):
+    "The part for so many samples more"
+    most = self.plan["shard_samples"]
+    if self.part and self.part.samples and self.part.samples + samples > most:
+        self.commit()
+    self.part = self.part or Part(self.folder, self.closed, self.plan["dtype"])
+    return self.part
 
-    def add(self,
-        source:int,    # number of its source
-        record:Record, # checked
-        split:str,     # such as "train"
-        more:dict,     # everything else that is known of it
-        position,      # where its source stands after it
-    ) -> None:
-        "Append a trace"
-        q, offset, scale = quantize_samples(record.waveform, self.plan["dtype"])
-        labels = {k: _plain(getattr(record, k)) for k in LABEL_FIELDS}
-        row = dict(source=source, split=split, name=record.name, offset=offset.tolist(),
-                   scale=scale.tolist(), **labels)
-        several = arrivals_of(0, record)
-        if len(several):
-            lines = several[["kind", "first", "last"]].tolist()
-            row["arrivals"] = [list(map(_plain, line)) for line in lines]
-        self._open(len(q)).add(q, dict(row, more={k: _plain(v) for k, v in more.items()}))
-        self.position = [source, position]
+@patch
+def add(
+    self:StoreWriter,
+    source:int,    # number of its source
+    record:Record, # checked
+    split:str,     # such as "train"
+    more:dict,     # everything else that is known of it
+    position,      # where its source stands after it
+) -> None:
+    "Append a trace"
+    q, offset, scale = quantize_samples(record.waveform, self.plan["dtype"])
+    labels = {k: _plain(getattr(record, k)) for k in LABEL_FIELDS}
+    row = dict(source=source, split=split, name=record.name, offset=offset.tolist(),
+               scale=scale.tolist(), **labels)
+    several = arrivals_of(0, record)
+    if len(several):
+        lines = several[["kind", "first", "last"]].tolist()
+        row["arrivals"] = [list(map(_plain, line)) for line in lines]
+    self._open(len(q)).add(q, dict(row, more={k: _plain(v) for k, v in more.items()}))
+    self.position = [source, position]
 
-    def leave_out(self,
-        source:int, # number of its source
-        name:str,   # of the trace or file
-        why:str,    # one clause
-        position,   # where its source stands after it
-    ) -> None:
-        "Note that a trace was not taken"
-        self._open().note(dict(source=source, left_out=name, why=why))
-        self.position = [source, position]
+# %% ../../nbs/data/03_store.ipynb #e01199e9
+@patch
+def leave_out(
+    self:StoreWriter,
+    source:int, # number of its source
+    name:str,   # of the trace or file
+    why:str,    # one clause
+    position,   # where its source stands after it
+) -> None:
+    "Note that a trace was not taken"
+    self._open().note(dict(source=source, left_out=name, why=why))
+    self.position = [source, position]
 
-    def commit(self) -> None:
-        "Close the part that is open"
-        self.part.close(self.position)
-        self.closed, self.part = self.closed + 1, None
+# %% ../../nbs/data/03_store.ipynb #03465f1d
+@patch
+def commit(self:StoreWriter) -> None:
+    "Close the part that is open"
+    self.part.close(self.position)
+    self.closed, self.part = self.closed + 1, None
 
 # %% ../../nbs/data/03_store.ipynb #d93be262
 def row_type(
     name_bytes:int, # longest name
 ) -> np.dtype: # of a row of index.npy
-    "What the index knows of a trace; onsets are NaN and statuses 0 where nothing is known, crc 0 as well"
+    "Fields of the index; where nothing is known, onsets are NaN, statuses and crc 0"
     return np.dtype([("shard", "<i4"), ("first", "<i8"), ("samples", "<i4"), ("source", "<i2"),
                      ("split", "<i2"),
                      ("p_onset", "<f8"), ("s_onset", "<f8"), ("p_status", "i1"), ("s_status", "i1"),
@@ -285,7 +302,7 @@ def _lines(folder):
 
 # %% ../../nbs/data/03_store.ipynb #5b1624a3
 def _count(folder, names):
-    "Packed by source and split, left out by source and reason; columns, splits, bytes of the longest name, arrivals; the first left out"
+    "What the parts hold: counts, columns, splits, longest name, arrivals, first trace left out"
     packed, left, columns, splits, first = [{} for _ in names], [{} for _ in names], {}, {}, None
     width = arrivals = 0
     for line in _lines(folder):
@@ -364,24 +381,29 @@ def is_sealed(
     head, found, tail = blob.rpartition(str(digest).encode())
     return hashlib.sha256(head + ZEROS.encode() + tail).hexdigest() == digest
 
+# %% ../../nbs/data/03_store.ipynb #2926eb00
+def _no_trace(writer, names, first):
+    "Delete what was begun; the error to raise"
+    folder = writer.folder
+    writer.lock.release()
+    clear(folder)
+    for file in [*folder.glob("samples-*")]: file.unlink()
+    if not any(folder.iterdir()): folder.rmdir()
+    return UserError(f"no usable trace in {', '.join(names)}; the first: "
+                     f"{first or 'there is none at all'}")
+
 # %% ../../nbs/data/03_store.ipynb #c4f9a73c
 def finish(
     writer:StoreWriter, # that has got everything
 ) -> dict: # the manifest
-    "Make index, tables and manifest from the parts; raises `UserError` when there is no trace in them"
+    "Make index, tables and manifest from the parts; `UserError` when they hold no trace"
     folder, plan = writer.folder, writer.plan
     if writer.complete: return read_json(folder/"manifest.json", cure=REMOVE)
     if writer.part: writer.commit()
     names = [s["name"] for s in plan["sources"]]
     packed, left, columns, splits, (width, arrivals), first = _count(folder, names)
     traces, ends = sum(sum(p.values()) for p in packed), part_ends(folder)
-    if not traces:
-        writer.lock.release()
-        clear(folder)
-        for file in [*folder.glob("samples-*")]: file.unlink()
-        if not any(folder.iterdir()): folder.rmdir()
-        raise UserError(f"no usable trace in {', '.join(names)}; the first: "
-                        f"{first or 'there is none at all'}")
+    if not traces: raise _no_trace(writer, names, first)
     _tables(folder, names, traces, list(columns), splits, width)
     if arrivals: _arrivals(folder, arrivals)
     version = VERSION if arrivals else 1
@@ -389,9 +411,8 @@ def finish(
                "header": header_crc(folder/f"samples-{k:05}.npy")} for k, e in enumerate(ends)]
     sources = [dict(s, packed=p, left_out=o) for s, p, o in zip(plan["sources"], packed, left)]
     manifest = {"format": "seismodel-store", "version": version, "dtype": plan["dtype"],
-                "sampling_rate": SAMPLING_RATE,
-                "components": COMPONENTS, "status": STATUS, "splits": list(splits),
-                "traces": traces,
+                "sampling_rate": SAMPLING_RATE, "components": COMPONENTS, "status": STATUS,
+                "splits": list(splits), "traces": traces,
                 "samples": sum(e["samples"] for e in ends), "sources": sources, "shards": shards,
                 "tables": {name: sha256(folder/name) for name in table_names(version)},
                 "plan": plan}

@@ -18,12 +18,14 @@ from pathlib import Path
 from zlib import crc32
 
 import numpy as np
+from fastcore.basics import patch
 
 from .store import (ARRIVALS, DTYPES, LABEL_FIELDS, VERSION, dequantize_samples,
                                   header_crc, is_sealed, table_names)
 from ..files import check_json, read_json, sha256
 from ..signals.records import WINDOW, Record, check_record
-from ..signals.several_events import ARRIVAL, arrivals_in_windows, most_in_window, with_arrivals
+from ..signals.several_events import (ARRIVAL, arrivals_in_windows, most_in_window,
+                                              with_arrivals)
 from ..signals.source import Source, Windows, digest
 from ..core import UserError
 
@@ -35,7 +37,7 @@ MANIFEST = dict(version=int, dtype=str, splits=list[str], traces=int, samples=in
 def read_manifest(
     folder:Path, # of a finished store
 ) -> dict:
-    "The manifest; raises `UserError` where it is missing, of something else, incomplete or of a newer version"
+    "The manifest; raises `UserError` where it is missing, incomplete or of a newer version"
     if (folder/"plan.json").exists() and not (folder/"manifest.json").exists():
         raise UserError(f"{folder} is a store that is not finished: give the same seismodel pack "
                         "command again")
@@ -58,7 +60,7 @@ def check_sizes(
     folder:Path,   # of a store
     manifest:dict, # of it
 ) -> None:
-    "Raises `UserError` for the first file of samples that is missing or cut short, and for a missing table"
+    "Raises `UserError` for the first file that is missing or cut short"
     width = 3 * np.dtype(DTYPES[manifest["dtype"]]).itemsize
     for k, shard in enumerate(manifest["shards"]):
         file, size = folder/f"samples-{k:05}.npy", 128 + shard["samples"] * width
@@ -97,7 +99,7 @@ def read_index(
 def read_arrivals(
     folder:Path,   # of a store
     manifest:dict, # of it
-) -> np.ndarray: # (n,) ARRIVAL in order of traces, mapped; empty where each trace has one event at most
+) -> np.ndarray: # (n,) ARRIVAL in order of traces, mapped; empty: one event a trace at most
     "All events and zones of the traces that have more to say than one P and one S"
     if manifest["version"] < 2: return np.empty(0, ARRIVAL)
     try: arrivals = np.load(folder/ARRIVALS, mmap_mode="r", allow_pickle=False)
@@ -126,51 +128,62 @@ class Store:
     def __len__(self): return len(self.index)
     def __reduce__(self): return Store, (self.folder, False)  # a loader process opens it for itself
 
-    def shard(self,
-        k:int, # its number
-    ) -> tuple[np.ndarray, mmap.mmap]: # (N, 3) samples, and the map that they live in
-        "A file of samples, mapped when it is first asked for"
-        if k not in self._maps:
-            file, shard = self.folder/f"samples-{k:05}.npy", self.manifest["shards"][k]
-            if shard.get("header", header_crc(file)) != header_crc(file):
-                raise UserError(f"{file} is damaged: copy it again")
-            x = np.memmap(file, self.dtype, "r", 128, (shard["samples"], 3))
-            self._maps[k] = np.asarray(x), x._mmap
-        return self._maps[k]
+# %% ../../nbs/data/04_store_reader.ipynb #75bda7c1
+@patch
+def shard(
+    self:Store,
+    k:int, # its number
+) -> tuple[np.ndarray, mmap.mmap]: # (N, 3) samples, and the map that they live in
+    "A file of samples, mapped when it is first asked for"
+    if k not in self._maps:
+        file, shard = self.folder/f"samples-{k:05}.npy", self.manifest["shards"][k]
+        if shard.get("header", header_crc(file)) != header_crc(file):
+            raise UserError(f"{file} is damaged: copy it again")
+        x = np.memmap(file, self.dtype, "r", 128, (shard["samples"], 3))
+        self._maps[k] = np.asarray(x), x._mmap
+    return self._maps[k]
 
-    def check(self,
-        rows:np.ndarray, # of the index
-    ) -> None:
-        "Compare the checksums of traces that were not read before; raises `UserError` for one that is damaged"
-        fresh = np.unique(rows[~self.checked[rows]])
-        if not len(fresh): return
-        known = ("shard", "first", "samples", "crc")  # a row by itself is slow
-        about = (self.index[k][fresh].tolist() for k in known)
-        for row, shard, first, samples, crc in zip(fresh.tolist(), *about):
-            if crc and crc32(self.shard(shard)[0][first:first + samples]) != crc:
-                name = self.index["name"][row].decode()
-                raise UserError(f"{self.folder}/samples-{shard:05}.npy: trace {name} is damaged, "
-                                "its "
-                                "checksum does not match; copy the file again, or pack again")
-            self.checked[row] = True
+# %% ../../nbs/data/04_store_reader.ipynb #08a5ad09
+@patch
+def check(
+    self:Store,
+    rows:np.ndarray, # of the index
+) -> None:
+    "Compare the checksums of traces read for the first time; `UserError` for a damaged one"
+    fresh = np.unique(rows[~self.checked[rows]])
+    if not len(fresh): return
+    known = ("shard", "first", "samples", "crc")  # a row by itself is slow
+    about = (self.index[k][fresh].tolist() for k in known)
+    for row, shard, first, samples, crc in zip(fresh.tolist(), *about):
+        if crc and crc32(self.shard(shard)[0][first:first + samples]) != crc:
+            name = self.index["name"][row].decode()
+            raise UserError(f"{self.folder}/samples-{shard:05}.npy: trace {name} is damaged, "
+                            "its "
+                            "checksum does not match; copy the file again, or pack again")
+        self.checked[row] = True
 
-    def record(self,
-        row:int, # of the index
-    ) -> Record: # float32, as the source gave it up to the error of the type
-        "A whole trace"
-        r = self.index[row]
-        self.check(np.array([row]))
-        q = self.shard(r["shard"])[0][r["first"]:r["first"] + r["samples"]]
-        labels = {k: r[k].item() for k in LABEL_FIELDS}
-        record = Record(dequantize_samples(q, r["offset"], r["scale"]), name=r["name"].decode(),
-                        **labels)
-        first, last = np.searchsorted(self.arrivals["record"], [row, row + 1])
-        return with_arrivals(record, self.arrivals[first:last])
+# %% ../../nbs/data/04_store_reader.ipynb #450836a3
+@patch
+def record(
+    self:Store,
+    row:int, # of the index
+) -> Record: # float32, as the source gave it up to the error of the type
+    "A whole trace"
+    r = self.index[row]
+    self.check(np.array([row]))
+    q = self.shard(r["shard"])[0][r["first"]:r["first"] + r["samples"]]
+    labels = {k: r[k].item() for k in LABEL_FIELDS}
+    record = Record(dequantize_samples(q, r["offset"], r["scale"]), name=r["name"].decode(),
+                    **labels)
+    first, last = np.searchsorted(self.arrivals["record"], [row, row + 1])
+    return with_arrivals(record, self.arrivals[first:last])
 
-    def verify(self) -> list[str]: # names of the files that are not what they were when they were written
-        "Compare every checksum"
-        want = {s["file"]: s["sha256"] for s in self.manifest["shards"]} | self.manifest["tables"]
-        return [name for name, digest in want.items() if sha256(self.folder/name) != digest]
+# %% ../../nbs/data/04_store_reader.ipynb #443602ac
+@patch
+def verify(self:Store) -> list[str]: # names of files whose content has changed since they were written
+    "Compare every checksum"
+    want = {s["file"]: s["sha256"] for s in self.manifest["shards"]} | self.manifest["tables"]
+    return [name for name, digest in want.items() if sha256(self.folder/name) != digest]
 
 # %% ../../nbs/data/04_store_reader.ipynb #5c6c1639
 def is_store(
@@ -178,7 +191,8 @@ def is_store(
 ) -> bool: # finished or not
     "Whether a folder is a store or the beginning of one"
     there = lambda name: (Path(folder)/name).exists()
-    return there("plan.json") or there("manifest.json") or there("index.npy") and there("samples-00000.npy")
+    return (there("plan.json") or there("manifest.json")
+            or there("index.npy") and there("samples-00000.npy"))
 
 # %% ../../nbs/data/04_store_reader.ipynb #ffe7b89b
 def advise_willneed(
@@ -218,7 +232,7 @@ def rows_of_split(
     store:Store,  # open
     split:str,    # one of the manifest's splits; another one raises `UserError`
     window:int,   # samples
-) -> tuple[np.ndarray, list[str]]: # rows of the index with at least half a window; names of the others
+) -> tuple[np.ndarray, list[str]]: # rows with at least half a window; names of the others
     "The traces of a split"
     name, splits, index = store.folder.resolve().name, store.manifest["splits"], store.index
     if split not in splits:
@@ -257,8 +271,8 @@ def place_windows(
     u:np.ndarray,       # (B,) in [0, 1)
     samples:np.ndarray, # (B,) of the traces
     window:int,         # samples
-) -> tuple[np.ndarray, np.ndarray]: # (B,) sample of the trace at which the window starts; (B, 2) int32 as `Windows.valid`
-    "Where windows start; negative: that many zeros come first"
+) -> tuple[np.ndarray, np.ndarray]: # (B,) sample of the trace; (B, 2) int32 as `Windows.valid`
+    "Where windows start in their traces; negative: that many zeros come first"
     extra = samples.astype(np.int64) - window
     first = (u * (np.abs(extra) + 1)).astype(np.int64) * np.where(extra < 0, -1, 1)
     return first, np.stack([np.maximum(-first, 0), np.minimum(samples - first, window)],
@@ -269,8 +283,8 @@ def labels_in_windows(
     rows:np.ndarray,  # (B,) of the index
     first:np.ndarray, # (B,) sample of the trace at which a window starts
     window:int,       # samples
-) -> tuple[np.ndarray, np.ndarray]: # onsets (B, 4) float32 in the window, NaN outside; statuses (B, 2) int8
-    "The labels of windows"
+) -> tuple[np.ndarray, np.ndarray]: # onsets (B, 4) float32, statuses (B, 2) int8
+    "Labels of windows: onsets in samples of the window, NaN outside it"
     onset = np.stack([rows[k] for k in ("p_onset", "s_onset", "p_weak", "s_weak")],
                      1) - first[:, None]
     onset[~((onset >= 0) & (onset < window))] = np.nan
@@ -353,76 +367,96 @@ class StoreSource(Source):
     def record(self, i): return check_record(self.store.record(self.rows[i]), self.window)
     def label(self, i): return self.store.index['name'][self.rows[i]].decode()
 
-    def metadata(self, column, default=None):
-        file = self.store.folder/'traces.csv'
-        if column in (columns := columns_of(file)):
-            return read_column(file, column)[self.rows].tolist()
-        if default is None: raise no_column(self.name, column, columns)
-        return [default]*len(self)
+# %% ../../nbs/data/04_store_reader.ipynb #5a99b90f
+@patch
+def metadata(self:StoreSource, column, default=None):
+    file = self.store.folder/'traces.csv'
+    if column in (columns := columns_of(file)):
+        return read_column(file, column)[self.rows].tolist()
+    if default is None: raise no_column(self.name, column, columns)
+    return [default]*len(self)
 
-    def events(self):
-        "Traces that are called alike, from several data sets or chunks, are told apart by their rows"
-        names, count = np.unique(self.store.index['name'], return_counts=True)
-        twice = set(names[count > 1].tolist())
-        called = lambda name, row: name.decode() + (f', row {row}' if name in twice else '')
-        own = self.store.index['name'][self.rows].tolist()
-        return [e or called(n, row) for e, n, row in zip(self.metadata('source_id', ''), own,
-                                                         self.rows)]
+# %% ../../nbs/data/04_store_reader.ipynb #7480f662
+@patch
+def events(self:StoreSource):
+    "Traces of several data sets or chunks with the same name are told apart by their rows"
+    names, count = np.unique(self.store.index['name'], return_counts=True)
+    twice = set(names[count > 1].tolist())
+    called = lambda name, row: name.decode() + (f', row {row}' if name in twice else '')
+    own = self.store.index['name'][self.rows].tolist()
+    return [e or called(n, row) for e, n, row in zip(self.metadata('source_id', ''), own,
+                                                     self.rows)]
 
-    def has_phase_labels(self):
-        return bool(any((self.store.index[k][self.rows] > 0).any()
-                        for k in ('p_status', 's_status')))
+# %% ../../nbs/data/04_store_reader.ipynb #4a43e643
+@patch
+def has_phase_labels(self:StoreSource):
+    return bool(any((self.store.index[k][self.rows] > 0).any()
+                    for k in ('p_status', 's_status')))
 
-    def fingerprint(self):
-        "Of index and arrivals, which hold labels and sizes, and of the checksums of the samples"
-        known = [self.store.index[self.rows], [s['sha256'] for s in self.store.manifest['shards']]]
-        return digest(*known, *([self._own()] if len(self.store.arrivals) else []))
+# %% ../../nbs/data/04_store_reader.ipynb #dcc31a82
+@patch
+def fingerprint(self:StoreSource):
+    "Of index and arrivals, which hold labels and sizes, and of the checksums of the samples"
+    known = [self.store.index[self.rows], [s['sha256'] for s in self.store.manifest['shards']]]
+    return digest(*known, *([self._own()] if len(self.store.arrivals) else []))
 
-    def _own(self):
-        "The rows of `arrivals` that belong to this part"
-        arrivals = self.store.arrivals
-        return arrivals[np.isin(arrivals['record'], self.rows)]
+@patch
+def _own(self:StoreSource):
+    "The rows of `arrivals` that belong to this part"
+    arrivals = self.store.arrivals
+    return arrivals[np.isin(arrivals['record'], self.rows)]
 
-    def most(self, window):
-        if window not in self._most: self._most[window] = most_in_window(self._own(), window)
-        return self._most[window]
+# %% ../../nbs/data/04_store_reader.ipynb #abd11e31
+@patch
+def most(self:StoreSource, window):
+    if window not in self._most: self._most[window] = most_in_window(self._own(), window)
+    return self._most[window]
 
-    def subset(self, rows):
-        "As fast as the whole: many windows at once; `rows` ascend, as sources are drawn one after the other"
-        part = copy(self)
-        part.rows = self.rows[np.asarray(rows, int)]
-        part._look_up()
-        return part
+# %% ../../nbs/data/04_store_reader.ipynb #49e8823c
+@patch
+def subset(self:StoreSource, rows):
+    "A part that is as fast as the whole; `rows` ascend, so that sources stay together"
+    part = copy(self)
+    part.rows = self.rows[np.asarray(rows, int)]
+    part._look_up()
+    return part
 
-    def choose(self, u):
-        "A source by its weight, and a trace of it"
-        return choose_traces(u, self.upto, self.count)
+# %% ../../nbs/data/04_store_reader.ipynb #d8b513f8
+@patch
+def choose(self:StoreSource, u):
+    "A source by its weight, and a trace of it"
+    return choose_traces(u, self.upto, self.count)
 
-    def prefetch_windows(self, i, u, window):
-        first, _ = place_windows(u, self.samples[i], window)
-        start = self.first[i] + np.maximum(first, 0)
-        advise_willneed(self.store, self.shard[i], start, np.minimum(self.samples[i], window))
+# %% ../../nbs/data/04_store_reader.ipynb #375a6992
+@patch
+def prefetch_windows(self:StoreSource, i, u, window):
+    first, _ = place_windows(u, self.samples[i], window)
+    start = self.first[i] + np.maximum(first, 0)
+    advise_willneed(self.store, self.shard[i], start, np.minimum(self.samples[i], window))
 
-    def windows(self, i, u, window):
-        "All at once, in numbers of the store's type"
-        samples, rows = self.samples[i], self.store.index[self.rows[i]]
-        first, valid = place_windows(u, samples, window)
-        self.store.check(self.rows[i])
-        x = gather_padded(self.store, self.shard[i], self.first[i], samples, first, window)
-        onset, status = labels_in_windows(rows, first, window)
-        events, zones = self._events(i, first, window, onset)
-        return Windows(x, rows['scale'].astype(np.float32), valid, onset, status, i, events, zones)
+# %% ../../nbs/data/04_store_reader.ipynb #4de4dc8d
+@patch
+def windows(self:StoreSource, i, u, window):
+    "All at once, in numbers of the store's type"
+    samples, rows = self.samples[i], self.store.index[self.rows[i]]
+    first, valid = place_windows(u, samples, window)
+    self.store.check(self.rows[i])
+    x = gather_padded(self.store, self.shard[i], self.first[i], samples, first, window)
+    onset, status = labels_in_windows(rows, first, window)
+    events, zones = self._events(i, first, window, onset)
+    return Windows(x, rows['scale'].astype(np.float32), valid, onset, status, i, events, zones)
 
-    def _events(self, i, first, window, onset):
-        "Events and zones; those of a trace that `arrivals` does not name are its P and S"
-        own = onset[:, None, :2]
-        if not len(self.store.arrivals): return own, np.empty((len(i), 2, 0, 2), np.float32)
-        begin, count = self.begin[i], self.arrivals[i]
-        events, zones = arrivals_in_windows(self.store.arrivals, begin, count, first, window,
-                                            self.most(window))
-        alone = count == 0
-        events[alone, 0] = own[alone, 0]
-        return events, zones
+@patch
+def _events(self:StoreSource, i, first, window, onset):
+    "Events and zones; those of a trace that `arrivals` does not name are its P and S"
+    own = onset[:, None, :2]
+    if not len(self.store.arrivals): return own, np.empty((len(i), 2, 0, 2), np.float32)
+    begin, count = self.begin[i], self.arrivals[i]
+    events, zones = arrivals_in_windows(self.store.arrivals, begin, count, first, window,
+                                        self.most(window))
+    alone = count == 0
+    events[alone, 0] = own[alone, 0]
+    return events, zones
 
 # %% ../../nbs/data/04_store_reader.ipynb #592166cd
 class StoreRecords:

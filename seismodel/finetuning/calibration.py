@@ -250,7 +250,7 @@ def _residuals(p, onset, threshold):
     return sigma, late, n.astype(int)
 
 def store_calibration(
-    folder: Path,  # of a picker, whose config.json gets the entries `default_args` and `calibration`
+    folder: Path,  # of a picker: config.json gets the entries `default_args` and `calibration`
     args: dict,    # default arguments, from `calibrate`
     how: dict,     # how well, from `calibrate`
 ):

@@ -109,7 +109,7 @@ def rotate_horizontals(batch:dict, generator:torch.Generator) -> dict:
 # %% ../../nbs/signals/06_augment.ipynb #0e243cc1
 def zones_of(
     batch:dict, # perhaps with zones
-) -> torch.Tensor: # (B, 2, Z, 2) first and last of each zone of P and of S, in samples; Z is 0 where there are none
+) -> torch.Tensor: # (B, 2, Z, 2) first and last sample of each zone of P and S; Z may be 0
     "The zones without labels of a batch"
     return batch["unlabelled"] if "unlabelled" in batch else batch["x"].new_empty(len(batch["x"]),
         2, 0, 2)
@@ -117,7 +117,7 @@ def zones_of(
 # %% ../../nbs/signals/06_augment.ipynb #a959122c
 def add_noise(batch:dict, generator:torch.Generator,
     noise:torch.Tensor, # (N, L, 3) windows of noise, on the same device
-    snr_db:tuple=(0., 20.), # signal to noise, of the standard deviations over the window, between these two
+    snr_db:tuple=(0., 20.), # ratio of standard deviations over the window, between these two
 ) -> dict:
     "Noise of somewhere else on top"
     x = batch["x"]
@@ -165,7 +165,7 @@ def merge_events(
     a:torch.Tensor, # (B, A, 2) P and S of each event, NaN where there is none
     b:torch.Tensor, # (B, A, 2)
     most:int,       # rows of the result
-) -> tuple[torch.Tensor, torch.Tensor]: # (B, most, 2) of both in order of time; (B,) bool, whether all have found room
+) -> tuple[torch.Tensor, torch.Tensor]: # (B, most, 2) of both in order of time; (B,) do all fit
     "Events of two windows as those of one"
     both = torch.cat([a, b], 1)                                                # (B, 2A, 2)
     first = both.nan_to_num(torch.inf).amin(-1)  # (B, 2A), infinite where there is none
@@ -177,7 +177,7 @@ def stack_events(batch:dict, generator:torch.Generator,
     share:float=.2, # of the windows
     quieter_db:float=20., # the other window is made quieter than this one by up to so much
 ) -> dict:
-    "The neighbour in the batch on top, with its events; all of them are then in `events`, and zones in `unlabelled`"
+    "Add the neighbour in the batch; `events` and `unlabelled` then hold those of both"
     x, number = batch["x"], torch.arange(len(batch["x"]), device=batch["x"].device)
     other = (number ^ 1).clamp(max=len(x) - 1)  # in pairs: so each rank has its own neighbours
     own = batch["events"] if "events" in batch else torch.stack([batch["p_onset"],
@@ -248,7 +248,7 @@ class Augmentation:
 
 # %% ../../nbs/signals/06_augment.ipynb #6c7534bd
 def fine_augment(
-    noise:torch.Tensor, # (N, L, 3) of training records, on the device of the batches; N may be 0: none is added
+    noise:torch.Tensor, # (N, L, 3) of training records, on the device of the batches; N may be 0
     settings:Augmentation=Augmentation(), # how often and how much
 ) -> Callable: # (batch, generator) -> batch, for `device_batches` and `train`
     "The augmentation of labelled windows"
@@ -280,7 +280,7 @@ PRETRAIN_AUGMENTATION = Augmentation(rotate=.5, flip=.5, flip_one=0., shift=0., 
                                      gap=.05, stack=0.)
 
 def pretrain_augment(
-    noise:torch.Tensor, # (N, L, 3) of training records, on the device of the batches; N may be 0: none is added
+    noise:torch.Tensor, # (N, L, 3) of training records, on the device of the batches; N may be 0
     settings:Augmentation=PRETRAIN_AUGMENTATION, # how often and how much
     gain_db:float=6.,   # see `scale_components`
 ) -> Callable: # (batch, generator) -> batch, for `device_batches` and `train`

@@ -21,8 +21,7 @@ SAMPLING_RATE = 100.     # Hz, everywhere in the package
 WINDOW = 4096            # samples in a window, 40.96 s
 
 # %% ../../nbs/signals/03_records.ipynb #2006065c
-# of an onset; the last three have one
-STATUS = ("unlabelled", "absent", "picked", "automatic", "manual")
+STATUS = ("unlabelled", "absent", "picked", "automatic", "manual")  # the last three have an onset
 
 class Record(NamedTuple):
     "One seismogram as a source gives it"
@@ -58,7 +57,7 @@ def check_record(
     record:Record,     # a record at 100 Hz
     window:int=WINDOW, # samples of a window
 ) -> Record:           # the same record
-    "Raises `BadRecord` when a record is shorter than half a window, holds NaN or infinity, or is flat altogether"
+    "Raises `BadRecord` for a record that is too short, flat, or holds NaN or infinity"
     x, name = record.waveform, record.name
     if len(x) < window / 2:
         raise BadRecord(name, f"{len(x)} samples at 100 Hz, less than half a window")

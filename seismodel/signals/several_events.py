@@ -26,7 +26,7 @@ def pad_events(
     events: list[np.ndarray],  # (A, 2) of each window, P and S in samples
     most: int = MOST_EVENTS,  # rows
 ) -> np.ndarray:  # (B, most, 2) float32, in order of time
-    "Events of windows in one array; raises `ValueError` where a window holds more than there are rows"
+    "Events of windows in one array; raises `ValueError` where a window has too many"
     out = np.full((len(events), most, 2), np.nan, np.float32)
     for k, window in enumerate(events):
         window = window[~np.isnan(window).all(1)]
@@ -78,7 +78,7 @@ def event_numbers(
 # %% ../../nbs/signals/08_several_events.ipynb #1aa6b22a
 def events_of_row(
     row: dict,  # of a table of SeisBench: names of columns -> values
-    own: tuple[float, float],  # P and S of the event of the record, at the rate of the table; NaN where there is none
+    own: tuple[float, float],  # P and S of the record's event, at the rate of the table; NaN: none
 ) -> np.ndarray:  # (A, 2) samples at the rate of the table
     "All events of a record, its own first"
     cell = lambda phase, n: row.get(f'trace_{phase}{n}_arrival_sample')
@@ -144,7 +144,7 @@ def arrivals_in_windows(
     first: np.ndarray,  # (B,) sample of the record at which the window begins
     window: int,  # samples
     most: tuple[int, int],  # from `most_in_window`
-) -> tuple[np.ndarray, np.ndarray]:  # (B, A, 2) events and (B, 2, Z, 2) zones float32, NaN behind the last
+) -> tuple[np.ndarray, np.ndarray]:  # (B, A, 2) events, (B, 2, Z, 2) zones, NaN behind the last
     "Events and zones of many windows, without a loop over them"
     which = np.repeat(np.arange(len(begin)), count)
     rows = arrivals[(begin - np.cumsum(count) + count)[which] + np.arange(len(which))]
@@ -174,7 +174,7 @@ def clean_events(
     numbers: list[int],  # of events
     seed: int,
     config: SyntheticConfig,
-) -> tuple[np.ndarray, np.ndarray]:  # (E, L, 3) waves for noise of band power 1; (E, 2) P and S in samples
+) -> tuple[np.ndarray, np.ndarray]:  # (E, L, 3) for noise of band power 1; (E, 2) P and S, samples
     "Events without noise"
     rng = np.random.default_rng([seed, numbers[0]])
     hiss = rng.standard_normal((len(numbers), config.samples, 3), np.float32)

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
+from fastcore.basics import patch
 
 from .records import Record
 from .several_events import events_in_window, pad_events, zones_in_window
@@ -118,7 +119,7 @@ def digest(
 
 # %% ../../nbs/signals/05a_source.ipynb #d5dcd2f8
 class Source:
-    "Records by number. A class of your own defines `name`, `__len__` and `record`; the rest follows from these"
+    "Records by number. A subclass defines `name`, `__len__` and `record`"
     name = 'records'
     dtype = np.dtype(np.float32)   # of the samples of `windows`
     left_out = {}                  # reason -> names of the traces that were not taken
@@ -139,69 +140,91 @@ class Source:
         try: return self.record(i).name
         except BadRecord as e: return e.args[0]
 
-    def metadata(self,
-        column: str,             # of the metadata
-        default: str|None=None,  # what stands in every cell where there is no such column
-    ) -> list[str]:              # a cell for each record, empty where the table says nothing
-        "A column as text; raises `UserError` where there is none and no default"
-        if default is not None: return [default]*len(self)
-        raise UserError(f"{self.name} has no metadata; give a data set in SeisBench's format, "
-                        "or a store that was packed from one.")
-
-    def events(self) -> list[str]:
-        "The event of each record: its `source_id`, or what the record is called where none is known"
-        return [e or self.label(i) for i, e in enumerate(self.metadata('source_id', default=''))]
-
-    def has_phase_labels(self) -> bool:
-        "Whether P or S was looked for on any record, found or not"
-        return True
-
     def most(self,
         window: int,         # samples
     ) -> tuple[int, int]:    # events, and zones of a phase
-        "How many of them a window can have; a source whose records have `events` or `zones` must say it"
+        "Largest counts of a window; a source whose records have `events` or `zones` defines it"
         return 1, 0
 
-    def subset(self,
-        rows,          # numbers of records
-    ) -> 'Source':     # of these records alone, in this order
-        "A part of the source"
-        return Subset(self, rows)
+# %% ../../nbs/signals/05a_source.ipynb #21129968
+@patch
+def metadata(
+    self:Source,
+    column: str,             # of the metadata
+    default: str|None=None,  # what stands in every cell where there is no such column
+) -> list[str]:              # a cell for each record, empty where the table says nothing
+    "A column as text; raises `UserError` where there is none and no default"
+    if default is not None: return [default]*len(self)
+    raise UserError(f"{self.name} has no metadata; give a data set in SeisBench's format, "
+                    "or a store that was packed from one.")
 
-    def fingerprint(self) -> str:
-        "Sixteen digits that change with the records, their labels or their sizes"
-        return digest(self.name, len(self))
+# %% ../../nbs/signals/05a_source.ipynb #d4979852
+@patch
+def events(self:Source) -> list[str]:
+    "The event of each record: its `source_id`, or the name of the record where none is known"
+    return [e or self.label(i) for i, e in enumerate(self.metadata('source_id', default=''))]
 
-    def choose(self,
-        u: np.ndarray,  # (B,) in [0, 1)
-    ) -> np.ndarray:    # (B,) numbers of records
-        "Random records"
-        return (u*len(self)).astype(int)
+# %% ../../nbs/signals/05a_source.ipynb #69668b86
+@patch
+def has_phase_labels(self:Source) -> bool:
+    "Whether P or S was looked for on any record, found or not"
+    return True
 
-    def prefetch_windows(self,
-        i: np.ndarray,  # (B,) numbers of records
-        u: np.ndarray,  # (B,) in [0, 1): where in the record
-        window: int,    # samples
-    ) -> None:
-        "Hear which windows will be asked for next"
+# %% ../../nbs/signals/05a_source.ipynb #becc253d
+@patch
+def subset(
+    self:Source,
+    rows,          # numbers of records
+) -> 'Source':     # of these records alone, in this order
+    "A part of the source"
+    return Subset(self, rows)
 
-    def windows(self,
-        i: np.ndarray,  # (B,) numbers of records
-        u: np.ndarray,  # (B,) in [0, 1): where in the record
-        window: int,    # samples
-    ) -> Windows:       # B of them; one of zeros for a record that is in `refused`, or does not move there
-        "Windows at these places; a record that is shorter lies between zeros"
-        return join_windows([self._window(int(k), v, window) for k, v in zip(i, u)], i)
+# %% ../../nbs/signals/05a_source.ipynb #bea79ee5
+@patch
+def fingerprint(self:Source) -> str:
+    "Sixteen digits that change with the records, their labels or their sizes"
+    return digest(self.name, len(self))
 
-    def _window(self, k, u, window):
-        "One of them"
-        if k in self.refused: return empty_window(window)
-        try: record = self.record(k)
-        except BadRecord as e:
-            self.refused[k] = e.args
-            return empty_window(window)
-        try: return cut_window(record, window, u)
-        except BadRecord: return empty_window(window)
+# %% ../../nbs/signals/05a_source.ipynb #a5ed38ef
+@patch
+def choose(
+    self:Source,
+    u: np.ndarray,  # (B,) in [0, 1)
+) -> np.ndarray:    # (B,) numbers of records
+    "Random records"
+    return (u*len(self)).astype(int)
+
+# %% ../../nbs/signals/05a_source.ipynb #9f250916
+@patch
+def prefetch_windows(
+    self:Source,
+    i: np.ndarray,  # (B,) numbers of records
+    u: np.ndarray,  # (B,) in [0, 1): where in the record
+    window: int,    # samples
+) -> None:
+    "Hear which windows will be asked for next"
+
+# %% ../../nbs/signals/05a_source.ipynb #d8c85754
+@patch
+def windows(
+    self:Source,
+    i: np.ndarray,  # (B,) numbers of records
+    u: np.ndarray,  # (B,) in [0, 1): where in the record
+    window: int,    # samples
+) -> Windows:       # B of them; zeros for a record in `refused`, or one that is flat there
+    "Windows at these places; a record that is shorter lies between zeros"
+    return join_windows([self._window(int(k), v, window) for k, v in zip(i, u)], i)
+
+@patch
+def _window(self:Source, k, u, window):
+    "One of them"
+    if k in self.refused: return empty_window(window)
+    try: record = self.record(k)
+    except BadRecord as e:
+        self.refused[k] = e.args
+        return empty_window(window)
+    try: return cut_window(record, window, u)
+    except BadRecord: return empty_window(window)
 
 # %% ../../nbs/signals/05a_source.ipynb #a674ccf3
 class Subset(Source):
