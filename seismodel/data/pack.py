@@ -1,4 +1,4 @@
-"""`seismodel pack`: SeisBench data sets and folders of continuous files into one store, in constant memory, every trace accounted for
+"""`seismodel pack`: SeisBench data sets and continuous files into one store, in constant memory
 
 Docs: https://seismodel.github.io/seismodel/data/pack.html.md"""
 
@@ -41,7 +41,11 @@ class Item(NamedTuple):
     more: dict          # everything else that is known of it
 
 # %% ../../nbs/data/05_pack.ipynb #4c05f26b
-def left_out(name, why, position=None) -> Item:
+def left_out(
+    name:str,             # of the trace
+    why:str|None,         # one clause
+    position:object=None, # after it
+) -> Item:
     "No trace, and the reason"
     return Item(position, name, None, why, "", {})
 
@@ -49,7 +53,7 @@ def left_out(name, why, position=None) -> Item:
 class DatasetItems:
     "The rows of a SeisBench data set, one after the other"
     def __init__(self,
-        dataset,           # a seisbench.data.WaveformDataset
+        dataset:object,           # a seisbench.data.WaveformDataset
         name:str,          # what messages call it
         window:int=WINDOW, # samples; traces below half of it are left out
     ):
@@ -225,7 +229,7 @@ def open_items(
 
 # %% ../../nbs/data/05_pack.ipynb #2f244e9e
 def listing(
-    stream,  # `DatasetItems` or `ArchiveItems`
+    stream:object,  # `DatasetItems` or `ArchiveItems`
 ) -> dict: # count of files, bytes, checksums of names and sizes and of the metadata
     "What a source consisted of when it was packed"
     if isinstance(stream, ArchiveItems): files = stream.files
@@ -284,7 +288,8 @@ def _no_room(out, streams, dtype):
     free = shutil.disk_usage(next(p for p in (out, *out.absolute().parents) if p.exists())).free
     wanted = f"up to {in_bytes(need)}" if need > there else f"more than {in_bytes(there)}"
     return (f"no space left for the store in '{out}': it needs {wanted}, {in_bytes(there)} are "
-            f"written and {in_bytes(free)} are free; make room and give the same command again, it goes on")
+            f"written and {in_bytes(free)} are free; make room and give the same command again, "
+            "it goes on")
 
 # %% ../../nbs/data/05_pack.ipynb #13bd1c70
 def _write(out, plan, streams):
@@ -297,7 +302,7 @@ def _write(out, plan, streams):
         raise UserError(f"stopped; the same command goes on with {out}") from None
     except OSError as e:
         if not is_disk_full(e): raise
-        raise UserError(_no_room(out, streams, plan["dtype"])) from None
+        raise UserError(_no_room(Path(out), streams, plan["dtype"])) from None
 
 # %% ../../nbs/data/05_pack.ipynb #f89ad557
 def report(
@@ -336,6 +341,6 @@ def pack(
     streams = [open_items(*group, window=window, selection=selection) for group in groups]
     plan = _plan(groups, streams, shares, dtype, window, file_mib)
     if selection.given: plan["selection"] = selection.given
-    manifest = _write(Path(out), plan, streams)
+    manifest = _write(out, plan, streams)
     print(report(manifest))
     return manifest

@@ -1,4 +1,4 @@
-"""Batches on their way to the device: in few pieces from loader processes, sent ahead, augmented and normalised by a thread
+"""A thread sends batches to the GPU ahead of training, augments and normalises them there
 
 Docs: https://seismodel.github.io/seismodel/data/prefetch.html.md"""
 
@@ -16,7 +16,7 @@ from math import prod
 from multiprocessing import parent_process, resource_tracker
 from queue import Empty, Full, Queue
 from threading import Event, Thread
-from typing import Callable, Iterator
+from typing import Callable, Iterable, Iterator
 
 import torch
 from torch.utils.data import Dataset, default_collate
@@ -141,9 +141,9 @@ def make_ready(
 
 # %% ../../nbs/data/07_prefetch.ipynb #eca3784a
 def device_batches(
-    batches,                  # in order, from a loader over `Batches`; raw where they are augmented
+    batches:Iterable,         # in order, from a loader over `Batches`; raw where they are augmented
     batch_size:int,  # windows in a whole batch, of all ranks together: says which batch it is
-    device="cpu",             # where they go
+    device:str|torch.device="cpu", # where they go
     augment:Callable=None,    # (batch, generator) -> batch, on the device, before normalising
     seed:int=0,               # of the augmentation
     draws:Callable=nullcontext, # makes a context for the draws, see `Ranks.draws`

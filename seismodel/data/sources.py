@@ -1,4 +1,4 @@
-"""Where records come from: the generator, SeisBench data sets by folder or name, packed stores; and what a table can say against a trace
+"""Open the generator, a SeisBench data set or a packed store; find splits, onsets and unusable traces
 
 Docs: https://seismodel.github.io/seismodel/data/sources.html.md"""
 
@@ -55,19 +55,22 @@ class SyntheticSource(Source):
 
     def __len__(self): return 1_000_000
 
-    def prefetch_windows(self, i, u, window): self.prefetch(sorted(set(i.tolist())))
+    def prefetch_windows(self, i:np.ndarray, u:np.ndarray, window:int): self.prefetch(sorted(set(i.tolist())))
 
     def record(self, i:int) -> Record:
         if i not in self._ahead: self.prefetch([i])
         return self._ahead.pop(i)
 
-    def label(self, i): return str(3 * i + self.first)
-    def most(self, window): return (2 if self.config.double else 1), 0
+    def label(self, i:int): return str(3 * i + self.first)
+    def most(self, window:int): return (2 if self.config.double else 1), 0
     def fingerprint(self): return digest(self.seed, self.first, self.config)
 
 # %% ../../nbs/data/02_sources.ipynb #8d40930f
 @patch
-def prefetch(self:SyntheticSource, indices:list) -> None:
+def prefetch(
+    self:SyntheticSource,
+    indices:list, # numbers of records
+) -> None:
     "Make these records together: the same samples, in a third of the time"
     numbers = [3 * i + self.first for i in indices]
     batch = synthesize(numbers, seed=self.seed, config=self.config)
@@ -84,7 +87,7 @@ def prefetch(self:SyntheticSource, indices:list) -> None:
 PHASES = {"P": "p P P1 Pg Pn Pb PmP pP pwP".split(), "S": "s S S1 Sg Sn Sb SmS".split()}
 
 def onsets(
-    metadata,  # SeisBench metadata, a pandas DataFrame
+    metadata:object,  # SeisBench metadata, a pandas DataFrame
     phase:str, # "P" or "S"
     by:str="arrival", # or "model", for the picks of another model
 ) -> np.ndarray: # (traces,) sample of the earliest pick, at the original rate; NaN: none
@@ -97,7 +100,7 @@ def onsets(
 
 # %% ../../nbs/data/02_sources.ipynb #1a368022
 def statuses(
-    metadata,         # SeisBench metadata, a pandas DataFrame
+    metadata:object,         # SeisBench metadata, a pandas DataFrame
     phase:str,        # "P" or "S"
     onset:np.ndarray, # (traces,) of any event, such as those from `onsets`; NaN: none
 ) -> np.ndarray: # (traces,) int8, see `STATUS`
@@ -117,7 +120,7 @@ def statuses(
 
 # %% ../../nbs/data/02_sources.ipynb #7192fca0
 def later_events(
-    metadata, # SeisBench metadata, a pandas DataFrame
+    metadata:object, # SeisBench metadata, a pandas DataFrame
 ) -> np.ndarray: # (events, traces, 2) P and S in samples at the original rate; NaN: none
     "Onsets of the second event, the third, …: columns `trace_P2_arrival_sample`, …"
     import pandas as pd
@@ -129,7 +132,7 @@ def later_events(
 
 # %% ../../nbs/data/02_sources.ipynb #dd91ae79
 def table_arrivals(
-    metadata,         # SeisBench metadata, a pandas DataFrame
+    metadata:object,         # SeisBench metadata, a pandas DataFrame
     own:np.ndarray,   # (traces, 2) P and S of the event of each record, samples at 100 Hz
     more:np.ndarray,  # (events, traces, 2) from `later_events`
     factor:np.ndarray, # (traces,) samples at 100 Hz for one of the table
@@ -171,7 +174,7 @@ def draw_split(
 
 # %% ../../nbs/data/02_sources.ipynb #269cb02a
 def split_column(
-    metadata, # SeisBench metadata, a pandas DataFrame
+    metadata:object, # SeisBench metadata, a pandas DataFrame
     name:str, # of the data set, for the log
 ) -> np.ndarray: # (traces,) str: the split of each trace; empty where the table names none
     "The column `split`; where there is none, 80 % train, 10 % dev, 10 % test by event or hour"
@@ -193,7 +196,7 @@ def split_column(
 
 # %% ../../nbs/data/02_sources.ipynb #20ef7eba
 def unusable(
-    metadata,          # SeisBench metadata; component codes already as Z, N, E
+    metadata:object,          # SeisBench metadata; component codes already as Z, N, E
     window:int=WINDOW, # samples of a window
 ) -> dict[str, np.ndarray]: # why -> (traces,) bool, in the order in which the reasons are asked
     "What the metadata alone can say against a trace"
@@ -214,7 +217,7 @@ def unusable(
 
 # %% ../../nbs/data/02_sources.ipynb #8535d71f
 def trace_names(
-    metadata, # SeisBench metadata, a pandas DataFrame
+    metadata:object, # SeisBench metadata, a pandas DataFrame
 ): # pandas Series of str
     "Names of traces for messages: name and chunk; a trace without a name is called by its row"
     places = [f"row {k}" for k in range(len(metadata))]
@@ -225,7 +228,7 @@ def trace_names(
 
 # %% ../../nbs/data/02_sources.ipynb #d630d492
 def component_codes(
-    metadata, # SeisBench metadata, a pandas DataFrame
+    metadata:object, # SeisBench metadata, a pandas DataFrame
     name:str, # of the data set, for the message
 ): # pandas Series of str: `trace_component_order` with 1 and 2 read as N and E
     "Component codes in the alphabet Z, N, E. Raises `UserError` when no trace has all three."
@@ -251,7 +254,7 @@ def of_split(
 
 # %% ../../nbs/data/02_sources.ipynb #5d83d2ac
 def refusals(
-    table,             # metadata with component codes as Z, N, E
+    table:object,             # metadata with component codes as Z, N, E
     splits:np.ndarray, # (traces,)
     inside:np.ndarray, # (traces,) bool, those that are asked about
     window:int,        # samples
@@ -266,7 +269,7 @@ def refusals(
 
 # %% ../../nbs/data/02_sources.ipynb #6001c51d
 def make_quick(
-    data,            # a copy of a SeisBench data set
+    data:object,            # a copy of a SeisBench data set
     keep:np.ndarray, # (traces,) bool
 ) -> None:
     "Keep only these traces and the columns that reading needs; cache small files in memory"
@@ -282,7 +285,7 @@ def make_quick(
 class SeisBenchSource(Source):
     "A SeisBench data set or one split of it"
     def __init__(self,
-        dataset,                  # a seisbench.data.WaveformDataset; it is copied
+        dataset:object,                  # a seisbench.data.WaveformDataset; it is copied
         split:str|None="train",   # a value of the metadata column `split`; None: all of them
         name:str="dataset",       # what messages call it
         window:int=WINDOW,        # samples; traces below half of it are left out
@@ -306,9 +309,9 @@ class SeisBenchSource(Source):
         self.data, self.checked = data, np.zeros(len(self.names), bool)  # a record is checked once
 
     def __len__(self): return len(self.names)
-    def label(self, i): return self.names[i]
+    def label(self, i:int): return self.names[i]
     def has_phase_labels(self): return any(map(any, self.status))
-    def most(self, window): return most_in_window(self.arrivals, window)
+    def most(self, window:int): return most_in_window(self.arrivals, window)
 
 # %% ../../nbs/data/02_sources.ipynb #fc8824a3
 @patch
@@ -335,7 +338,7 @@ def reasons(self:SeisBenchSource) -> str:
 
 # %% ../../nbs/data/02_sources.ipynb #e05e6e35
 @patch
-def metadata(self:SeisBenchSource, column, default=None):
+def metadata(self:SeisBenchSource, column:str, default:str|None=None):
     "Read from the files by row; SeisBench's own table has forgotten which text a number was"
     tables = {chunk: Path(self.data.path)/f"metadata{chunk}.csv"
               for chunk in sorted(set(self.chunks))}
@@ -519,7 +522,7 @@ def parse_weights(
 
 # %% ../../nbs/data/02_sources.ipynb #d3afc4e2
 def open_source(
-    # "synthetic", a store, the folder of a SeisBench data set, or the name of a published one ("ETHZ")
+    # "synthetic", a store, the folder of a SeisBench data set, or a published one ("ETHZ")
     where:str,
     split:str="train", # "train", "dev" or "test"
     window:int=WINDOW, # samples of a window

@@ -1,4 +1,4 @@
-"""A folder of memory-mapped samples with an index beside them: written once in constant memory, read at the speed of a copy
+"""A folder of memory-mapped samples with an index, written once in constant memory
 
 Docs: https://seismodel.github.io/seismodel/data/store.html.md"""
 
@@ -119,7 +119,7 @@ def add(
 @patch
 def close(
     self:Part,
-    position, # where the sources stand
+    position:object, # where the sources stand
 ) -> None:
     "For good"
     self._header()
@@ -233,7 +233,7 @@ def add(
     record:Record, # checked
     split:str,     # such as "train"
     more:dict,     # everything else that is known of it
-    position,      # where its source stands after it
+    position:object,      # where its source stands after it
 ) -> None:
     "Append a trace"
     q, offset, scale = quantize_samples(record.waveform, self.plan["dtype"])
@@ -254,7 +254,7 @@ def leave_out(
     source:int, # number of its source
     name:str,   # of the trace or file
     why:str,    # one clause
-    position,   # where its source stands after it
+    position:object,   # where its source stands after it
 ) -> None:
     "Note that a trace was not taken"
     self._open().note(dict(source=source, left_out=name, why=why))

@@ -1,4 +1,4 @@
-"""A store as a source: checked as it is read, and many windows of it in one call
+"""Open a store, check it while it is read, and gather many windows in one call
 
 Docs: https://seismodel.github.io/seismodel/data/store_reader.html.md"""
 
@@ -180,14 +180,14 @@ def record(
 
 # %% ../../nbs/data/04_store_reader.ipynb #443602ac
 @patch
-def verify(self:Store) -> list[str]: # names of files whose content has changed since they were written
+def verify(self:Store) -> list[str]: # names of files that have changed since they were written
     "Compare every checksum"
     want = {s["file"]: s["sha256"] for s in self.manifest["shards"]} | self.manifest["tables"]
     return [name for name, digest in want.items() if sha256(self.folder/name) != digest]
 
 # %% ../../nbs/data/04_store_reader.ipynb #5c6c1639
 def is_store(
-    folder, # any path
+    folder:str|Path, # any path
 ) -> bool: # finished or not
     "Whether a folder is a store or the beginning of one"
     there = lambda name: (Path(folder)/name).exists()
@@ -320,7 +320,7 @@ def columns_of(
 # %% ../../nbs/data/04_store_reader.ipynb #026eca2f
 def read_column(
     file: Path,     # a CSV with that column
-    column: str,
+    column: str,    # its name
 ) -> np.ndarray:    # (rows,) object: text as it stands, empty where nothing is known
     "One column of a table"
     import pandas as pd
@@ -364,12 +364,12 @@ class StoreSource(Source):
         self.arrivals, self._most = np.searchsorted(arrived, self.rows, 'right') - self.begin, {}
 
     def __len__(self): return len(self.rows)
-    def record(self, i): return check_record(self.store.record(self.rows[i]), self.window)
-    def label(self, i): return self.store.index['name'][self.rows[i]].decode()
+    def record(self, i:int): return check_record(self.store.record(self.rows[i]), self.window)
+    def label(self, i:int): return self.store.index['name'][self.rows[i]].decode()
 
 # %% ../../nbs/data/04_store_reader.ipynb #5a99b90f
 @patch
-def metadata(self:StoreSource, column, default=None):
+def metadata(self:StoreSource, column:str, default:str|None=None):
     file = self.store.folder/'traces.csv'
     if column in (columns := columns_of(file)):
         return read_column(file, column)[self.rows].tolist()
@@ -408,13 +408,13 @@ def _own(self:StoreSource):
 
 # %% ../../nbs/data/04_store_reader.ipynb #abd11e31
 @patch
-def most(self:StoreSource, window):
+def most(self:StoreSource, window:int):
     if window not in self._most: self._most[window] = most_in_window(self._own(), window)
     return self._most[window]
 
 # %% ../../nbs/data/04_store_reader.ipynb #49e8823c
 @patch
-def subset(self:StoreSource, rows):
+def subset(self:StoreSource, rows:list):
     "A part that is as fast as the whole; `rows` ascend, so that sources stay together"
     part = copy(self)
     part.rows = self.rows[np.asarray(rows, int)]
@@ -423,20 +423,20 @@ def subset(self:StoreSource, rows):
 
 # %% ../../nbs/data/04_store_reader.ipynb #d8b513f8
 @patch
-def choose(self:StoreSource, u):
+def choose(self:StoreSource, u:np.ndarray):
     "A source by its weight, and a trace of it"
     return choose_traces(u, self.upto, self.count)
 
 # %% ../../nbs/data/04_store_reader.ipynb #375a6992
 @patch
-def prefetch_windows(self:StoreSource, i, u, window):
+def prefetch_windows(self:StoreSource, i:np.ndarray, u:np.ndarray, window:int):
     first, _ = place_windows(u, self.samples[i], window)
     start = self.first[i] + np.maximum(first, 0)
     advise_willneed(self.store, self.shard[i], start, np.minimum(self.samples[i], window))
 
 # %% ../../nbs/data/04_store_reader.ipynb #4de4dc8d
 @patch
-def windows(self:StoreSource, i, u, window):
+def windows(self:StoreSource, i:np.ndarray, u:np.ndarray, window:int):
     "All at once, in numbers of the store's type"
     samples, rows = self.samples[i], self.store.index[self.rows[i]]
     first, valid = place_windows(u, samples, window)
@@ -473,4 +473,4 @@ class StoreRecords:
         self.metadata = table.iloc[self.rows].reset_index(drop=True)
 
     def copy(self): return copy(self)
-    def get_waveforms(self, i): return self.store.record(self.rows[i]).waveform.T
+    def get_waveforms(self, i:int): return self.store.record(self.rows[i]).waveform.T

@@ -1,4 +1,4 @@
-"""From sources to batches of normalised windows: a pure function of (seed, number), vectorised
+"""From sources to batches of normalised windows: a pure function of seed and window number
 
 Docs: https://seismodel.github.io/seismodel/data/windows.html.md"""
 
@@ -66,7 +66,7 @@ def write_rows_into(
 def empty_batch(
     count:int,      # windows
     window:int,     # samples
-    dtype=np.float32, # of the samples
+    dtype:type=np.float32, # of the samples
     most:tuple[int, int]=(1, 0), # events, and zones of a phase, that a window can have
 ) -> Windows:
     "A batch to be filled"
@@ -81,12 +81,12 @@ def empty_batch(
 class Filler:
     "Fills rows of batches from one source"
     def __init__(self,
-        source: Source,
+        source: Source,  # of the windows
         window: int,     # samples
         rejected: dict,  # gets "source/record" -> why it has no window; fillers may share it
     ): self.source, self.window, self.rejected = source, window, rejected
 
-    def reject(self, k):
+    def reject(self, k:int):
         "Count a record that has no window under its name, and say so once"
         refused = self.source.refused
         name, why = refused[k] if k in refused else \
@@ -172,7 +172,7 @@ class WindowDataset(Dataset):
     def __init__(self,
         sources:list[Source], # from `open_source`, or of your own
         length:int,         # windows in the data set
-        weights=None,       # share of each source, any positive scale; None: equal shares
+        weights:list|None=None,       # share of each source, any positive scale; None: equal shares
         seed:int=0,         # of everything that is drawn
         start:int=0,        # number of the first window: a resumed run starts where it stopped
         window:int=WINDOW,  # samples of a window
@@ -195,7 +195,7 @@ class WindowDataset(Dataset):
 @patch
 def batch(
     self:WindowDataset,
-    numbers,        # of the windows, each from 0 to `length` - 1
+    numbers:list,        # of the windows, each from 0 to `length` - 1
     raw:bool=False, # as the sources have them: not normalised, with `scale` and `valid`
 ) -> dict: # name -> tensor of len(numbers) rows
     "Many windows at once"

@@ -1,4 +1,4 @@
-"""What a fine-tuned picker learns from its dev windows after training: the threshold of each phase, and how many seconds a pick is worth
+"""After fine-tuning, dev windows give the threshold of each phase and the uncertainty of a pick in seconds
 
 Docs: https://seismodel.github.io/seismodel/finetuning/calibration.html.md"""
 
@@ -85,7 +85,7 @@ CANDIDATE_THRESHOLDS = np.round(np.arange(.1, .91, .05), 2)
 def f1_of(
     p: np.ndarray,      # (N, L) probability of a phase
     onset: np.ndarray,  # (N,) samples, or (N, A) of several events; NaN where there is none
-    threshold: float,
+    threshold: float,   # that a peak must reach
 ) -> float:             # 0 to 1
     "Harmonic mean of recall and precision of the picks"
     right = picks = 0
@@ -264,7 +264,7 @@ def store_calibration(
 def calibrate_run(
     folder: Path,           # of a fine-tuning run that is through
     dev: WindowDataset,     # its dev windows, of which four times as many are drawn
-    device='cpu',
+    device: str = 'cpu',    # of the measurement
 ):
     "Measure thresholds and uncertainties of a run on dev, and store them with it"
     more = WindowDataset(dev.sources, 4*len(dev), dev.share, dev.seed, window=dev.window)

@@ -1,4 +1,4 @@
-"""What may happen to a seismogram without its becoming another one: plain functions on batches, picks moved along
+"""Random changes of labelled windows as plain functions on batches; picks move along
 
 Docs: https://seismodel.github.io/seismodel/signals/augment.html.md"""
 
@@ -48,7 +48,11 @@ def moved(
     return new | {"valid": (batch["valid"] + by[:, None]).clamp(0, length).to(batch["valid"].dtype)}
 
 # %% ../../nbs/signals/06_augment.ipynb #1e8f06a6
-def at(x, first, length):
+def at(
+    x:torch.Tensor,     # (B, L, 3)
+    first:torch.Tensor, # (B,) samples, may be negative
+    length:int,         # samples
+) -> torch.Tensor:      # (B, length, 3)
     "Samples (B, length, 3) from `first` (B,) on, zeros where there are none"
     i = first[:, None] + torch.arange(length, device=x.device)                 # (B, length)
     there = (i >= 0) & (i < x.shape[1])
@@ -203,7 +207,7 @@ def stack_events(batch:dict, generator:torch.Generator,
 
 # %% ../../nbs/signals/06_augment.ipynb #da5248a5
 def stacked_labels(
-    batch:dict,
+    batch:dict, # with labels
     hit:torch.Tensor,   # (B,) bool, which windows have another one on top
     other:torch.Tensor, # (B,) number of that one
 ) -> dict: # onsets and statuses of P and S

@@ -1,4 +1,4 @@
-"""One record of three components: its amplitudes, its sampling rate, its labels, and what makes it unusable
+"""One record of three components: amplitudes, sampling rate, labels, and checks for unusable data
 
 Docs: https://seismodel.github.io/seismodel/signals/records.html.md"""
 
@@ -77,10 +77,10 @@ def recorded_mean(
 
 # %% ../../nbs/signals/03_records.ipynb #dc06e232
 def show_window(
-    x,                  # (L, 3) normalised samples, tensor or array
-    p_onset=np.nan,     # samples, one or several; NaN: not drawn
-    s_onset=np.nan,     # likewise
-    ax=None,            # matplotlib axes; None: new ones
+    x:object,           # (L, 3) normalised samples, tensor or array
+    p_onset:float=np.nan, # samples, one or several; NaN: not drawn
+    s_onset:float=np.nan, # likewise
+    ax:object=None,     # matplotlib axes; None: new ones
     title:str="",       # above the axes
 ): # the matplotlib axes
     "The three components one above the other over time in seconds, P and S as vertical lines"

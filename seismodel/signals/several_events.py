@@ -1,4 +1,4 @@
-"""Onsets of all events as padded arrays, zones in which nobody knows, and swarms of two to five events from the generator
+"""Onsets of all events as padded arrays, unlabelled zones, and synthetic swarms of two to five events
 
 Docs: https://seismodel.github.io/seismodel/signals/several_events.html.md"""
 
@@ -93,7 +93,7 @@ ARRIVAL = np.dtype([('record', '<i8'), ('kind', 'i1'), ('first', '<f8'), ('last'
 
 def arrivals_of(
     number: int,  # of the record in its source
-    record: Record,
+    record: Record,  # with or without several events
 ) -> np.ndarray:  # (n,) ARRIVAL, events in order of time, then zones
     "Rows of a record; none where it has one event at most, and no zone"
     events = record.all_events()
@@ -109,7 +109,7 @@ def arrivals_of(
 
 # %% ../../nbs/signals/08_several_events.ipynb #b69cf63f
 def with_arrivals(
-    record: Record,
+    record: Record,  # with or without several events
     rows: np.ndarray,  # (n,) ARRIVAL of this record
 ) -> Record:
     "A record with the events and zones that a table has of it"
@@ -172,8 +172,8 @@ SWARM = SyntheticConfig(noise_only=0., double=0., late=0., bursts=0., faults=0.,
 
 def clean_events(
     numbers: list[int],  # of events
-    seed: int,
-    config: SyntheticConfig,
+    seed: int,  # of the data set
+    config: SyntheticConfig,  # of the generator
 ) -> tuple[np.ndarray, np.ndarray]:  # (E, L, 3) for noise of band power 1; (E, 2) P and S, samples
     "Events without noise"
     rng = np.random.default_rng([seed, numbers[0]])
@@ -185,7 +185,7 @@ def clean_events(
 
 # %% ../../nbs/signals/08_several_events.ipynb #248170cd
 def draw_places(
-    rng: np.random.Generator,
+    rng: np.random.Generator,  # of the window
     count: int,  # events
     samples: int,  # of the window
 ) -> np.ndarray:  # (count,) samples, at least a second apart

@@ -1,4 +1,4 @@
-"""What every source can do: its records by number, what the metadata say of each, windows of many at once, a part of it, and a fingerprint
+"""Records by number, metadata, batches of windows, subsets and fingerprints, for data of any kind
 
 Docs: https://seismodel.github.io/seismodel/signals/source.html.md"""
 
@@ -37,7 +37,7 @@ class Windows(NamedTuple):
 
 # %% ../../nbs/signals/05a_source.ipynb #b189524a
 def labels_of_window(
-    record: Record,
+    record: Record,  # with labels
     first: int,   # sample of the record at which the window begins
     window: int,  # samples
 ) -> tuple:       # rows of `onset`, `status`, `events` and `zones` of `Windows`
@@ -105,15 +105,15 @@ def padded(
 
 # %% ../../nbs/signals/05a_source.ipynb #5c84d7b1
 def digest(
-    *parts,  # arrays of numbers, or anything whose text says it all
+    *parts:object,  # arrays of numbers, or anything whose text says it all
 ) -> str:    # 16 hexadecimal digits
     "A checksum of values: the same on every machine"
     total = hashlib.sha256()
     for part in parts:
         if isinstance(part, np.ndarray) and part.dtype.kind == 'f':
             part = np.where(np.isnan(part), np.nan, part)
-        raw = part.tobytes() if isinstance(part,
-                                           np.ndarray) and part.dtype != object else str(part).encode()
+        plain = isinstance(part, np.ndarray) and part.dtype != object
+        raw = part.tobytes() if plain else str(part).encode()
         total.update(len(raw).to_bytes(8, 'little') + raw)
     return total.hexdigest()[:16]
 
@@ -174,7 +174,7 @@ def has_phase_labels(self:Source) -> bool:
 @patch
 def subset(
     self:Source,
-    rows,          # numbers of records
+    rows:list,          # numbers of records
 ) -> 'Source':     # of these records alone, in this order
     "A part of the source"
     return Subset(self, rows)
@@ -231,19 +231,19 @@ class Subset(Source):
     "Some records of a source, as a source"
     def __init__(self,
         source: Source,  # that has them
-        rows,            # their numbers in it
+        rows:list,            # their numbers in it
     ):
         self.source, self.rows = source, [int(row) for row in rows]
         self.name, self.left_out = source.name, source.left_out
 
     def __len__(self): return len(self.rows)
-    def record(self, i): return self.source.record(self.rows[i])
-    def label(self, i): return self.source.label(self.rows[i])
+    def record(self, i:int): return self.source.record(self.rows[i])
+    def label(self, i:int): return self.source.label(self.rows[i])
     def has_phase_labels(self): return self.source.has_phase_labels()
     def fingerprint(self): return digest(self.source.fingerprint(), self.rows)
-    def most(self, window): return self.source.most(window)
+    def most(self, window:int): return self.source.most(window)
 
-    def metadata(self, column, default=None):
+    def metadata(self, column:str, default:str|None=None):
         cells = self.source.metadata(column, default)
         return [cells[row] for row in self.rows]
 
@@ -251,5 +251,5 @@ class Subset(Source):
         events = self.source.events()
         return [events[row] for row in self.rows]
 
-    def prefetch_windows(self, i, u, window):
+    def prefetch_windows(self, i:np.ndarray, u:np.ndarray, window:int):
         self.source.prefetch_windows(np.take(self.rows, i), u, window)
