@@ -321,11 +321,13 @@ def report(
 # %% ../../nbs/data/05_pack.ipynb #a61a6d8c
 @delegates(Selection)
 def pack(
-    # SeisBench data sets by folder or name; an SDS archive, miniSEED, SAC, … by folder, file or pattern
+    # SeisBench data sets by folder or name; an SDS archive, miniSEED, SAC, … by folder, file or
+    # pattern
     sources:Annotated[str, {"opt": False, "nargs": "+"}],
     out:Path=Path("store"), # the store's folder
     dtype:str="int16",      # int16, float16 or float32
-    # relative weights of the sources when windows are drawn, such as 3,1; every record alike if not given
+    # relative weights of the sources when windows are drawn, such as 3,1; every record alike if not
+    # given
     data_weights:str=None,
     window:int=WINDOW,      # samples; traces below half of it are left out
     file_mib:int=256,       # largest file of samples; a killed pack loses at most one

@@ -131,10 +131,10 @@ def fill_few(
 
 # %% ../../nbs/data/06_windows.ipynb #a5bba6b4
 def shares_of(
-    weights, # one for each source, any positive scale; None: all alike
+    weights:list|None, # one for each source, any positive scale; None: all equal
     n:int,   # sources
 ) -> np.ndarray: # (n,) with the sum 1
-    "The fraction of each source; `UserError` unless there is one weight a source, one positive"
+    "The fraction of each source; `UserError` for a wrong number of weights, or none above 0"
     share = np.ones(n) if weights is None else np.asarray(weights, float)
     valid = share.shape == (n,) and (np.isfinite(share) & (share >= 0)).all() and share.any()
     if not valid: raise UserError(f"{n} sources need as many weights, positive or 0: {weights}")
