@@ -79,7 +79,7 @@ def items(
     self:DatasetItems,
     after:int|None=None, # rows that are done
 ) -> Iterator[Item]:
-    "The rest of the stream"
+    "The items that are not done yet"
     source = self.source
     for row, more in enumerate(self._rows(after or 0), after or 0):
         item = left_out(self.names[row], source.why[row], row + 1)
@@ -149,7 +149,7 @@ def items(
     self:ArchiveItems,
     after: list | None = None,  # [hours that are done, items of the next one that are done]
 ) -> Iterator[Item]:
-    "The rest of the stream: files and channels that are not used, then hour by hour"
+    "The items that are not done yet: unused files and channels, then hour by hour"
     done, inside = after or (0, 0)
     for k, (name, why) in enumerate(self.left):
         if k >= done: yield left_out(name, why, [k + 1, 0])
@@ -198,7 +198,7 @@ def _record(self:ArchiveItems, instrument, time, x):
 def without_mean(
     x: np.ndarray,  # (L, 3), NaN where nothing was recorded
 ) -> np.ndarray:    # (L, 3)
-    "Each component without its mean; that of counts is rounded, so that counts stay whole numbers"
+    "Remove the mean of each component; rounded for counts, so that they stay whole numbers"
     mean = recorded_mean(x)
     whole = ((x == np.rint(x)) | np.isnan(x)).all(0)
     return x - np.where(whole, np.rint(mean), mean)
@@ -231,7 +231,7 @@ def open_items(
 def listing(
     stream:object,  # `DatasetItems` or `ArchiveItems`
 ) -> dict: # count of files, bytes, checksums of names and sizes and of the metadata
-    "What a source consisted of when it was packed"
+    "The files of a source at the time of packing"
     if isinstance(stream, ArchiveItems): files = stream.files
     else: files = sorted(f for f in stream.path.rglob("*") if f.is_file())
     root = os.path.commonpath([f.parent for f in files])
@@ -252,7 +252,7 @@ def _refuse_twice(words):
                         "once, with a larger share in --data-weights")
 
 def _groups(words, together):
-    "Words that are read as one source: all waveform files, unless each has a weight of its own"
+    "Group the words by source: all waveform files are one, unless each has its own weight"
     if not together: return [[w] for w in words]
     files = [w for w in words if means_files(w)]
     return [files if w in files else [w] for w in words if w not in files[1:]]
@@ -282,7 +282,7 @@ def _copy(streams, writer):
             else: writer.add(k, item.record, item.split, item.more, item.position)
 
 def _no_room(out, streams, dtype):
-    "What a store needs, and what there is"
+    "The error for a full disk: space needed and left"
     need = sum(s.samples() for s in streams) * 3 * np.dtype(DTYPES[dtype]).itemsize
     there = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
     free = shutil.disk_usage(next(p for p in (out, *out.absolute().parents) if p.exists())).free

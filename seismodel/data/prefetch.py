@@ -38,7 +38,7 @@ def unpack_batch(
     whole:torch.Tensor, # (N,) uint8, on any device
     layout:list,        # from `pack_batch`
 ) -> dict: # name -> tensor, a view
-    "The tensors in the bytes"
+    "The tensors of a packed batch, without a copy"
     parts = whole.split([prod(shape) * dtype.itemsize for _, dtype, shape in layout])
     return {k: part.view(dtype).view(shape) for (k, dtype, shape), part in zip(layout, parts)}
 
@@ -66,7 +66,7 @@ class Batches(Dataset):
 def amplitudes(
     batch:dict, # raw, on any device
 ) -> dict: # its x as float32 amplitudes with mean 0, so that a zero is silence and no step
-    "What a recorder would have written, without its offset"
+    "Raw samples as amplitudes with mean 0"
     scaled, valid = batch["x"].float() * batch["scale"][:, None], batch["valid"]
     there = valid_mask(valid, scaled.shape[1])                                     # (B, W, 1)
     count = (valid[:, 1] - valid[:, 0])[:, None, None]
@@ -78,7 +78,7 @@ def amplitudes(
 def to_model(
     batch:dict, # raw, on any device, augmented or not
 ) -> dict: # with normalised x, without `scale` and `valid`
-    "The last step before a model"
+    "Normalise a raw batch for a model"
     rest = {k: v for k, v in batch.items() if k not in ("x", "scale", "valid")}
     return {"x": standardize(batch["x"], batch["valid"]), **rest}
 
@@ -88,7 +88,7 @@ SIGNALS = tuple(getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGUSR1
 
 @contextmanager
 def blocking_signals():
-    "Inside, signals wait, and a process that begins here has them blocked until `unblock_signals`"
+    "Block signals; a process started inside has them blocked until `unblock_signals`"
     if not hasattr(signal, 'pthread_sigmask'):                     # Windows
         yield
         return
@@ -149,7 +149,7 @@ def device_batches(
     draws:Callable=nullcontext, # makes a context for the draws, see `Ranks.draws`
     ahead:int=3,              # batches that lie ready
 ) -> Iterator[dict]: # normalised, on the device; n, source, redrawn, rejected on the host
-    "Batches sent ahead, augmented and normalised by a thread; what goes wrong there is raised here"
+    "Batches sent ahead, augmented and normalised by a thread, whose errors are raised here"
     device, ready, stop = torch.device(device), Queue(ahead), Event()
     prepare = lambda batch, generator: make_ready(batch, device, augment, draws, generator, seed,
                                                   batch_size)
@@ -170,7 +170,7 @@ def device_batches(
 
 # %% ../../nbs/data/07_prefetch.ipynb #ecc44431
 def _produce(batches, prepare, device, ready, stop):
-    "The thread: everything but the training"
+    "The thread: prepares batches and puts them into the queue"
     def put(what):
         while not stop.is_set():
             try: return ready.put(what, timeout=.1)
@@ -187,7 +187,7 @@ def _produce(batches, prepare, device, ready, stop):
     except BaseException as e: put(e)
 
 def _wait_for(batch, event, device):
-    "Make the stream of the training wait for a batch"
+    "Make the current stream wait for a batch"
     here = torch.cuda.current_stream(device)
     here.wait_event(event)
     for v in batch.values():  # not to be reused before `here` is done

@@ -91,7 +91,7 @@ def onsets(
     phase:str, # "P" or "S"
     by:str="arrival", # or "model", for the picks of another model
 ) -> np.ndarray: # (traces,) sample of the earliest pick, at the original rate; NaN: none
-    "The earliest of the columns `trace_<phase>_arrival_sample`, for all usual names of a phase"
+    "The earliest pick in the columns `trace_PHASE_arrival_sample`, for all usual names of a phase"
     import pandas as pd
     columns = [c for p in PHASES[phase] if (c := f"trace_{p}_{by}_sample") in metadata]
     picks = [pd.to_numeric(metadata[c], errors="coerce").to_numpy(float, na_value=np.nan)
@@ -104,7 +104,7 @@ def statuses(
     phase:str,        # "P" or "S"
     onset:np.ndarray, # (traces,) of any event, such as those from `onsets`; NaN: none
 ) -> np.ndarray: # (traces,) int8, see `STATUS`
-    "What is known of a phase on each trace"
+    "Status of a phase on each trace"
     there = np.isfinite(onset)
     status = np.where(there, STATUS.index("picked"), STATUS.index("unlabelled"))
     if f"trace_{phase}_unlabelled_samples" in metadata:  # outside of these zones somebody looked
@@ -157,7 +157,7 @@ def arrivals_of_record(
     i:int,               # number of the record
     samples:int,         # of it, at 100 Hz
 ) -> np.ndarray: # its rows, without onsets outside of it
-    "What a table of arrivals has of one record"
+    "The rows of one record in a table of arrivals"
     first, last = np.searchsorted(arrivals["record"], [i, i + 1])
     rows = arrivals[first:last].copy()
     pairs = np.stack([rows["first"], rows["last"]], 1)
@@ -169,7 +169,7 @@ def arrivals_of_record(
 def draw_split(
     key:str, # what must stay together: an event, or an hour
 ) -> str: # train for eight keys in ten, dev and test for one each
-    "A split by a checksum"
+    "The split of an event or hour, by a checksum"
     return (["dev", "test"] + 8 * ["train"])[crc32(key.encode()) % 10]
 
 # %% ../../nbs/data/02_sources.ipynb #269cb02a
@@ -199,7 +199,7 @@ def unusable(
     metadata:object,          # SeisBench metadata; component codes already as Z, N, E
     window:int=WINDOW, # samples of a window
 ) -> dict[str, np.ndarray]: # why -> (traces,) bool, in the order in which the reasons are asked
-    "What the metadata alone can say against a trace"
+    "Traces that the metadata show to be unusable"
     import pandas as pd
     rate = metadata["trace_sampling_rate_hz"].to_numpy(float)
     known = (rate >= 10) & (rate <= 10_000)                                    # False for NaN
@@ -259,7 +259,7 @@ def refusals(
     inside:np.ndarray, # (traces,) bool, those that are asked about
     window:int,        # samples
 ) -> np.ndarray: # (traces,) object: the first reason against a trace, or None
-    "What the table says against each trace"
+    "Why each trace cannot be used, according to the table"
     why, fine = np.full(len(table), None, object), inside.copy()
     for clause, hit in {"no split, in a table that has some": splits == "",
                         **unusable(table, window)}.items():
@@ -332,14 +332,14 @@ def _look_up(self:SeisBenchSource, table):
 # %% ../../nbs/data/02_sources.ipynb #4d6982f1
 @patch
 def reasons(self:SeisBenchSource) -> str:
-    "One clause a reason: how many traces were left out, and the first of them"
+    "One clause per reason: how many traces were left out, and the first of them"
     return "; ".join(f"{len(names)} left out, {why} ({names[0]}{', …' if names[1:] else ''})"
                      for why, names in self.left_out.items())
 
 # %% ../../nbs/data/02_sources.ipynb #e05e6e35
 @patch
 def metadata(self:SeisBenchSource, column:str, default:str|None=None):
-    "Read from the files by row; SeisBench's own table has forgotten which text a number was"
+    "A column as text, read from the CSV files"
     tables = {chunk: Path(self.data.path)/f"metadata{chunk}.csv"
               for chunk in sorted(set(self.chunks))}
     columns = {chunk: columns_of(table) for chunk, table in tables.items()}
@@ -355,7 +355,7 @@ def metadata(self:SeisBenchSource, column:str, default:str|None=None):
 # %% ../../nbs/data/02_sources.ipynb #e1df5e58
 @patch
 def fingerprint(self:SeisBenchSource):
-    "Of names, places, labels, events and zones, sampling rates, and the sizes of the files"
+    "Checksum of names, rows, labels, events, zones, sampling rates and file sizes"
     sizes = [(f.name, f.stat().st_size)
              for f in sorted(Path(self.data.path).glob("waveforms*.hdf5"))]
     more = [self.arrivals] if len(self.arrivals) else []   # one event a record: as in 0.1
@@ -493,14 +493,14 @@ def open_dataset(
 def whole_path(
     name:str, # what a person typed: a folder or a name
 ) -> str:
-    "The whole path of a folder; other names as they are"
+    "The absolute path of a folder; other names unchanged"
     return str(Path(name).expanduser().resolve()) if Path(name).expanduser().is_dir() else name
 
 # %% ../../nbs/data/02_sources.ipynb #77dad709
 def means_files(
     where:str, # what a person typed
 ) -> bool: # a file, a pattern, or a folder that is neither a store nor a SeisBench data set
-    "Whether a word means waveform files, which the archive reader reads"
+    "Whether an argument means waveform files, which the archive reader reads"
     path = Path(where).expanduser()
     if not path.is_dir(): return path.is_file() or has_magic(str(where))
     return not (is_store(path) or any(path.glob("metadata*.csv"))
@@ -511,7 +511,7 @@ def parse_weights(
     text:str|None, # such as "3,1"; None: nothing was typed
     n:int,         # how many data sets there are
 ) -> list[float]|None: # one for each
-    "The shares of the data sets; raises `UserError` unless there is one positive number for each"
+    "Weights of data sets; raises `UserError` unless there is one positive number for each"
     if text is None: return None
     try: weights = [float(w) for w in text.split(",")]
     except ValueError: weights = []

@@ -55,7 +55,7 @@ def dequantize_samples(
     offset:np.ndarray, # (..., 3)
     scale:np.ndarray,  # (..., 3)
 ) -> np.ndarray: # (..., L, 3) float32
-    "The samples again"
+    "Samples from stored numbers"
     return (offset[..., None, :] + scale[..., None, :] * q).astype(np.float32)
 
 # %% ../../nbs/data/03_store.ipynb #92f77cc2
@@ -66,14 +66,14 @@ def _json(what):
     return (json.dumps(what, allow_nan=False) + "\n").encode()
 
 def _plain(value):
-    "What JSON can hold: NaN becomes null, and a time its text"
+    "A value that JSON can hold: NaN becomes null, and a time its text"
     value = value.item() if isinstance(value, np.generic) else value
     if isinstance(value, float): return value if np.isfinite(value) else None
     return value if value is None or isinstance(value, (str, int)) else str(value)
 
 # %% ../../nbs/data/03_store.ipynb #67219919
 class Part:
-    "A file of samples and the list of its traces, not yet there for anyone else"
+    "A file of samples that is being written, and the list of its traces"
     def __init__(self,
         folder:Path, # of the store
         number:int,  # of the file
@@ -98,7 +98,7 @@ class Part:
         self.list.write(_json(row))
 
     def abandon(self) -> None:
-        "Leave both where they are; the next writer deletes them"
+        "Close both files unfinished; the next writer deletes them"
         for f in (self.file, self.list): f.close()
 
 # %% ../../nbs/data/03_store.ipynb #799b8041
@@ -121,7 +121,7 @@ def close(
     self:Part,
     position:object, # where the sources stand
 ) -> None:
-    "For good"
+    "Finish both files and give them their final names"
     self._header()
     to_disk(self.file)
     self.note(dict(samples=self.samples, position=position, sha256=sha256(self.beside[0])))
@@ -178,7 +178,7 @@ def sweep(
     folder:Path, # of the store
     closed:int,  # how many parts count
 ) -> None:
-    "Delete what a kill left behind: temporary files, and samples without their list"
+    "Delete what a killed writer left: temporary files, and samples without their list"
     for file in {*folder.glob("samples-*"), *folder.glob("*.part"),
                  *(folder/"parts").glob("*.part")}:
         if file.suffix == ".part" or int(file.stem[8:]) >= closed: file.unlink()
@@ -187,14 +187,14 @@ def sweep(
 def clear(
     folder:Path, # of a store
 ) -> None:
-    "Take away what only the writing needs"
+    "Delete files that only the writer needs"
     rmtree(folder/"parts", ignore_errors=True)
     for name in ("plan.json", ".manifest.json.part", "manifest.json.part"):
         (folder/name).unlink(missing_ok=True)
 
 # %% ../../nbs/data/03_store.ipynb #839f5058
 class StoreWriter:
-    "Writes a store, or goes on with one; a context manager"
+    "Writes a store, or continues one; a context manager"
     def __init__(self,
         folder:Path, # of the store: new, empty, or begun with the same plan
         plan:dict,   # dtype, window, shard_samples, sources [{name, where, weight, files}, …]
@@ -219,7 +219,7 @@ class StoreWriter:
 # %% ../../nbs/data/03_store.ipynb #ebb535c2
 @patch
 def _open(self:StoreWriter, samples=0):
-    "The part for so many samples more"
+    "The part that has room for more samples"
     most = self.plan["shard_samples"]
     if self.part and self.part.samples and self.part.samples + samples > most:
         self.commit()
@@ -367,7 +367,7 @@ def header_crc(
 def sealed_json(
     what: dict,  # plain values, without the field sha256
 ) -> bytes:      # JSON, with its own checksum as the last field
-    "What `is_sealed` accepts"
+    "JSON with a checksum of itself, which `is_sealed` accepts"
     text = (json.dumps({**what, "sha256": ZEROS}, indent=1) + "\n").encode()
     head, zeros, tail = text.rpartition(ZEROS.encode())
     return head + hashlib.sha256(text).hexdigest().encode() + tail
@@ -377,7 +377,7 @@ def is_sealed(
     blob: bytes,   # what was read
     digest: str,   # the field sha256 of it
 ) -> bool:
-    "Whether every byte is as `sealed_json` wrote it"
+    "Whether the checksum inside matches the content"
     head, found, tail = blob.rpartition(str(digest).encode())
     return hashlib.sha256(head + ZEROS.encode() + tail).hexdigest() == digest
 

@@ -75,7 +75,7 @@ def check_tables(
     folder:Path,   # of a store
     manifest:dict, # of it
 ) -> None:
-    "Raises `UserError` for an index or a table that is not what was written"
+    "Raises `UserError` for an index or a table that has changed since it was written"
     for name in table_names(manifest["version"]):
         if sha256(folder/name) != manifest["tables"].get(name):
             raise UserError(f"{folder/name} is damaged or does not belong to its manifest: copy it "
@@ -86,7 +86,7 @@ def read_index(
     folder:Path,   # of a store
     manifest:dict, # of it
 ) -> np.ndarray: # a row a trace, mapped
-    "The index; raises `UserError` where it is of another store"
+    "The index; raises `UserError` where it belongs to another store"
     try: index = np.load(folder/"index.npy", mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError):
         raise UserError(f"{folder}/index.npy is damaged: copy it again") from None
@@ -100,7 +100,7 @@ def read_arrivals(
     folder:Path,   # of a store
     manifest:dict, # of it
 ) -> np.ndarray: # (n,) ARRIVAL in order of traces, mapped; empty: one event a trace at most
-    "All events and zones of the traces that have more to say than one P and one S"
+    "Events and zones of the traces with more than one P and one S"
     if manifest["version"] < 2: return np.empty(0, ARRIVAL)
     try: arrivals = np.load(folder/ARRIVALS, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError):
@@ -134,7 +134,7 @@ def shard(
     self:Store,
     k:int, # its number
 ) -> tuple[np.ndarray, mmap.mmap]: # (N, 3) samples, and the map that they live in
-    "A file of samples, mapped when it is first asked for"
+    "A file of samples, mapped at its first use"
     if k not in self._maps:
         file, shard = self.folder/f"samples-{k:05}.npy", self.manifest["shards"][k]
         if shard.get("header", header_crc(file)) != header_crc(file):
@@ -201,7 +201,7 @@ def advise_willneed(
     start:np.ndarray,   # (B,) sample of the file at which a stretch starts
     samples:np.ndarray, # (B,) that will be read
 ) -> None:
-    "Let the system fetch stretches that will be read soon, where it takes advice"
+    "Ask the operating system to read samples ahead, where it supports this"
     width = 3 * store.dtype.itemsize
     # bytes, after the header
     for k, first, last in zip(shard, 128 + start * width, 128 + (start + samples) * width):
@@ -215,7 +215,7 @@ def gather_windows(
     start:np.ndarray,  # (B,) sample of the file at which a window starts
     window:int,        # samples
 ) -> np.ndarray: # (B, window, 3)
-    "Windows by place"
+    "Copy windows out of mapped files"
     files, width = np.unique(shard), 3 * store.dtype.itemsize
     out = np.empty((len(shard), 3 * window), store.dtype) if len(files) > 1 else None
     for k in files:
@@ -249,7 +249,7 @@ def upper_bounds(
     count:np.ndarray, # (sources,) traces of each
     weights:list,     # of the sources; None in it: every trace counts the same
 ) -> np.ndarray: # (sources,) rising to 1; source k has the numbers from the one before to its own
-    "The shares of the sources, one after the other"
+    "Cumulative fractions of the sources"
     share = np.where(count > 0, count if None in weights else weights, 0.)
     if not share.any(): share = count
     return np.cumsum(share / share.sum())
@@ -260,7 +260,7 @@ def choose_traces(
     upto:np.ndarray,  # (sources,) from `upper_bounds`
     count:np.ndarray, # (sources,) traces of each, one source after the other
 ) -> np.ndarray: # (B,) numbers of traces
-    "A source by its share, and a trace of it, all of them alike"
+    "Draw a source by its fraction, and one of its traces with equal probability"
     k = np.minimum(np.searchsorted(upto, u, side="right"), np.flatnonzero(count)[-1])
     before = np.concatenate([[0], upto])[k]
     inside = np.minimum(((u - before) / (upto[k] - before) * count[k]).astype(int), count[k] - 1)
@@ -333,7 +333,7 @@ def no_column(
     column: str,          # that was asked for
     columns: list[str],   # that there are
 ) -> UserError:
-    "The sentence for a column that is not there, with those that may have been meant"
+    "The error for a missing column, with similar names"
     near = get_close_matches(column, columns, 3, .4)
     hint = f"; near it are {', '.join(near)}." if near else '.'
     return UserError(f"{name} has no column '{column}' in its metadata{hint}")
@@ -353,7 +353,7 @@ class StoreSource(Source):
         self._look_up()
 
     def _look_up(self):
-        "Where the records lie, and how often each source is drawn"
+        "Positions of the records, and how often each source is drawn"
         index, sources = self.store.index, self.store.manifest['sources']
         self.samples, self.first, self.shard = (index[k][self.rows]
                                                 for k in ('samples', 'first', 'shard'))
@@ -396,7 +396,7 @@ def has_phase_labels(self:StoreSource):
 # %% ../../nbs/data/04_store_reader.ipynb #dcc31a82
 @patch
 def fingerprint(self:StoreSource):
-    "Of index and arrivals, which hold labels and sizes, and of the checksums of the samples"
+    "Checksum of index, arrivals, and the checksums of the samples"
     known = [self.store.index[self.rows], [s['sha256'] for s in self.store.manifest['shards']]]
     return digest(*known, *([self._own()] if len(self.store.arrivals) else []))
 
@@ -424,7 +424,7 @@ def subset(self:StoreSource, rows:list):
 # %% ../../nbs/data/04_store_reader.ipynb #d8b513f8
 @patch
 def choose(self:StoreSource, u:np.ndarray):
-    "A source by its weight, and a trace of it"
+    "Draw a source by its weight, and a trace of it"
     return choose_traces(u, self.upto, self.count)
 
 # %% ../../nbs/data/04_store_reader.ipynb #375a6992
@@ -437,7 +437,7 @@ def prefetch_windows(self:StoreSource, i:np.ndarray, u:np.ndarray, window:int):
 # %% ../../nbs/data/04_store_reader.ipynb #4de4dc8d
 @patch
 def windows(self:StoreSource, i:np.ndarray, u:np.ndarray, window:int):
-    "All at once, in numbers of the store's type"
+    "All windows at once, in the type of the store"
     samples, rows = self.samples[i], self.store.index[self.rows[i]]
     first, valid = place_windows(u, samples, window)
     self.store.check(self.rows[i])
@@ -448,7 +448,7 @@ def windows(self:StoreSource, i:np.ndarray, u:np.ndarray, window:int):
 
 @patch
 def _events(self:StoreSource, i, first, window, onset):
-    "Events and zones; those of a trace that `arrivals` does not name are its P and S"
+    "Events and zones; a trace without rows in `arrivals` has its P and S"
     own = onset[:, None, :2]
     if not len(self.store.arrivals): return own, np.empty((len(i), 2, 0, 2), np.float32)
     begin, count = self.begin[i], self.arrivals[i]

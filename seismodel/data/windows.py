@@ -36,7 +36,7 @@ def uniforms(
     numbers:np.ndarray, # (B,) windows
     attempt:int=0,      # which draw for this window
 ) -> np.ndarray: # (B, 3) in [0, 1): for source, record, offset
-    "Numbers that depend on (seed, number, attempt) and their column"
+    "Random numbers that depend on (seed, number, attempt) and their column only"
     z = splitmix64(splitmix64(np.uint64(seed % 2**64)) ^ np.asarray(numbers).astype(np.uint64))
     z = splitmix64(z[:, None] ^ np.uint64(3 * attempt) + np.arange(3, dtype=np.uint64))
     return (z >> np.uint64(11)) * 2.**-53
@@ -48,7 +48,7 @@ def write_rows_into(
     w:Windows,       # for these rows
     raw:bool,        # leave them as they are
 ) -> None:
-    "Move windows into a batch"
+    "Copy windows into rows of a batch"
     for to, value in zip(b[1:6], w[1:6]): to[rows] = value
     events, zones = w.events.shape[1], w.zones.shape[2]
     if events > b.events.shape[1] or zones > b.zones.shape[2]:
@@ -87,7 +87,7 @@ class Filler:
     ): self.source, self.window, self.rejected = source, window, rejected
 
     def reject(self, k:int):
-        "Count a record that has no window under its name, and say so once"
+        "Note a record that gave no window, and log it once"
         refused = self.source.refused
         name, why = refused[k] if k in refused else \
                     (self.source.label(k), 'no signal in the window that was drawn')
@@ -104,7 +104,7 @@ def fill(
     u: np.ndarray,     # (B, 2) in [0, 1): of the record, of the offset
     raw: bool,         # leave the samples as they are
 ) -> np.ndarray:       # rows that succeeded
-    "Fill what can be filled"
+    "Fill rows with random windows, as far as they can be used"
     i = self.source.choose(u[:, 0])
     self.source.prefetch_windows(i, u[:, 1], self.window)  # the disk works while we copy
     few = [slice(k, k + 32) for k in range(0, len(rows), 32)]
@@ -120,7 +120,7 @@ def fill_few(
     u: np.ndarray,     # (B,) in [0, 1): where in the record
     raw: bool,         # leave the samples as they are
 ) -> np.ndarray:       # rows that succeeded
-    "Fill as many rows as the cache of a CPU holds"
+    "Fill a few rows, so that they fit into the cache of a CPU"
     w = self.source.windows(i, u, self.window)
     still = is_flat(w.x, w.valid)
     if still.any():
@@ -145,7 +145,7 @@ def choose_sources(
     u:np.ndarray,     # (B,) in [0, 1)
     share:np.ndarray, # (n,) from `shares_of`
 ) -> np.ndarray: # (B,) numbers of sources
-    "A source by its share"
+    "Draw sources by their fractions"
     return np.minimum(np.searchsorted(np.cumsum(share), u, side="right"), np.flatnonzero(share)[-1])
 
 # %% ../../nbs/data/06_windows.ipynb #01802312
@@ -154,7 +154,7 @@ def to_tensors(
     raw:bool,  # with what is needed to normalise it later
     **more,    # further arrays (B,)
 ) -> dict: # name -> tensor (B, …)
-    "A batch as PyTorch wants it"
+    "A batch as named tensors"
     labels = dict(zip(("p_onset", "s_onset", "p_weak", "s_weak"), b.onset.T.copy()))
     labels |= dict(zip(("p_status", "s_status"), b.status.T.copy()))
     if b.events.shape[1] > 1: labels["events"] = b.events
@@ -218,7 +218,7 @@ def batch(
 # %% ../../nbs/data/06_windows.ipynb #61ec51d9
 @patch
 def _walk(self:WindowDataset, b, row, n, raw):
-    "Every record in turn; returns the source that had one, and how many had to be asked"
+    "Try every record in turn; returns the source that had one, and the number of attempts"
     asked = 1000
     for s in np.flatnonzero(self.share):
         for i in range(len(self.sources[s])):

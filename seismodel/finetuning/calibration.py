@@ -131,7 +131,7 @@ def uncertainty_of(
     sigma: float,                # s, width of a peak, or an array
     line: list[float] | None,  # a (s) and b, as `fit_uncertainty` gives them; None: not calibrated
 ) -> float:                      # s, at least one sample
-    "How far a pick may be off; without calibration the width itself"
+    "Uncertainty of a pick; without calibration the width itself"
     a, b = line or (0., 1.)
     return np.maximum(a + b*np.asarray(sigma), 1/SAMPLING_RATE)
 
@@ -196,7 +196,7 @@ def fit_temperature(
     probability: np.ndarray,  # (n,) of picks
     right: np.ndarray,        # (n,) whether each is right
 ) -> float:                   # above 1: the picker was too sure
-    "The temperature under which what was right, and what was wrong, is most likely"
+    "The temperature that makes the observed right and wrong picks most likely"
     from scipy.optimize import minimize_scalar
     p = np.clip(probability, 1e-6, 1 - 1e-6)
     logit = np.log(p/(1 - p))

@@ -26,7 +26,7 @@ def uniform(
     like:torch.Tensor,         # (B, …): how many, and where
     generator:torch.Generator, # on that device
 ) -> torch.Tensor: # (B,) in [0, 1)
-    "A random number a window"
+    "One random number per window"
     return torch.rand(len(like), generator=generator, device=like.device)
 
 # %% ../../nbs/signals/06_augment.ipynb #f8be0726
@@ -74,7 +74,7 @@ def random_window(batch:dict, generator:torch.Generator,
 def shift_time(batch:dict, generator:torch.Generator,
     most:int=500, # samples to either side
 ) -> dict:
-    "Everything earlier or later, with zeros from the side"
+    "Shift windows in time, with zeros from the side"
     by = (uniform(batch["x"], generator) * (2 * most + 1)).long() - most
     L = batch["x"].shape[1]
     return {**batch, "x": at(batch["x"], -by, L), **moved(batch, by, L)}
@@ -83,7 +83,7 @@ def shift_time(batch:dict, generator:torch.Generator,
 def drop_components(batch:dict, generator:torch.Generator,
     share:float=.1, # of the windows; one or two of their components become zeros
 ) -> dict:
-    "Components that fail"
+    "Set one or two components to zero"
     x = batch["x"]
     # a random order of the three
     order = torch.rand(len(x), 3, generator=generator, device=x.device).argsort(1)
@@ -96,14 +96,14 @@ def flip_polarity(batch:dict, generator:torch.Generator,
     share:float=.5, # of the components, or of the windows
     together:bool=False, # all three components of a window or none
 ) -> dict:
-    "Poles swapped"
+    "Flip the sign of components"
     x = batch["x"]
     flip = torch.rand(len(x), 1 if together else 3, generator=generator, device=x.device) < share
     return {**batch, "x": torch.where(flip[:, None], -x, x)}
 
 # %% ../../nbs/signals/06_augment.ipynb #1a894014
 def rotate_horizontals(batch:dict, generator:torch.Generator) -> dict:
-    "N and E turned by any angle; a window without one of the two stays as it is"
+    "Rotate N and E by any angle; a window without one of the two stays unchanged"
     x, angle = batch["x"], 2 * torch.pi * uniform(batch["x"], generator)
     n, e, c, s = x[..., 1], x[..., 2], angle.cos()[:, None], angle.sin()[:, None]
     both = ((n != 0).any(1) & (e != 0).any(1))[:, None, None]
@@ -114,7 +114,7 @@ def rotate_horizontals(batch:dict, generator:torch.Generator) -> dict:
 def zones_of(
     batch:dict, # perhaps with zones
 ) -> torch.Tensor: # (B, 2, Z, 2) first and last sample of each zone of P and S; Z may be 0
-    "The zones without labels of a batch"
+    "Unlabelled zones of a batch"
     return batch["unlabelled"] if "unlabelled" in batch else batch["x"].new_empty(len(batch["x"]),
         2, 0, 2)
 
@@ -123,7 +123,7 @@ def add_noise(batch:dict, generator:torch.Generator,
     noise:torch.Tensor, # (N, L, 3) windows of noise, on the same device
     snr_db:tuple=(0., 20.), # ratio of standard deviations over the window, between these two
 ) -> dict:
-    "Noise of somewhere else on top"
+    "Add windows of recorded noise"
     x = batch["x"]
     which = (uniform(x, generator) * len(noise)).long()
     low, high = snr_db
@@ -140,7 +140,7 @@ def add_gaps(batch:dict, generator:torch.Generator,
     share:float=.1, # of the windows
     most:float=.2,  # of the window, at most
 ) -> dict:
-    "Zeros for a while, and nobody knows what was there"
+    "Set a stretch of all components to zero; its onsets become unlabelled"
     x, L = batch["x"], batch["x"].shape[1]
     hit, length = uniform(x, generator) < share, 1 + uniform(x, generator) * (most * L - 1)
     first = uniform(x, generator) * (L - length)
@@ -228,7 +228,7 @@ def sometimes(batch:dict, generator:torch.Generator,
     share:float, # of the windows
     change:Callable, # (batch, generator) -> batch, of windows of the same length
 ) -> dict:
-    "A change for some of the windows"
+    "Apply a change to some of the windows"
     new, hit = change(batch, generator), uniform(batch["x"], generator) < share
     pick = lambda a, b: torch.where(hit.view(-1, *[1] * (a.ndim - 1)), a, b)
     return {k: v if new[k] is v else pick(new[k], v) for k, v in batch.items()}
@@ -274,7 +274,7 @@ def fine_augment(
 def scale_components(batch:dict, generator:torch.Generator,
     most_db:float=6., # each component is made louder or quieter by up to this
 ) -> dict:
-    "Components of different sensitivity"
+    "Random gains for each component"
     x = batch["x"]
     gain_db = most_db * (2 * torch.rand(len(x), 3, generator=generator, device=x.device) - 1)
     return {**batch, "x": x * (10 ** (gain_db / 20))[:, None]}

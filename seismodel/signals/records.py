@@ -37,7 +37,7 @@ class Record(NamedTuple):
     zones: tuple = ((), ())          # for P and for S: [first, last) samples in which nobody knows
 
     def all_events(self) -> np.ndarray: # (A, 2) samples, NaN where there is none
-        "P and S of every event; of a record that knows one event, a list of one"
+        "P and S of every event"
         one = np.array([[self.p_onset, self.s_onset]], float)
         return one if self.events is None else np.asarray(self.events, float).reshape(-1, 2)
 
@@ -71,7 +71,7 @@ def recorded_mean(
     x: np.ndarray,  # samples, NaN where nothing was recorded
     axis: int = 0,  # of time
 ) -> np.ndarray:    # likewise, of length 1 along that axis
-    "Mean of what was recorded; 0 where nothing was"
+    "Mean of the recorded samples; 0 where there are none"
     there = ~np.isnan(x)
     return np.where(there, x, 0).sum(axis, keepdims=True)/there.sum(axis, keepdims=True).clip(1)
 
@@ -103,5 +103,5 @@ def show_window(
 def reason(
     error: Exception,  # of a library
 ) -> str:  # one line
-    "First line of what a library says, for a sentence of ours"
+    "First line of the message of an exception"
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip('.')

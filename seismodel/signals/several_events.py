@@ -80,7 +80,7 @@ def events_of_row(
     row: dict,  # of a table of SeisBench: names of columns -> values
     own: tuple[float, float],  # P and S of the record's event, at the rate of the table; NaN: none
 ) -> np.ndarray:  # (A, 2) samples at the rate of the table
-    "All events of a record, its own first"
+    "All events of a record, the one it was cut for first"
     cell = lambda phase, n: row.get(f'trace_{phase}{n}_arrival_sample')
     value = lambda v: np.nan if v is None or v == '' else float(v)
     more = [[value(cell(phase, n)) for phase in 'PS'] for n in event_numbers(row)]
@@ -95,7 +95,7 @@ def arrivals_of(
     number: int,  # of the record in its source
     record: Record,  # with or without several events
 ) -> np.ndarray:  # (n,) ARRIVAL, events in order of time, then zones
-    "Rows of a record; none where it has one event at most, and no zone"
+    "Rows of a record; none if it has at most one event and no zone"
     events = record.all_events()
     events = events[~np.isnan(events).all(1)]
     if len(events) < 2 and not any(record.zones):
@@ -112,7 +112,7 @@ def with_arrivals(
     record: Record,  # with or without several events
     rows: np.ndarray,  # (n,) ARRIVAL of this record
 ) -> Record:
-    "A record with the events and zones that a table has of it"
+    "A record with its events and zones from a table"
     if not len(rows): return record
     pairs = np.stack([rows['first'], rows['last']], 1)
     zones = tuple(tuple(map(tuple, pairs[rows['kind'] == k].tolist())) for k in (1, 2))
@@ -224,7 +224,7 @@ def shifted(
     x: np.ndarray,  # (L, 3)
     by: int,  # samples; negative: earlier
 ) -> np.ndarray:  # (L, 3), zeros from the side
-    "Everything later, or earlier"
+    "Shift samples in time"
     out = np.zeros_like(x)
     out[max(by, 0):len(x) + min(by, 0)] = x[max(-by, 0):len(x) - max(by, 0)]
     return out

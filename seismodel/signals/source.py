@@ -41,7 +41,7 @@ def labels_of_window(
     first: int,   # sample of the record at which the window begins
     window: int,  # samples
 ) -> tuple:       # rows of `onset`, `status`, `events` and `zones` of `Windows`
-    "What a window knows of its record's labels"
+    "Labels of a record within a window"
     onset = events_in_window([record.p_onset, record.s_onset, record.p_weak, record.s_weak], first,
                              window)
     known, status = record.all_events(), np.array([record.p_status, record.s_status], np.int8)
@@ -86,7 +86,7 @@ def join_windows(
     windows: list[Windows],  # of one source, at least one
     i: np.ndarray,           # (B,) numbers of their records
 ) -> Windows:                # B of them
-    "Windows one after the other, each with room for the most events and zones of any of them"
+    "Join windows, padded to the largest number of events and zones"
     *others, events, zones = zip(*windows)
     joined = Windows(*map(np.concatenate, others), padded(events, 1), padded(zones, 2))
     return joined._replace(record=np.asarray(i))
@@ -96,7 +96,7 @@ def padded(
     parts: list[np.ndarray],  # arrays that differ in length along one axis
     axis: int,                # which
 ) -> np.ndarray:  # one after the other along the first axis, NaN where a part ends sooner
-    "Arrays of several lengths in one"
+    "Join arrays of several lengths"
     longest = max(p.shape[axis] for p in parts)
     room = lambda p: [(0, longest - n if k == axis else 0) for k, n in enumerate(p.shape)]
     alike = all(p.shape[axis] == longest for p in parts)
@@ -136,7 +136,7 @@ class Source:
         raise NotImplementedError
 
     def label(self, i: int) -> str:
-        "What a record is called in messages"
+        "Name of a record in messages"
         try: return self.record(i).name
         except BadRecord as e: return e.args[0]
 
@@ -191,7 +191,7 @@ def choose(
     self:Source,
     u: np.ndarray,  # (B,) in [0, 1)
 ) -> np.ndarray:    # (B,) numbers of records
-    "Random records"
+    "Draw records with equal probability"
     return (u*len(self)).astype(int)
 
 # %% ../../nbs/signals/05a_source.ipynb #9f250916
@@ -202,7 +202,7 @@ def prefetch_windows(
     u: np.ndarray,  # (B,) in [0, 1): where in the record
     window: int,    # samples
 ) -> None:
-    "Hear which windows will be asked for next"
+    "Prepare for windows that will be read next"
 
 # %% ../../nbs/signals/05a_source.ipynb #d8c85754
 @patch
@@ -212,7 +212,7 @@ def windows(
     u: np.ndarray,  # (B,) in [0, 1): where in the record
     window: int,    # samples
 ) -> Windows:       # B of them; zeros for a record in `refused`, or one that is flat there
-    "Windows at these places; a record that is shorter lies between zeros"
+    "Windows at these positions; shorter records are padded with zeros"
     return join_windows([self._window(int(k), v, window) for k, v in zip(i, u)], i)
 
 @patch
