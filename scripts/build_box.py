@@ -118,9 +118,9 @@ def timed(
     since = time.monotonic()
     try: job()
     finally:
-        minutes = json.loads(file.read_text()) if file.exists() else {}
+        minutes = json.loads(file.read_text(encoding='utf-8')) if file.exists() else {}
         minutes[name] = round(minutes.get(name, 0.) + (time.monotonic() - since)/60, 2)
-        file.write_text(json.dumps(minutes, indent=1))
+        file.write_text(json.dumps(minutes, indent=1), encoding='utf-8')
 
 
 def train_pretrained(a, size, run):
@@ -391,7 +391,7 @@ def build_size(a, name, tables):
     if not a.as_is:
         timed(file, f'{name} pretraining', lambda: train_pretrained(a, size, start))
         timed(file, f'{name} fine-tuning', lambda: train_picker(a, size, start, run))
-    minutes = json.loads(file.read_text())
+    minutes = json.loads(file.read_text(encoding='utf-8'))
     ship_pretrained(a, name, tables, minutes)
     ship_picker(a, name, tables, minutes)
     for part, m in minutes.items(): print(f'{part:24} {m:7.1f} minutes')

@@ -114,7 +114,6 @@ def test_results_do_not_go_into_the_archive(run, tmp_path):
 
 @pytest.mark.parametrize('args, code, words', [
     (['pick', 'no/such/folder', '--model', 'RUN'], 2, "no file or folder 'no/such/folder'"),
-    (['pick', 'FILES'], 2, '--model'),
     (['pick', 'FILES', '--model', 'nowhere'], 2, "no picker 'nowhere'"),
     (['pick', 'FILES', '--model', 'RUN', '--p-threshold', '1.5'], 2, 'between 0 and 1'),
     (['pick', 'FILES', '--model', 'RUN', '--device', 'cuda:9'], 2, "There is no device 'cuda:9' here"),

@@ -137,7 +137,7 @@ def test_targets_are_made_once(data, tmp_path):
     again = targets(data, tmp_path)
     assert len(again[0]) == 3 and again[0].clean.all() and len(again[1]) == len(first[1])
     (tmp_path/'task1.csv').write_text('a,b\n1,2\n', encoding='utf-8')
-    with pytest.raises(UserError, match='no column start_sample'): targets(data, tmp_path)
+    with pytest.raises(UserError, match="no column 'trace_name'.*made again"): targets(data, tmp_path)
 
 
 @pytest.mark.parametrize('make', [ours, lambda: PhaseNet(phases='PSN').eval(), lambda: EQTransformer().eval()], ids=['ours', 'PhaseNet', 'EQTransformer'])

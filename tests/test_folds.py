@@ -218,15 +218,15 @@ def test_picks_an_hour_and_analyst_picks_of_a_stream(tmp_path):
     stream = obspy.Stream([obspy.Trace(v.round().astype(np.int32), {**head, 'channel': f'HH{c}'}) for v, c in zip(x, 'ZN')])
     stream = stream.slice(t0, t0 + 1200) + stream.slice(t0 + 1201)
     stream.write(str(tmp_path/'day.mseed'), format='MSEED')
-    (tmp_path/'picks.csv').write_text(f'network,station,channel,phase,time\nXX,ABC,HHZ,P,{t0 + 900}\nXX,ABC,HHZ,S,{t0 + 903}\n')
+    (tmp_path/'picks.csv').write_text(f'network,station,channel,phase,time\nXX,ABC,HHZ,P,{t0 + 900}\nXX,ABC,HHZ,S,{t0 + 903}\n', encoding='utf-8')
     table = write_continuous(tmp_path, [str(tmp_path/'day.mseed')], tmp_path/'picks.csv')
     assert table['length'].tolist() == [120_001, 59_900] and table['scale'][:, 2].tolist() == [0, 0]
     records, table = read_records(tmp_path, 'continuous')
-    found = score_continuous(Burst(), records, table, json.loads((tmp_path/'analyst.json').read_text()), {'p': .5, 's': .5})
+    found = score_continuous(Burst(), records, table, json.loads((tmp_path/'analyst.json').read_text(encoding='utf-8')), {'p': .5, 's': .5})
     assert [(r['p_picks'], r['p_unconfirmed'], r['s_picks']) for r in found['stretches']] == [(2, 1, 0), (1, 1, 0)]
     (station, phase, _, late, top), s_row = found['analyst']
     assert (station, phase) == ('XX.ABC', 'p') and abs(late) < .3 and abs(top) < .3 and s_row[1] == 's' and s_row[3] is None
-    (tmp_path/'picks.csv').write_text(f'network,station,channel,phase,time\nXX,OLD,HHZ,P,{t0 + 900}\n')
+    (tmp_path/'picks.csv').write_text(f'network,station,channel,phase,time\nXX,OLD,HHZ,P,{t0 + 900}\n', encoding='utf-8')
     with pytest.raises(UserError, match='No pick of'): write_continuous(tmp_path, [str(tmp_path/'day.mseed')], tmp_path/'picks.csv')
 
 

@@ -244,14 +244,25 @@ def test_annotations_hold():
             except NameError as e: pytest.fail(f'{name}.{function.__qualname__}: {e}')
 
 
+def quoted_names(tree):
+    "Names in annotations that are text, such as `c: 'Config'`"
+    said = [getattr(n, part, None) for n in ast.walk(tree) for part in ('annotation', 'returns')]
+    quoted = [a.value for a in said if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+    return set().union(*(names_of(ast.parse(text))[0] for text in quoted))
+
+
 @pytest.mark.parametrize('nb', nbs, ids=name_of)
 def test_pages_can_be_made(nb):
     "For the pages nbdev runs the cells that export or import, and no others: they must do with each other"
     sources = [c.source for c in read_nb(nb).cells if c.cell_type == 'code']
     trees = [ast.parse(''.join(line for line in s.splitlines(True) if line[:1] not in '%!')) for s in sources]
     exports = [bool(re.search(r'^#\|\s*exports?\b', s, re.M)) for s in sources]
-    there = set(dir(builtins)).union(*(names_of(t)[1] for t, export in zip(trees, exports) if export))
+    before = set(dir(builtins))
+    there = before.union(*(names_of(t)[1] for t, export in zip(trees, exports) if export))
     for source, tree, export in zip(sources, trees, exports):
+        if export:                                             # a page shows the signature after its cell
+            before |= names_of(tree)[1]
+            assert not quoted_names(tree) - before, f'{quoted_names(tree) - before} is defined after its use in a signature:\n{source}'
         if not export and not any(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.walk(tree)): continue
         used, bound = names_of(tree)
         there |= bound

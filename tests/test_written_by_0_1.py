@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from seismodel import __version__
 from seismodel.cli import main
 from seismodel.data.store_reader import Store
 from seismodel.finetuning.heads import load_picker
@@ -56,7 +57,7 @@ def test_a_run_goes_on(old, name, command, steps):
     head = {'picker': {**first['picker'], 'at': 'samples'}} if 'picker' in first else {}     # the only one that 0.1 had
     new = {'fingerprints', *(('calibration', 'default_args') if 'picker' in first else ())}    # written since
     assert new <= saved.keys()
-    assert {k: v for k, v in saved.items() if k not in new} == {**first, **head, 'train': {**later, **first['train']}}
+    assert {k: v for k, v in saved.items() if k not in new} == {**first, **head, 'seismodel': __version__, 'train': {**later, **first['train']}}
     assert set(before[-1]) <= set(after[-1])
 
 
