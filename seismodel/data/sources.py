@@ -1,4 +1,4 @@
-"""Open the generator, a SeisBench data set or a packed store; find splits, onsets and unusable traces
+"""Open the generator, a SeisBench data set or a packed store; find splits, onsets, unusable traces
 
 Docs: https://seismodel.github.io/seismodel/data/sources.html.md"""
 
@@ -55,7 +55,8 @@ class SyntheticSource(Source):
 
     def __len__(self): return 1_000_000
 
-    def prefetch_windows(self, i:np.ndarray, u:np.ndarray, window:int): self.prefetch(sorted(set(i.tolist())))
+    def prefetch_windows(self, i:np.ndarray, u:np.ndarray, window:int):
+        self.prefetch(sorted(set(i.tolist())))
 
     def record(self, i:int) -> Record:
         if i not in self._ahead: self.prefetch([i])
@@ -76,7 +77,7 @@ def prefetch(
     batch = synthesize(numbers, seed=self.seed, config=self.config)
     onset = np.stack([batch.p_onset, batch.s_onset, batch.p2_onset, batch.s2_onset], 1)
     onset, (picked, absent) = onset.reshape(-1, 2, 2), map(STATUS.index, ("picked", "absent"))
-    status = np.where(np.isfinite(onset).any(1), picked, absent)          # it knows
+    status = np.where(np.isfinite(onset).any(1), picked, absent)  # nothing is unlabelled
     two = np.isfinite(onset[:, 1]).any(1)
     rows = zip(indices, batch.waveforms, onset, numbers, status, two)
     self._ahead = {i: Record(np.asarray(x, np.float32), *own[0].tolist(), str(k),
@@ -107,7 +108,7 @@ def statuses(
     "Status of a phase on each trace"
     there = np.isfinite(onset)
     status = np.where(there, STATUS.index("picked"), STATUS.index("unlabelled"))
-    if f"trace_{phase}_unlabelled_samples" in metadata:  # outside of these zones somebody looked
+    if f"trace_{phase}_unlabelled_samples" in metadata:  # outside these zones it was looked for
         status[~there] = STATUS.index("absent")
     if "trace_category" in metadata:
         noise = metadata["trace_category"].astype(str).str.lower().eq("noise").to_numpy()

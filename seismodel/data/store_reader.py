@@ -85,7 +85,7 @@ def check_tables(
 def read_index(
     folder:Path,   # of a store
     manifest:dict, # of it
-) -> np.ndarray: # a row a trace, mapped
+) -> np.ndarray: # one row per trace, mapped
     "The index; raises `UserError` where it belongs to another store"
     try: index = np.load(folder/"index.npy", mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError):

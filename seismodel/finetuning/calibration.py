@@ -1,4 +1,4 @@
-"""After fine-tuning, dev windows give the threshold of each phase and the uncertainty of a pick in seconds
+"""Dev windows give the threshold of each phase and the uncertainty of a pick in seconds
 
 Docs: https://seismodel.github.io/seismodel/finetuning/calibration.html.md"""
 

@@ -144,7 +144,7 @@ def add_gaps(batch:dict, generator:torch.Generator,
     x, L = batch["x"], batch["x"].shape[1]
     hit, length = uniform(x, generator) < share, 1 + uniform(x, generator) * (most * L - 1)
     first = uniform(x, generator) * (L - length)
-    several = "events" in batch or "unlabelled" in batch  # then a zone says what nobody knows
+    several = "events" in batch or "unlabelled" in batch  # then a zone marks the gap
     gap = lambda t, one: hit[one] & (t >= first[one]) & (t < (first + length)[one])
     new = {"x": torch.where(gap(torch.arange(L, device=x.device), (slice(None), None))[..., None],
                             0., x)}

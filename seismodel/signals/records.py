@@ -34,7 +34,7 @@ class Record(NamedTuple):
     p_weak: float = np.nan # sample at which another model picks P, NaN when unknown
     s_weak: float = np.nan # likewise for S
     events: np.ndarray|None = None   # (A, 2) P and S of every event in it; None: one at most
-    zones: tuple = ((), ())          # for P and for S: [first, last) samples in which nobody knows
+    zones: tuple = ((), ())          # for P and for S: [first, last) samples where it is unlabelled
 
     def all_events(self) -> np.ndarray: # (A, 2) samples, NaN where there is none
         "P and S of every event"

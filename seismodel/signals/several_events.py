@@ -1,4 +1,4 @@
-"""Onsets of all events as padded arrays, unlabelled zones, and synthetic swarms of two to five events
+"""Onsets of all events as padded arrays, unlabelled zones, synthetic swarms of two to five events
 
 Docs: https://seismodel.github.io/seismodel/signals/several_events.html.md"""
 
