@@ -244,6 +244,20 @@ def test_annotations_hold():
             except NameError as e: pytest.fail(f'{name}.{function.__qualname__}: {e}')
 
 
+def bound_outside(tree):
+    "Names that a cell leaves behind: not the parameters and variables of its functions"
+    nodes, found = [tree], set()
+    while nodes:
+        n = nodes.pop()
+        match n:
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name): found.add(name)
+            case ast.Lambda() | ast.ListComp() | ast.SetComp() | ast.DictComp() | ast.GeneratorExp(): pass
+            case ast.Name(id=name, ctx=ast.Store()) | ast.MatchAs(name=name): found.add(name)
+            case ast.alias(name=name, asname=other): found.add((other or name).split('.')[0])
+            case _: nodes += ast.iter_child_nodes(n)
+    return found
+
+
 def quoted_names(tree):
     "Names in annotations that are text, such as `c: 'Config'`"
     said = [getattr(n, part, None) for n in ast.walk(tree) for part in ('annotation', 'returns')]
@@ -258,15 +272,15 @@ def test_pages_can_be_made(nb):
     trees = [ast.parse(''.join(line for line in s.splitlines(True) if line[:1] not in '%!')) for s in sources]
     exports = [bool(re.search(r'^#\|\s*exports?\b', s, re.M)) for s in sources]
     before = set(dir(builtins))
-    there = before.union(*(names_of(t)[1] for t, export in zip(trees, exports) if export))
+    there = before.union(*(bound_outside(t) for t, export in zip(trees, exports) if export))
     for source, tree, export in zip(sources, trees, exports):
         if export:                                             # a page shows the signature after its cell
-            before |= names_of(tree)[1]
+            before |= bound_outside(tree)
             assert not quoted_names(tree) - before, f'{quoted_names(tree) - before} is defined after its use in a signature:\n{source}'
         if not export and not any(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.walk(tree)): continue
         used, bound = names_of(tree)
-        there |= bound
-        assert not used - there, f'its imports need a cell of their own, since {used - there} is missing:\n{source}'
+        there |= bound_outside(tree)
+        assert not used - bound - there, f'its imports need a cell of their own, since {used - there} is missing:\n{source}'
 
 
 @pytest.mark.parametrize('nb', nbs, ids=name_of)

@@ -47,6 +47,7 @@ def main():
         (dst/new).parent.mkdir(exist_ok=True)
         (dst/new).write_text(json.dumps(nb), encoding='utf-8')
     (dst/'_quarto.yml').write_text(config, encoding='utf-8')
+    shutil.copy(src/'styles.css', dst)
 
 
 if __name__ == '__main__': main()
