@@ -1,4 +1,4 @@
-"""The package from a terminal: what the commands are called, where they live, and how they end
+"""`seismodel COMMAND [options]`: the commands, where each is defined, and how they end
 
 Docs: https://seismodel.github.io/seismodel/reference/cli.html.md"""
 
@@ -24,8 +24,10 @@ from .options import Command, make_parser, read_command
 COMMANDS = {   # name -> module and function
     'pretrain': 'training.pretrain:pretrain', 'info': 'info:info', 'plot': 'training.plots:plot',
     'embed': 'models.embedding:embed', 'finetune': 'finetuning.finetune:finetune',
-    'evaluate': 'picking.evaluation:evaluate', 'study': 'study.command:study', 'pick': 'picking.pick:pick',
-    'pack': 'data.pack:pack', 'inspect': 'data.inspection:inspect', 'dataset': 'picking.dataset:dataset',
+    'evaluate': 'picking.evaluation:evaluate', 'study': 'study.command:study',
+    'pick': 'picking.pick:pick',
+    'pack': 'data.pack:pack', 'inspect': 'data.inspection:inspect',
+    'dataset': 'picking.dataset:dataset',
     'verify': 'training.verify:verify',
 }
 
@@ -36,6 +38,7 @@ def described(
     module, function = COMMANDS[name].split(':')
     return read_command(f'seismodel.{module}', function)
 
+# %% ../nbs/reference/01_cli.ipynb #1e097eaa
 def imported(
     name:str, # of a command
 )->Callable: # the function
@@ -43,15 +46,19 @@ def imported(
     module, function = COMMANDS[name].split(':')
     return getattr(import_module(f'seismodel.{module}'), function)
 
+# %% ../nbs/reference/01_cli.ipynb #ccafd2bc
 def usage(
 )->str: # the text of `seismodel --help`
     "One line for each command"
-    lines = [f'  {name:16} {described(name).help}' for name in COMMANDS]
-    return '\n'.join(['usage: seismodel COMMAND [options]', '', *lines, '', 'seismodel COMMAND --help lists the options of a command.'])
+    lines = [f"  {name:16} {' '.join(described(name).help.split())}" for name in COMMANDS]
+    return '\n'.join(['usage: seismodel COMMAND [options]', '', *lines, '',
+                      'seismodel COMMAND --help lists the options of a command.'])
 
 # %% ../nbs/reference/01_cli.ipynb #fcf1e161
-OLD_COMMANDS = {'finetune-window': ('finetune', 'finetune --column NAME'), 'evaluate-window': ('evaluate', 'evaluate')}
-OLD_OPTIONS = {'--weights': '--data-weights', '--peer': '--baseline', '--from-run': '--from'}   # of version 0.1
+OLD_COMMANDS = {'finetune-window': ('finetune', 'finetune --column NAME'),
+                'evaluate-window': ('evaluate', 'evaluate')}
+# of version 0.1
+OLD_OPTIONS = {'--weights': '--data-weights', '--peer': '--baseline', '--from-run': '--from'}
 
 def renamed_options(
     words:list[str], # after the name of the command
@@ -61,7 +68,9 @@ def renamed_options(
     for word in words:
         old, equals, value = word.partition('=')
         new = OLD_OPTIONS.get(old, old)
-        if new != old: print(f"seismodel: {old} is called {new} now; the old name still works.", file=sys.stderr)
+        if new != old:
+            print(f"seismodel: {old} is called {new} now; the old name still works.",
+                  file=sys.stderr)
         found.append(new + equals + value)
     return found
 
@@ -69,14 +78,16 @@ def renamed_options(
 def run_command(
     call:Callable[[], object], # the command with its options
 )->int: # exit code
-    "Call a command; what goes wrong becomes a sentence and a number"
-    from seismodel.core import Interrupted, TrainingError, UserError   # needs torch, as every command does
+    "Call a command; an error becomes a sentence and an exit code"
+    # needs torch, as every command does
+    from seismodel.core import Interrupted, TrainingError, UserError
     from seismodel.files import DiskFull, is_disk_full
     rank = int(os.environ.get('RANK', 0))   # torchrun's number of this process
     try: call()
     except (UserError, TrainingError, Interrupted) as e:
         print(f"seismodel{f', rank {rank}' if rank else ''}: {e}", file=sys.stderr)
-        return 2 if isinstance(e, UserError) else 1 if isinstance(e, TrainingError) else 128 + e.number
+        return 2 if isinstance(e, UserError) else 1 if isinstance(e,
+                                                                  TrainingError) else 128 + e.number
     except KeyboardInterrupt:
         print('seismodel: stopped by Ctrl-C; what was written before is whole.', file=sys.stderr)
         return 128 + signal.SIGINT
@@ -84,9 +95,11 @@ def run_command(
         if is_disk_full(e):
             what = f"no space left for {e.filename or 'a file'}"
             if isinstance(e, DiskFull): what = e.strerror
-            print(f'seismodel: {what}; make room, and give the same command again.', file=sys.stderr)
+            print(f'seismodel: {what}; make room, and give the same command again.',
+                  file=sys.stderr)
             return 2
-        print(f"seismodel: {e.filename or 'a file'} cannot be read or written ({e.strerror or e}); mend that, or name another path.", file=sys.stderr)
+        print(f"seismodel: {e.filename or 'a file'} cannot be read or written ({e.strerror or e}); "
+              "mend that, or name another path.", file=sys.stderr)
         return 2
     return 0
 
@@ -106,25 +119,28 @@ def silenced() -> Iterator[None]:
         stack.enter_context(redirect_stderr(nowhere))
         yield
 
+# %% ../nbs/reference/01_cli.ipynb #c013bf17
 def call_quietly(
     command:Callable, # a command
     args:dict, # its options
 ):
-    "Call a command that returns a path, and print only that; messages, bars and warnings go nowhere"
+    "Call a command that returns a path, and print only that path"
     with silenced(): result = command(**args)
     if int(os.environ.get('RANK', 0)) == 0: print(result)   # once, under torchrun
 
 # %% ../nbs/reference/01_cli.ipynb #5a453129
 def main(
     argv:list[str]|None=None, # the words after `seismodel`; those of the process if not given
-)->int: # exit code: 0 done, 1 the run failed, 2 something to mend in the command or the data, 128 + n stopped by signal n
+)->int: # exit code: 0 done, 1 the run failed, 2 for the user to mend, 128 + n stopped by signal n
     "The command `seismodel`"
     name, *rest = (sys.argv[1:] if argv is None else argv) or ['--help']
     if name in ('--help', '-h', '--version'):
         print(__version__ if name == '--version' else usage())
         return 0
     old, (name, called) = name, OLD_COMMANDS.get(name, (name, name))
-    if old != name: print(f'seismodel: {old} is called {called} now; the old name still works.', file=sys.stderr)
+    if old != name:
+        print(f'seismodel: {old} is called {called} now; the old name still works.',
+              file=sys.stderr)
     if name not in COMMANDS:
         near = get_close_matches(name, COMMANDS, 1)
         advice = f'did you mean {near[0]}?' if near else f"choose one of {', '.join(COMMANDS)}."
@@ -133,7 +149,8 @@ def main(
     command = described(name)
     args = vars(make_parser(f'seismodel {name}', command).parse_args(renamed_options(rest)))
     if old == 'finetune-window' and not (args.get('column') or args.get('resume')):
-        print('seismodel: Say which column of the metadata has the labels, with --column NAME.', file=sys.stderr)
+        print('seismodel: Say which column of the metadata has the labels, with --column NAME.',
+              file=sys.stderr)
         return 2
     quiet = args.pop('quiet') and command.returns == 'Path'
     def call(): call_quietly(imported(name), args) if quiet else imported(name)(**args)

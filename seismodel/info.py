@@ -1,4 +1,4 @@
-"""`seismodel info`: models that come with the package and their cards, presets and their fields, what a run was and how far it got, or the versions in use
+"""Lists the models that come with the package and their cards, presets and their fields; describes a run; prints the versions in use
 
 Docs: https://seismodel.github.io/seismodel/reference/info.html.md"""
 
@@ -34,11 +34,13 @@ def describe_box(
     "Each model that comes with the package, in a sentence"
     return '\n'.join(f"{name:22} {model_card(name)['summary']}" for name in box_models())
 
+# %% ../nbs/reference/01b_info.ipynb #9f18b98c
 def describe_presets(
 )->str: # lines
     "Each preset: the size of its model, its steps and windows a step"
     size = lambda p: count_parameters(build(p.model))/1e6
-    return '\n'.join(f'{name:22} {size(p):6.2f} M parameters, {p.steps:>7,} steps of {p.batch_size}' for name, p in PRESETS.items())
+    return '\n'.join(f'{name:22} {size(p):6.2f} M parameters, {p.steps:>7,} steps of {p.batch_size}'
+                     for name, p in PRESETS.items())
 
 # %% ../nbs/reference/01b_info.ipynb #9616443c
 def describe_fields(
@@ -53,15 +55,18 @@ def describe_fields(
         else: found.append((where + f.name, value, ' '.join((meaning[f.name] or '').split())))
     return found
 
+# %% ../nbs/reference/01b_info.ipynb #d0b369ca
 def describe_preset(
     name:str, # of PRESETS
 )->str: # lines
     "Every field of its model and of its recipe"
     p = PRESETS[name]
     rows = describe_fields(p.model, 'model.') + describe_fields(recipe(p), 'train.')
-    shown = [(field, ','.join(map(str, v)) if isinstance(v, tuple) else str(v), why) for field, v, why in rows]
+    shown = [(field, ','.join(map(str, v)) if isinstance(v, tuple) else str(v), why)
+             for field, v, why in rows]
     wide = [max(len(row[k]) for row in shown) for k in (0, 1)]
-    return '\n'.join(f'{field:{wide[0]}}  {value:{wide[1]}}  {why}'.rstrip() for field, value, why in shown)
+    return '\n'.join(f'{field:{wide[0]}}  {value:{wide[1]}}  {why}'.rstrip()
+                     for field, value, why in shown)
 
 # %% ../nbs/reference/01b_info.ipynb #0a2a578e
 def describe_model(
@@ -71,10 +76,12 @@ def describe_model(
     "Kind, size and data of a model"
     plan = config.get('finetune') or config.get('finetune_window') or config
     what = config.get('preset', config['model'].get('method'))
-    if 'from' in plan: what = f"{'picker' if 'picker' in config else 'window model'} from {plan['from']}"
+    if 'from' in plan:
+        what = f"{'picker' if 'picker' in config else 'window model'} from {plan['from']}"
     lines = [f'{what}: {count_parameters(load(run)):,} parameters']
     return lines + [f"data: {', '.join(plan['data'])}"] if 'data' in plan else lines
 
+# %% ../nbs/reference/01b_info.ipynb #020abd62
 def describe_run(
     run:str|Path, # a run's folder, or one that save_pretrained wrote
 )->str: # lines
@@ -87,16 +94,21 @@ def describe_run(
     train = check_json(config.get('train'), dict(steps=int), folder/'config.json, field train')
     lines.append(f"step {rows[-1]['step']} of {train['steps']}")
     last = ([r for r in rows if 'dev_loss' in r] or rows)[-1]
-    shown = {name: value for name, value in last.items() if name.startswith('dev_') or name == 'loss'}
+    shown = {name: value for name, value in last.items() if name.startswith('dev_')
+             or name == 'loss'}
     lines += [f'  {name:24} {value:.4g}' for name, value in shown.items() if value is not None]
-    return '\n'.join(lines + [f"  ALARM at step {r['step']}: {sentence}" for r in rows for sentence in r['alarms']])
+    return '\n'.join(lines + [f"  ALARM at step {r['step']}: {sentence}" for r in rows
+                              for sentence in r['alarms']])
 
 # %% ../nbs/reference/01b_info.ipynb #e6c7e920
 def describe_versions() -> str:  # lines
     "Versions of seismodel, Python, the packages it needs, Triton, and the machine"
-    lines = [f'seismodel {__version__}', f'Python {platform.python_version()}, {platform.platform()}']
-    needed = [need.partition(';') for need in requires('seismodel') or ['torch', 'numpy', 'obspy', 'seisbench']]
-    names = [re.match(r'[A-Za-z0-9._-]+', need)[0] for need, _, when in needed if 'extra' not in when]
+    lines = [f'seismodel {__version__}',
+             f'Python {platform.python_version()}, {platform.platform()}']
+    needed = [need.partition(';') for need in requires('seismodel')
+              or ['torch', 'numpy', 'obspy', 'seisbench']]
+    names = [re.match(r'[A-Za-z0-9._-]+', need)[0] for need, _, when in needed
+             if 'extra' not in when]
     for name in [*names, 'triton']:
         try: lines.append(f'{name} {version(name)}')
         except PackageNotFoundError: lines.append(f'{name} is not there')
@@ -110,11 +122,14 @@ def describe_one(
     if in_box(run): return '\n'.join([describe_run(run), '', describe_card(run)])
     return describe_preset(run) if run in PRESETS else describe_run(run)
 
+# %% ../nbs/reference/01b_info.ipynb #c55277ad
 def info(
-    runs:Annotated[str, {'opt': False, 'nargs': '*'}]=None, # models of the box, presets or folders of runs, any number; a list of models and presets if not given
+    # models of the box, presets or folders of runs, any number; a list of models and presets if not
+    # given
+    runs:Annotated[str, {'opt': False, 'nargs': '*'}]=None,
     versions:bool=False, # print the versions of all that matters, for a report of a fault
 ):
-    "List models and presets, print a card or the fields of a preset, describe runs, or print versions"
+    "List models and presets; describe a model, a preset or a run; or print versions"
     if versions: print(describe_versions())
     runs = [runs] if isinstance(runs, (str, Path)) else list(runs or [])
     texts, wrong = {}, []

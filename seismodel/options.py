@@ -21,12 +21,13 @@ from pathlib import Path
 def definition(
     module:str, # such as seismodel.data.pack
     name:str,   # of a function, a class or a constant in it
-)->tuple[str, ast.stmt, list[str]]: # the module that defines it, its statement, the lines of that module
+)->tuple[str, ast.stmt, list[str]]: # the module that defines it, its statement, lines of the module
     "Where a name is defined. Nothing is executed; raises `LookupError` where it is not defined"
     lines = find_spec(module).loader.get_source(module).split('\n')
     for node in ast.parse('\n'.join(lines)).body:
         match node:
-            case ast.FunctionDef(name=own) | ast.ClassDef(name=own) | ast.Assign(targets=[ast.Name(id=own)]):
+            case (ast.FunctionDef(name=own) | ast.ClassDef(name=own)
+                  | ast.Assign(targets=[ast.Name(id=own)])):
                 if own == name: return module, node, lines
             case ast.ImportFrom(names=names) if name in [a.name for a in names]:
                 package = module.rpartition('.')[0]
@@ -57,6 +58,7 @@ def kind_of(
         case ast.BinOp(left=kind): return kind_of(kind)
     return KINDS[annotation.id], {}
 
+# %% ../nbs/reference/01a_options.ipynb #8dc99001
 def default_of(
     module:str,     # that the function is defined in
     node:ast.expr,  # a literal, Path(literal), or the name of a constant
@@ -98,6 +100,7 @@ class Command:
     returns: str           # its return annotation as it is written
     options: list[Option]
 
+# %% ../nbs/reference/01a_options.ipynb #727d321b
 def read_command(
     module:str, # such as seismodel.training.pretrain
     name:str,   # of a function, or of a class: its __init__
@@ -105,33 +108,38 @@ def read_command(
     "Docstring and parameters; raises `LookupError` where there is no such function"
     module, node, lines = definition(module, name)
     call = node
-    if isinstance(node, ast.ClassDef): call = next(f for f in node.body if getattr(f, 'name', '') == '__init__')
+    if isinstance(node, ast.ClassDef):
+        call = next(f for f in node.body if getattr(f, 'name', '') == '__init__')
     a = call.args
     args = [arg for arg in a.args if arg.arg != 'self']
     defaults = [None]*(len(args) - len(a.defaults)) + a.defaults
-    options = [option_of(module, lines, *pair) for pair in zip(args + a.kwonlyargs, defaults + a.kw_defaults)]
+    options = [option_of(module, lines, *pair) for pair in zip(args + a.kwonlyargs,
+                                                               defaults + a.kw_defaults)]
     for decorator in node.decorator_list:
         match decorator:
             case ast.Call(func=ast.Name(id='delegates'), args=[ast.Name(id=other)]):
                 options += read_command(module, other).options
-    return Command(ast.get_docstring(node) or '', ast.unparse(call.returns) if call.returns else '', options)
+    return Command(ast.get_docstring(node) or '', ast.unparse(call.returns) if call.returns else '',
+                   options)
 
 # %% ../nbs/reference/01a_options.ipynb #2a8a2726
-FLAGS = {'from_run': '--from', 'set_fields': '--set'}   # parameters that Python could not call by these names
+# parameters that Python could not call by these names
+FLAGS = {'from_run': '--from', 'set_fields': '--set'}
 
 class Parser(argparse.ArgumentParser):
     "Says what is wrong in one sentence"
-    def error(self, message):
+    def error(self, message:str):
         message = message.rstrip('.') + ('' if message[-1] == '?' else ';')
         self.exit(2, f"{self.prog}: {message} '{self.prog} --help' lists the options.\n")
 
-    def parse_args(self, args=None, namespace=None):
+    def parse_args(self, args:list[str]|None=None, namespace:argparse.Namespace|None=None):
         "As argparse does it; an option that is not known is named together with the nearest one"
         known, unknown = self.parse_known_args(args, namespace)
         if not unknown: return known
         word = next((w for w in unknown if w[:1] == '-'), unknown[0]).partition('=')[0]
         near = get_close_matches(word, self._option_string_actions, 1)
-        self.error(f"there is no option '{word}'" + (f', did you mean {near[0]}?' if near else '') if word[:1] == '-'
+        self.error(f"there is no option '{word}'" + (f', did you mean {near[0]}?' if near else '')
+                   if word[:1] == '-'
                    else f"'{word}' is too much")
 
 # %% ../nbs/reference/01a_options.ipynb #8f659519
@@ -145,14 +153,20 @@ def add_option(
     flag = FLAGS.get(o.name, '--' + o.name.replace('_', '-'))
     if o.positional: parser.add_argument(o.name, type=o.kind, **how)
     elif o.kind is bool: parser.add_argument(flag, dest=o.name, action='store_true', **how)
-    else: parser.add_argument(flag, dest=o.name, type=o.kind, metavar=f'({o.kind.__name__.lower()})', **how)
+    else:
+        parser.add_argument(flag, dest=o.name, type=o.kind, metavar=f'({o.kind.__name__.lower()})',
+                            **how)
 
+# %% ../nbs/reference/01a_options.ipynb #6e40fda7
 def make_parser(
     prog:str, # the words before the options
     command:Command,
 )->Parser:
     "A parser of the options of a command; each command also takes --quiet"
-    parser = Parser(prog, description=command.help, formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32))
+    parser = Parser(prog, description=command.help,
+                    formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32))
     for option in command.options: add_option(parser, option)
-    parser.add_argument('--quiet', action='store_true', help='print the result alone: for a command that writes files, where they are')
+    parser.add_argument('--quiet', action='store_true',
+                        help='print the result alone: for a command that writes files, where they '
+                             'are')
     return parser

@@ -1,4 +1,4 @@
-"""`seismodel finetune`: from a pretrained run and a fraction of the labels to a picker, or to a model for one column of the metadata, with the trainer that pretraining uses; and the control that starts from random weights
+"""`seismodel finetune`: from a pretrained model and labels to a picker or a model for windows
 
 Docs: https://seismodel.github.io/seismodel/finetuning/finetune.html.md"""
 
@@ -27,7 +27,8 @@ from .heads import FREEZE, Picker, picker_from_dict
 from .classification import WindowModel
 from .window_labels import LabelledWindows, label_sources
 from ..models.box import in_box
-from ..models.pretraining import (Pretrainer, build, config_from_dict, from_pretrained, load_weights,
+from ..models.pretraining import (Pretrainer, build, config_from_dict, from_pretrained,
+                                          load_weights,
                                           preset as find_preset)
 from ..files import check_json, is_filled, read_json
 from ..training.config import RESUMABLE_FIELDS, TrainConfig, check_config, train_from_dict
@@ -40,14 +41,18 @@ from ..signals.records import WINDOW
 
 # %% ../../nbs/finetuning/03_finetune.ipynb #dc1c2f24
 def start_model(
-    from_run:str|None,    # a name of the box, folder of a pretrained model, or random
-    preset:str|None=None, # with random: which model
-    changes:dict|None=None, # fields to change, from `read_settings`
-)->Pretrainer:
+    from_run: str|None,         # a name of the box, folder of a pretrained model, or random
+    preset: str|None = None,    # with random: which model
+    changes: dict|None = None,  # fields to change, from `read_settings`
+) -> Pretrainer:
     "A model to fine-tune; raises `UserError` where the start is not said, or is not there"
-    if from_run is None: raise UserError('Say where to start: --from RUN for a pretrained model, or --from random --preset NAME for the control.')
-    if from_run == 'random' and preset is None: raise UserError('--from random needs --preset NAME, to know which model.')
-    if from_run != 'random' and preset is not None: raise UserError(f"--preset goes with --from random; '{from_run}' knows its own shapes.")
+    if from_run is None:
+        raise UserError('Say where to start: --from RUN for a pretrained model, or --from random '
+                        '--preset NAME for the control.')
+    if from_run == 'random' and preset is None:
+        raise UserError('--from random needs --preset NAME, to know which model.')
+    if from_run != 'random' and preset is not None:
+        raise UserError(f"--preset goes with --from random; '{from_run}' knows its own shapes.")
     start = build(find_preset(preset).model) if from_run == 'random' else from_pretrained(from_run)
     config, _ = apply_settings(start.config, changes or {})
     if config == start.config: return start
@@ -55,65 +60,81 @@ def start_model(
     if from_run != 'random': load_weights(changed, start.state_dict(), from_run)
     return changed
 
+# %% ../../nbs/finetuning/03_finetune.ipynb #a4ae5618
 def start_picker(
-    from_run:str|None,    # folder of a pretrained model, or random
-    preset:str|None=None, # with random: which model
-    width:int=64,         # of the head; 0: a linear probe
-    freeze:str='none',    # see `Picker`
-)->Picker:
+    from_run: str|None,       # folder of a pretrained model, or random
+    preset: str|None = None,  # with random: which model
+    width: int = 64,          # of the head; 0: a linear probe
+    freeze: str = 'none',     # see `Picker`
+) -> Picker:
     "A picker with a fresh head; raises `UserError` as `start_model` does"
     return Picker(start_model(from_run, preset), width=width, freeze=freeze).train()
 
 # %% ../../nbs/finetuning/03_finetune.ipynb #63c1fb79
-RECIPES = {'contrastive': dict(lr=1e-3, weight_decay=.1), 'reconstruction': dict(lr=2e-4, weight_decay=.005),
+RECIPES = {'contrastive': dict(lr=1e-3, weight_decay=.1),
+           'reconstruction': dict(lr=2e-4, weight_decay=.005),
            'masked': dict(lr=1e-3, weight_decay=.1)}
 LAYER_DECAY = .65     # of a pretrained start
 
 def fine_recipe(
-    method:str, # contrastive, reconstruction or masked
-    pretrained:bool=False, # or from random weights
-    **given,    # fields of `TrainConfig`; None means not given
-)->TrainConfig: # checked
-    "The recipe of a method with the given fields changed; the first stages of a pretrained model learn more slowly"
-    own = dict(steps=2000, batch_size=32, layer_decay=LAYER_DECAY if pretrained and method != 'reconstruction' else 1.)
-    config = TrainConfig(**{**own, **RECIPES[method], **{k: v for k, v in given.items() if v is not None}})
+    method: str,               # contrastive, reconstruction or masked
+    pretrained: bool = False,  # False: random weights
+    **given,                   # fields of `TrainConfig`; None means not given
+) -> TrainConfig:              # checked
+    "Training settings of a method; the first stages of a pretrained model learn more slowly"
+    own = dict(steps=2000, batch_size=32,
+               layer_decay=LAYER_DECAY if pretrained and method != 'reconstruction' else 1.)
+    given = {k: v for k, v in given.items() if v is not None}
+    config = TrainConfig(**{**own, **RECIPES[method], **given})
     check_config(config)
     return config
 
+# %% ../../nbs/finetuning/03_finetune.ipynb #624e0c02
 def label_windows(
-    names:list[str],       # datasets with picks
-    fraction:float,        # of the events of each, for training
-    weights:list[float]|None, # relative weights of the datasets
-    c:TrainConfig,         # names steps, batch and seed
-    window:int=WINDOW,     # samples
-)->tuple[WindowDataset, WindowDataset, list[int]]: # to train on, to validate on; records of each dataset
+    names: list[str],           # datasets with picks
+    fraction: float,            # of the events of each, for training
+    weights: list[float]|None,  # relative weights of the datasets
+    c: TrainConfig,             # names steps, batch and seed
+    window: int = WINDOW,       # samples
+# to train on, to validate on; records of each dataset
+) -> tuple[WindowDataset, WindowDataset, list[int]]:
     "Windows with labels; raises `UserError` where a dataset cannot be opened, or has no dev split"
     training = [open_source(name, 'train', window) for name in names]
     for name, source in zip(names, training):
-        if not source.has_phase_labels(): raise UserError(f"'{name}' has no training record with a P or S pick, nor one that is known to be noise: it has nothing to teach a picker.")
+        if not source.has_phase_labels():
+            raise UserError(f"'{name}' has no training record with a P or S pick, nor one that is "
+                            "known to be noise: it has nothing to teach a picker.")
     if fraction < 1: training = [subset_events(source, fraction, c.seed) for source in training]
-    dev = WindowDataset([open_source(name, 'dev', window) for name in names], c.validation_windows, weights, c.seed, window=window)
-    return WindowDataset(training, c.steps*c.accumulate*c.batch_size, weights, c.seed, window=window), dev, [len(s) for s in training]
+    dev = WindowDataset([open_source(name, 'dev', window) for name in names], c.validation_windows,
+                        weights, c.seed, window=window)
+    return WindowDataset(training, c.steps*c.accumulate*c.batch_size, weights, c.seed,
+                         window=window), dev, [len(s) for s in training]
 
 # %% ../../nbs/finetuning/03_finetune.ipynb #b6e17e79
 def with_real_noise(
-    windows:WindowDataset, # to train on
-    device, # of the training
-    settings:Augmentation=Augmentation(), # how often and how much
-    events:int=1000, # synthetic ones to make, where there are any among the data
-)->tuple[WindowDataset, Callable]: # the windows to train on, the augmentation for `train`
-    "Noise from the windows' own records: added by the augmentation, and put around the synthetic events among them"
+    windows: WindowDataset,                   # to train on
+    device: str|torch.device,                 # of the training
+    settings: Augmentation = Augmentation(),  # how often and how much
+    events: int = 1000,  # synthetic ones to make, where there are any among the data
+) -> tuple[WindowDataset, Callable]:  # the windows to train on, the augmentation for `train`
+    "Real noise of the training records, for augmentation and around synthetic events"
     is_real = [not isinstance(s, SyntheticSource) for s in windows.sources]
     real = [s for s, yes in zip(windows.sources, is_real) if yes]
-    noise = noise_bank(real, seed=windows.seed, window=windows.window) if real else torch.zeros(0, windows.window, 3)
-    if real and not len(noise): log.warning('No training record has ten seconds that are known to be noise: none is added, and synthetic events keep theirs.')
-    sources = [EventsInNoise(noise, events, windows.seed) if len(noise) and not yes else s for s, yes in zip(windows.sources, is_real)]
-    windows = WindowDataset(sources, windows.length, windows.share, windows.seed, windows.start, windows.window)
+    noise = (noise_bank(real, seed=windows.seed, window=windows.window) if real
+             else torch.zeros(0, windows.window, 3))
+    if real and not len(noise):
+        log.warning('No training record has ten seconds that are known to be noise: none is added, '
+                    'and synthetic events keep theirs.')
+    sources = [EventsInNoise(noise, events, windows.seed) if len(noise) and not yes else s
+               for s, yes in zip(windows.sources, is_real)]
+    windows = WindowDataset(sources, windows.length, windows.share, windows.seed, windows.start,
+                            windows.window)
     return windows, fine_augment(noise.to(device), settings)
 
-# %% ../../nbs/finetuning/03_finetune.ipynb #c83ed753
-ADDED = {'noise': 'noise', 'stack': 'another window'}    # options that say how often -> what
+# %% ../../nbs/finetuning/03_finetune.ipynb #1f2d7120
+ADDED = {'noise': 'noise', 'stack': 'another window'}    # name of the option -> what is added
 
+# %% ../../nbs/finetuning/03_finetune.ipynb #c83ed753
 def check_fine_options(
     told: dict,  # name of an option -> what was typed, of those that were given
 ) -> None:
@@ -124,63 +145,77 @@ def check_fine_options(
     freeze, augment = told.get('freeze', 'none'), told.get('augment', 'full')
     names, column = split_names(told.get('classes', 'a,b')), 'column' in told
     refuse(not told.get('data'), 'Say which labels, with --data FOLDER.')
-    refuse(not 0 < fraction <= 1, f'--fraction is {fraction}; it is a fraction of the labelled events, '
-                                  'above 0 and at most 1.')
+    refuse(not 0 < fraction <= 1, f'--fraction is {fraction}; it is a fraction of the labelled '
+                                  'events, above 0 and at most 1.')
     refuse(freeze not in FREEZE, f"--freeze is '{freeze}'; choose one of {', '.join(FREEZE)}.")
     refuse(told.get('width', 0) < 0, f"--width is {told.get('width')}; it must not be negative.")
     refuse(augment not in ('full', 'none'), f"--augment is '{augment}'; choose full or none.")
     for name, what in ADDED.items():
-        refuse(name in told and augment == 'none', f'--{name} says how often {what} is added, and --augment none '
-                                                   'adds none; leave one of them out.')
+        refuse(name in told and augment == 'none',
+               f'--{name} says how often {what} is added, and --augment none '
+               'adds none; leave one of them out.')
         share = told.get(name, 0.)
-        refuse(not 0 <= share <= 1, f'--{name} is {share}; it is a fraction of the windows, from 0 to 1.')
-    refuse('classes' in told and not column, '--classes goes with --column NAME, the column that has them.')
-    refuse(len(set(names)) < 2 or '' in names, f"--classes is '{told.get('classes')}'; give at least two "
-                                               'different names with commas between.')
+        refuse(not 0 <= share <= 1,
+               f'--{name} is {share}; it is a fraction of the windows, from 0 to 1.')
+    refuse('classes' in told and not column,
+           '--classes goes with --column NAME, the column that has them.')
+    refuse(len(set(names)) < 2 or '' in names,
+           f"--classes is '{told.get('classes')}'; give at least two "
+           'different names with commas between.')
     for name in ('width', 'augment', *ADDED):
         refuse(column and name in told, f'--{name} is for pickers; leave it out with --column.')
 
+# %% ../../nbs/finetuning/03_finetune.ipynb #4e225f46
 def split_names(
-    text: str,    # with commas between
+    text: str,  # with commas between
 ) -> list[str]:
     "Names without the spaces around them"
     return [name.strip() for name in text.split(',')]
 
+# %% ../../nbs/finetuning/03_finetune.ipynb #4f7c6765
 def fine_plan(
-    **told,   # options of `finetune` that say what is learned, and from what; None means not given
-) -> dict:    # plain values
+    **told,  # options of `finetune` that say what is learned, and from what; None means not given
+) -> dict:   # plain values
     "What config.json says of a fine-tuning run; raises `UserError` for what makes no sense"
     told = {name: value for name, value in told.items() if value is not None}
     check_fine_options(told)
     start, data = told.get('from_run'), told['data']
     named = start in (None, 'random') or in_box(start)
     plan = {'from': start if named else whole_path(start), 'preset': told.get('preset'),
-            'data': [whole_path(d) for d in data], 'weights': parse_weights(told.get('data_weights'), len(data)),
+            'data': [whole_path(d) for d in data],
+            'weights': parse_weights(told.get('data_weights'), len(data)),
             'fraction': told.get('fraction', 1.), 'freeze': told.get('freeze', 'none')}
     if 'column' in told:
-        return {**plan, 'column': told['column'], 'classes': split_names(told['classes']) if 'classes' in told else None}
+        return {**plan, 'column': told['column'],
+                'classes': split_names(told['classes']) if 'classes' in told else None}
     change = Augmentation(**{name: told[name] for name in ADDED if name in told})
     augment = asdict(change) if told.get('augment', 'full') == 'full' else None
     return {**plan, 'width': told.get('width', 64), 'augment': augment}
 
 # %% ../../nbs/finetuning/03_finetune.ipynb #554c9be9
-PLANS = ('finetune', 'finetune_window')    # where config.json has the plan: of a picker, of a model for windows
-PLAN = {'from': str | None, 'data': list[str], 'weights': list[float] | None, 'fraction': float | None, 'freeze': str}
+# where config.json has the plan: of a picker, of a model for windows
+PLANS = ('finetune', 'finetune_window')
+PLAN = {'from': str | None, 'data': list[str], 'weights': list[float] | None,
+        'fraction': float | None, 'freeze': str}
 
 def saved_run(
     folder: Path,  # of a fine-tuning run
 ) -> dict:         # config.json
     "The settings of a run to go on with; raises `UserError` where it is none, or of another kind"
     file = Path(folder)/'config.json'
-    if not file.is_file(): raise UserError(f"'{folder}' holds no run to resume: config.json is missing.")
+    if not file.is_file():
+        raise UserError(f"'{folder}' holds no run to resume: config.json is missing.")
     saved = read_json(file)
     key = next((k for k in PLANS if k in saved), None)
-    if key is None: raise UserError(f"'{folder}' is not a fine-tuning run; go on with it by `seismodel pretrain --resume`.")
+    if key is None:
+        raise UserError(f"'{folder}' is not a fine-tuning run; go on with it by `seismodel "
+                        "pretrain --resume`.")
     check_json(saved, {key: dict, 'model': dict, 'train': dict}, file)
     check_json(saved[key], PLAN, f'{file}, field {key}')
     if key == 'finetune': check_json(saved, {'picker': dict}, file)
     return saved
 
+# %% ../../nbs/finetuning/03_finetune.ipynb #f4f48224
 def fine_folder(
     out: Path|None,  # as it was typed
 ) -> Path:
@@ -190,22 +225,31 @@ def fine_folder(
         raise UserError(f"'{out}' is not empty and holds no run; name another --out.")
     return Path(out)
 
+# %% ../../nbs/finetuning/03_finetune.ipynb #43aff881
 def fine_settings(
-    config: Path|None,       # as --config names it
-    words: list[str]|None,   # as --set takes them
-    options: dict,           # fields of the recipe with an option of their own; None: not given
-    resume: Path|None,       # the run to go on with
-) -> tuple[dict, dict]:      # what `start_model` changes; the given fields of the recipe
-    "What was said about fields; raises `UserError` as `read_settings` does, and for what cannot change with --resume"
-    if resume and config: raise UserError("--resume goes on with the run's own settings; leave --config away.")
+    config: Path|None,      # as --config names it
+    words: list[str]|None,  # as --set takes them
+    options: dict,          # fields of the recipe with an option of their own; None: not given
+    resume: Path|None,      # the run to go on with
+) -> tuple[dict, dict]:     # what `start_model` changes; the given fields of the recipe
+    "Fields given by options, --set and --config; raises `UserError` for a wrong or a fixed one"
+    if resume and config:
+        raise UserError("--resume goes on with the run's own settings; leave --config away.")
     changes, others = read_settings(config, words, options)
-    if others: print(f"'{config}' gives the fields of model and recipe; start, data and labels are those of this command.")
+    if others:
+        print(f"'{config}' gives the fields of model and recipe; start, data and labels are those "
+              "of this command.")
     shapes = [name for name in changes if not name.startswith('train.')]
-    if resume and shapes: raise UserError(f"--set {shapes[0]} cannot change with --resume: leave it away, or start a new run.")
-    given = {name.removeprefix('train.'): value for name, value in changes.items() if name.startswith('train.')}
-    check_fields(TrainConfig, {name: given[name] for name in given if hasattr(TrainConfig, name)})    # before one is used
+    if resume and shapes:
+        raise UserError(f"--set {shapes[0]} cannot change with --resume: leave it away, or start a "
+                        "new run.")
+    given = {name.removeprefix('train.'): value
+             for name, value in changes.items() if name.startswith('train.')}
+    # before one is used
+    check_fields(TrainConfig, {name: given[name] for name in given if hasattr(TrainConfig, name)})
     return changes, given
 
+# %% ../../nbs/finetuning/03_finetune.ipynb #ef02686d
 def free_options(
     told: dict,  # name of an option -> its value, None where it was not given
 ) -> dict:       # those given
@@ -214,128 +258,176 @@ def free_options(
     fixed = [name for name in given if f'train.{name}' not in RESUMABLE_FIELDS]
     if fixed:
         option = 'from' if fixed[0] == 'from_run' else fixed[0].replace('_', '-')
-        raise UserError(f'--{option} cannot change with --resume: leave it away, or start a new run.')
+        raise UserError(f'--{option} cannot change with --resume: leave it away, or start a new '
+                        'run.')
     return given
 
 # %% ../../nbs/finetuning/03_finetune.ipynb #e43487cd
 def fine_run(
-    plan:dict,     # from `fine_plan`
-    picker:Picker, # in training mode
-    c:TrainConfig,
-    folder:Path,   # of the run
-    resume:bool=False, # or a new run
-):
-    "Open the data, say what is going to happen, train"
+    plan: dict,            # from `fine_plan`
+    picker: Picker,        # in training mode
+    c: TrainConfig,        # from `fine_recipe`
+    folder: Path,          # of the run
+    resume: bool = False,  # False: a new run
+) -> None:
+    "Open the data, print what will be trained, train"
     windows, dev, records = label_windows(plan['data'], plan['fraction'], plan['weights'], c)
     with join_ranks(c.device) as ranks:
         change = None
         if plan.get('augment'):
-            recipe = Augmentation(**{'stack': 0., **plan['augment']})     # 0: a run begun before there was such a thing
+            # runs of version 0.1 have no `stack`: 0
+            recipe = Augmentation(**{'stack': 0., **plan['augment']})
             windows, change = with_real_noise(windows, ranks.device, recipe)
         if ranks.rank == 0:
-            real = [len(s) for s in windows.sources if not isinstance(s, (SyntheticSource, EventsInNoise))]
-            print(f"{count_parameters(picker):,} parameters from {plan['from']}, {c.steps} steps of {c.batch_size} windows "
-                  f"from {sum(real)} records{' and synthetic ones' if len(real) < len(records) else ''}, on {ranks.device}")
-            if c.layer_decay < 1: print(f'each stage of the network learns at {c.layer_decay} times the rate of the one after it (--layer-decay 1: all at the same)')
-        train(picker, Augmented(windows, change), dev, c, folder, {'finetune': plan, 'records': records}, resume, ranks)
+            real = [len(s) for s in windows.sources
+                    if not isinstance(s, (SyntheticSource, EventsInNoise))]
+            print(f"{count_parameters(picker):,} parameters from {plan['from']}, {c.steps} steps "
+                  f"of {c.batch_size} windows from {sum(real)} "
+                  f"records{' and synthetic ones' if len(real) < len(records) else ''}, on "
+                  f"{ranks.device}")
+            if c.layer_decay < 1:
+                print(f'each stage of the network learns at {c.layer_decay} times the rate of the '
+                      'one after it (--layer-decay 1: all at the same)')
+        train(picker, Augmented(windows, change), dev, c, folder,
+              {'finetune': plan, 'records': records}, resume, ranks)
         if ranks.rank == 0: calibrate_run(folder, dev, ranks.device)
 
 # %% ../../nbs/finetuning/03_finetune.ipynb #1c1c5076
 def column_run(
-    plan: dict,           # from `fine_plan`, with a column
-    start: Pretrainer,    # where encoder and backbone come from
-    c: TrainConfig,
-    folder: Path,         # of the run
-    resume: bool = False, # or a new run
+    plan: dict,            # from `fine_plan`, with a column
+    start: Pretrainer,     # where encoder and backbone come from
+    c: TrainConfig,        # from `fine_recipe`
+    folder: Path,          # of the run
+    resume: bool = False,  # False: a new run
 ) -> None:
-    "Open the data, ask the question, say what is going to happen, train"
-    question, training, dev = label_sources(plan['data'], plan['column'], plan['classes'], plan['fraction'], c.seed)
+    "Open the data and the column, print what will be trained, train"
+    question, training, dev = label_sources(plan['data'], plan['column'], plan['classes'],
+                                            plan['fraction'], c.seed)
     model = WindowModel(start, question, plan['freeze']).train()
     windows = LabelledWindows(training, c.steps*c.accumulate*c.batch_size, plan['weights'], c.seed)
     dev_windows = LabelledWindows(dev, c.validation_windows, plan['weights'], c.seed)
     with join_ranks(c.device) as ranks:
         if ranks.rank == 0:
             what = f'{len(question.classes)} classes' if question.classes else 'a number'
-            print(f"{count_parameters(model):,} parameters from {plan['from']}, {plan['column']}: {what}, {c.steps} steps of "
-                  f"{c.batch_size} windows from {sum(map(len, training))} records, on {ranks.device}")
+            print(f"{count_parameters(model):,} parameters from {plan['from']}, {plan['column']}: "
+                  f"{what}, {c.steps} steps of {c.batch_size} windows from "
+                  f"{sum(map(len, training))} records, on {ranks.device}")
         extra = {'finetune_window': plan, 'records': [len(s) for s in training]}
         train(model, windows, dev_windows, c, folder, extra, resume, ranks)
 
 # %% ../../nbs/finetuning/03_finetune.ipynb #6dbb7aa8
 def new_fine_run(
-    plan: dict,    # from `fine_plan`
-    given: dict,   # fields of `TrainConfig`
-    folder: Path,  # of the run
-    changes: dict, # fields of the model to change, from `fine_settings`
+    plan: dict,     # from `fine_plan`
+    given: dict,    # fields of `TrainConfig`
+    folder: Path,   # of the run
+    changes: dict,  # fields of the model to change, from `fine_settings`
 ) -> None:
     "Build the model of a plan, and train it"
     torch.manual_seed(given.get('seed') or 0)
     start = start_model(plan['from'], plan['preset'], changes)
     if 'column' in plan:
         steps = 500 if given.get('steps') is None else given['steps']
-        column_run(plan, start, fine_recipe(start.config.method, **{**given, 'steps': steps}), folder)
+        column_run(plan, start, fine_recipe(start.config.method, **{**given, 'steps': steps}),
+                   folder)
     else:
         picker = Picker(start, width=plan['width'], freeze=plan['freeze']).train()
-        fine_run(plan, picker, fine_recipe(start.config.method, plan['from'] != 'random', **given), folder)
+        fine_run(plan, picker, fine_recipe(start.config.method, plan['from'] != 'random', **given),
+                 folder)
     say_next(plan, folder)
 
+# %% ../../nbs/finetuning/03_finetune.ipynb #987aaa4c
 def resume_fine_run(
     folder: Path,  # of the run
     free: dict,    # fields of `TrainConfig` that may change
 ) -> None:
-    "Go on with a run, with the settings that it began with"
+    "Continue a run with the settings it began with"
     saved = saved_run(folder)
     plan = next(saved[key] for key in PLANS if key in saved)
-    apply_settings(config_from_dict(saved['model']), {f'train.{name}': value for name, value in free.items()})   # their types
+    # their types
+    apply_settings(config_from_dict(saved['model']),
+                   {f'train.{name}': value for name, value in free.items()})
     c = replace(train_from_dict(saved['train']), **free)
-    if 'column' in plan: column_run(plan, build(config_from_dict(saved['model'])), c, folder, resume=True)
+    if 'column' in plan:
+        column_run(plan, build(config_from_dict(saved['model'])), c, folder, resume=True)
     else: fine_run(plan, picker_from_dict(saved, plan['freeze']).train(), c, folder, resume=True)
     say_next(plan, folder)
 
-def say_next(plan, folder):
-    "What can be done with the result"
+# %% ../../nbs/finetuning/03_finetune.ipynb #57193bce
+def say_next(
+    plan: dict,    # from `fine_plan`
+    folder: Path,  # of the run
+) -> None:
+    "Print what can be done with the result"
     if 'column' in plan: print(f'weights  {folder}, for `seismodel evaluate`')
-    else: print(f'picker  {folder}, for `seismodel pick --model` and `SeisModelPicker.from_pretrained`')
+    else:
+        print(f'picker  {folder}, for `seismodel pick --model` and '
+              '`SeisModelPicker.from_pretrained`')
 
 # %% ../../nbs/finetuning/03_finetune.ipynb #1ed32726
 def finetune(
-    from_run:str=None, # a name of the box, such as tiny, the folder of a pretrained model, or random, which needs --preset
-    preset:str=None, # with --from random: method and size of the control, such as contrastive-small
-    data:Annotated[str, {'action': 'append'}]=None, # a SeisBench dataset with picks, or with the column, by folder or by name, a store packed from one, or synthetic; may be given several times
-    column:str=None, # of the metadata, to learn instead of picks: text makes classes, numbers a regression; empty cells are left out
-    classes:str=None, # with --column: those that count, such as up,down; all that the column has if not given
-    data_weights:str=None, # relative weights of the datasets, such as 3,1; equal if not given
-    fraction:float=None, # of the labelled events of each dataset to train on, such as .1; all if not given
-    freeze:str=None, # what does not learn: none (if not given), encoder, all (but the head), or gradual
-    width:int=None, # channels of the head, 64 if not given; 0 makes it linear: with --freeze all a linear probe
-    augment:str=None, # what happens to the training windows: full (if not given: real noise, rotation, polarity, lost components, gaps, two windows in one) or none
-    noise:float=None, # fraction of the windows to which real noise is added; .5 if not given
-    stack:float=None, # fraction of the windows that get another one on top, with its picks; .1 if not given
-    layer_decay:float=None, # factor of the learning rate from each stage of the network to the one before it; if not given .65 from a pretrained model, 1 from random weights, for reconstruction models and with --column
-    average:float=None, # decay of a moving average of the weights, such as .99, which is what is saved; the weights themselves if not given
-    steps:int=None, # optimiser steps; 2000 if not given, 500 with --column
-    batch_size:int=None, # windows a step; 32 if not given
-    lr:float=None, # peak learning rate; if not given 2e-4 for reconstruction models, 1e-3 for the others
-    weight_decay:float=None, # pull of the weights towards 0, of AdamW; if not given .005 for reconstruction models, .1 for the others
-    seed:int=None, # of head, windows, dropout and fraction; 0 if not given
-    device:str=None, # auto (if not given), cpu, cuda or cuda:N
-    workers:int=None, # processes that prepare windows; chosen by the device if not given
-    validate_every:int=None, # steps between two looks at the dev windows; 100 if not given
-    validation_windows:int=None, # dev windows looked at each time; 64 if not given
-    checkpoint_every:int=None, # steps between two checkpoints; 100 if not given
-    tensorboard:bool=False, # write TensorBoard events into the run's folder
-    set_fields:Annotated[str, {'action': 'append'}]=None, # NAME=VALUE, any field that `seismodel info PRESET` lists, such as train.warmup=.05; may be given several times
-    config:Path=None, # a JSON file with fields under "model" and "train"; the config.json of a run is one
-    out:Path=None, # the run's folder
-    resume:Path=None, # the folder of a fine-tuning run to go on with; needs nothing else
-)->Path: # the run's folder
-    "Fine-tune a pretrained model to pick P and S, or to answer one question about a window (--column), or go on with such a run"
-    told = dict(from_run=from_run, preset=preset, data=data, column=column, classes=classes, data_weights=data_weights,
-                fraction=fraction, freeze=freeze, width=width, augment=augment, noise=noise, stack=stack)
-    given = dict(steps=steps, batch_size=batch_size, lr=lr, weight_decay=weight_decay, seed=seed, device=device,
-                 workers=workers, validate_every=validate_every, validation_windows=validation_windows,
-                 checkpoint_every=checkpoint_every, tensorboard=tensorboard or None,
-                 layer_decay=layer_decay, average=average)
+    # a name of the box, such as tiny, the folder of a pretrained model, or random, which needs
+    # --preset
+    from_run: str = None,
+    # with --from random: method and size of the control, such as contrastive-small
+    preset: str = None,
+    # a SeisBench dataset with picks, or with the column, by folder or by name, a store packed from
+    # one, or synthetic; may be given several times
+    data: Annotated[str, {'action': 'append'}] = None,
+    # column of the metadata to learn instead of picks: text makes classes, numbers a regression;
+    # empty cells are left out
+    column: str = None,
+    # with --column: the classes to learn, such as up,down; all classes of the column if not given
+    classes: str = None,
+    data_weights: str = None,  # relative weights of the datasets, such as 3,1; equal if not given
+    # of the labelled events of each dataset to train on, such as .1; all if not given
+    fraction: float = None,
+    # what is frozen: none (if not given), encoder, all (but the head), or gradual
+    freeze: str = None,
+    # channels of the head, 64 if not given; 0 makes it linear: with --freeze all a linear probe
+    width: int = None,
+    # what happens to the training windows: full (if not given: real noise, rotation, polarity,
+    # lost components, gaps, two windows in one) or none
+    augment: str = None,
+    noise: float = None,  # fraction of the windows to which real noise is added; .5 if not given
+    # fraction of the windows that get another one on top, with its picks; .1 if not given
+    stack: float = None,
+    # factor of the learning rate from each stage of the network to the one before it; if not given
+    # .65 from a pretrained model, 1 from random weights, for reconstruction models and with
+    # --column
+    layer_decay: float = None,
+    # decay of a moving average of the weights, such as .99; the average is then saved; the weights
+    # themselves if not given
+    average: float = None,
+    steps: int = None,               # optimiser steps; 2000 if not given, 500 with --column
+    batch_size: int = None,          # windows a step; 32 if not given
+    # peak learning rate; if not given 2e-4 for reconstruction models, 1e-3 for the others
+    lr: float = None,
+    # weight decay of AdamW; if not given .005 for reconstruction models, .1 for
+    # the others
+    weight_decay: float = None,
+    seed: int = None,                # of head, windows, dropout and fraction; 0 if not given
+    device: str = None,              # auto (if not given), cpu, cuda or cuda:N
+    workers: int = None,  # processes that prepare windows; chosen by the device if not given
+    validate_every: int = None,      # steps between two validations; 100 if not given
+    validation_windows: int = None,  # dev windows in a validation; 64 if not given
+    checkpoint_every: int = None,    # steps between two checkpoints; 100 if not given
+    tensorboard: bool = False,       # write TensorBoard events into the run's folder
+    # NAME=VALUE, any field that `seismodel info PRESET` lists, such as train.warmup=.05; may be
+    # given several times
+    set_fields: Annotated[str, {'action': 'append'}] = None,
+    # a JSON file with fields under "model" and "train"; the config.json of a run is one
+    config: Path = None,
+    out: Path = None,                # the run's folder
+    resume: Path = None,             # the folder of a fine-tuning run to resume; needs nothing else
+) -> Path:                           # the run's folder
+    "Fine-tune a pretrained model to pick P and S, or to learn a column (--column), or resume a run"
+    told = dict(from_run=from_run, preset=preset, data=data, column=column, classes=classes,
+                data_weights=data_weights, fraction=fraction, freeze=freeze, width=width,
+                augment=augment, noise=noise, stack=stack)
+    given = dict(steps=steps, batch_size=batch_size, lr=lr, weight_decay=weight_decay, seed=seed,
+                 device=device, workers=workers, validate_every=validate_every,
+                 validation_windows=validation_windows, checkpoint_every=checkpoint_every,
+                 tensorboard=tensorboard or None, layer_decay=layer_decay, average=average)
     changes, given = fine_settings(config, set_fields, given, resume)
     if resume: resume_fine_run(Path(resume), free_options({**told, **given, 'out': out}))
     else: new_fine_run(fine_plan(**told), given, fine_folder(out), changes)

@@ -1,4 +1,4 @@
-"""From one vector every 40 ms to a probability of P and S at every sample, learned from labels of which some are missing
+"""From features at 25 Hz to probabilities of P and S at 100 Hz, with a loss for incomplete labels
 
 Docs: https://seismodel.github.io/seismodel/finetuning/heads.html.md"""
 
@@ -6,8 +6,8 @@ Docs: https://seismodel.github.io/seismodel/finetuning/heads.html.md"""
 
 # %% auto #0
 __all__ = ['LABELS', 'SIGMA', 'AT', 'FREEZE', 'PRETRAINING_ONLY', 'to_samples', 'ConvNorm', 'PickHead', 'WindowHead',
-           'label_curves', 'batch_onsets', 'batch_events', 'pick_loss', 'in_zones', 'pick_targets', 'FineTuned',
-           'Picker', 'found', 'picker_from_dict', 'load_picker']
+           'label_curves', 'batch_onsets', 'batch_events', 'pick_loss', 'in_zones', 'pick_targets',
+           'without_pretraining', 'FineTuned', 'Picker', 'found', 'pick_step', 'picker_from_dict', 'load_picker']
 
 # %% ../../nbs/finetuning/01_heads.ipynb #44d1b57a
 import json
@@ -20,29 +20,32 @@ from torch.nn import functional as F
 
 from ..models.frontend import TraceConv, convolve
 from ..models.masked_mse import feature_variance
-from ..models.pretraining import Pretrainer, Step, build, config_from_dict, load_weights, read_model
+from ..models.pretraining import (Pretrainer, Step, build, config_from_dict, load_weights,
+                                          read_model)
 from ..core import UserError
 
 # %% ../../nbs/finetuning/01_heads.ipynb #f743fa64
 def to_samples(
-    features:Tensor, # (B, T, D), frame t centred on sample 4 t
-    samples:int,     # L, at most 4 T
-)->Tensor: # (B, L, D)
+    features: Tensor,  # (B, T, D), frame t centred on sample 4 t
+    samples: int,      # L, at most 4 T
+) -> Tensor:           # (B, L, D)
     "Linear interpolation from 25 Hz to 100 Hz; after the last frame its value is held"
     after = torch.cat([features[:, 1:], features[:, -1:]], 1)
-    share = torch.arange(4, device=features.device, dtype=features.dtype)[:, None]/4                  # (4, 1)
-    return torch.lerp(features[:, :, None], after[:, :, None], share).flatten(1, 2)[:, :samples]      # (B, T, 4, D) first
+    share = torch.arange(4, device=features.device, dtype=features.dtype)[:, None]/4  # (4, 1)
+    # (B, T, 4, D) first
+    return torch.lerp(features[:, :, None], after[:, :, None], share).flatten(1, 2)[:, :samples]
 
-# %% ../../nbs/finetuning/01_heads.ipynb #7e93642d
+# %% ../../nbs/finetuning/01_heads.ipynb #6abad4c7
 LABELS = 'NPS'       # the order of the classes: noise, P, S
 SIGMA = 20.          # samples, standard deviation of a label: 0.2 s
 
+# %% ../../nbs/finetuning/01_heads.ipynb #7e93642d
 class ConvNorm(nn.Module):
-    "Conv1d over three samples → LayerNorm over channels → GELU → dropout, (B, L, C) to (B, L, width)"
+    "Conv1d over three samples → LayerNorm → GELU → dropout, (B, L, C) to (B, L, width)"
     def __init__(self,
-        channels:int,  # C
-        width:int,     # channels that come out
-        dropout:float, # share of the outputs set to zero in training
+        channels: int,   # C
+        width: int,      # channels that come out
+        dropout: float,  # share of the outputs set to zero in training
     ):
         super().__init__()
         self.conv, self.norm = TraceConv(channels, width, 3, padding=1), nn.LayerNorm(width)
@@ -54,22 +57,24 @@ class ConvNorm(nn.Module):
 AT = ('frames', 'samples')      # frames of 40 ms, or samples of 10 ms
 
 class PickHead(nn.Module):
-    "Features (B, T, D) and the window (B, L, 3) they were made of, to logits (B, L, 3) of noise, P and S"
+    "Features (B, T, D) and their window (B, L, 3) to logits (B, L, 3) of noise, P and S"
     def __init__(self,
-        dim:int,          # D
-        width:int=64,     # channels of both convolutions; 0 leaves them out: a linear probe
-        dropout:float=.2, # after each convolution
-        raw:bool=True,    # the waveform beside the features
-        at:str='frames',  # where the convolutions work: 'frames', four answers each, or 'samples'
+        dim: int,             # D
+        width: int = 64,      # channels of both convolutions; 0 leaves them out: a linear probe
+        dropout: float = .2,  # after each convolution
+        raw: bool = True,     # the waveform beside the features
+        # where the convolutions work: 'frames', four samples each, or 'samples'
+        at: str = 'frames',
     ):
         super().__init__()
         if at not in AT: raise UserError(f"at is '{at}'; choose one of {', '.join(AT)}.")
         self.raw, self.at = raw, at
-        answers = 4 if at == 'frames' else 1                     # samples that one place speaks of
+        answers = 4 if at == 'frames' else 1                     # samples per position
         channels = dim + 3*answers*raw
-        convs = [ConvNorm(channels, width, dropout), ConvNorm(width, width, dropout)] if width else []
+        convs = ([ConvNorm(channels, width, dropout), ConvNorm(width, width, dropout)] if width
+                 else [])
         self.convs, self.out = nn.Sequential(*convs), nn.Linear(width or channels, 3*answers)
-        share = math.sqrt(2*math.pi)*SIGMA/4096                  # of the samples of a window, for one onset
+        share = math.sqrt(2*math.pi)*SIGMA/4096  # of the samples of a window, for one onset
         rates = torch.tensor([1 - 2*share, share, share])
         with torch.no_grad(): self.out.bias.copy_(rates.log().repeat(answers))
 
@@ -84,9 +89,9 @@ class PickHead(nn.Module):
 class WindowHead(nn.Module):
     "Features (B, T, D) to one answer a window, (B, outputs): classes, polarity or a magnitude"
     def __init__(self,
-        dim:int,          # D
-        outputs:int,      # classes, or 1 for a regression
-        dropout:float=.2, # of the pooled vector
+        dim: int,             # D
+        outputs: int,         # classes, or 1 for a regression
+        dropout: float = .2,  # of the pooled vector
     ):
         super().__init__()
         self.attention, self.out = nn.Linear(dim, 1), nn.Linear(dim, outputs)
@@ -99,31 +104,40 @@ class WindowHead(nn.Module):
 
 # %% ../../nbs/finetuning/01_heads.ipynb #01bfac9e
 def label_curves(
-    p_onset:Tensor,    # (B,) sample of the P onset in the window, NaN where there is none; (B, A) of A events
-    s_onset:Tensor,    # likewise for S
-    samples:int,       # L
-    sigma:float=SIGMA, # standard deviation of a bump, samples
-)->Tensor: # (B, L, 3) probabilities of noise, P and S, summing to 1
+    # (B,) sample of the P onset in the window, NaN where there is none; (B, A) of A events
+    p_onset: Tensor,
+    s_onset: Tensor,       # likewise for S
+    samples: int,          # L
+    sigma: float = SIGMA,  # standard deviation of a bump, samples
+) -> Tensor:               # (B, L, 3) probabilities of noise, P and S, summing to 1
     "Gaussian bumps at the onsets, as SeisBench's `ProbabilisticLabeller` makes them"
-    onset = torch.stack([p_onset, s_onset], -1).view(len(p_onset), -1, 1, 2)                  # (B, A, 1, 2)
-    time = torch.arange(samples, device=onset.device, dtype=onset.dtype)[:, None]            # (L, 1)
-    bumps = torch.exp(-(time - onset).square()/(2*sigma**2)).nan_to_num(0.)                  # (B, A, L, 2)
-    y = bumps.amax(1)                                                                        # (B, L, 2)
+    onset = torch.stack([p_onset, s_onset], -1).view(len(p_onset), -1, 1, 2)  # (B, A, 1, 2)
+    time = torch.arange(samples, device=onset.device, dtype=onset.dtype)[:, None]  # (L, 1)
+    bumps = torch.exp(-(time - onset).square()/(2*sigma**2)).nan_to_num(0.)  # (B, A, L, 2)
+    y = bumps.amax(1)  # (B, L, 2)
     y = y/y.sum(-1, keepdim=True).clamp_min(1.)
     return torch.cat([1 - y.sum(-1, keepdim=True), y], -1)
 
 # %% ../../nbs/finetuning/01_heads.ipynb #97790bd0
 def batch_onsets(
-    batch:dict, # p_onset and s_onset (B,) samples, and p_status, s_status (B,) int, 0 where a phase was not labelled; without them all are
-)->tuple[Tensor, Tensor]: # onsets (B, 2), NaN where there is none or it is not labelled; (B, 2) bool, whether P and S were labelled
+    # p_onset and s_onset (B,) samples, and p_status, s_status (B,) int, 0 where a phase was not
+    # labelled; without them all are
+    batch: dict,
+# onsets (B, 2), NaN where there is none or it is not labelled; (B, 2) bool, whether P and S were
+# labelled
+) -> tuple[Tensor, Tensor]:
     "What a batch of windows says about P and S"
     onset = torch.stack([batch['p_onset'], batch['s_onset']], -1)
-    known = torch.stack([batch.get(f'{k}_status', torch.ones_like(onset[:, 0])) > 0 for k in 'ps'], -1)
+    known = torch.stack([batch.get(f'{k}_status', torch.ones_like(onset[:, 0])) > 0 for k in 'ps'],
+                        -1)
     return onset.masked_fill(~known, math.nan), known
 
+# %% ../../nbs/finetuning/01_heads.ipynb #49416f9b
 def batch_events(
-    batch:dict, # see `batch_onsets`; perhaps events (B, A, 2), P and S of each
-)->tuple[Tensor, Tensor]: # onsets (B, A, 2), NaN where there is none or it is not labelled; (B, 2) bool, whether P and S were labelled
+    batch: dict,  # see `batch_onsets`; perhaps events (B, A, 2), P and S of each
+# onsets (B, A, 2), NaN where there is none or it is not labelled; (B, 2) bool, whether P and S
+# were labelled
+) -> tuple[Tensor, Tensor]:
     "What a batch of windows says about all events; with one P and one S a window, a list of one"
     onset, known = batch_onsets(batch)
     if 'events' not in batch: return onset[:, None], known
@@ -131,71 +145,89 @@ def batch_events(
 
 # %% ../../nbs/finetuning/01_heads.ipynb #4be11151
 def pick_loss(
-    logits:Tensor, # (B, L, 3) of noise, P and S
-    labels:Tensor, # (B, L, 3) from `label_curves`
-    known:Tensor,  # (B, 2) bool, whether P and S were labelled, or (B, L, 2) at each sample; where not, `labels` must hold no bump
-)->Tensor: # 0-d, mean over the samples of all windows with any label
-    "Cross-entropy over the classes that the labels tell apart: an unlabelled phase and noise count as one"
+    logits: Tensor,  # (B, L, 3) of noise, P and S
+    labels: Tensor,  # (B, L, 3) from `label_curves`
+    # (B, 2) bool, whether P and S were labelled, or (B, L, 2) at each sample; where not, `labels`
+    # must hold no bump
+    known: Tensor,
+) -> Tensor:         # 0-d, mean over the samples of all windows with any label
+    "Cross-entropy in which an unlabelled phase and noise count as one class"
     log_p = logits.float().log_softmax(-1)
-    known = known if known.ndim == 3 else known[:, None]                                     # (B, 1 or L, 2)
-    apart = F.pad(known, (1, 0))                                                             # (B, 1 or L, 3), never noise
-    rest = log_p.masked_fill(apart, -math.inf).logsumexp(-1)                                 # (B, L)
+    known = known if known.ndim == 3 else known[:, None]  # (B, 1 or L, 2)
+    apart = F.pad(known, (1, 0))  # (B, 1 or L, 3), never noise
+    rest = log_p.masked_fill(apart, -math.inf).logsumexp(-1)  # (B, L)
     loss = -(labels[..., 0]*rest + (labels*log_p*apart).sum(-1))
     labelled = known.any(2).any(1)                                                           # (B,)
     return (loss.mean(1)*labelled).sum()/labelled.sum().clamp_min(1)
 
 # %% ../../nbs/finetuning/01_heads.ipynb #39a6b3e6
 def in_zones(
-    zones:Tensor,  # (B, 2, Z, 2) first and last of each zone in which P, and S, may be without a label, samples; NaN: no zone
-    samples:int,   # L
-)->Tensor: # (B, L, 2) bool
+    # (B, 2, Z, 2) first and last of each zone in which P, and S, may be without a label, samples;
+    # NaN: no zone
+    zones: Tensor,
+    samples: int,  # L
+) -> Tensor:       # (B, L, 2) bool
     "Where P and S are not labelled"
     time = torch.arange(samples, device=zones.device, dtype=zones.dtype)
-    first, last = zones.unbind(-1)                                                           # (B, 2, Z)
-    inside = (time >= first[..., None]) & (time < last[..., None])                           # (B, 2, Z, L)
+    first, last = zones.unbind(-1)  # (B, 2, Z)
+    inside = (time >= first[..., None]) & (time < last[..., None])  # (B, 2, Z, L)
     return inside.any(2).transpose(1, 2)
 
 # %% ../../nbs/finetuning/01_heads.ipynb #f9586a66
 def pick_targets(
-    batch:dict,  # see `batch_onsets`; perhaps events (B, A, 2), P and S of each, and unlabelled (B, 2, Z, 2), see `in_zones`
-    samples:int, # L
-)->tuple[Tensor, Tensor]: # labels (B, L, 3), and known: (B, 2), or (B, L, 2) where there are zones
+    # see `batch_onsets`; perhaps events (B, A, 2), P and S of each, and unlabelled (B, 2, Z, 2),
+    # see `in_zones`
+    batch: dict,
+    samples: int,  # L
+# labels (B, L, 3), and known: (B, 2), or (B, L, 2) where there are zones
+) -> tuple[Tensor, Tensor]:
     "What `pick_loss` needs of a batch"
-    events, known = batch_events(batch)                                                      # (B, A, 2)
+    events, known = batch_events(batch)  # (B, A, 2)
     labels = label_curves(*events.unbind(-1), samples)
     if 'unlabelled' not in batch: return labels, known
-    known = known[:, None] & ~in_zones(batch['unlabelled'], samples)                         # (B, L, 2)
+    known = known[:, None] & ~in_zones(batch['unlabelled'], samples)  # (B, L, 2)
     y = labels[..., 1:]*known
     return torch.cat([1 - y.sum(-1, keepdim=True), y], -1), known
 
-# %% ../../nbs/finetuning/01_heads.ipynb #397c0452
+# %% ../../nbs/finetuning/01_heads.ipynb #8dd519e3
 FREEZE = ('none', 'encoder', 'all', 'gradual')
-PRETRAINING_ONLY = ('quantizer', 'target_projection', 'mask_emb')   # parts of an encoder that a picker does not need
+PRETRAINING_ONLY = ('quantizer', 'target_projection', 'mask_emb')   # parts of an encoder
 
+# %% ../../nbs/finetuning/01_heads.ipynb #6f83b8d9
+def without_pretraining(
+    encoder: nn.Module,  # of a pretraining model; changed in place
+) -> nn.Module:          # the same encoder
+    "Remove the parts of an encoder that only pretraining needs"
+    for name in PRETRAINING_ONLY:
+        if hasattr(encoder, name): delattr(encoder, name)
+    encoder.pretraining = False
+    return encoder
+
+# %% ../../nbs/finetuning/01_heads.ipynb #397c0452
 class FineTuned(nn.Module):
-    "Encoder and backbone of a pretraining model, whose parts it takes over, with a head, and what of them learns"
+    "Encoder and backbone of a pretraining model, shared with it, and a head"
     whole_batch = True       # tells the trainer that `forward` wants labels, not the windows alone
 
     def __init__(self,
-        model:Pretrainer,   # where encoder and backbone come from
-        head:nn.Module,     # what is put on top
-        freeze:str='none',  # what does not learn: none, encoder, all or gradual
+        model: Pretrainer,     # where encoder and backbone come from
+        head: nn.Module,       # what is put on top
+        freeze: str = 'none',  # what does not learn: none, encoder, all or gradual
     ):
-        if freeze not in FREEZE: raise UserError(f"freeze is '{freeze}'; choose one of {', '.join(FREEZE)}.")
+        if freeze not in FREEZE:
+            raise UserError(f"freeze is '{freeze}'; choose one of {', '.join(FREEZE)}.")
         super().__init__()
-        self.config, self.encoder, self.backbone, self.head = model.config, model.encoder, model.backbone, head
-        for name in PRETRAINING_ONLY:
-            if hasattr(self.encoder, name): delattr(self.encoder, name)
-        self.encoder.pretraining = False
+        self.config, self.encoder = model.config, without_pretraining(model.encoder)
+        self.backbone, self.head = model.backbone, head
         self.freeze = self.frozen = freeze
-        self.steady = freeze != 'gradual'       # else a step's operations change along the run, and must not be recorded
+        self.steady = freeze != 'gradual'   # else a step changes along the run: no CUDA graph
         self.set_progress(0, 1)
         self.encoder.requires_grad_(freeze in ('none', 'gradual'))
         self.backbone.requires_grad_(freeze != 'all')
 
     def set_progress(self, step, steps):
         "Under `gradual`: what is frozen at this share of the run"
-        if self.freeze == 'gradual': self.frozen = 'all' if step < steps/4 else 'encoder' if step < steps/2 else 'none'
+        if self.freeze == 'gradual':
+            self.frozen = 'all' if step < steps/4 else 'encoder' if step < steps/2 else 'none'
 
     def features(self, x):
         "(B, L, 3) normalised windows to (B, T, D); frozen parts pass no gradient"
@@ -205,14 +237,14 @@ class FineTuned(nn.Module):
 
 # %% ../../nbs/finetuning/01_heads.ipynb #11877423
 class Picker(FineTuned):
-    "Encoder and backbone of a pretraining model, whose parts it takes over, with a head for P and S"
+    "Encoder and backbone of a pretraining model, shared with it, and a head for P and S"
     def __init__(self,
-        model:Pretrainer,   # where encoder and backbone come from
-        width:int=64,       # channels of the head; 0: a linear probe
-        dropout:float=.2,   # in the head
-        raw:bool=True,      # the waveform beside the features
-        freeze:str='none',  # what does not learn: none, encoder, all or gradual
-        at:str='frames',    # where the head works, see `PickHead`
+        model: Pretrainer,     # where encoder and backbone come from
+        width: int = 64,       # channels of the head; 0: a linear probe
+        dropout: float = .2,   # in the head
+        raw: bool = True,      # the waveform beside the features
+        freeze: str = 'none',  # what does not learn: none, encoder, all or gradual
+        at: str = 'frames',    # where the head works, see `PickHead`
     ):
         options = dict(width=width, dropout=dropout, raw=raw, at=at)
         super().__init__(model, PickHead(model.backbone.dim, **options), freeze)
@@ -223,53 +255,67 @@ class Picker(FineTuned):
         return self.head(self.features(x), x)
 
     def forward(self,
-        batch:dict, # x (B, L, 3), and labels as `pick_targets` reads them
-        generator:torch.Generator|None=None, # not used: nothing is drawn but dropout
-    )->Step:
-        "Cross-entropy of the picks that are labelled, and how many were found"
-        x, (events, _) = batch['x'], batch_events(batch)
-        features = self.features(x)
-        logits = self.head(features, x)
-        loss = pick_loss(logits, *pick_targets(batch, x.shape[1]))
-        return Step(loss, {**found(logits, events), 'feature_variance': feature_variance(features).detach()})
+        batch: dict,  # x (B, L, 3), and labels as `pick_targets` reads them
+        generator: torch.Generator|None = None,  # not used: only dropout is random
+    ) -> Step:
+        "Cross-entropy of the labelled picks, and the share that was found"
+        features = self.features(batch['x'])
+        return pick_step(self.head(features, batch['x']), features, batch)
 
     def save_pretrained(self, folder, extra=None):
         "Write `model.safetensors` and `config.json`, which says that this is a picker"
         Pretrainer.save_pretrained(self, folder, {**(extra or {}), 'picker': self.options})
 
-
+# %% ../../nbs/finetuning/01_heads.ipynb #dcdff2bc
 @torch.no_grad()
 def found(
-    logits:Tensor, # (B, L, 3)
-    onset:Tensor,  # (B, 2) samples of P and S, or (B, A, 2) of A events; NaN where there is none or it is not labelled
-    within:float=30., # samples: 0.3 s
-)->dict: # p_found and s_found, 0-d
-    "Share of the windows with an onset whose highest probability of that phase is near one; 1 where a batch has no onset"
-    onset = onset.view(len(onset), -1, 2)                                                    # (B, A, 2)
-    top = logits.float().softmax(-1)[..., 1:].argmax(1)                                       # (B, 2)
-    near = ((top[:, None] - onset).abs() <= within).any(1)                                    # (B, 2), False for NaN
+    logits: Tensor,       # (B, L, 3)
+    # (B, 2) samples of P and S, or (B, A, 2) of A events; NaN where there is none or it is not
+    # labelled
+    onset: Tensor,
+    within: float = 30.,  # samples: 0.3 s
+) -> dict:                # p_found and s_found, 0-d
+    "Share of windows with an onset whose highest probability is near one; 1 without any onset"
+    onset = onset.view(len(onset), -1, 2)  # (B, A, 2)
+    top = logits.float().softmax(-1)[..., 1:].argmax(1)  # (B, 2)
+    near = ((top[:, None] - onset).abs() <= within).any(1)  # (B, 2), False for NaN
     there = onset.isfinite().any(1)
     share = (near.sum(0) + ~there.any(0))/there.sum(0).clamp_min(1)
     return {'p_found': share[0], 's_found': share[1]}
 
+# %% ../../nbs/finetuning/01_heads.ipynb #99e4beb6
+def pick_step(
+    logits: Tensor,    # (B, L, 3)
+    features: Tensor,  # (B, T, D)
+    batch: dict,       # see `pick_targets`
+) -> Step:
+    "Loss and metrics of a batch"
+    loss = pick_loss(logits, *pick_targets(batch, logits.shape[1]))
+    metrics = found(logits, batch_events(batch)[0])
+    return Step(loss, {**metrics, 'feature_variance': feature_variance(features).detach()})
+
 # %% ../../nbs/finetuning/01_heads.ipynb #7719fdf5
 def picker_from_dict(
-    config:dict, # a model's configuration under 'model', the picker's options under 'picker'
-    freeze:str='none', # see `Picker`
-)->Picker: # with fresh weights
-    "The picker that a configuration describes; raises `UserError` naming an option that this version does not know"
+    config: dict,  # a model's configuration under 'model', the picker's options under 'picker'
+    freeze: str = 'none',  # see `Picker`
+) -> Picker:               # with fresh weights
+    "The picker that a configuration describes; raises `UserError` for an unknown option"
     unknown = set(config['picker']) - {'width', 'dropout', 'raw', 'at'}
-    if unknown: raise UserError(f"config field 'picker.{min(unknown)}' is not known to this version of seismodel.")
-    options = {'at': 'samples', **config['picker']}              # which version 0.1 did not say
+    if unknown:
+        raise UserError(f"config field 'picker.{min(unknown)}' is not known to this version of "
+                        "seismodel.")
+    options = {'at': 'samples', **config['picker']}              # version 0.1 did not store `at`
     return Picker(build(config_from_dict(config['model'])), **options, freeze=freeze)
 
+# %% ../../nbs/finetuning/01_heads.ipynb #45fa2ada
 def load_picker(
-    folder:str|Path, # of a fine-tuning run or of `save_pretrained`, or a name of the box
-)->Picker: # on the CPU, in evaluation mode
+    folder: str|Path,  # of a fine-tuning run or of `save_pretrained`, or a name of the box
+) -> Picker:           # on the CPU, in evaluation mode
     "Open a picker; raises `UserError` where the folder does not hold one"
     config, weights = read_model(folder)
     if 'picker' not in config:
-        raise UserError(f"'{folder}' holds a pretrained model without a picking head; make a picker of it with `seismodel finetune --from {folder}`.")
+        raise UserError(f"'{folder}' holds a pretrained model without a picking head; make a "
+                        f"picker of it with `seismodel finetune --from {folder}`.")
     picker = picker_from_dict(config)
     load_weights(picker, weights, Path(folder)/'model.safetensors')
     return picker.eval()

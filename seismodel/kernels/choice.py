@@ -1,4 +1,4 @@
-"""The one module through which the models reach the kernels: importing it imports no Triton, each kernel is checked at its first use, and the torch form runs wherever a kernel cannot be trusted.
+"""One module for all models: kernels are imported and checked at first use, or PyTorch runs
 
 Docs: https://seismodel.github.io/seismodel/kernels/choice.html.md"""
 
@@ -27,20 +27,28 @@ _all_ = ['head_norm', 'mlstm', 'mlstm_mix', 'soft_cap']
 SWIGLU_LIBRARY = __name__.split('.')[0]         # 'seismodel', or a chapter that is run
 
 @torch.library.custom_op(f'{SWIGLU_LIBRARY}::swiglu_forward', mutates_args=())
-def swiglu_forward(ab: Tensor) -> Tensor:
-    "silu(a) * b of the halves of (..., 2 h)"
+def swiglu_forward(
+    ab: Tensor,  # (..., 2 h), a and b side by side
+) -> Tensor:     # (..., h)
+    "silu(a) times b, by the kernel"
     from seismodel.kernels import swiglu as kernels
     return kernels.forward(ab)
 
+# %% ../../nbs/kernels/09_choice.ipynb #f4fe312c
 @swiglu_forward.register_fake
 def _(ab): return ab.new_empty(*ab.shape[:-1], ab.shape[-1] // 2)
 
+# %% ../../nbs/kernels/09_choice.ipynb #3f57947e
 @torch.library.custom_op(f'{SWIGLU_LIBRARY}::swiglu_backward', mutates_args=())
-def swiglu_backward(dy: Tensor, ab: Tensor) -> Tensor:
-    "Gradient of ab"
+def swiglu_backward(
+    dy: Tensor,  # (..., h) gradient of the result
+    ab: Tensor,  # (..., 2 h), a and b side by side
+) -> Tensor:     # (..., 2 h)
+    "Gradient of ab, by the kernel"
     from seismodel.kernels import swiglu as kernels
     return kernels.backward(dy, ab)
 
+# %% ../../nbs/kernels/09_choice.ipynb #0af5eb7f
 @swiglu_backward.register_fake
 def _(dy, ab): return torch.empty_like(ab)
 
@@ -57,10 +65,11 @@ class SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy): return swiglu_backward(dy.contiguous(), *ctx.saved_tensors)
 
+# %% ../../nbs/kernels/09_choice.ipynb #4acc8d94
 def swiglu_plain(
     ab: Tensor,  # (..., 2 h), a and b side by side
 ) -> Tensor:     # (..., h)
-    "silu(a) * b in plain PyTorch"
+    "silu(a) times b in plain PyTorch"
     a, b = ab.chunk(2, -1)
     return F.silu(a) * b
 
@@ -79,22 +88,30 @@ def swiglu_errors(
     y = swiglu_plain(exact)
     return relative_errors(found, [y, *torch.autograd.grad(y, exact, dy.double())])
 
-def swiglu_fault(device: torch.device, dtype: torch.dtype) -> str:
-    "Why the kernels must not be used, or nothing"
+# %% ../../nbs/kernels/09_choice.ipynb #b286c96c
+def swiglu_fault(
+    device: torch.device,  # a GPU; the CPU, where Triton interprets
+    dtype: torch.dtype,    # of a and b
+) -> str:                  # empty: nothing is wrong
+    "Why the kernels must not be used"
     if dtype not in BOUNDS: return f'no kernel is made for {dtype}'
     return find_fault(lambda: largest(swiglu_errors(device, dtype)), BOUNDS[dtype], device)
 
 # %% ../../nbs/kernels/09_choice.ipynb #38705244
 @constant_when_compiled
-def swiglu_trusted(device: torch.device, dtype: torch.dtype) -> bool:
+def swiglu_trusted(
+    device: torch.device,  # a GPU
+    dtype: torch.dtype,    # of a and b
+) -> bool:
     "Whether the kernels can be used; says why not, once"
     fault = lambda: swiglu_fault(device, dtype)
     return passes_check(f'SwiGLU in {str(dtype)[6:]}', (device, dtype), fault)
 
+# %% ../../nbs/kernels/09_choice.ipynb #dd0190d7
 def swiglu(
     ab: Tensor,  # (..., 2 h), a and b side by side
 ) -> Tensor:     # (..., h)
-    "silu(a) * b, by the kernels where a GPU can run them"
+    "silu(a) times b, by the kernels where a GPU can run them"
     if ab.is_cuda and swiglu_trusted(ab.device, ab.dtype): return SwiGLU.apply(ab)
     return swiglu_plain(ab)
 
@@ -108,6 +125,7 @@ def loss_kernels(
     from seismodel.kernels import triton_infonce
     return triton_infonce
 
+# %% ../../nbs/kernels/09_choice.ipynb #4979b0db
 def kernels_for(
     x: Tensor,  # an input
 ) -> ModuleType | None:  # from `loss_kernels`; None: use plain PyTorch

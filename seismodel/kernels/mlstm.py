@@ -1,4 +1,4 @@
-"""A matrix memory with exponential gates in three forms that agree, reading the window in both directions in one pass.
+"""A matrix memory with exponential gates in three forms that agree, reading in both directions
 
 Docs: https://seismodel.github.io/seismodel/kernels/mlstm.html.md"""
 
@@ -20,56 +20,72 @@ from torch.autograd.function import once_differentiable
 # %% ../../nbs/kernels/01_mlstm.ipynb #c8a1afbf
 def soft_cap(
     x: torch.Tensor,   # pre-activations, any shape
-    cap: float=15.,    # bound on the absolute value
+    cap: float = 15.,  # bound on the absolute value
 ) -> torch.Tensor:     # same shape, within (-cap, cap)
-    "Bound `x` smoothly: `cap * tanh(x / cap)`, the gate cap of xLSTM-7B (Beck et al. 2025)."
+    "Bound `x` smoothly: `cap tanh(x / cap)`, the gate cap of xLSTM-7B (Beck et al. 2025)."
     return cap * torch.tanh(x / cap)
 
 # %% ../../nbs/kernels/01_mlstm.ipynb #aabdd255
 NEVER = -1e30         # logarithm of nothing: finite, so that NEVER - NEVER is 0 and not NaN
 
 class MLSTMState(NamedTuple):
-    "What an mLSTM remembers between two pieces of a stream. The unstabilised memory is `C * exp(m)`."
+    "What an mLSTM remembers between two pieces of a stream; the true memory is C times exp(m)."
     C: torch.Tensor   # (B, H, dk, dv) matrix memory, times exp(-m)
     n: torch.Tensor   # (B, H, dk) normaliser, times exp(-m)
     m: torch.Tensor   # (B, H) logarithm of the scale
 
 # %% ../../nbs/kernels/01_mlstm.ipynb #0f6fab6d
-def check_inputs(q, k, v, i, f, reverse, stream=False):
-    "Raise ValueError unless shapes and dtypes fit, T ≥ 1, 0 ≤ reverse ≤ H, and a stream has no reversed heads."
+def check_inputs(
+    q: torch.Tensor,       # (B, H, T, dk) queries
+    k: torch.Tensor,       # (B, H, T, dk) keys
+    v: torch.Tensor,       # (B, H, T, dv) values
+    i: torch.Tensor,       # (B, H, T) input gates
+    f: torch.Tensor,       # (B, H, T) forget gates
+    reverse: int,          # heads that read time backwards
+    stream: bool = False,  # whether a state comes in or goes out
+) -> None:
+    "Raise ValueError unless shapes and dtypes fit; a stream has no reversed heads."
     if q.ndim != 4 or q.shape[2] < 1 or k.shape != q.shape or v.shape[:-1] != q.shape[:-1]:
         shapes = ', '.join(str(tuple(x.shape)) for x in (q, k, v))
-        raise ValueError(f'q and k must be (B, H, T, dk) and v (B, H, T, dv) with T ≥ 1, but q, k, v are {shapes}')
+        raise ValueError('q and k must be (B, H, T, dk) and v (B, H, T, dv) with T ≥ 1, but q, k, '
+                         f'v are {shapes}')
     if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f'q, k and v must have one dtype, but they are {q.dtype}, {k.dtype} and {v.dtype}')
+        raise ValueError(f'q, k and v must have one dtype, but they are {q.dtype}, {k.dtype} and '
+                         f'{v.dtype}')
     if i.shape != q.shape[:3] or f.shape != q.shape[:3]:
-        raise ValueError(f'i and f must be {tuple(q.shape[:3])}, but they are {tuple(i.shape)} and {tuple(f.shape)}')
+        raise ValueError(f'i and f must be {tuple(q.shape[:3])}, but they are {tuple(i.shape)} and '
+                         f'{tuple(f.shape)}')
     if not 0 <= reverse <= q.shape[1]:
-        raise ValueError(f'reverse must count between 0 and {q.shape[1]} heads, but it is {reverse}')
-    if reverse and stream: raise ValueError('a state passes forwards in time only: reverse must be 0')
+        raise ValueError(f'reverse must count between 0 and {q.shape[1]} heads, but it is '
+                         f'{reverse}')
+    if reverse and stream:
+        raise ValueError('a state passes forwards in time only: reverse must be 0')
 
 # %% ../../nbs/kernels/01_mlstm.ipynb #d537ce5b
 def mlstm_recurrent(
-    q: torch.Tensor,   # (B, H, T, dk) queries
-    k: torch.Tensor,   # (B, H, T, dk) keys
-    v: torch.Tensor,   # (B, H, T, dv) values
-    i: torch.Tensor,   # (B, H, T) input gates before the exponential
-    f: torch.Tensor,   # (B, H, T) forget gates before the sigmoid
-    reverse: int=0,    # the last `reverse` heads read time backwards
-    state: MLSTMState | None=None,  # memory left by the piece before
-    return_state: bool=False,       # also return the memory at the end
-):                     # h (B, H, T, dv), or (h, MLSTMState)
-    "mLSTM frame by frame (Beck et al. 2024), the slow reference. Raises ValueError on shapes that do not fit."
+    q: torch.Tensor,                  # (B, H, T, dk) queries
+    k: torch.Tensor,                  # (B, H, T, dk) keys
+    v: torch.Tensor,                  # (B, H, T, dv) values
+    i: torch.Tensor,                  # (B, H, T) input gates before the exponential
+    f: torch.Tensor,                  # (B, H, T) forget gates before the sigmoid
+    reverse: int = 0,                 # the last `reverse` heads read time backwards
+    state: MLSTMState | None = None,  # memory left by the piece before
+    return_state: bool = False,       # also return the memory at the end
+):                                    # h (B, H, T, dv), or (h, MLSTMState)
+    "mLSTM frame by frame (Beck et al. 2024), the slow reference. ValueError for wrong shapes."
     check_inputs(q, k, v, i, f, reverse, stream=return_state or state is not None)
     hi = torch.promote_types(q.dtype, torch.float32)
-    turn = lambda x: torch.cat([x[:, :x.shape[1] - reverse], x[:, x.shape[1] - reverse:].flip(2)], 1)
-    qs, ks, vs, i, log_f = (turn(x.to(hi)).unbind(2) for x in (q * q.shape[-1]**-0.5, k, v, i, F.logsigmoid(f.to(hi))))
+    turn = lambda x: torch.cat([x[:, :x.shape[1] - reverse], x[:, x.shape[1] - reverse:].flip(2)],
+                               1)
+    qs, ks, vs, i, log_f = (turn(x.to(hi)).unbind(2)
+                            for x in (q * q.shape[-1]**-0.5, k, v, i, F.logsigmoid(f.to(hi))))
     empty = ks[0].new_zeros(*ks[0].shape, v.shape[-1])                           # (B, H, dk, dv)
     C, n, m = state or (empty, empty[..., 0], torch.full_like(i[0], NEVER))
     out = []
     for t in range(len(qs)):
         last, m = m, torch.maximum(log_f[t] + m, i[t]).detach()                  # (B, H)
-        keep, write = torch.exp(log_f[t] + last - m)[..., None], torch.exp(i[t] - m)[..., None] * ks[t]
+        keep = torch.exp(log_f[t] + last - m)[..., None]                         # (B, H, 1)
+        write = torch.exp(i[t] - m)[..., None] * ks[t]                           # (B, H, dk)
         C = keep[..., None] * C + write[..., None] * vs[t][..., None, :]         # (B, H, dk, dv)
         n = keep * n + write                                                     # (B, H, dk)
         num, den = (qs[t][..., None, :] @ C).squeeze(-2), (qs[t] * n).sum(-1)
@@ -79,27 +95,31 @@ def mlstm_recurrent(
 
 # %% ../../nbs/kernels/01_mlstm.ipynb #7003bf35
 def causal_lag(
-    n: int,               # steps
-    heads: int,           # H
-    reverse: int,         # the last `reverse` heads read time backwards
-    device=None,          # of the result
-) -> torch.Tensor:        # (H, n, n) int64: how long before step t (row) a head has read step s (column)
+    n: int,                              # steps
+    heads: int,                          # H
+    reverse: int,                        # the last `reverse` heads read time backwards
+    device: torch.device | None = None,  # of the result
+) -> torch.Tensor:  # (H, n, n) int64: how long before step t (row) a head has read step s (column)
     "Signed distance in reading order: a head at row t has seen column s where the lag is ≥ 0."
     step = torch.arange(n, device=device)
     behind = step[:, None] - step[None, :]                                           # t - s (n, n)
     return torch.cat([behind.expand(heads - reverse, n, n), -behind.expand(reverse, n, n)])
 
 # %% ../../nbs/kernels/01_mlstm.ipynb #c235211a
-def running_max(x: torch.Tensor, dim: int) -> torch.Tensor:
+def running_max(
+    x: torch.Tensor,  # any shape
+    dim: int,         # along which
+) -> torch.Tensor:    # same shape
     "`torch.cummax` without the indices"
     return torch.cummax(x, dim).values
 
+# %% ../../nbs/kernels/01_mlstm.ipynb #60f443d9
 def time_scan(
-    x: torch.Tensor,       # (B, H, ..., n) one number per head and step
-    how: Callable,         # `torch.cumsum` or `running_max`
-    reverse: int,          # the last `reverse` heads read time backwards
-    reverse_scan: bool=False,   # run against the reading order (the gradient of a sum does)
-) -> torch.Tensor:         # same shape
+    x: torch.Tensor,             # (B, H, ..., n) one number per head and step
+    how: Callable,               # `torch.cumsum` or `running_max`
+    reverse: int,                # the last `reverse` heads read time backwards
+    reverse_scan: bool = False,  # run against the reading order (the gradient of a sum does)
+) -> torch.Tensor:               # same shape
     "Cumulative `how` over the last axis, in the order in which each head reads time."
     forwards, backwards = lambda x: how(x, -1), lambda x: how(x.flip(-1), -1).flip(-1)
     if reverse_scan: forwards, backwards = backwards, forwards
@@ -114,14 +134,14 @@ def mlstm_parallel(
     v: torch.Tensor,   # (B, H, T, dv) values
     i: torch.Tensor,   # (B, H, T) input gates before the exponential
     f: torch.Tensor,   # (B, H, T) forget gates before the sigmoid
-    reverse: int=0,    # the last `reverse` heads read time backwards
+    reverse: int = 0,  # the last `reverse` heads read time backwards
 ) -> torch.Tensor:     # h (B, H, T, dv)
     "mLSTM as one T × T product (Beck et al. 2024). Raises ValueError on shapes that do not fit."
     check_inputs(q, k, v, i, f, reverse)
     H, T = q.shape[1:3]
     hi = torch.promote_types(q.dtype, torch.float32)
     total = time_scan(F.logsigmoid(f.double()), torch.cumsum, reverse)            # F_t (B, H, T)
-    log_D = total[..., :, None] + (i.double() - total)[..., None, :]              # F_t - F_s + i_s (B, H, T, T)
+    log_D = total[..., :, None] + (i.double() - total)[..., None, :]  # F_t - F_s + i_s (B, H, T, T)
     log_D = log_D.masked_fill(causal_lag(T, H, reverse, q.device) < 0, -math.inf)
     m = log_D.amax(-1, keepdim=True).detach()                                     # (B, H, T, 1)
     P = (q.to(hi) @ k.to(hi).mT) * q.shape[-1]**-0.5 * torch.exp((log_D - m).to(hi))
@@ -130,98 +150,114 @@ def mlstm_parallel(
 
 # %% ../../nbs/kernels/01_mlstm.ipynb #6048bcc6
 def chunk_gates(
-    i: torch.Tensor,   # (B, H, T) input gates before the exponential
-    f: torch.Tensor,   # (B, H, T) forget gates before the sigmoid
-    L: int,            # frames a chunk, a divisor of T
-    reverse: int,      # the last `reverse` heads read time backwards
-):                     # x (B, H, N, L), b (B, H, N, L), g (B, H, N), A (B, H, N)
-    "Logarithms inside each chunk, float64: weight seen from the entry, decay since the entry, decay and scale of the chunk."
+    i: torch.Tensor,  # (B, H, T) input gates before the exponential
+    f: torch.Tensor,  # (B, H, T) forget gates before the sigmoid
+    L: int,           # frames a chunk, a divisor of T
+    reverse: int,     # the last `reverse` heads read time backwards
+):                    # x (B, H, N, L), b (B, H, N, L), g (B, H, N), A (B, H, N)
+    "Logarithms in a chunk, float64: weight from and decay since the entry, its decay and scale."
     i, log_f = i.double().unflatten(-1, (-1, L)), F.logsigmoid(f.double()).unflatten(-1, (-1, L))
     b = time_scan(log_f, torch.cumsum, reverse)
-    g = b.amin(-1)                    # b only falls: its smallest value is the sum of the whole chunk
+    g = b.amin(-1)  # b only falls: its smallest value is the sum of the whole chunk
     x = i - b
     return x, b, g, g + x.amax(-1)
 
 # %% ../../nbs/kernels/01_mlstm.ipynb #f9293e43
 def chunk_weights(
-    g: torch.Tensor,   # (B, H, N) log decay of each chunk
-    A: torch.Tensor,   # (B, H, N) log scale of what each chunk adds
-    reverse: int,      # the last `reverse` heads read time backwards
-):                     # W (B, H, N, N), m (B, H, N), float64
-    "Weights of the chunks already read (columns) in the memory that enters a chunk (row), and its log scale m."
+    g: torch.Tensor,  # (B, H, N) log decay of each chunk
+    A: torch.Tensor,  # (B, H, N) log scale of what each chunk adds
+    reverse: int,     # the last `reverse` heads read time backwards
+):                    # W (B, H, N, N), m (B, H, N), float64
+    "Weights of the chunks read before (columns) in the memory entering one (row); its log scale m."
     H, N = g.shape[1:]
     G = time_scan(g.double(), torch.cumsum, reverse)
     log_W = (G - g)[..., :, None] + (A - G)[..., None, :]
     log_W = log_W.masked_fill_(causal_lag(N, H, reverse, g.device) <= 0, -math.inf)
-    m = log_W.amax(-1).clamp_min_(NEVER)                                     # the first chunk receives nothing
+    m = log_W.amax(-1).clamp_min_(NEVER)  # the first chunk receives nothing
     return torch.exp(log_W - m[..., None]), m
 
 # %% ../../nbs/kernels/01_mlstm.ipynb #b8ae031f
 def decay_tile(
-    x: torch.Tensor,      # (B, H, N, L) log weight of a frame, seen from the entry of its chunk
-    r: torch.Tensor,      # (B, H, N, L) log scale of the frame that reads
-    reverse: int,         # the last `reverse` heads read time backwards
-    dtype: torch.dtype,   # of the result
-) -> torch.Tensor:        # (B, H, N, L, L): exp(x_s - r_t) where t has read s, else 0
+    x: torch.Tensor,     # (B, H, N, L) log weight of a frame, seen from the entry of its chunk
+    r: torch.Tensor,     # (B, H, N, L) log scale of the frame that reads
+    reverse: int,        # the last `reverse` heads read time backwards
+    dtype: torch.dtype,  # of the result
+) -> torch.Tensor:       # (B, H, N, L, L): exp(x_s - r_t) where t has read s, else 0
     "The decay matrix of every chunk."
-    hidden = causal_lag(x.shape[-1], x.shape[1], reverse, x.device)[:, None] < 0              # (H, 1, L, L)
+    hidden = causal_lag(x.shape[-1], x.shape[1], reverse, x.device)[:, None] < 0  # (H, 1, L, L)
     bias = torch.zeros(hidden.shape, dtype=x.dtype, device=x.device).masked_fill_(hidden, -math.inf)
     return (x[..., None, :] + bias).sub_(r[..., :, None]).to(dtype).exp_()
 
 # %% ../../nbs/kernels/01_mlstm.ipynb #3a3ed09f
-def dot(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def dot(
+    a: torch.Tensor,     # (..., n, d)
+    b: torch.Tensor,     # (..., d, m)
+    dtype: torch.dtype,  # of operands and result
+) -> torch.Tensor:       # (..., n, m)
     "Batched matrix product with operands of `dtype`"
     return a.to(dtype) @ b.to(dtype)
 
+# %% ../../nbs/kernels/01_mlstm.ipynb #151dae6d
 def chunk_forward(q, k, v, i, f, reverse, L, state=None, return_state=False):
-    "Forward pass, L a divisor of T. Returns h, the state at the end or None, and what `chunk_backward` needs."
+    "Forward pass, L a divisor of T: h, the state at the end or None, what `chunk_backward` needs."
     N, lo, hi, s = q.shape[2] // L, q.dtype, i.dtype, q.shape[-1]**-0.5
-    q, k, v = (z.contiguous().unflatten(2, (N, L)) for z in (q, k, v))                # (B, H, N, L, d)
+    q, k, v = (z.contiguous().unflatten(2, (N, L)) for z in (q, k, v))  # (B, H, N, L, d)
     x, b, g, A = chunk_gates(i, f, L, reverse)
     r = time_scan(x, running_max, reverse)                                            # (B, H, N, L)
     into = W = w = C = n = end = None
     if N > 1 or state is not None or return_state:
-        into = torch.exp(x + (g - A)[..., None]).to(hi)                               # e^{g + x - A}
+        into = torch.exp(x + (g - A)[..., None]).to(hi)  # e^{g + x - A}
         kg = k * into[..., None]
-        U, u = dot(kg.mT, v, lo).to(hi), kg.to(hi).sum(-2)                            # what each chunk adds
+        U, u = dot(kg.mT, v, lo).to(hi), kg.to(hi).sum(-2)  # what each chunk adds
         C, n, m, W, end = carry(U, u, g, A, reverse, state, return_state)
         r = torch.maximum(r, m[..., None])
         w = torch.exp(m[..., None] - r).to(hi) * s                                    # s w_t
-    r_s = r - math.log(s)                                             # the factor s rides on the exponent
-    P = decay_tile(x, r_s, reverse, hi).mul_(dot(q, k.mT, lo))                        # (B, H, N, L, L)
+    r_s = r - math.log(s)  # the factor s rides on the exponent
+    P = decay_tile(x, r_s, reverse, hi).mul_(dot(q, k.mT, lo))  # (B, H, N, L, L)
     num, den = dot(P, v, lo).to(hi), P.sum(-1)
     if C is not None:
         num = num + w[..., None] * dot(q, C, lo)
         den = den + w * (q * n[..., None, :]).sum(-1)
     floor = torch.exp(-b - r).to(hi)                                                  # e^{-m_t}
     size = den.abs()
-    sign = den.sign() * (size > floor)                                                # 0 where the floor wins
+    sign = den.sign() * (size > floor)  # 0 where the floor wins
     den = torch.maximum(size, floor)
     h = (num / den[..., None]).to(lo)
     return h.flatten(2, 3), end, (q, k, v, f, x, r_s, into, w, W, C, n, h, den, sign)
 
 # %% ../../nbs/kernels/01_mlstm.ipynb #669f470b
-def carry(U, u, g, A, reverse, state=None, return_state=False):
-    "Memory C, n, log scale m that enter each chunk, the weights W (B, H, N, N), the state at the end or None."
+def carry(
+    U: torch.Tensor,                  # (B, H, N, dk, dv) what each chunk adds to the memory
+    u: torch.Tensor,                  # (B, H, N, dk) and to the normaliser
+    g: torch.Tensor,                  # (B, H, N) log decay of each chunk
+    A: torch.Tensor,                  # (B, H, N) log scale of what it adds
+    reverse: int,                     # the last `reverse` heads read time backwards
+    state: MLSTMState | None = None,  # memory left by the piece before
+    return_state: bool = False,       # also return the memory at the end
+):  # C (B, H, N, dk, dv), n (B, H, N, dk), m (B, H, N), W, `MLSTMState` or None
+    "Memory C, n, log scale m that enter each chunk, weights W (B, H, N, N), last state or None."
     N = U.shape[2]
     U_all, u_all, g_all, A_all = U, u, g, A
     if state is not None:
-        U_all, u_all = torch.cat([state.C[:, :, None], U], 2), torch.cat([state.n[:, :, None], u], 2)
+        U_all = torch.cat([state.C[:, :, None], U], 2)
+        u_all = torch.cat([state.n[:, :, None], u], 2)
         g_all, A_all = F.pad(g, (1, 0)), torch.cat([state.m[..., None], A], -1)
     W, m = chunk_weights(g_all, A_all, reverse)
-    W, m = W[..., -N:, :].to(U.dtype), m[..., -N:]                               # the rows of the real chunks
+    W, m = W[..., -N:, :].to(U.dtype), m[..., -N:]  # the rows of the real chunks
     C, n = (W @ U_all.flatten(-2)).unflatten(-1, U.shape[-2:]), W @ u_all
     end = None
     if return_state:
         m_end = torch.maximum(g[..., -1] + m[..., -1], A[..., -1])               # (B, H)
-        keep, add = (torch.exp(z - m_end).to(U.dtype)[..., None] for z in (g[..., -1] + m[..., -1], A[..., -1]))
+        keep, add = (torch.exp(z - m_end).to(U.dtype)[..., None]
+                     for z in (g[..., -1] + m[..., -1], A[..., -1]))
         n_end = keep * n[:, :, -1] + add * u[:, :, -1]
-        end = MLSTMState(keep[..., None] * C[:, :, -1] + add[..., None] * U[:, :, -1], n_end, m_end.to(U.dtype))
+        end = MLSTMState(keep[..., None] * C[:, :, -1] + add[..., None] * U[:, :, -1], n_end,
+                         m_end.to(U.dtype))
     return C, n, m, W[..., -N:], end
 
 # %% ../../nbs/kernels/01_mlstm.ipynb #4a343fac
 def chunk_backward(dh, reverse, q, k, v, f, x, r_s, into, w, W, C, n, h, den, sign):
-    "Gradients of q, k, v, i, f from dh (B, H, T, dv); `dz` is the gradient of z. The tiles are computed again."
+    "Gradients of q, k, v, i, f from dh (B, H, T, dv); `dz` is that of z. Tiles are computed again."
     (N, L), lo, hi = q.shape[2:4], q.dtype, den.dtype
     dnum = dh.unflatten(2, (N, L)) / den[..., None]                              # (B, H, N, L, dv)
     dden = -(dnum * h).sum(-1) * sign                                            # (B, H, N, L)
@@ -230,20 +266,21 @@ def chunk_backward(dh, reverse, q, k, v, f, x, r_s, into, w, W, C, n, h, den, si
     dS = D.mul_(dot(dnum, v.mT, lo) + dden[..., None])
     dq, dk = dot(dS, k, lo).to(hi), dot(dS.mT, q, lo).to(hi)
     if C is not None:
-        dnum, dden = dnum * w[..., None], dden * w                               # what reads the entering memory
+        dnum, dden = dnum * w[..., None], dden * w  # what reads the entering memory
         dq = dq + dot(dnum, C.mT, lo) + dden[..., None] * n[..., None, :]
-        X, y = dot(q.mT, dnum, lo).to(hi), (q * dden[..., None]).sum(-2)         # gradients of C and n
+        X, y = dot(q.mT, dnum, lo).to(hi), (q * dden[..., None]).sum(-2)  # gradients of C and n
         dU, du = (W.mT @ X.flatten(-2)).view_as(X), W.mT @ y
         dk = dk + into[..., None] * (dot(v, dU.mT, lo) + du[..., None, :])
         dv = dv + into[..., None] * dot(k, dU, lo)
     dq, dk, dv, q, k = (z.flatten(2, 3) for z in (dq, dk, dv, q, k))             # (B, H, T, d)
     di = (k * dk).sum(-1)
-    df = time_scan((q * dq).sum(-1) - di, torch.cumsum, reverse, reverse_scan=True) * torch.sigmoid(-f)
+    df = time_scan((q * dq).sum(-1) - di, torch.cumsum, reverse,
+                   reverse_scan=True) * torch.sigmoid(-f)
     return dq.to(lo), dk.to(lo), dv.to(lo), di, df
 
 # %% ../../nbs/kernels/01_mlstm.ipynb #e0a80c84
 class ChunkwiseMLSTM(torch.autograd.Function):
-    "Chunkwise mLSTM with a hand-written backward pass, differentiable once; a state passes no gradient."
+    "Chunkwise mLSTM with a backward pass by hand, differentiable once; a state passes no gradient."
 
     @staticmethod
     def forward(ctx, q, k, v, i, f, reverse, L, state, return_state):
@@ -261,59 +298,69 @@ class ChunkwiseMLSTM(torch.autograd.Function):
         with torch.autocast(dh.device.type, enabled=False):
             return *chunk_backward(dh, ctx.reverse, *ctx.saved_tensors), None, None, None, None
 
-# %% ../../nbs/kernels/01_mlstm.ipynb #36d2d8ac
-INFERENCE_CHUNK, SPREAD = 32, 64.        # frames a chunk when only reading; exponents that single precision bears
+# %% ../../nbs/kernels/01_mlstm.ipynb #9ab2ddc3
+INFERENCE_CHUNK, SPREAD = 32, 64.   # frames a chunk when only reading; largest exponent for float32
 
+# %% ../../nbs/kernels/01_mlstm.ipynb #36d2d8ac
 def chunk_inference(q, k, v, i, f, reverse, L):
-    "h (B, H, T, dv) without a tile of exponentials, T a multiple of L; None where the forget gates close too far for it"
+    "h (B, H, T, dv) without a tile of exponentials, T a multiple of L; None for gates too closed."
     (B, H, T, d), N, forwards = q.shape, q.shape[2] // L, q.shape[1] - reverse
     x, b, g, A = chunk_gates(i, f, L, reverse)
-    top = A - g                                                                       # max x (B, H, N)
+    top = A - g  # max x (B, H, N)
     if (x.amin(-1) - top).amin() < -SPREAD: return None
     W, m = chunk_weights(g, A, reverse)
-    scale = torch.maximum(top, m)                                                     # log scale of the sums of a chunk
-    now = torch.exp(top - scale).clamp_min_(1e-25).to(i.dtype)                        # share of the scale that is the chunk's own
+    scale = torch.maximum(top, m)  # log scale of the sums of a chunk
+    # share of the scale that is the chunk's own
+    now = torch.exp(top - scale).clamp_min_(1e-25).to(i.dtype)
     before = torch.exp(m - scale) / now
-    heads_first = lambda z: z.transpose(0, 1)                                         # then a direction is one piece of memory
-    qs, ks, vs = i.new_empty(H, B, N, L, d), i.new_empty(H, B, N, L, d), i.new_ones(H, B, N, L, v.shape[-1] + 1)
-    torch.mul(heads_first(q.unflatten(2, (N, L))), heads_first(now * d**-0.5)[..., None, None], out=qs)
-    torch.mul(heads_first(k.unflatten(2, (N, L))), heads_first(torch.exp(x - top[..., None]).to(i.dtype))[..., None], out=ks)
+    heads_first = lambda z: z.transpose(0, 1)  # then a direction is one piece of memory
+    qs, ks = i.new_empty(H, B, N, L, d), i.new_empty(H, B, N, L, d)
+    vs = i.new_ones(H, B, N, L, v.shape[-1] + 1)
+    torch.mul(heads_first(q.unflatten(2, (N, L))), heads_first(now * d**-0.5)[..., None, None],
+              out=qs)
+    torch.mul(heads_first(k.unflatten(2, (N, L))),
+              heads_first(torch.exp(x - top[..., None]).to(i.dtype))[..., None], out=ks)
     vs[..., :-1] = heads_first(v.unflatten(2, (N, L)))
-    qs, ks, vs = (z.flatten(0, 2) for z in (qs, ks, vs))                              # (H B N, L, d), the last one (…, dv + 1)
-    P = qs @ ks.mT                                                                    # (H B N, L, L)
+    qs, ks, vs = (z.flatten(0, 2) for z in (qs, ks, vs))  # (H B N, L, d), the last one (…, dv + 1)
+    P = qs @ ks.mT  # (H B N, L, L)
     P[:forwards * B * N].tril_()
     P[forwards * B * N:].triu_()
-    U = (ks.mT @ vs).view(H, B, N, -1)                                                # what each chunk adds
-    C = (heads_first(W * before[..., None]).to(i.dtype) @ U).view(H * B * N, d, -1)   # what enters it
+    U = (ks.mT @ vs).view(H, B, N, -1)  # what each chunk adds
+    # what enters it
+    C = (heads_first(W * before[..., None]).to(i.dtype) @ U).view(H * B * N, d, -1)
     sums = (P @ vs).baddbmm_(qs, C).view(H, B, T, -1)
-    den = torch.maximum(sums[..., -1].abs(), heads_first(torch.exp(-b - scale[..., None]).to(i.dtype)).flatten(2))
+    floor = torch.exp(-b - scale[..., None]).to(i.dtype)
+    den = torch.maximum(sums[..., -1].abs(), heads_first(floor).flatten(2))
     return heads_first(sums[..., :-1] / den[..., None]).to(q.dtype)
 
 # %% ../../nbs/kernels/01_mlstm.ipynb #0138ee55
 def mlstm_chunkwise(
-    q: torch.Tensor,   # (B, H, T, dk) queries, float32, float64 or bfloat16
-    k: torch.Tensor,   # (B, H, T, dk) keys, same dtype
-    v: torch.Tensor,   # (B, H, T, dv) values, same dtype
-    i: torch.Tensor,   # (B, H, T) input gates before the exponential
-    f: torch.Tensor,   # (B, H, T) forget gates before the sigmoid
-    reverse: int=0,    # the last `reverse` heads read time backwards
-    chunk: int=64,     # frames a chunk
-    state: MLSTMState | None=None,  # memory left by the piece before; carries no gradient
-    return_state: bool=False,       # also return the memory at the end
-):                     # h (B, H, T, dv), or (h, MLSTMState)
-    "mLSTM chunk by chunk, for any T and finite gates. Raises ValueError on shapes or dtypes that do not fit."
+    q: torch.Tensor,                  # (B, H, T, dk) queries, float32, float64 or bfloat16
+    k: torch.Tensor,                  # (B, H, T, dk) keys, same dtype
+    v: torch.Tensor,                  # (B, H, T, dv) values, same dtype
+    i: torch.Tensor,                  # (B, H, T) input gates before the exponential
+    f: torch.Tensor,                  # (B, H, T) forget gates before the sigmoid
+    reverse: int = 0,                 # the last `reverse` heads read time backwards
+    chunk: int = 64,                  # frames a chunk
+    state: MLSTMState | None = None,  # memory left by the piece before; carries no gradient
+    return_state: bool = False,       # also return the memory at the end
+):                                    # h (B, H, T, dv), or (h, MLSTMState)
+    "mLSTM chunk by chunk, for any T and finite gates. ValueError for wrong shapes or dtypes."
     check_inputs(q, k, v, i, f, reverse, stream=return_state or state is not None)
     if chunk < 1: raise ValueError(f'chunk must be at least 1 frame, but it is {chunk}')
     T, hi = q.shape[2], torch.promote_types(q.dtype, torch.float32)
     learns = torch.is_grad_enabled() and any(z.requires_grad for z in (q, k, v, i, f))
-    reads = not (learns or q.is_cuda or return_state or state is not None)             # on a GPU the host must not wait
+    # on a GPU the host must not wait
+    reads = not (learns or q.is_cuda or return_state or state is not None)
     i, f, L = i.to(hi), f.to(hi), min(chunk, INFERENCE_CHUNK if reads else T, T)
     fill = -T % L
     if fill:
         q, k, v = (F.pad(x, (0, 0, 0, fill)) for x in (q, k, v))
         f = F.pad(f, (0, fill), value=-NEVER)
-        i = torch.cat([i, i[..., -1:].expand(-1, -1, fill)], -1) if reads else F.pad(i, (0, fill), value=NEVER)
-    with torch.autocast(q.device.type, enabled=False): h, end = chunk_inference(q, k, v, i, f, reverse, L) if reads else None, ()
+        i = (torch.cat([i, i[..., -1:].expand(-1, -1, fill)], -1) if reads
+             else F.pad(i, (0, fill), value=NEVER))
+    with torch.autocast(q.device.type, enabled=False):
+        h, end = chunk_inference(q, k, v, i, f, reverse, L) if reads else None, ()
     if h is None: h, *end = ChunkwiseMLSTM.apply(q, k, v, i, f, reverse, L, state, return_state)
     h = h[:, :, :T] if fill else h
     return (h, MLSTMState(*end)) if return_state else h

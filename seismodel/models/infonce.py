@@ -1,4 +1,4 @@
-"""InfoNCE over masked frames with a diversity term: matrix products, and safe for empty rows and colliding codes.
+"""InfoNCE over masked frames with a diversity term, safe for empty rows and colliding codes
 
 Docs: https://seismodel.github.io/seismodel/models/infonce.html.md"""
 
@@ -21,26 +21,29 @@ from .quantizer import (MaskedCodes, Quantized, entropy_perplexity, gather_frame
 
 # %% ../../nbs/models/07_infonce.ipynb #91f39a38
 def masked_frames(
-    mask: Tensor,  # (B, T) bool, True where a frame is masked
+    mask: Tensor,             # (B, T) bool, True where a frame is masked
     most: int | None = None,  # M, static bound of the masked frames per row (`max_masked`); None: T
-) -> tuple[Tensor, Tensor]:  # (B, M) int64 frame numbers, masked ones first, in order; (B, M) bool, which are masked
-    "Where the masked frames are, in a shape that does not depend on their number; those beyond `most` are left out."
+# (B, M) int64 frame numbers, masked ones first, in order; (B, M) bool, which are masked
+) -> tuple[Tensor, Tensor]:
+    "Where the masked frames are, in a shape that does not depend on their number; at most `most`."
     M = mask.shape[1] if most is None else min(most, mask.shape[1])
-    indices = (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :M]                     # (B, M)
+    indices = (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :M]  # (B, M)
     return indices, mask.gather(1, indices)
 
 # %% ../../nbs/models/07_infonce.ipynb #4022be71
 def negatives(
     valid: Tensor,  # (B, M) bool from `masked_frames`: the first m of a row are True
-    n_negatives: int = 100,  # K
+    n_negatives: int = 100,                   # K
     generator: torch.Generator | None = None,  # of the same device; None: torch's global one
 ) -> Tensor:  # (B, M, K) int64, positions among the M gathered frames
-    "Draw for each masked frame K other masked frames of its row; positions of frames that are not valid mean nothing."
+    "Draw for each masked frame K others of its row; those of other frames mean nothing."
     B, M = valid.shape
     others = (valid.sum(1) - 1).clamp_min(1).view(B, 1, 1)                                  # m - 1
-    draw = torch.randint(2**31, (B, M, n_negatives), device=valid.device, generator=generator) % others
+    draw = torch.randint(2**31, (B, M, n_negatives), device=valid.device,
+                         generator=generator) % others
     own = torch.arange(M, device=valid.device).view(1, M, 1)
-    return (draw + (draw >= own)).clamp_max(M - 1)      # a lone frame has no other: stay inside, it is left out later
+    # a lone frame has no other: stay inside, it is left out later
+    return (draw + (draw >= own)).clamp_max(M - 1)
 
 # %% ../../nbs/models/07_infonce.ipynb #746435f1
 def duplicate_negatives(
@@ -49,47 +52,51 @@ def duplicate_negatives(
 ) -> Tensor:  # (B, M, K) bool, True where the negative carries the frame's own codes in all groups
     "Which negatives are the positive under another frame number."
     same = torch.ones_like(picks, dtype=torch.bool)
-    for code in codes.unbind(-1):                                                           # (B, M), group by group
+    for code in codes.unbind(-1):  # (B, M), group by group
         same &= code.gather(1, picks.flatten(1)).view_as(picks) == code.unsqueeze(-1)
     return same
 
 # %% ../../nbs/models/07_infonce.ipynb #0e4ceed7
 def similarity(
     predictions: Tensor,  # (B, M, D)
-    targets: Tensor,  # (B, M, D)
+    targets: Tensor,      # (B, M, D)
 ) -> Tensor:  # (B, M, M), cosine of prediction i and target j; float64 for float64 input, else fp32
-    "Cosine of every prediction with every target of the same window, as one matrix product; a zero vector gives zeros."
+    "Cosines of all predictions and targets of a window, by one product; a zero vector gives zeros."
     with torch.autocast(predictions.device.type, enabled=False):
-        if predictions.dtype != torch.float64: predictions, targets = predictions.float(), targets.float()
-        return F.normalize(predictions, dim=-1, eps=1e-8) @ F.normalize(targets, dim=-1, eps=1e-8).mT
+        if predictions.dtype != torch.float64:
+            predictions, targets = predictions.float(), targets.float()
+        predictions, targets = (F.normalize(z, dim=-1, eps=1e-8) for z in (predictions, targets))
+        return predictions @ targets.mT
 
 # %% ../../nbs/models/07_infonce.ipynb #c0c6693a
 def info_nce_sums(
-    predictions: Tensor,  # (B, M, D) at the gathered frames
-    targets: Tensor,  # (B, M, D)
-    picks: Tensor,  # (B, M, K) int64, positions of the negatives among the M frames
-    collided: Tensor,  # (B, M, K) bool, negatives to leave out
-    valid: Tensor,  # (B, M) bool, frames that count
+    predictions: Tensor,       # (B, M, D) at the gathered frames
+    targets: Tensor,           # (B, M, D)
+    picks: Tensor,             # (B, M, K) int64, positions of the negatives among the M frames
+    collided: Tensor,          # (B, M, K) bool, negatives to leave out
+    valid: Tensor,             # (B, M) bool, frames that count
     temperature: float = 0.1,  # tau
-) -> tuple[Tensor, Tensor, Tensor]:  # 0-d each: sum of the losses; hits and counted frames, of the same type, no gradient
-    "InfoNCE over the given negatives, summed over frames that have one left (wav2vec 2.0, equation 3); fp32."
-    s = similarity(predictions, targets) / temperature                                      # (B, M, M)
-    positive = s.diagonal(dim1=1, dim2=2).unsqueeze(-1)                                     # (B, M, 1)
-    negative = s.gather(2, picks).masked_fill(collided, float('-inf'))                      # (B, M, K)
+# 0-d each: sum of the losses; hits and counted frames, of the same type, no gradient
+) -> tuple[Tensor, Tensor, Tensor]:
+    "InfoNCE summed over frames that have a negative left (wav2vec 2.0, equation 3); fp32."
+    s = similarity(predictions, targets) / temperature  # (B, M, M)
+    positive = s.diagonal(dim1=1, dim2=2).unsqueeze(-1)  # (B, M, 1)
+    negative = s.gather(2, picks).masked_fill(collided, float('-inf'))  # (B, M, K)
     each = torch.cat([positive, negative], -1).logsumexp(-1) - positive.squeeze(-1)         # (B, M)
     counted = valid & ~collided.all(-1)
     hit = counted & (positive.squeeze(-1) > negative.amax(-1))
     return torch.where(counted, each, 0.).sum(), hit.sum().to(s.dtype), counted.sum().to(s.dtype)
 
-
+# %% ../../nbs/models/07_infonce.ipynb #1b3739d1
 def info_nce(
-    predictions: Tensor,  # (B, M, D) at the gathered frames
-    targets: Tensor,  # (B, M, D)
-    picks: Tensor,  # (B, M, K) int64, positions of the negatives among the M frames
-    collided: Tensor,  # (B, M, K) bool, negatives to leave out
-    valid: Tensor,  # (B, M) bool, frames that count
+    predictions: Tensor,       # (B, M, D) at the gathered frames
+    targets: Tensor,           # (B, M, D)
+    picks: Tensor,             # (B, M, K) int64, positions of the negatives among the M frames
+    collided: Tensor,          # (B, M, K) bool, negatives to leave out
+    valid: Tensor,             # (B, M) bool, frames that count
     temperature: float = 0.1,  # tau
-) -> tuple[Tensor, Tensor]:  # 0-d mean loss, 0-d accuracy (no gradient); 0 and 0 where no frame counts
+# 0-d mean loss, 0-d accuracy (no gradient); 0 and 0 where no frame counts
+) -> tuple[Tensor, Tensor]:
     "The mean of `info_nce_sums` over the counted frames, and the share of hits."
     loss, hits, counted = info_nce_sums(predictions, targets, picks, collided, valid, temperature)
     return loss / counted.clamp_min(1), hits / counted.clamp_min(1)
@@ -97,9 +104,10 @@ def info_nce(
 # %% ../../nbs/models/07_infonce.ipynb #8a8fc9b2
 def diversity(
     code_logits: Tensor,  # (B, T, G, V) scores of the codes
-    mask: Tensor,  # (B, T) bool, frames that count
-) -> tuple[Tensor, Tensor]:  # 0-d loss between 0 (even usage) and 1 - 1/V, differentiable; 0-d soft perplexity
-    "(GV - perplexity) / GV over the masked frames (wav2vec 2.0, equation 4); 0 where no frame is masked."
+    mask: Tensor,         # (B, T) bool, frames that count
+# 0-d loss between 0 (even usage) and 1 - 1/V, differentiable; 0-d soft perplexity
+) -> tuple[Tensor, Tensor]:
+    "(GV - perplexity) / GV over the masked frames (wav2vec 2.0, equation 4); 0 without any."
     perplexity = soft_perplexity(code_logits, mask)
     size = code_logits.shape[-2] * code_logits.shape[-1]                                    # G*V
     return (size - perplexity) / size * mask.any(), perplexity
@@ -107,16 +115,18 @@ def diversity(
 # %% ../../nbs/models/07_infonce.ipynb #6fc74d0f
 class ContrastiveLoss(NamedTuple):
     "The loss and what to watch about it; only `loss` carries a gradient."
-    loss: Tensor  # 0-d, contrastive + diversity_weight * diversity
+    loss: Tensor  # 0-d, contrastive + diversity_weight · diversity
     contrastive: Tensor  # 0-d, InfoNCE, mean over counted frames; chance is ln(K + 1)
     diversity: Tensor  # 0-d, (GV - perplexity) / GV
-    accuracy: Tensor  # 0-d, share of counted frames whose positive beats every negative; 0 if none counts
+    # 0-d, share of counted frames whose positive beats every negative; 0 if none counts
+    accuracy: Tensor
     perplexity: Tensor  # 0-d, soft perplexity over masked frames, at most G*V
-    collided: Tensor  # 0-d, share of the negatives that carried the positive's codes: 1 is a collapse
+    # 0-d, share of the negatives that carried the positive's codes: 1 is a collapse
+    collided: Tensor
 
 # %% ../../nbs/models/07_infonce.ipynb #ef6ccb43
 class ContrastiveSums(NamedTuple):
-    "What one batch adds to the loss. Over several devices: add each field up (`loss` and `usage` carry gradients)."
+    "What a batch adds to the loss; devices add up each field. `loss` and `usage` carry gradients."
     loss: Tensor  # 0-d, InfoNCE, sum over counted frames
     usage: Tensor  # (G, V), sum of the softmax of the codes' logits over masked frames
     masked: Tensor  # 0-d, number of masked frames
@@ -124,10 +134,10 @@ class ContrastiveSums(NamedTuple):
     hits: Tensor  # 0-d, those of them whose positive beats every negative
     collided: Tensor  # 0-d, negatives that carried the positive's codes
 
-
+# %% ../../nbs/models/07_infonce.ipynb #c3948e96
 def contrastive_mean(
-    sums: ContrastiveSums,
-    n_negatives: int = 100,  # K
+    sums: ContrastiveSums,          # of all devices
+    n_negatives: int = 100,         # K
     diversity_weight: float = 0.1,  # weight of the diversity term
 ) -> ContrastiveLoss:
     "From sums to means: both terms of the loss, and what to watch."
@@ -135,22 +145,24 @@ def contrastive_mean(
     contrastive = sums.loss / counted
     perplexity = entropy_perplexity(sums.usage / masked)
     spread = (size - perplexity) / size * (sums.masked > 0)
-    return ContrastiveLoss(contrastive + diversity_weight*spread, contrastive.detach(), spread.detach(), sums.hits / counted,
+    return ContrastiveLoss(contrastive + diversity_weight*spread, contrastive.detach(),
+                           spread.detach(), sums.hits / counted,
                            perplexity.detach(), sums.collided / (masked * n_negatives))
 
 # %% ../../nbs/models/07_infonce.ipynb #27908db0
 def contrastive_sums(
-    predictions: Tensor,  # (B, T, D) output of the context network
+    predictions: Tensor,                      # (B, T, D) output of the context network
     quantized: MaskedCodes,  # of the frames at `indices`; vectors (B, M, D): the targets
-    indices: Tensor,  # (B, M) int64 frame numbers from `masked_frames`
-    valid: Tensor,  # (B, M) bool, which are masked
-    n_negatives: int = 100,  # K
-    temperature: float = 0.1,  # tau of InfoNCE
+    indices: Tensor,                          # (B, M) int64 frame numbers from `masked_frames`
+    valid: Tensor,                            # (B, M) bool, which are masked
+    n_negatives: int = 100,                   # K
+    temperature: float = 0.1,                 # tau of InfoNCE
     generator: torch.Generator | None = None,  # of the negatives
 ) -> ContrastiveSums:
-    "InfoNCE at the masked frames with fresh negatives, in fp32. ValueError if settings are out of range."
+    "InfoNCE at the masked frames with fresh negatives. ValueError if settings are out of range."
     if n_negatives < 1 or temperature <= 0:
-        raise ValueError(f'n_negatives {n_negatives} must be at least 1 and temperature {temperature} above 0')
+        raise ValueError(f'n_negatives {n_negatives} must be at least 1 and temperature '
+                         f'{temperature} above 0')
     targets, codes, usage = quantized
     masked, kernels = valid.sum().to(usage.dtype), kernels_for(predictions)
     if kernels and kernels.take(predictions, targets, n_negatives):
@@ -168,16 +180,16 @@ def contrastive_sums(
 
 # %% ../../nbs/models/07_infonce.ipynb #8f1b0cc2
 def contrastive_loss(
-    predictions: Tensor,  # (B, T, D) output of the context network
+    predictions: Tensor,                      # (B, T, D) output of the context network
     quantized: Quantized,  # of all frames; vectors (B, T, D): the targets, projected
-    mask: Tensor,  # (B, T) bool, masked frames
-    n_negatives: int = 100,  # K
-    temperature: float = 0.1,  # tau of InfoNCE
-    diversity_weight: float = 0.1,  # weight of the diversity term
+    mask: Tensor,                             # (B, T) bool, masked frames
+    n_negatives: int = 100,                   # K
+    temperature: float = 0.1,                 # tau of InfoNCE
+    diversity_weight: float = 0.1,            # weight of the diversity term
     most: int | None = None,  # static bound of masked frames per row (`max_masked`); None: T
     generator: torch.Generator | None = None,  # of the negatives
 ) -> ContrastiveLoss:
-    "The loss of wav2vec 2.0 in fp32; rows with fewer than 2 masked frames count nothing. ValueError if shapes differ."
+    "The loss of wav2vec 2.0 in fp32; rows with fewer than 2 masked frames do not count."
     targets, codes, logits = quantized
     if predictions.shape != targets.shape or any(t.shape[:2] != mask.shape for t in quantized):
         shapes = [tuple(t.shape) for t in (predictions, mask, *quantized)]

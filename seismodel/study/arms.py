@@ -6,12 +6,13 @@ Docs: https://seismodel.github.io/seismodel/study/arms.html.md"""
 
 # %% auto #0
 __all__ = ['PLAIN', 'DECAY', 'LOW_RATE', 'PEER', 'AS_IT_IS', 'PROBE', 'HEAD_ONLY', 'Variant', 'Way', 'Start', 'FoldTrial', 'Arm',
-           'study_variants', 'study_arms', 'baseline_arms', 'probe_arms', 'Grid', 'arm_trials', 'plan_folds',
-           'choose_arms']
+           'study_variants', 'later_arms', 'study_arms', 'baseline_arms', 'probe_arms', 'Grid', 'arm_trials',
+           'plan_folds', 'choose_arms']
 
 # %% ../../nbs/study/07_arms.ipynb #426d2daa
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Callable
 
 from ..core import UserError
 from ..models.pretraining import preset
@@ -29,6 +30,7 @@ class Variant:
     budget: float = 1.           # of the windows of the study
     memory: float = 9            # GiB of a GPU, about
 
+# %% ../../nbs/study/07_arms.ipynb #972b722e
 @dataclass(frozen=True)
 class Way:
     "A way of fine-tuning"
@@ -73,7 +75,6 @@ class FoldTrial:
 
     @property
     def name(self):
-        "Of its files"
         if not self.way: return self.start.label
         name = f'{self.start.label}--{self.way.name}--{self.fraction:g}--{self.fold}'
         return name + f'--{self.seed}'*bool(self.seed)
@@ -82,20 +83,17 @@ class FoldTrial:
     def method(self): return f"{self.start.name + '-fresh'*self.start.fresh} {self.way.name}"
 
     @property
-    def pretraining(self):
-        "What must have been run before; None: nothing"
-        return FoldTrial(self.start) if self.start.windows and self.way else None
+    def pretraining(self): return FoldTrial(self.start) if self.start.windows and self.way else None
 
     def file(self, out:Path):
-        "Its result"
         return out/('trials' if self.way else 'pretrained')/f'{self.name}.json'
 
     @property
     def memory(self):
         "GiB of a GPU, about"
-        variant = self.start.variant
-        if not self.way: return variant.memory
-        return 7 if variant and variant.batch < 256 and variant.data == 'windows' else 4
+        v = self.start.variant
+        if not self.way: return v.memory
+        return 7 if v and v.batch < 256 and v.data == 'windows' else 4
 
 # %% ../../nbs/study/07_arms.ipynb #426baf6b
 PLAIN, DECAY = Way('plain'), Way('decay.65', layer_decay=.65)
@@ -130,12 +128,36 @@ def study_variants(
                                     for name in ('spectrum', 'contrastive', 'reconstruction'))
     slow = dict(lr=2e-3, weight_decay=.01, batch=128, budget=.5, memory=14)
     return {'spectrum': Variant(spectrum), 'placebo': Variant(spectrum, data='scrambled'),
-            'supervised': Variant(spectrum, lr=2e-3, batch=128, data='events', budget=.5, memory=14),
+            'supervised': Variant(spectrum, lr=2e-3, batch=128, data='events', budget=.5,
+                                  memory=14),
             'contrastive': Variant(contrastive),
             'recon': Variant(replace(recon, target='tokens'), **slow),
             'recon-spectrum': Variant(replace(recon, target='spectrum'), **slow)}
 
 # %% ../../nbs/study/07_arms.ipynb #652b4919
+def later_arms(
+    v:dict,  # from `study_variants`
+    seen:Callable,  # name of a variant -> its start
+)->list[Arm]: # what matters less
+    "Arms that explain the first ones"
+    random, other = Start('random', v['spectrum']), Start('random-sequential', v['recon'])
+    sequential = dict(way=LOW_RATE, control='random-sequential')
+    return [
+        Arm('placebo', 'pretrained on scrambled windows', seen('placebo'), DECAY),
+        Arm('synthetic', 'supervised on synthetic events', seen('supervised'), DECAY, whole=True),
+        Arm('contrastive', 'contrastive, as specified', seen('contrastive'), DECAY, whole=True),
+        Arm('reconstruction', 'reconstruction, as specified', seen('recon'), whole=True,
+            **sequential),
+        Arm('random-3x', 'random weights, 3 × the steps', random, Way('plain-3x', budget=3)),
+        Arm('random+synthetic', 'random weights, synthetic events beside', random,
+            Way('plain+synthetic', synthetic=.25)),
+        Arm('best+synthetic', 'pretrained on spectra, synthetic events beside', seen('spectrum'),
+            Way('decay.65+synthetic', layer_decay=.65, synthetic=.25), pretrainings=3),
+        Arm('random-sequential', 'random weights, shapes of reconstruction', other, **sequential),
+        Arm('reconstruction-spectrum', 'reconstruction of spectra', seen('recon-spectrum'),
+            **sequential)]
+
+# %% ../../nbs/study/07_arms.ipynb #901d1f5b
 def study_arms(
     size:str='small',            # of the models
     windows:int=1_000_000,       # that pretraining sees
@@ -144,22 +166,11 @@ def study_arms(
     "All arms of the study"
     v = study_variants(size)
     seen = lambda name: Start(name, v[name], max(1, round(windows*v[name].budget)))
-    random, other = Start('random', v['spectrum']), Start('random-sequential', v['recon'])
-    sequential = dict(way=LOW_RATE, control='random-sequential')
-    arms = [Arm('random', 'random weights', random, PLAIN, whole=True),
-            Arm('best', 'pretrained on spectra', seen('spectrum'), DECAY, whole=True, pretrainings=3)]
+    arms = [Arm('random', 'random weights', Start('random', v['spectrum']), PLAIN, whole=True),
+            Arm('best', 'pretrained on spectra', seen('spectrum'), DECAY, whole=True,
+                pretrainings=3)]
     for name in baselines: arms += baseline_arms(name)
-    arms += [Arm('placebo', 'pretrained on scrambled windows', seen('placebo'), DECAY),
-             Arm('synthetic', 'supervised on synthetic events', seen('supervised'), DECAY, whole=True),
-             Arm('contrastive', 'contrastive, as specified', seen('contrastive'), DECAY, whole=True),
-             Arm('reconstruction', 'reconstruction, as specified', seen('recon'), whole=True, **sequential),
-             Arm('random-3x', 'random weights, 3 × the steps', random, Way('plain-3x', budget=3)),
-             Arm('random+synthetic', 'random weights, synthetic events beside', random,
-                 Way('plain+synthetic', synthetic=.25)),
-             Arm('best+synthetic', 'pretrained on spectra, synthetic events beside', seen('spectrum'),
-                 Way('decay.65+synthetic', layer_decay=.65, synthetic=.25), pretrainings=3),
-             Arm('random-sequential', 'random weights, shapes of reconstruction', other, **sequential),
-             Arm('reconstruction-spectrum', 'reconstruction of spectra', seen('recon-spectrum'), **sequential)]
+    arms += later_arms(v, seen)
     return arms + probe_arms(arms)
 
 # %% ../../nbs/study/07_arms.ipynb #b3aef1a3
@@ -169,10 +180,12 @@ def baseline_arms(
     "A published picker as it is, fine-tuned on the same labels, and from random weights"
     start = Start(name)
     return [Arm(name, f'{name} as published', start, AS_IT_IS, few=False, whole=True),
-            Arm(f'{name}-finetuned', f'{name}, fine-tuned', start, PEER, f'{name}-fresh', whole=True),
+            Arm(f'{name}-finetuned', f'{name}, fine-tuned', start, PEER, f'{name}-fresh',
+                whole=True),
             Arm(f'{name}-fresh', f'shapes of {name}, random weights', Start(name, fresh=True), PEER,
                 f'{name}-fresh')]
 
+# %% ../../nbs/study/07_arms.ipynb #ca2597ef
 def probe_arms(
     arms:list[Arm],
 )->list[Arm]: # with all labels of one fold
@@ -194,6 +207,7 @@ class Grid:
     fractions: tuple[float, ...] = (.1, 1.)
     seeds: tuple[int, ...] = (0, 1, 2)
 
+# %% ../../nbs/study/07_arms.ipynb #b7de3741
 def arm_trials(
     arm:Arm,
     grid:Grid,
@@ -206,6 +220,7 @@ def arm_trials(
     return [FoldTrial(starts[seed], arm.way, fraction, fold, seed)
             for seed in seeds for fold in range(min(grid.folds, arm.folds))]
 
+# %% ../../nbs/study/07_arms.ipynb #da35f0a0
 def plan_folds(
     arms:list[Arm],
     grid:Grid=Grid(),
@@ -226,5 +241,6 @@ def choose_arms(
     wanted = [name.strip() for name in text.split(',')]
     known = [arm.name for arm in arms]
     for name in wanted:
-        if name not in known: raise UserError(f"There is no arm '{name}'; choose from {', '.join(known)}.")
+        if name not in known:
+            raise UserError(f"There is no arm '{name}'; choose from {', '.join(known)}.")
     return [arm for arm in arms if arm.name in wanted]

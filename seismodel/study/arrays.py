@@ -22,6 +22,7 @@ from ..core import UserError, log
 from ..data.sources import open_source
 from ..data.store import quantize_samples
 from ..files import write_atomically
+from ..signals.source import Source
 
 # %% ../../nbs/study/06_arrays.ipynb #4c2d2148
 SPLITS = ('train', 'dev', 'test')
@@ -50,18 +51,21 @@ def record_fields(
     "Fields of a table of records"
     text = lambda values: f'U{max(1, *map(len, values))}'
     return [('first', 'i8'), ('length', 'i8'), ('scale', 'f4', 3), ('onset', 'f8', 4),
-            ('status', 'i1', 2), ('event', text(events)), ('named', '?'), ('dataset', text(datasets)),
+            ('status', 'i1', 2), ('event', text(events)), ('named', '?'),
+            ('dataset', text(datasets)),
             ('station', 'U16'), ('trace', 'U80'), ('checksum', 'u4')]
 
+# %% ../../nbs/study/06_arrays.ipynb #87a87e78
 def names_of_source(
-    source,     # from `open_splits`
+    source:Source, # from `open_splits`
     number:int, # of the source among all
 )->list[tuple]: # event, whether the data name it, data set, station, trace
     "Whose records these are"
     column = lambda name: source.metadata(name, default='')
     stations = [f'{n}.{s}' for n, s in zip(column('station_network_code'), column('station_code'))]
     labels = [source.label(i) for i in range(len(source))]
-    own = [e or f'{label} of {source.name} {number}' for e, label in zip(column('source_id'), labels)]
+    own = [e or f'{label} of {source.name} {number}' for e, label in zip(column('source_id'),
+                                                                         labels)]
     named = [bool(e) for e in column('source_id')]
     datasets = [d or source.name for d in column('trace_dataset')]
     return list(zip(own, named, datasets, stations, labels))
@@ -90,7 +94,11 @@ def write_records(
     save_array(folder/f'{name}-table.npy', table)
     return table
 
-def save_array(file, array):
+# %% ../../nbs/study/06_arrays.ipynb #23c06d52
+def save_array(
+    file:Path,
+    array:np.ndarray,
+):
     "Whole or not at all; np.save adds .npy to names, and not to an open file"
     def write(part):
         with open(part, 'wb') as f: np.save(f, array)
@@ -126,13 +134,19 @@ def write_continuous(
     return table
 
 # %% ../../nbs/study/06_arrays.ipynb #0ad4e680
-def centre(instrument, span):
+def centre(
+    instrument:object, # of an `Archive`
+    span:object,       # one of its spans
+)->np.ndarray: # (3,)
     "Median of each component over a stretch; 0 where a component is missing"
     x = instrument.read(span, 0, span.count)
     there = ~np.isnan(x).all(0)
     return np.where(there, np.nanmedian(np.where(there, x, 0), 0), 0)
 
-def typical(x):
+# %% ../../nbs/study/06_arrays.ipynb #4642ab36
+def typical(
+    x:np.ndarray, # (L, 3)
+)->np.ndarray: # (3,)
     "Median size of the samples of each component"
     return np.median(np.abs(x), 0)
 
@@ -163,9 +177,10 @@ def sample_planes(
     bits = 8*x.itemsize
     step = np.diff(x.astype(np.int64), prepend=np.int64(0))
     step = (step + 2**(bits - 1)) % 2**bits - 2**(bits - 1)          # what does not fit comes round
-    even = (step << 1) ^ (step >> 63)                               # 0, -1, 1, -2, … to 0, 1, 2, 3, …
+    even = (step << 1) ^ (step >> 63)  # 0, -1, 1, -2, … to 0, 1, 2, 3, …
     return np.stack([(even >> shift & 255).astype(np.uint8) for shift in range(bits - 8, -8, -8)])
 
+# %% ../../nbs/study/06_arrays.ipynb #674f4925
 def samples_of_planes(
     planes:np.ndarray, # (itemsize, N) uint8
 )->np.ndarray: # (N,) int16 or int32

@@ -1,4 +1,4 @@
-"""PhaseNet and EQTransformer with fresh weights, trained by our trainer on our windows and labels, and asked for picks through the same door as our own pickers
+"""SeisBench's PhaseNet and EQTransformer, trained by our trainer on our windows and labels, and used for picking by the same code as our pickers
 
 Docs: https://seismodel.github.io/seismodel/study/baselines.html.md"""
 
@@ -16,7 +16,8 @@ from seisbench.models import EQTransformer, PhaseNet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..finetuning.heads import LABELS, batch_events, found, in_zones, load_picker, pick_loss, pick_targets
+from ..finetuning.heads import (LABELS, batch_events, found, in_zones, load_picker,
+                                        pick_loss, pick_targets)
 from ..picking.seisbench_model import Instruments, SeisModelPicker, StreamPicker
 from ..models.pretraining import Step, load_weights, read_model, write_model
 from ..signals.records import COMPONENTS, SAMPLING_RATE, WINDOW
@@ -24,14 +25,12 @@ from ..core import UserError
 
 # %% ../../nbs/study/01_baselines.ipynb #ed5def29
 class Baseline(nn.Module):
-    "A network of SeisBench in the place of a `Picker`; a subclass says what its loss is, and how its outputs become probabilities"
+    "A network of SeisBench in the place of a `Picker`; subclasses define loss and probabilities"
     whole_batch, steady = True, False
-
-    def __init__(self, net):
+    def __init__(self, net:nn.Module):
         super().__init__()
         self.net = net
-
-    def set_progress(self, step, steps): "Nothing follows from the number of the step"
+    def set_progress(self, step:int, steps:int): "Does nothing"
 
     def outputs(self,
         x:Tensor, # (B, L, 3) normalised windows, L at most 4096
@@ -43,37 +42,38 @@ class Baseline(nn.Module):
         return (z if isinstance(z, Tensor) else torch.stack(z, 1)).transpose(1, 2)[:, :samples]
 
     def forward(self,
-        batch:dict, # as for `Picker`: x (B, L, 3), p_onset and s_onset (B,) samples, p_status and s_status (B,) int, 0 where not labelled
-        generator:torch.Generator|None=None, # not used: nothing is drawn but dropout
+        batch:dict, # x (B, L, 3), onsets (B,) in samples, statuses (B,) as for `Picker`
+        generator:torch.Generator|None=None, # not used
     )->Step:
         "The loss over the picks that are labelled, and how many were found"
         z = self.outputs(batch['x'])
         said, (events, _) = self.probabilities(z).clamp_min(1e-9).log(), batch_events(batch)
         return Step(self.loss(z, batch), found(said, events))
 
-    def save_pretrained(self, folder, extra=None):
-        "Write `model.safetensors` and `config.json`, which says that this is a baseline, and which"
-        write_model(folder, {'model': {}, 'peer': type(self.net).__name__, **(extra or {})}, self.state_dict())
+    def save_pretrained(self, folder:str|Path, extra:dict|None=None):
+        "Write `model.safetensors` and `config.json`, which names the baseline"
+        about = {'model': {}, 'peer': type(self.net).__name__, **(extra or {})}
+        write_model(folder, about, self.state_dict())
 
 # %% ../../nbs/study/01_baselines.ipynb #1818f79f
 class PhaseNetBaseline(Baseline):
     "PhaseNet with fresh weights"
     def __init__(self): super().__init__(PhaseNet(phases=LABELS))
-    def loss(self, z, batch): return pick_loss(z, *pick_targets(batch, z.shape[1]))
-    def probabilities(self, z): return z.softmax(-1)
+    def loss(self, z:Tensor, batch:dict): return pick_loss(z, *pick_targets(batch, z.shape[1]))
+    def probabilities(self, z:Tensor): return z.softmax(-1)
 
 # %% ../../nbs/study/01_baselines.ipynb #442935e4
 def detection_labels(
-    onset:Tensor, # (B, 2) samples of P and S, or (B, A, 2) of A events; NaN where there is none or it is not labelled
+    onset:Tensor, # (B, 2) samples of P and S, or (B, A, 2) of A events; NaN: none known
     known:Tensor, # (B, 2) bool, whether P and S were labelled
     samples:int,  # L
-)->tuple[Tensor, Tensor]: # (B, L) one from P to S + 1.4 (S - P) of an event; (B,) bool, whether that can be said
+)->tuple[Tensor, Tensor]: # (B, L) one from P to S + 1.4 (S - P); (B,) bool, whether that is known
     "Where an earthquake is on, by the rule of Mousavi and others (2020)"
     onset = onset.view(len(onset), -1, 2)                                        # (B, A, 2)
     p, s = onset[..., :1], onset[..., 1:]                                        # (B, A, 1)
     time = torch.arange(samples, device=onset.device)
     on = ((time >= p) & (time <= s + 1.4*(s - p))).any(1)                        # False for NaN
-    half = (onset.isfinite().sum(-1) == 1).any(1)                                # P without S, or S without P
+    half = (onset.isfinite().sum(-1) == 1).any(1)  # P without S, or S without P
     return on.float(), ~half & (onset.isfinite().any((1, 2)) | known.all(1))
 
 # %% ../../nbs/study/01_baselines.ipynb #6eee98e1
@@ -81,20 +81,21 @@ class EQTransformerBaseline(Baseline):
     "EQTransformer with fresh weights, for windows of 4096 samples instead of 6000"
     def __init__(self): super().__init__(EQTransformer(in_samples=WINDOW))
 
-    def loss(self, z, batch):
-        "Weighted binary cross-entropies of detection, P and S, each over the windows where it can be said"
+    def loss(self, z:Tensor, batch:dict):
+        "Weighted binary cross-entropies of detection, P and S, each over windows where it is known"
         samples, (events, known) = z.shape[1], batch_events(batch)
         on, said = detection_labels(events, known, samples)
-        labels = torch.cat([on[..., None], pick_targets(batch, samples)[0][..., 1:]], -1)                      # (B, L, 3)
-        said = torch.cat([said[:, None], known], -1)                                                          # (B, 3)
+        # (B, L, 3)
+        labels = torch.cat([on[..., None], pick_targets(batch, samples)[0][..., 1:]], -1)
+        said = torch.cat([said[:, None], known], -1)  # (B, 3)
         each = F.binary_cross_entropy_with_logits(z.float(), labels, reduction='none')
-        if 'unlabelled' in batch:                                                # nobody knows in a zone
+        if 'unlabelled' in batch:  # nobody knows in a zone
             zone = in_zones(batch['unlabelled'], samples)
             each = each*~torch.cat([zone.any(-1, keepdim=True), zone], -1)
         each = each.mean(1)*said
         return (each.sum(0)/said.sum(0).clamp_min(1)*z.new_tensor([.05, .4, .55])).sum()
 
-    def probabilities(self, z):
+    def probabilities(self, z:Tensor):
         "Noise is what is no detection; the three do not sum to one"
         d, p, s = z.sigmoid().unbind(-1)
         return torch.stack([1 - d, p, s], -1)
@@ -108,6 +109,7 @@ def fresh_baseline(
     if name == 'EQTransformer': return EQTransformerBaseline()
     raise UserError(f"There is no baseline '{name}'; choose PhaseNet or EQTransformer.")
 
+# %% ../../nbs/study/01_baselines.ipynb #17e1ce70
 class BaselinePicker(StreamPicker):
     "A `Baseline` in SeisBench's terms, read and picked by the rules of `SeisModelPicker`"
     def __init__(self,
@@ -115,13 +117,15 @@ class BaselinePicker(StreamPicker):
         default_args:dict|None=None, # of annotate and classify
     ):
         baseline = fresh_baseline(peer)
-        super().__init__(citation=baseline.net.citation, component_order=COMPONENTS, sampling_rate=SAMPLING_RATE, output_type='array', in_samples=WINDOW,
-                         pred_sample=(0, WINDOW), labels=LABELS, default_args=default_args, grouping=Instruments())
+        super().__init__(citation=baseline.net.citation, component_order=COMPONENTS,
+                         sampling_rate=SAMPLING_RATE, output_type='array', in_samples=WINDOW,
+                         pred_sample=(0, WINDOW), labels=LABELS, default_args=default_args,
+                         grouping=Instruments())
         self.window, self.peer = WINDOW, baseline
 
     def get_model_args(self): return {'peer': type(self.peer.net).__name__}
 
-    def forward(self, x):
+    def forward(self, x:Tensor):
         "(B, 3, L) normalised to (B, 3, L), probabilities of N, P, S"
         x = x.transpose(1, 2)
         return self.peer.probabilities(self.peer.outputs(x)).transpose(1, 2)

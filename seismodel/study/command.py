@@ -1,4 +1,4 @@
-"""`--folds 5` is the study that can show what pretraining gives; without it, runs of your own are compared on the test split of a data set
+"""Compare pretrained and random starts and published pickers at few labels: `--folds 5` tests every event once; without it, your own runs are compared on the test split
 
 Docs: https://seismodel.github.io/seismodel/study/command.html.md"""
 
@@ -11,7 +11,7 @@ __all__ = ['ONLY_FOLDS', 'ONLY_SPLIT', 'FOLD_STEPS', 'numbers', 'fractions_and_s
 # %% ../../nbs/study/12_command.ipynb #e2d4d70e
 import inspect
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Callable
 
 from ..core import TrainingError, UserError, pick_device
 from ..data.sources import whole_path
@@ -26,9 +26,9 @@ from .fold_trial import FoldStudy
 # %% ../../nbs/study/12_command.ipynb #ee010424
 def numbers(
     text:str, # such as '.1,.5,1'
-    kind,     # int or float
+    kind:type, # int or float
     flag:str, # where it was typed
-    inside,   # number -> is it allowed?
+    inside:Callable, # number -> is it allowed?
     rule:str, # which ones are allowed, in words
 )->list:
     "Numbers with commas between, or `UserError`"
@@ -38,19 +38,21 @@ def numbers(
         raise UserError(f"{flag} is '{text}'; give {rule}, each once, with commas between.")
     return values
 
+# %% ../../nbs/study/12_command.ipynb #a5717601
 def fractions_and_seeds(
     fractions:str,
     seeds:str,
 )->tuple[list, list]:
     "Both, checked"
-    some = numbers(fractions, float, '--fractions', lambda f: 0 < f <= 1, 'fractions above 0 and at most 1')
+    some = numbers(fractions, float, '--fractions', lambda f: 0 < f <= 1,
+                   'fractions above 0 and at most 1')
     return some, numbers(seeds, int, '--seeds', lambda s: s >= 0, 'whole numbers from 0 up')
 
 # %% ../../nbs/study/12_command.ipynb #88423586
-ONLY_FOLDS = ('unlabelled', 'arms', 'size', 'windows', 'continuous', 'analyst', 'only', 'arrays', 'take',
-              'bring', 'stop_after')
-ONLY_SPLIT = ('from_run', 'lr', 'threshold', 'synthetic', 'augment', 'freeze', 'layer_decay', 'average',
-              'validation_windows', 'workers', 'set_fields')
+ONLY_FOLDS = ('unlabelled', 'arms', 'size', 'windows', 'continuous', 'analyst', 'only', 'arrays',
+              'take', 'bring', 'stop_after')
+ONLY_SPLIT = ('from_run', 'lr', 'threshold', 'synthetic', 'augment', 'freeze', 'layer_decay',
+              'average', 'validation_windows', 'workers', 'set_fields')
 
 def refuse_misplaced(
     given:dict, # parameter -> value
@@ -60,35 +62,52 @@ def refuse_misplaced(
     folds = given['folds'] is not None
     for name in ONLY_SPLIT if folds else ONLY_FOLDS:
         if given[name] == usual[name]: continue
-        flag = {'from_run': '--from', 'set_fields': '--set'}.get(name, '--' + name.replace('_', '-'))
-        raise UserError(f'{flag} does nothing {"with" if folds else "without"} --folds; leave it out.')
+        renamed = {'from_run': '--from', 'set_fields': '--set'}
+        flag = renamed.get(name, '--' + name.replace('_', '-'))
+        raise UserError(f'{flag} does nothing {"with" if folds else "without"} --folds; '
+                        'leave it out.')
 
 # %% ../../nbs/study/12_command.ipynb #0039dcb3
 FOLD_STEPS = ('prepare', 'train', 'report')
 
-def fold_data(a:dict)->FoldData:
+def fold_data(
+    a:dict, # parameters of `study`
+)->FoldData:
     "What a study by folds is made of; raises `UserError` for a baseline without files"
     pairs = [text.partition('=') for text in a['baseline'] or ()]
     for name, equals, stem in pairs:
         if not (name and equals and stem):
-            raise UserError(f"--baseline is '{name}'; with --folds give NAME=FILES, such as volpick=FOLDER/phasenet "
-                            'for FOLDER/phasenet.json and FOLDER/phasenet.pt.')
+            raise UserError(f"--baseline is '{name}'; with --folds give NAME=FILES, such as "
+                            'volpick=FOLDER/phasenet for FOLDER/phasenet.json '
+                            'and FOLDER/phasenet.pt.')
     paths = lambda name: tuple(map(whole_path, a[name] or ()))
     return FoldData(paths('data'), paths('unlabelled'), tuple((n, s) for n, _, s in pairs),
                     tuple(a['continuous'] or ()), a['analyst'])
 
-def check_folds(a:dict):
+# %% ../../nbs/study/12_command.ipynb #fc694629
+def check_folds(
+    a:dict, # parameters of `study`
+):
     "Raise `UserError` for what would fail later"
     if not a['out']: raise UserError("Name the study's folder, with --out FOLDER.")
-    if a['only'] not in (None, *FOLD_STEPS): raise UserError(f"--only is '{a['only']}'; choose one of {', '.join(FOLD_STEPS)}.")
-    if a['size'] not in ('tiny', 'small', 'base'): raise UserError(f"--size is '{a['size']}'; choose tiny, small or base.")
+    if a['only'] not in (None, *FOLD_STEPS):
+        raise UserError(f"--only is '{a['only']}'; choose one of {', '.join(FOLD_STEPS)}.")
+    if a['size'] not in ('tiny', 'small', 'base'):
+        raise UserError(f"--size is '{a['size']}'; choose tiny, small or base.")
     for name, least in dict(folds=2, steps=1, batch_size=1, windows=1, jobs=1).items():
-        if a[name] < least: raise UserError(f"--{name.replace('_', '-')} is {a[name]}; it must be at least {least}.")
-    if a['device'] == 'all': raise UserError('--device is all; a study by folds runs on one device.')
+        if a[name] < least:
+            raise UserError(f"--{name.replace('_', '-')} is {a[name]}; it must be at least "
+                            f"{least}.")
+    if a['device'] == 'all':
+        raise UserError('--device is all; a study by folds runs on one device.')
     pick_device(a['device'])
 
 # %% ../../nbs/study/12_command.ipynb #701df023
-def fold_arrays(a:dict, data:FoldData, out:Path)->Path:
+def fold_arrays(
+    a:dict, # parameters of `study`
+    data:FoldData,
+    out:Path, # the study's folder
+)->Path:
     "The folder of the arrays, unpacked and complete"
     given = a['arrays'] and Path(a['arrays'])
     packed = given and any(given.glob('*.bz2'))
@@ -107,7 +126,8 @@ def study_by_folds(
     fractions, seeds = fractions_and_seeds(a['fractions'] or '.1,1', a['seeds'])
     data, out, grid = fold_data(a), Path(a['out']), Grid(a['folds'], tuple(fractions), tuple(seeds))
     out.mkdir(parents=True, exist_ok=True)
-    lock = locked(out/'.lock', f"Another process works in '{out}'; wait for it, or name another --out.")
+    lock = locked(out/'.lock',
+                  f"Another process works in '{out}'; wait for it, or name another --out.")
     try:
         home = take_bundles(Path(a['take']), out) if a['take'] else set()
         arrays = fold_arrays(a, data, out)
@@ -119,80 +139,128 @@ def study_by_folds(
         left = [] if a['only'] == 'report' else train_folds(plan_folds(arms, grid), s, a, home)
         if a['only'] != 'train': report_folds(out, arms, grid)
     finally: lock.release()
-    if left: raise TrainingError(f"{len(left)} trials failed: {', '.join(left)}. What happened stands in "
-                                 f"'{out/'logs'}'; the same command tries them again.")
+    if left:
+        raise TrainingError(f"{len(left)} trials failed: {', '.join(left)}. What happened stands "
+                            f"in '{out/'logs'}'; the same command tries them again.")
     return out
 
-def say_packed(arrays, out):
+# %% ../../nbs/study/12_command.ipynb #8125004f
+def say_packed(
+    arrays:Path, # folder of arrays
+    out:Path,    # the study's folder
+)->Path: # the study's folder
     "Small copies of the arrays"
     size = pack_arrays(arrays, out/'packed')
     print(f"arrays  {arrays}\npacked  {out/'packed'}, {size/2**20:.1f} MiB")
     return out
 
 # %% ../../nbs/study/12_command.ipynb #b908b84e
-def train_folds(trials, s, a, home):
+def train_folds(
+    trials:list, # of `FoldTrial`
+    s:FoldStudy,
+    a:dict,      # parameters of `study`
+    home:set,    # names in the bundles that were taken
+)->list[str]:
     "Run the trials that are not done; returns the names of those that failed"
     begin_folds(s, trials, a['jobs'])
     bring = lambda: bring_bundles(s.out, Path(a['bring']), home) if a['bring'] else None
     plan = run_fold_trials(trials, s, a['jobs'], a['stop_after'] or FOREVER, bring)
-    lost = {t.start.label for t in plan.todo if t.pretraining in plan.done and t.start.label not in plan.weights}
-    if lost: print(f"the weights of {', '.join(sorted(lost))} are not here: --take a folder with their bundles")
-    print(f'{len(plan.done)} of {len(trials)} trials done, {len(plan.todo)} left, {len(plan.failed)} failed')
+    lost = {t.start.label for t in plan.todo if t.pretraining in plan.done
+            and t.start.label not in plan.weights}
+    if lost:
+        print(f"the weights of {', '.join(sorted(lost))} are not here: --take a folder with their "
+              "bundles")
+    print(f'{len(plan.done)} of {len(trials)} trials done, {len(plan.todo)} left, '
+          f'{len(plan.failed)} failed')
     return [t.name for t in plan.failed]
 
-def report_folds(out, arms, grid):
+# %% ../../nbs/study/12_command.ipynb #862f7421
+def report_folds(
+    out:Path,  # the study's folder
+    arms:list, # of `Arm`
+    grid:Grid,
+):
     "Tables, reports and the figure of what is done"
     if not write_fold_tables(out): return print('no trial is scored yet')
     try:
         from seismodel.study.fold_report import arm_overview, plot_gains, save_figure, write_reports
     except ModuleNotFoundError as e:
-        return print(f'{e.name} is not installed here: make the reports elsewhere, with --only report')
+        return print(f'{e.name} is not installed here: make the reports elsewhere, with --only '
+                     'report')
     reports = write_reports(out, arms, grid)
     save_figure(plot_gains(reports, arms, min(grid.fractions)), out/'figure.png')
     print(arm_overview(reports, arms, min(grid.fractions)).to_string())
     print(f"reports  {out}/folds_*.csv\nfigure  {out/'figure.png'}")
 
 # %% ../../nbs/study/12_command.ipynb #dd5379f5
+# above thirty lines: the command line reads all options from one signature
 def study(
-    folds:int=None, # parts of the labelled events that take turns as test: the study by folds; without it one split is scored
-    from_run:Annotated[str, {'action': 'append'}]=None, # one split: NAME=RUN, a pretrained run to fine-tune, with its control from random weights; may be given several times
-    baseline:Annotated[str, {'action': 'append'}]=None, # one split: PhaseNet or EQTransformer, from random weights, or NAME=PhaseNet; by folds: NAME=FILES, a PhaseNet in SeisBench's FILES.json and FILES.pt; may be given several times
-    data:Annotated[str, {'action': 'append'}]=None, # data with picks: a packed store (fastest), a SeisBench folder or name; one split needs train, dev and test; may be given several times
-    unlabelled:Annotated[str, {'action': 'append'}]=None, # by folds: data for pretraining, without any event of --data; may be given several times
+    # parts of the labelled events that take turns as test: the study by folds; without it one split
+    # is scored
+    folds:int=None,
+    # one split: NAME=RUN, a pretrained run to fine-tune, with its control from random weights; may
+    # be given several times
+    from_run:Annotated[str, {'action': 'append'}]=None,
+    # one split: PhaseNet or EQTransformer, from random weights, or NAME=PhaseNet; by folds:
+    # NAME=FILES, a PhaseNet in SeisBench's FILES.json and FILES.pt; may be given several times
+    baseline:Annotated[str, {'action': 'append'}]=None,
+    # data with picks: a packed store (fastest), a SeisBench folder or name; one split needs train,
+    # dev and test; may be given several times
+    data:Annotated[str, {'action': 'append'}]=None,
+    # by folds: data for pretraining, without any event of --data; may be given several times
+    unlabelled:Annotated[str, {'action': 'append'}]=None,
     arms:str=None, # by folds: names with commas between; all if not given
     size:str='small', # by folds: of the models, tiny, small or base
     windows:int=1_000_000, # by folds: that a pretraining sees
-    fractions:str=None, # of the labelled events; .1,1 by folds and .1,.2,.5,1 on one split if not given
+    # of the labelled events; .1,1 by folds and .1,.2,.5,1 on one split if not given
+    fractions:str=None,
     seeds:str='0,1,2', # of fraction, windows, head and random starts
     steps:int=1000, # optimiser steps of each fine-tuning
     batch_size:int=32, # windows a step
-    lr:Annotated[str, {'action': 'append'}]=None, # one split: NAME=VALUE, peak learning rate of one method; that of its recipe if not given; may be given several times
+    # one split: NAME=VALUE, peak learning rate of one method; that of its recipe if not given; may
+    # be given several times
+    lr:Annotated[str, {'action': 'append'}]=None,
     threshold:float=.3, # one split: probability that counts as a pick
-    synthetic:float=.25, # one split: share of the training windows that are synthetic events in real noise
-    augment:str='full', # one split: what happens to the training windows, as in finetune: full or none
-    freeze:str='none', # one split: what of our models does not learn, as in finetune: none, encoder, all or gradual
-    layer_decay:float=None, # one split: factor of our models' learning rate from each stage of the network to the one before it; as in finetune if not given
-    average:float=0., # one split: decay of a moving average of our models' weights, such as .99; 0: none
+    # one split: share of the training windows that are synthetic events in real noise
+    synthetic:float=.25,
+    # one split: what happens to the training windows, as in finetune: full or none
+    augment:str='full',
+    # one split: what of our models does not learn, as in finetune: none, encoder, all or gradual
+    freeze:str='none',
+    # one split: factor of our models' learning rate from each stage of the network to the one
+    # before it; as in finetune if not given
+    layer_decay:float=None,
+    # one split: decay of a moving average of our models' weights, such as .99; 0: none
+    average:float=0.,
     validation_windows:int=128, # one split: dev windows looked at ten times along the run
-    continuous:Annotated[str, {'action': 'append'}]=None, # by folds: miniSEED and the like, on which picks an hour are counted; may be given several times
+    # by folds: miniSEED and the like, on which picks an hour are counted; may be given several
+    # times
+    continuous:Annotated[str, {'action': 'append'}]=None,
     analyst:str=None, # by folds: table of picks in the continuous data
     jobs:int=1, # processes that share a device, each with a trial at a time
-    workers:int=0, # one split: processes that prepare windows, for each trial that runs; 0 is best for a packed store
-    device:str='auto', # auto, cpu, cuda, cuda:N; on one split also all: every GPU of this machine, each with its own processes
-    set_fields:Annotated[str, {'action': 'append'}]=None, # one split: NAME=VALUE, any field that `seismodel info PRESET` lists, of the recipe for all methods (train.warmup=.05) or of our models (model.dropout=.1); may be given several times
+    # one split: processes that prepare windows, for each trial that runs; 0 is best for a packed
+    # store
+    workers:int=0,
+    # auto, cpu, cuda, cuda:N; on one split also all: every GPU of this machine, each with its own
+    # processes
+    device:str='auto',
+    # one split: NAME=VALUE, any field that `seismodel info PRESET` lists, of the recipe for all
+    # methods (train.warmup=.05) or of our models (model.dropout=.1); may be given several times
+    set_fields:Annotated[str, {'action': 'append'}]=None,
     only:str=None, # by folds: one step, prepare, train or report; all of them if not given
-    arrays:Path=None, # by folds: folder of arrays that --only prepare wrote, packed or not; OUT/arrays if not given
+    # by folds: folder of arrays that --only prepare wrote, packed or not; OUT/arrays if not given
+    arrays:Path=None,
     take:Path=None, # by folds: folder with bundles of earlier results
     bring:Path=None, # by folds: folder for bundles of results, renewed every minute
     stop_after:float=None, # by folds: seconds after which trials that run are stopped
-    out:Path=None, # the study's folder; one that is there is gone on with
+    out:Path=None, # the study's folder; an unfinished study in it goes on
 )->Path: # the study's folder
-    "Compare pretrained and random starts and published pickers at few labels, by folds (--folds 5) or on one split"
+    "Compare pretrained and random starts at few labels, by folds (--folds 5) or on one split"
     given = dict(locals())
     usual = {name: p.default for name, p in inspect.signature(study).parameters.items()}
     refuse_misplaced(given, usual)
     if folds is not None: return study_by_folds(given)
     if not out: raise UserError("Name the study's folder, with --out FOLDER.")
     if jobs < 1: raise UserError(f'--jobs is {jobs}; it must be at least 1.')
-    from seismodel.study.run import study_one_split        # brings pandas and figures, which take seconds
+    from seismodel.study.run import study_one_split  # brings pandas and figures, which take seconds
     return study_one_split(given, *fractions_and_seeds(fractions or '.1,.2,.5,1', seeds))

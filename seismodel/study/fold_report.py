@@ -33,6 +33,7 @@ def repeat_published(
     pairs = rest[['fraction', 'seed']].drop_duplicates()
     return pd.concat([rest, own.drop(columns=['fraction', 'seed']).merge(pairs, how='cross')])
 
+# %% ../../nbs/study/11_fold_report.ipynb #237c0741
 def gain_table(
     onsets:pd.DataFrame, # from `read_onsets`
     arms:list[Arm],
@@ -61,6 +62,7 @@ def station_table(
              for known, name in ((1, 'known'), (0, 'new'))]
     return pd.concat(parts, ignore_index=True)
 
+# %% ../../nbs/study/11_fold_report.ipynb #8d3715b1
 def pick_table(
     picks:pd.DataFrame, # picks.csv.gz
 )->pd.DataFrame: # method, fraction, phase, metric, value, low, high, onsets, seeds
@@ -88,6 +90,7 @@ def hour_table(
     return parts.agg(hours=('hours', 'first'), trials=('fold', 'size'), picks=('picks', 'mean'),
                      unconfirmed=('unconfirmed', 'mean')).reset_index()
 
+# %% ../../nbs/study/11_fold_report.ipynb #54f6e3b2
 def analyst_table(
     analyst:pd.DataFrame, # analyst.csv
 )->pd.DataFrame: # method, fraction, phase, picks, trials; found, within 0.5 s
@@ -139,7 +142,10 @@ def write_reports(
         write_atomically(out/f'folds_{name}.csv', write)
     return found
 
-def detection_table(onsets):
+# %% ../../nbs/study/11_fold_report.ipynb #bbc659cf
+def detection_table(
+    onsets:pd.DataFrame, # from `read_onsets`
+)->pd.DataFrame:
     "AUC of the folds that have manual P onsets and noise"
     kind = onsets['phase'].where(onsets['phase'] == 'n', onsets['phase'] + onsets['status'])
     scored = onsets[kind.isin(['pmanual', 'n'])]
@@ -208,7 +214,8 @@ def plot_gains(
     "Gains of all arms over random weights, with 95 % intervals; arms without one are named"
     arms = [a for a in arms if a.few and a.name != 'random'] if fraction < 1 else \
            [a for a in arms if a.whole and a.folds > 1 and a.name != 'random']
-    fig, axs = plt.subplots(1, 2, figsize=(8, .3*len(arms) + 1.2), sharey=True, layout='constrained')
+    fig, axs = plt.subplots(1, 2, figsize=(8, .3*len(arms) + 1.2), sharey=True,
+                            layout='constrained')
     for ax, phase in zip(axs, 'ps'):
         for k, arm in enumerate(arms):
             row = _only(reports['gains'], method=arm.method, fraction=fraction, phase=phase,
@@ -224,6 +231,7 @@ def plot_gains(
     axs[0].invert_yaxis()
     return fig
 
+# %% ../../nbs/study/11_fold_report.ipynb #8dc25be7
 def save_figure(
     fig:Figure, # is closed
     file:Path,

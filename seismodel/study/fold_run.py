@@ -1,4 +1,4 @@
-"""From data sets to arrays, many trials side by side on one GPU, and results that travel: stopped at any time, the same command goes on
+"""From data sets to arrays, many trials side by side on one GPU, and bundles of results; the same command goes on after a stop
 
 Docs: https://seismodel.github.io/seismodel/study/fold_run.html.md"""
 
@@ -6,9 +6,9 @@ Docs: https://seismodel.github.io/seismodel/study/fold_run.html.md"""
 
 # %% auto #0
 __all__ = ['PRETRAININGS', 'LARGEST_SHARE', 'CONTEXT', 'FOREVER', 'LARGEST', 'BUNDLES', 'ARM_COLUMNS', 'FoldData',
-           'prepare_arrays', 'refuse_change', 'manual_where_unsaid', 'Workers', 'Schedule', 'said_of',
-           'run_fold_trials', 'check_fold_settings', 'begin_folds', 'take_bundles', 'bring_bundles', 'write_lines',
-           'write_fold_tables']
+           'prepare_arrays', 'refuse_change', 'manual_where_unsaid', 'TrialProcesses', 'Workers', 'TrialProgress',
+           'Schedule', 'said_of', 'run_fold_trials', 'check_fold_settings', 'begin_folds', 'take_bundles',
+           'bring_bundles', 'write_lines', 'write_fold_tables']
 
 # %% ../../nbs/study/10_fold_run.ipynb #bb765837
 import csv
@@ -22,6 +22,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
+from typing import Callable
 from zlib import crc32
 
 import numpy as np
@@ -53,7 +54,8 @@ class FoldData:
         "Names without their folders, since a study can be moved"
         name = lambda path: Path(path).name
         return dict(labelled=[*map(name, self.labelled)], unlabelled=[*map(name, self.unlabelled)],
-                    baselines=[n for n, _ in self.baselines], continuous=[*map(name, self.continuous)])
+                    baselines=[n for n, _ in self.baselines],
+                    continuous=[*map(name, self.continuous)])
 
 # %% ../../nbs/study/10_fold_run.ipynb #848b9302
 def prepare_arrays(
@@ -77,7 +79,12 @@ def prepare_arrays(
     if data.continuous: write_continuous(folder, data.continuous, data.analyst)
     write_atomically(done, lambda part: part.write_text(json.dumps(data.kept), encoding='utf-8'))
 
-def refuse_change(saved, wanted, where):
+# %% ../../nbs/study/10_fold_run.ipynb #1aad1188
+def refuse_change(
+    saved:dict,  # settings of the first call
+    wanted:dict, # of this one
+    where:Path,  # for the message
+):
     "Raise `UserError` naming the first setting that differs"
     for name, value in json.loads(json.dumps(wanted)).items():
         if saved.get(name) != value:
@@ -108,7 +115,8 @@ LARGEST_SHARE = .94          # of a GPU's memory that is given out
 CONTEXT = .6                 # GiB that a process needs besides
 FOREVER = float('inf')       # seconds
 
-class Workers:
+# %% ../../nbs/study/10_fold_run.ipynb #1e477ea9
+class TrialProcesses:
     "Processes with a trial each"
     def __init__(self,
         s:FoldStudy,
@@ -117,18 +125,8 @@ class Workers:
         method = 'forkserver' if 'forkserver' in get_all_start_methods() else 'spawn'
         self.s, self.jobs, self.busy, self.context = s, jobs, {}, get_context(method)
         if method == 'forkserver': self.context.set_forkserver_preload([run_fold_trial.__module__])
-        on_gpu = pick_device(s.device).type == 'cuda'
-        self.total = torch.cuda.mem_get_info()[1]/2**30 if on_gpu else FOREVER
 
-    def fits(self, trial):
-        "Whether there is room"
-        if len(self.busy) >= self.jobs: return False
-        pretrainings = sum(not other.way for other in self.busy.values())
-        if not trial.way and pretrainings >= PRETRAININGS: return False
-        used = sum(CONTEXT + other.memory for other in self.busy.values())
-        return used + CONTEXT + trial.memory <= LARGEST_SHARE*self.total or not self.busy
-
-    def start(self, trial):
+    def start(self, trial:FoldTrial):
         "Begin a trial"
         process = self.context.Process(target=run_fold_trial, args=(trial, self.s))
         process.start()
@@ -146,10 +144,29 @@ class Workers:
         for p in self.busy: p.join()
         return len(self.busy)
 
+# %% ../../nbs/study/10_fold_run.ipynb #20745933
+class Workers(TrialProcesses):
+    "Processes with a trial each, as many as fit into the device's memory"
+    def __init__(self,
+        s:FoldStudy,
+        jobs:int, # processes at once
+    ):
+        super().__init__(s, jobs)
+        on_gpu = pick_device(s.device).type == 'cuda'
+        self.total = torch.cuda.mem_get_info()[1]/2**30 if on_gpu else FOREVER
+
+    def fits(self, trial:FoldTrial):
+        "Whether there is room"
+        if len(self.busy) >= self.jobs: return False
+        pretrainings = sum(not other.way for other in self.busy.values())
+        if not trial.way and pretrainings >= PRETRAININGS: return False
+        used = sum(CONTEXT + other.memory for other in self.busy.values())
+        return used + CONTEXT + trial.memory <= LARGEST_SHARE*self.total or not self.busy
+
 # %% ../../nbs/study/10_fold_run.ipynb #3cd67dc7
-class Schedule:
-    "What is to do, in the order of the plan"
-    def __init__(self, trials, s, stop_after):
+class TrialProgress:
+    "What is done and what is left, in the order of the plan"
+    def __init__(self, trials:list[FoldTrial], s:FoldStudy, stop_after:float):
         self.s, self.stop_after, self.begin = s, stop_after, time.monotonic()
         self.done = [t for t in trials if t.file(s.out).exists()]
         self.todo = [t for t in trials if not t.file(s.out).exists()]
@@ -160,25 +177,28 @@ class Schedule:
     @property
     def passed(self): return time.monotonic() - self.begin
 
-    def note_time(self, trial):
+    def note_time(self, trial:FoldTrial):
         "How long a trial took"
         took = read_json(trial.file(self.s.out), cure='remove it').get('process_seconds', 0.)
         self.slowest[bool(trial.way)] = max(self.slowest[bool(trial.way)], took)
 
-    def ready(self, trial):
+    def ready(self, trial:FoldTrial):
         "Whether its start is there, and time is left"
         ends = self.passed + 1.2*self.slowest[bool(trial.way)]
         if self.passed > 30 and ends > self.stop_after: return False
         return not trial.pretraining or trial.start.label in self.weights
 
-    def next(self, workers):
+# %% ../../nbs/study/10_fold_run.ipynb #6c60c569
+class Schedule(TrialProgress):
+    "Which trial begins next, and what became of those that ended"
+    def next(self, workers:Workers):
         "The first trial that can begin; None: none can"
         trial = next((t for t in self.todo if self.ready(t) and workers.fits(t)), None)
         if trial: self.todo.remove(trial)
         return trial
 
-    def note(self, trial, code):
-        "A process ended, with a result, or without: then it is tried once more. Returns what to say"
+    def note(self, trial:FoldTrial, code:int):
+        "A process ended; without a result its trial is tried once more. Returns a message"
         if trial.file(self.s.out).exists():
             if not trial.way: self.weights.add(trial.name)
             self.note_time(trial)
@@ -192,7 +212,10 @@ class Schedule:
         return f"{trial.name} failed ({code}): {lines[-1] if lines else 'no output'}"
 
 # %% ../../nbs/study/10_fold_run.ipynb #edb8c0c4
-def said_of(trial, s):
+def said_of(
+    trial:FoldTrial,
+    s:FoldStudy,
+)->str:
     "A line for a trial that is done"
     row = read_json(trial.file(s.out))
     shown = ('p0.3', 's0.3', 'seconds', 'windows_per_second', 'gib')
@@ -204,7 +227,7 @@ def run_fold_trials(
     s:FoldStudy,
     jobs:int=1,             # processes at once
     stop_after:float=FOREVER, # seconds after which those that run are stopped
-    every_minute=lambda: None, # called once a minute
+    every_minute:Callable=lambda: None, # called once a minute
 )->Schedule: # what is left
     "Run what is not done; raises `Interrupted` when told to stop"
     plan, workers, called = Schedule(trials, s, stop_after), Workers(s, jobs), 0.
@@ -224,7 +247,8 @@ def run_fold_trials(
     every_minute()
     if signals.caught:
         raise Interrupted(signals.caught, f'Stopped by {signal.Signals(signals.caught).name} with '
-                          f'{len(plan.done)} of {len(trials)} trials done; the same command goes on.')
+                          f'{len(plan.done)} of {len(trials)} trials done; the same command goes '
+                          'on.')
     return plan
 
 # %% ../../nbs/study/10_fold_run.ipynb #67f4c9ae
@@ -240,6 +264,7 @@ def check_fold_settings(
     if file.exists(): return refuse_change(read_json(file), wanted, s.out)
     write_atomically(file, lambda part: part.write_text(json.dumps(wanted), encoding='utf-8'))
 
+# %% ../../nbs/study/10_fold_run.ipynb #bb291faa
 def begin_folds(
     s:FoldStudy,
     trials:list[FoldTrial],
@@ -267,7 +292,7 @@ def take_bundles(
         with zipfile.ZipFile(file) as z:
             for name in z.namelist():
                 if name == 'home.txt': names |= set(z.read(name).decode().split())
-                where = out/Path(name).parent.name/Path(name).name           # two levels, never outside
+                where = out/Path(name).parent.name/Path(name).name  # two levels, never outside
                 if name == 'home.txt' or where.exists(): continue
                 where.parent.mkdir(parents=True, exist_ok=True)
                 where.write_bytes(z.read(name))
@@ -289,21 +314,27 @@ def bring_bundles(
         if name in there: continue
         if not bundles or bundles[-1].stat().st_size + file.stat().st_size > .98*LARGEST:
             if len(bundles) == BUNDLES: break
-            bundles.append(folder/f'weights-{len(there):03}.zip')       # no call uses a number again
+            bundles.append(folder/f'weights-{len(there):03}.zip')  # no call uses a number again
         with zipfile.ZipFile(bundles[-1], 'a') as z: z.write(file, name)
         there.add(name)
     def write(part):
         with zipfile.ZipFile(part, 'w', zipfile.ZIP_DEFLATED) as z:
             names = ('trials', 'pretrained', 'logs')
             for file in sorted(f for name in names for f in (out/name).glob('*')):
-                if file.suffix in ('.json', '.txt'): z.write(file, f'{file.parent.name}/{file.name}')
+                if file.suffix in ('.json', '.txt'):
+                    z.write(file, f'{file.parent.name}/{file.name}')
             z.writestr('home.txt', '\n'.join(sorted(there)))
     write_atomically(folder/'results.zip', write)
 
 # %% ../../nbs/study/10_fold_run.ipynb #9b82358e
 ARM_COLUMNS = ('method', 'fraction', 'seed', 'fold', 'start')
 
-def write_lines(file, columns, lines, opener=open):
+def write_lines(
+    file:Path,
+    columns:list[str],
+    lines:list, # of cells
+    opener:Callable=open,
+):
     "A CSV file, whole or not at all"
     def write(part):
         with opener(part, 'wt', newline='', encoding='utf-8') as f:
@@ -328,7 +359,8 @@ def write_fold_tables(
     windows = [f'{name}_{j}' for j in range(places) for name in ('residual', 'p', 's', 'any')]
     about = ('phase', 'record', 'event', 'status', 'known')
     write_lines(out/'onsets.csv.gz', [*ARM_COLUMNS, *about, *windows],
-                ([*arm(t), *o[:5], *(v for w in o[5] for v in w)] for t in trials for o in t['onsets']),
+                ([*arm(t), *o[:5], *(v for w in o[5] for v in w)] for t in trials
+                 for o in t['onsets']),
                 gzip.open)
     write_lines(out/'picks.csv.gz', [*ARM_COLUMNS, *about, 'residual_0', 'picks', 'seconds'],
                 ([*arm(t), *row] for t in trials for row in t['picks']), gzip.open)
@@ -337,6 +369,7 @@ def write_fold_tables(
     write_lines(out/'stretches.csv', [*ARM_COLUMNS, *columns],
                 ([*arm(t), *(r[k] for k in columns)] for t in heard
                  for r in t['continuous']['stretches']))
-    write_lines(out/'analyst.csv', [*ARM_COLUMNS, 'station', 'phase', 'event', 'residual', 'highest'],
+    write_lines(out/'analyst.csv', [*ARM_COLUMNS, 'station', 'phase', 'event', 'residual',
+                                    'highest'],
                 ([*arm(t), *r] for t in heard for r in t['continuous']['analyst']))
     return len(trials)

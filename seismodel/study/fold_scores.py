@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data.prefetch import to_model
 from ..finetuning.calibration import choose_threshold, peaks_of
@@ -29,7 +29,7 @@ MANUAL, AUTOMATIC, ABSENT = map(STATUS.index, ('manual', 'automatic', 'absent'))
 
 @torch.no_grad()
 def phase_probabilities(
-    picker,            # with `logits`, in evaluation mode
+    picker:nn.Module,  # with `logits`, in evaluation mode
     records:DeviceRecords,
     rows:np.ndarray,   # (n,) records
     first:np.ndarray,  # (n,) sample at which each window begins
@@ -37,13 +37,19 @@ def phase_probabilities(
     "What a picker says of some windows"
     device = records.first.device
     batch = records.at(*(torch.as_tensor(v, device=device) for v in (rows, first)))
-    with mixed_precision(device), tensor_float32(device): logits = picker.logits(to_model(batch)['x'])
+    with mixed_precision(device), tensor_float32(device):
+        logits = picker.logits(to_model(batch)['x'])
     return logits.float().softmax(-1)
 
 # %% ../../nbs/study/08_fold_scores.ipynb #569b630c
 PLACES = 3                   # windows around each onset
 
-def highest(picker, records, rows, first):
+def highest(
+    picker:nn.Module,
+    records:DeviceRecords,
+    rows:np.ndarray,  # (n,) records
+    first:np.ndarray, # (n,) sample at which each window begins
+):
     "Samples of the highest P and S (n, 2), and highest probabilities of P, S and either (n, 3)"
     size = 16 if records.first.device.type == 'cpu' else 128
     at, top = [np.zeros((0, 2), int)], [np.zeros((0, 3))]
@@ -56,7 +62,7 @@ def highest(picker, records, rows, first):
 
 # %% ../../nbs/study/08_fold_scores.ipynb #b908fbd5
 def window_rows(
-    picker,           # in evaluation mode
+    picker:nn.Module, # in evaluation mode
     records:DeviceRecords,
     rows:np.ndarray,  # (n,) records
     phase:int,        # 0: P, 1: S, 2: noise
@@ -83,6 +89,7 @@ class Labels:
     event: np.ndarray   # (R,) number of the event
     known: np.ndarray   # (R,) bool: whether the picker learned from the station
 
+# %% ../../nbs/study/08_fold_scores.ipynb #eafdea94
 def labels_of_fold(
     table:np.ndarray, # of `write_records`
     sides:Sides,
@@ -93,6 +100,7 @@ def labels_of_fold(
     known = np.isin(table['station'], table['station'][sides.train])
     return Labels(table['onset'], table['status'], event, known)
 
+# %% ../../nbs/study/08_fold_scores.ipynb #7674efc0
 def scored_rows(
     labels:Labels,
     rows:np.ndarray, # records of one side
@@ -106,7 +114,7 @@ def scored_rows(
 
 # %% ../../nbs/study/08_fold_scores.ipynb #b8735bc2
 def score_onsets(
-    picker,
+    picker:nn.Module,
     records:DeviceRecords,
     labels:Labels,
     rows:np.ndarray, # records of test
@@ -124,7 +132,7 @@ def score_onsets(
 # %% ../../nbs/study/08_fold_scores.ipynb #a3a21605
 def onset_summary(
     onsets:list[list], # from `score_onsets`
-)->dict: # p0.1, p0.3, p0.5, p_mae, p_mae0.5, p_n, the same for S, p_auc; None where there is nothing
+)->dict: # p0.1, p0.3, p0.5, p_mae, p_mae0.5, p_n, p_auc, the same for S; None: no onset
     "Means over the manual onsets of a fold"
     mean = lambda v: round(float(v.mean()), 4) if v.size else None
     quiet = np.array([w[1] for row in onsets if row[0] == 'n' for w in row[5]])
@@ -141,7 +149,7 @@ def onset_summary(
 
 # %% ../../nbs/study/08_fold_scores.ipynb #a02b424c
 def record_curves(
-    picker,
+    picker:nn.Module,
     records:DeviceRecords,
     row:int, # a record
 )->np.ndarray: # (L, 2) probabilities of P and S, float32
@@ -153,7 +161,8 @@ def record_curves(
     size = 16 if records.first.device.type == 'cpu' else 128
     for k in range(0, len(first), size):
         some = first[k:k + size]
-        p = phase_probabilities(picker, records, np.full(len(some), row), some)[..., 1:].cpu().numpy()
+        p = phase_probabilities(picker, records, np.full(len(some), row),
+                                some)[..., 1:].cpu().numpy()
         for start, one in zip(some, p):
             a, b = start + 512, min(start + WINDOW, length) - 512
             total[a:b] += one[512:512 + max(b - a, 0)]
@@ -162,7 +171,7 @@ def record_curves(
 
 # %% ../../nbs/study/08_fold_scores.ipynb #b6787a8a
 def choose_on_dev(
-    picker,
+    picker:nn.Module,
     records:DeviceRecords,
     labels:Labels,
     rows:np.ndarray, # records of dev
@@ -178,7 +187,7 @@ def choose_on_dev(
 
 # %% ../../nbs/study/08_fold_scores.ipynb #cefe82c6
 def score_picks(
-    picker,
+    picker:nn.Module,
     records:DeviceRecords,
     labels:Labels,
     rows:np.ndarray, # records of test
@@ -221,13 +230,14 @@ def score_stretch(
             first = max(0, round(pick['sample']) - ANALYST_REACH)
             top = first + int(curve[first:first + 2*ANALYST_REACH, k].argmax())
             found = round(float(late[np.abs(late).argmin()]), 4) if near.any() else None
-            rows.append([phase, pick['event'], found, round((top - pick['sample'])/SAMPLING_RATE, 4)])
+            rows.append([phase, pick['event'], found, round((top - pick['sample'])/SAMPLING_RATE,
+                                                            4)])
         about |= {f'{phase}_picks': len(at), f'{phase}_unconfirmed': int(alone.sum())}
     return about, rows
 
 # %% ../../nbs/study/08_fold_scores.ipynb #25b7a1f8
 def score_continuous(
-    picker,
+    picker:nn.Module,
     records:DeviceRecords, # of `continuous`
     table:np.ndarray,      # of `write_continuous`
     analyst:list[dict],    # of analyst.json

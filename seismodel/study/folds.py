@@ -22,7 +22,7 @@ def event_parts(
     datasets:list[str], # data set of each record
     folds:int=5,        # F, at least 2
 )->np.ndarray: # (R,) part of each record, 0 to 2F - 1
-    "Parts of equal size: all records of an event in one, the events of each data set in all of them"
+    "Folds of equal size: an event is in one fold, each data set is spread over all folds"
     if folds < 2: raise UserError(f'--folds is {folds}; it must be at least 2.')
     home = {}
     for event, dataset in zip(events, datasets):
@@ -38,6 +38,7 @@ class Sides(NamedTuple):
     dev: np.ndarray
     test: np.ndarray
 
+# %% ../../nbs/study/05_folds.ipynb #59ac1807
 def fold_sides(
     events:list[str],  # event of each record
     part:np.ndarray,   # (R,) from `event_parts`
@@ -65,7 +66,8 @@ def check_sides(
     "Raise `UserError` unless each side has events, and none is on two of them"
     held = {name: {events[i] for i in rows} for name, rows in sides._asdict().items()}
     for name, there in held.items():
-        if not there: raise UserError(f'A fold has no event for {name}: give more events, or fewer --folds.')
+        if not there:
+            raise UserError(f'A fold has no event for {name}: give more events, or fewer --folds.')
     for one, other in (('train', 'test'), ('dev', 'test'), ('train', 'dev')):
         both = held[one] & held[other]
         if both: raise UserError(f"Event '{min(both)}' is in {one} and in {other} of one fold.")

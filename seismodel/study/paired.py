@@ -1,4 +1,4 @@
-"""Differences paired by onset, with intervals over events and seeds, Holm's correction over the arms, and margins that were said beforehand
+"""Differences paired by onset, with intervals over events and seeds, Holm's correction over the arms, and margins that were fixed beforehand
 
 Docs: https://seismodel.github.io/seismodel/study/paired.html.md"""
 
@@ -47,12 +47,13 @@ def onset_score(
     if metric in SHARES: return (np.abs(residual) <= seconds).astype(float)
     return np.minimum(np.abs(residual), seconds)
 
+# %% ../../nbs/study/03a_paired.ipynb #d09ea96e
 def score_table(
     onsets:pd.DataFrame, # from `read_onsets`
     phase:str,           # p or s
     metric:str,          # of `SHARES` or `ERRORS`
     status:str='manual', # labels that count: manual or automatic
-)->pd.DataFrame: # rows: record, event; columns: method, fraction, seed; NaN where an arm was not scored
+)->pd.DataFrame: # rows: record, event; columns: method, fraction, seed; NaN: not scored
     "The score of each onset with each arm, a mean over its windows"
     rows = onsets[(onsets['phase'] == phase) & (onsets['status'] == status)]
     windows = rows[[c for c in rows if c.startswith('residual_')]].to_numpy(float)
@@ -84,6 +85,7 @@ def chance(
     below, above = ((draws <= 0).sum() + 1, (draws >= 0).sum() + 1)
     return min(1., 2*min(below, above)/(len(draws) + 1))
 
+# %% ../../nbs/study/03a_paired.ipynb #c324bc75
 def holm(
     p:np.ndarray, # (arms,)
 )->np.ndarray: # (arms,)
@@ -103,6 +105,7 @@ class Margins:
     level:float = .03 # largest gain or loss of arms that are alike
     p:float = .05     # after Holm
 
+# %% ../../nbs/study/03a_paired.ipynb #e0d35c53
 def verdict(
     gain:float, # share of the onsets
     low:float,  # 95 % interval
@@ -115,11 +118,12 @@ def verdict(
     if -gain >= margins.ahead and high < 0 and p < margins.p: return 'behind'
     return 'level' if -margins.level < low and high < margins.level else 'open'
 
+# %% ../../nbs/study/03a_paired.ipynb #8121fe28
 def difference(
     scores:pd.DataFrame,       # from `score_table`
     one:tuple[str, float],     # method and fraction
     other:tuple[str, float],
-    fixed:bool=False,          # the other one was not trained: its only column stands against every seed
+    fixed:bool=False,  # the other one was not trained: its only column stands against every seed
 )->tuple[np.ndarray, np.ndarray]: # (onsets, seeds) one less the other; (onsets,) events
     "Paired by onset and by seed: what both arms have; raises `UserError` where that is nothing"
     there = {one, other} <= {c[:2] for c in scores.columns}
@@ -137,8 +141,8 @@ def compare(
     methods:list[str]|None=None, # those that are compared, and counted by Holm; None: all others
     draws:int=2000,      # of the bootstrap
     status:str='manual', # labels that count
-)->pd.DataFrame: # fraction, phase, metric, method, gain, low, high, p, verdict, onsets, events, seeds
-    "Every arm less the reference, at the same fraction; an arm that shares nothing with it is left out"
+)->pd.DataFrame: # gain, low, high, p and verdict by fraction, phase, metric and method
+    "Each arm minus the reference at the same fraction; without common onsets it is left out"
     rows = []
     for phase in 'ps':
         for metric in (*SHARES, *ERRORS):
@@ -150,6 +154,7 @@ def compare(
                 rows += _compare_one(scores, reference, others, fraction, draws, phase, metric)
     return pd.DataFrame(rows)
 
+# %% ../../nbs/study/03a_paired.ipynb #938d865d
 def _compare_one(scores, reference, others, fraction, draws, phase, metric):
     "One phase, metric and fraction, for which Holm counts"
     pairs = {}
@@ -182,19 +187,23 @@ def arm_scores(
                 if not one.size: continue
                 events = one.index.get_level_values('event').to_numpy()
                 low, high = np.quantile(two_way_draws(one.to_numpy(), events, draws), [.025, .975])
-                rows.append(dict(method=arm[0], fraction=arm[1], phase=phase, metric=metric, low=low,
-                                 high=high, value=one.to_numpy().mean(), onsets=len(one), seeds=one.shape[1]))
+                rows.append(dict(method=arm[0], fraction=arm[1], phase=phase, metric=metric,
+                                 low=low, high=high, value=one.to_numpy().mean(),
+                                 onsets=len(one), seeds=one.shape[1]))
     return pd.DataFrame(rows)
 
+# %% ../../nbs/study/03a_paired.ipynb #77042b21
 def detection(
     onsets:pd.DataFrame, # from `read_onsets`
 )->pd.DataFrame: # index: method, fraction; columns: auc, lowest, highest of a fold and seed
     "AUC of the highest P probability in windows with a manual P onset, against windows of noise"
     columns, rows = [c for c in onsets if c.startswith('p_')], {}
     for key, part in onsets.groupby([*ARM_KEYS, 'fold']):
-        loud = part[(part['phase'] == 'p') & (part['status'] == 'manual')][columns].to_numpy().ravel()
+        manual = (part['phase'] == 'p') & (part['status'] == 'manual')
+        loud = part[manual][columns].to_numpy().ravel()
         quiet = part[part['phase'] == 'n'][columns].to_numpy().ravel()
-        rows[key] = auc(np.repeat([True, False], [len(loud), len(quiet)]), np.concatenate([loud, quiet]))
+        rows[key] = auc(np.repeat([True, False], [len(loud), len(quiet)]),
+                        np.concatenate([loud, quiet]))
     values = pd.Series(rows).groupby(level=[0, 1])
-    return pd.DataFrame(dict(auc=values.mean(), lowest=values.min(), highest=values.max())
-                        ).rename_axis(['method', 'fraction'])
+    found = pd.DataFrame(dict(auc=values.mean(), lowest=values.min(), highest=values.max()))
+    return found.rename_axis(['method', 'fraction'])

@@ -1,4 +1,4 @@
-"""A method, a fraction of the labels and a seed: trained as all methods of the study, and scored on whole records by one rule
+"""One method, one fraction of the labels and one seed: trained like all trials of the study, and scored on whole records
 
 Docs: https://seismodel.github.io/seismodel/study/trial.html.md"""
 
@@ -43,28 +43,35 @@ class Candidate(NamedTuple):
     "Something that learns to pick"
     name: str
     start: str           # pretrained, random or peer, which is a baseline
-    source: str          # the folder of a pretrained run, whose shapes a random start has too; or which baseline
+    # the folder of a pretrained run, whose shapes a random start has too; or which baseline
+    source: str
     lr: float|None = None # peak learning rate; None: that of its recipe
 
+# %% ../../nbs/study/02_trial.ipynb #62675dea
 def named_values(
     texts:list[str]|None, # such as 'NAME=RUN'
 )->dict[str, str]: # name -> value
-    "Split at the first equals sign; without one a folder's own name is taken. Raises `UserError` for names that are no good, or appear twice"
+    "Split NAME=VALUE; VALUE alone is named after its folder. Raises `UserError` for bad names"
     found = {}
     for text in texts or []:
         name, equals, value = text.partition('=')
         if not equals: name, value = Path(text).resolve().name, text
-        if not re.fullmatch(r'[A-Za-z][\w.+]*(-[\w.+]+)*', name): raise UserError(f"'{name}' is no good name for a method (from '{text}'); use letters, digits, and - or _ between them.")
-        if name in found: raise UserError(f"The name '{name}' is given twice; say --from NAME=RUN with another name.")
+        if not re.fullmatch(r'[A-Za-z][\w.+]*(-[\w.+]+)*', name):
+            raise UserError(f"'{name}' is no good name for a method (from '{text}'); use letters, "
+                            "digits, and - or _ between them.")
+        if name in found:
+            raise UserError(f"The name '{name}' is given twice; say --from NAME=RUN with another "
+                            "name.")
         found[name] = value
     return found
 
+# %% ../../nbs/study/02_trial.ipynb #d3c5a67c
 def candidates_of(
     runs:list[str]|None,  # 'NAME=RUN', pretrained
     baselines:list[str]|None, # 'PhaseNet', or 'NAME=PhaseNet'
     rates:list[str]|None=None, # 'NAME=VALUE', learning rates
 )->list[Candidate]:
-    "Every pretrained run with its control, then the baselines; raises `UserError` for what is not there"
+    "Pretrained runs with their controls, then baselines; raises `UserError` for missing ones"
     candidates = []
     for name, run in named_values(runs).items():
         if {'picker', 'question'} & read_model(run)[0].keys():
@@ -72,13 +79,22 @@ def candidates_of(
         folder = str(model_folder(run).resolve())
         candidates += [Candidate(name, 'pretrained', folder),
                        Candidate(f'{name}-random', 'random', folder)]
-    candidates += [Candidate(name, 'peer', which) for name, which in named_values(baselines).items()]
-    if not candidates: raise UserError('Say what to compare, with --from NAME=RUN or --baseline PhaseNet.')
-    if len({m.name for m in candidates}) < len(candidates): raise UserError(f"Two candidates have one name among {', '.join(m.name for m in candidates)}; choose other names with --from NAME=RUN.")
+    candidates += [Candidate(name, 'peer', which)
+                   for name, which in named_values(baselines).items()]
+    if not candidates:
+        raise UserError('Say what to compare, with --from NAME=RUN or --baseline PhaseNet.')
+    if len({m.name for m in candidates}) < len(candidates):
+        raise UserError("Two candidates have one name among "
+                        f"{', '.join(m.name for m in candidates)}; choose other names with --from "
+                        "NAME=RUN.")
     chosen = named_values(rates)
-    for name in chosen.keys() - {m.name for m in candidates}: raise UserError(f"--lr names '{name}'; the candidates are {', '.join(m.name for m in candidates)}.")
-    try: return [m._replace(lr=float(chosen[m.name])) if m.name in chosen else m for m in candidates]
-    except ValueError: raise UserError(f"--lr is '{', '.join(rates)}'; give NAME=VALUE with a number.") from None
+    for name in chosen.keys() - {m.name for m in candidates}:
+        raise UserError(f"--lr names '{name}'; the candidates are "
+                        f"{', '.join(m.name for m in candidates)}.")
+    try:
+        return [m._replace(lr=float(chosen[m.name])) if m.name in chosen else m for m in candidates]
+    except ValueError:
+        raise UserError(f"--lr is '{', '.join(rates)}'; give NAME=VALUE with a number.") from None
 
 # %% ../../nbs/study/02_trial.ipynb #1862382e
 @dataclass(frozen=True)
@@ -108,12 +124,13 @@ class Trial(NamedTuple):
     @property
     def name(self): return f'{self.candidate.name}--{self.fraction:g}--{self.seed}'
 
+# %% ../../nbs/study/02_trial.ipynb #7fb11c81
 def start_trial(
     trial:Trial,
     freeze:str='none', # of our models, see `Picker`
     changes:dict|None=None, # whole name of a field of our models -> value
 )->nn.Module: # in training mode; takes batches with labels
-    "The network of a trial before its first step; pretrained and random ones differ in weights alone"
+    "The network of a trial before its first step"
     torch.manual_seed(trial.seed)
     where = trial.candidate.source
     if trial.candidate.start == 'peer':
@@ -139,7 +156,8 @@ def trial_recipe(
             if name.startswith('train.')}
     if trial.candidate.lr is not None: told['lr'] = trial.candidate.lr       # of this method alone
     told = dict(steps=common.steps, batch_size=common.batch_size, seed=trial.seed,
-                device=common.device, workers=common.workers, validate_every=max(1, common.steps//10),
+                device=common.device, workers=common.workers,
+                validate_every=max(1, common.steps//10),
                 checkpoint_every=250, keep=1, validation_windows=common.validation_windows) | told
     if isinstance(net, Picker):
         own = dict(layer_decay=common.layer_decay, average=common.average)
@@ -158,9 +176,11 @@ def trial_windows(
     windows, dev, records = label_windows(list(common.data), trial.fraction, None, c)
     if common.synthetic:
         shares = [*(1 - common.synthetic)*windows.share, common.synthetic]
-        windows = WindowDataset([*windows.sources, SyntheticSource(trial.seed)], windows.length, shares, windows.seed, window=windows.window)
+        windows = WindowDataset([*windows.sources, SyntheticSource(trial.seed)], windows.length,
+                                shares, windows.seed, window=windows.window)
     change = None
-    if common.augment == 'full': windows, change = with_real_noise(windows, pick_device(common.device))
+    if common.augment == 'full':
+        windows, change = with_real_noise(windows, pick_device(common.device))
     return windows, dev, change, records
 
 # %% ../../nbs/study/02_trial.ipynb #016e2057
@@ -168,40 +188,59 @@ THRESHOLDS = (.05, .1, .2, .3, .4, .5, .6, .7)
 BLINDED = 5.12       # seconds at the ends of a record: 512 samples, as at the ends of a window
 
 class CachedAnnotator:
-    "A picker that annotates a record once, and makes picks of it at any threshold, none within `BLINDED` seconds of its ends"
-    def __init__(self, picker): self.picker, self.known = picker, {}
+    "Annotates a record once and picks at any threshold, not within `BLINDED` seconds of its ends"
+    def __init__(self,
+        picker:object,  # a SeisBench WaveformModel
+    ): self.picker, self.known = picker, {}
 
-    def classify(self, stream, **thresholds):
-        "As `picker.classify(stream, **thresholds)`, but for the ends"
-        key, args = b''.join(trace.data.tobytes() for trace in stream), {**self.picker.default_args, **thresholds}
+    def classify(self,
+        stream:object, # ObsPy's, of one record
+        **thresholds,  # as for the picker
+    ):
+        "As the picker's own method, except at the ends"
+        key = b''.join(trace.data.tobytes() for trace in stream)
+        args = {**self.picker.default_args, **thresholds}
         if hash(key) not in self.known:
             said = self.picker.annotate(stream, **args)
-            self.known[hash(key)] = said.trim(min(t.stats.starttime for t in stream) + BLINDED, max(t.stats.endtime for t in stream) - BLINDED)
+            self.known[hash(key)] = said.trim(min(t.stats.starttime for t in stream) + BLINDED,
+                                              max(t.stats.endtime for t in stream) - BLINDED)
         return self.picker.classify_aggregate(self.known[hash(key)], args)
 
+# %% ../../nbs/study/02_trial.ipynb #9d525dbe
 def dev_score(
     records:pd.DataFrame, # from `score_records`
 )->float: # at most 1
     "Share of the onsets found within 0.3 s, less the share of noise records disturbed"
     noise = records['kind'] == 'noise'
-    return (records['residual'][~noise].abs() <= .3).mean() - ((records['picks'][noise] > 0).mean() if noise.any() else 0.)
+    disturbed = (records['picks'][noise] > 0).mean() if noise.any() else 0.
+    return (records['residual'][~noise].abs() <= .3).mean() - disturbed
 
+# %% ../../nbs/study/02_trial.ipynb #172ee033
 def score_trial(
-    picker, # SeisBench's kind
+    picker:object, # a SeisBench WaveformModel
     common:StudyConfig,
 )->pd.DataFrame: # rows of `score_records` on test, with threshold and by: fixed or dev
     "Picks of the test records, at the fixed threshold and at the one that does best on dev"
     from seismodel.picking.evaluation import score_records
-    def at(split, threshold): return pd.concat([score_records(remember, open_records(name, split), threshold) for name in common.data], ignore_index=True)
+    def at(split, threshold):
+        return pd.concat([score_records(remember, open_records(name, split), threshold)
+                          for name in common.data], ignore_index=True)
     remember = CachedAnnotator(picker)
     best = max(THRESHOLDS, key=lambda t: dev_score(at('dev', t)))
     remember = CachedAnnotator(picker)               # the dev records are not needed any more
-    return pd.concat([at('test', t).assign(threshold=t, by=by) for t, by in ((common.threshold, 'fixed'), (best, 'dev'))], ignore_index=True)
+    return pd.concat([at('test', t).assign(threshold=t, by=by)
+                      for t, by in ((common.threshold, 'fixed'), (best, 'dev'))], ignore_index=True)
 
 # %% ../../nbs/study/02_trial.ipynb #9d45307d
 @cache
-def count_records(name): return [len(open_source(name, split)) for split in ('train', 'dev')] + [len(open_records(name, 'test').metadata)]
+def count_records(
+    name:str,  # of a data set
+)->list[int]:
+    "Records in train, dev and test"
+    counts = [len(open_source(name, split)) for split in ('train', 'dev')]
+    return counts + [len(open_records(name, 'test').metadata)]
 
+# %% ../../nbs/study/02_trial.ipynb #74bfb10e
 def trial_settings(
     trial:Trial,
     common:StudyConfig,
@@ -209,14 +248,19 @@ def trial_settings(
 )->dict: # as config.json has them
     "What makes the result of a trial what it is"
     counts = [[Path(name).name, *count_records(name)] for name in common.data]
-    weights = crc32((Path(trial.candidate.source)/'model.safetensors').read_bytes()) if trial.candidate.start == 'pretrained' else None
-    about = {'method': trial.candidate.name, 'start': trial.candidate.start, 'weights': weights, 'share': trial.fraction, 'data': counts, 'synthetic': common.synthetic,
-             'augment': asdict(Augmentation()) if common.augment == 'full' else None, 'threshold': common.threshold}
+    weights = None
+    if trial.candidate.start == 'pretrained':
+        weights = crc32((Path(trial.candidate.source)/'model.safetensors').read_bytes())
+    about = {'method': trial.candidate.name, 'start': trial.candidate.start, 'weights': weights,
+             'share': trial.fraction, 'data': counts, 'synthetic': common.synthetic,
+             'augment': asdict(Augmentation()) if common.augment == 'full' else None,
+             'threshold': common.threshold}
     if common.freeze != 'none' and trial.candidate.start != 'peer': about['freeze'] = common.freeze
     shapes = {name: v for name, v in common.changes.items() if not name.startswith('train.')}
     if shapes and trial.candidate.start != 'peer': about['model'] = shapes
     return json.loads(json.dumps({'cell': about, 'train': asdict(c)}))
 
+# %% ../../nbs/study/02_trial.ipynb #31323086
 def in_common(
     settings:dict, # from `trial_settings`
 )->dict:
@@ -225,6 +269,7 @@ def in_common(
            'train': ('lr', 'weight_decay', 'seed', 'layer_decay', 'average')}
     return {part: {k: v for k, v in settings[part].items() if k not in own[part]} for part in own}
 
+# %% ../../nbs/study/02_trial.ipynb #6c73d012
 def refuse_others(
     folder:Path, # of a trial, done or not
     wanted:dict, # from `trial_settings`
@@ -236,8 +281,11 @@ def refuse_others(
     saved = read_json(folder/'config.json', dict.fromkeys(wanted, dict), cure)
     saved = {name: saved.get(name, {}) for name in wanted}
     if 'train' in saved: saved['train'] = with_defaults(saved['train'], TrainConfig())
-    differ = differences(*(settings if same else in_common(settings) for settings in (saved, wanted)), RESUMABLE_FIELDS)
-    if differ: raise UserError(f"'{folder}' is of a study with other settings: {'; '.join(differ)}. Give the same settings, or another --out.")
+    differ = differences(*(settings if same else in_common(settings)
+                           for settings in (saved, wanted)), RESUMABLE_FIELDS)
+    if differ:
+        raise UserError(f"'{folder}' is of a study with other settings: {'; '.join(differ)}. Give "
+                        "the same settings, or another --out.")
 
 # %% ../../nbs/study/02_trial.ipynb #45bd04a6
 def run_trial(
@@ -251,16 +299,19 @@ def run_trial(
     c = trial_recipe(net, trial, common)
     windows, dev, change, records = trial_windows(trial, c, common)
     extra = {'cell': trial_settings(trial, common, c)['cell'], 'records': records}
-    train(net, Augmented(windows, change), dev, c, part, extra, resume=(part/'config.json').exists())
-    if not (part/'best').is_dir(): raise TrainingError('the dev loss was never finite, so that there are no best weights')
+    train(net, Augmented(windows, change), dev, c, part, extra,
+          resume=(part/'config.json').exists())
+    if not (part/'best').is_dir():
+        raise TrainingError('the dev loss was never finite, so that there are no best weights')
     from seismodel.study.baselines import open_trained
     table = score_trial(open_trained(part/'best').to(pick_device(common.device)), common)
     write_atomically(part/'records.csv', lambda path: table.to_csv(path, index=False))
     shutil.rmtree(part/'checkpoints', ignore_errors=True)
 
+# %% ../../nbs/study/02_trial.ipynb #514e0008
 def complete_trial(
     trial:Trial,
     folder:Path, # of all trials
 ):
-    "A trial that is done gets its name; nothing in its folder may be open, since Windows would not rename it"
+    "Rename a finished trial; no file in its folder may be open, or Windows refuses"
     os.replace(folder/f'{trial.name}.part', folder/trial.name)
