@@ -1,4 +1,4 @@
-"""Batches on their way to the device: in few pieces from loader processes, sent ahead, augmented and normalised by a thread
+"""A thread sends batches to the GPU ahead of training, augments and normalises them there
 
 Docs: https://seismodel.github.io/seismodel/data/prefetch.html.md"""
 
@@ -16,7 +16,7 @@ from math import prod
 from multiprocessing import parent_process, resource_tracker
 from queue import Empty, Full, Queue
 from threading import Event, Thread
-from typing import Callable, Iterator
+from typing import Callable, Iterable, Iterator
 
 import torch
 from torch.utils.data import Dataset, default_collate
@@ -30,21 +30,24 @@ def pack_batch(
 ) -> dict: # `bytes` (N,) uint8, and `layout` with name, type and shape of what lies in it
     "A batch as one tensor"
     parts = sorted(batch.items(), key=lambda item: -item[1].element_size())
-    return dict(bytes=torch.cat([v.reshape(-1).view(torch.uint8) for _, v in parts]), layout=[(k, v.dtype, list(v.shape)) for k, v in parts])
+    return dict(bytes=torch.cat([v.reshape(-1).view(torch.uint8) for _, v in parts]),
+                layout=[(k, v.dtype, list(v.shape)) for k, v in parts])
 
+# %% ../../nbs/data/07_prefetch.ipynb #d1ecd778
 def unpack_batch(
     whole:torch.Tensor, # (N,) uint8, on any device
     layout:list,        # from `pack_batch`
 ) -> dict: # name -> tensor, a view
-    "The tensors in the bytes"
+    "The tensors of a packed batch, without a copy"
     parts = whole.split([prod(shape) * dtype.itemsize for _, dtype, shape in layout])
     return {k: part.view(dtype).view(shape) for (k, dtype, shape), part in zip(layout, parts)}
 
 # %% ../../nbs/data/07_prefetch.ipynb #55f09d1f
 class Batches(Dataset):
-    "Whole batches of a data set by their window numbers; each carries under `rejected` the bad traces met since the one before"
+    "Whole batches by window numbers, each with the bad traces met since the one before"
     def __init__(self,
-        data:Dataset,   # items are dicts of tensors; `rejected`, if it has one, maps the name of a bad trace to the reason
+        # items are dicts of tensors; `rejected`, if there is one, maps a bad trace to the reason
+        data:Dataset,
         raw:bool=False, # see `WindowDataset.batch`, which other data sets do not have; bundled
     ): self.data, self.raw, self.told = data, raw, set()
 
@@ -54,23 +57,28 @@ class Batches(Dataset):
         if self.raw: batch = pack_batch(self.data.batch(numbers, raw=True))
         elif hasattr(self.data, "batch"): batch = self.data.batch(numbers)
         else: batch = default_collate([self.data[n] for n in numbers])
-        fresh = {name: why for name, why in getattr(self.data, "rejected", {}).items() if name not in self.told}
+        fresh = {name: why for name, why in getattr(self.data, "rejected", {}).items()
+                 if name not in self.told}
         self.told |= fresh.keys()
         return {**batch, "rejected": fresh}
 
+# %% ../../nbs/data/07_prefetch.ipynb #730edc69
 def amplitudes(
     batch:dict, # raw, on any device
 ) -> dict: # its x as float32 amplitudes with mean 0, so that a zero is silence and no step
-    "What a recorder would have written, without its offset"
+    "Raw samples as amplitudes with mean 0"
     scaled, valid = batch["x"].float() * batch["scale"][:, None], batch["valid"]
     there = valid_mask(valid, scaled.shape[1])                                     # (B, W, 1)
-    mean = torch.where(there, scaled, 0.).sum(1, keepdim=True) / (valid[:, 1] - valid[:, 0])[:, None, None]
-    return {**batch, "x": torch.where(there, scaled - mean, 0.), "scale": torch.ones_like(batch["scale"])}
+    count = (valid[:, 1] - valid[:, 0])[:, None, None]
+    mean = torch.where(there, scaled, 0.).sum(1, keepdim=True) / count
+    return {**batch, "x": torch.where(there, scaled - mean, 0.),
+            "scale": torch.ones_like(batch["scale"])}
 
+# %% ../../nbs/data/07_prefetch.ipynb #1fadb75b
 def to_model(
     batch:dict, # raw, on any device, augmented or not
 ) -> dict: # with normalised x, without `scale` and `valid`
-    "The last step before a model"
+    "Normalise a raw batch for a model"
     rest = {k: v for k, v in batch.items() if k not in ("x", "scale", "valid")}
     return {"x": standardize(batch["x"], batch["valid"]), **rest}
 
@@ -80,7 +88,7 @@ SIGNALS = tuple(getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGUSR1
 
 @contextmanager
 def blocking_signals():
-    "Inside, signals wait, and a process that begins here has them blocked until `unblock_signals`"
+    "Block signals; a process started inside has them blocked until `unblock_signals`"
     if not hasattr(signal, 'pthread_sigmask'):                     # Windows
         yield
         return
@@ -91,10 +99,12 @@ def blocking_signals():
         yield
     finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
+# %% ../../nbs/data/07_prefetch.ipynb #f5e58569
 def unblock_signals():
     "Lift the block that a process inherited from `blocking_signals`"
     if hasattr(signal, 'pthread_sigmask'): signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
+# %% ../../nbs/data/07_prefetch.ipynb #bb081bf7
 def ignore_signals(
     worker:int, # its number
 ):
@@ -102,10 +112,10 @@ def ignore_signals(
     for s in SIGNALS: signal.signal(s, signal.SIG_IGN)
     if hasattr(signal, 'alarm'): signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
     unblock_signals()
-    if not parent_process().is_alive(): sys.exit()     # it died while this one began, unseen by torch
+    if not parent_process().is_alive(): sys.exit()  # it died while this one began, unseen by torch
 
 # %% ../../nbs/data/07_prefetch.ipynb #b47d05be
-ON_HOST = ("n", "source", "redrawn")                                           # the host reads these
+ON_HOST = ("n", "source", "redrawn")  # the host reads these
 
 def make_ready(
     batch:dict,               # from a loader over `Batches`
@@ -118,58 +128,67 @@ def make_ready(
 ) -> dict: # on the device, but what the host reads
     "Send a batch, augment and normalise it"
     send = lambda v: v.to(device, non_blocking=True)
-    if "bytes" in batch: here, there = (unpack_batch(whole, batch["layout"]) for whole in (batch["bytes"], send(batch["bytes"])))
+    if "bytes" in batch:
+        here, there = (unpack_batch(whole, batch["layout"])
+                       for whole in (batch["bytes"], send(batch["bytes"])))
     else: here, there = batch, {k: send(v) for k, v in batch.items() if k != "rejected"}
     there = {k: v for k, v in there.items() if k not in ON_HOST}
     if augment is not None:
         u = uniforms(seed, here["n"][:1].numpy() // batch_size)[0, 0]
         with draws(): there = augment(amplitudes(there), generator.manual_seed(int(u * 2**53)))
-    return {**(to_model(there) if "scale" in there else there), **{k: here[k] for k in ON_HOST if k in here}, "rejected": batch["rejected"]}
+    return {**(to_model(there) if "scale" in there else there),
+            **{k: here[k] for k in ON_HOST if k in here}, "rejected": batch["rejected"]}
 
 # %% ../../nbs/data/07_prefetch.ipynb #eca3784a
 def device_batches(
-    batches,                  # batches in order, from a loader over `Batches`; raw ones, where they are to be augmented
-    batch_size:int,           # windows in a whole batch, of all ranks together: says which batch it is
-    device="cpu",             # where they go
+    batches:Iterable,         # in order, from a loader over `Batches`; raw where they are augmented
+    batch_size:int,  # windows in a whole batch, of all ranks together: says which batch it is
+    device:str|torch.device="cpu", # where they go
     augment:Callable=None,    # (batch, generator) -> batch, on the device, before normalising
     seed:int=0,               # of the augmentation
     draws:Callable=nullcontext, # makes a context for the draws, see `Ranks.draws`
     ahead:int=3,              # batches that lie ready
-) -> Iterator[dict]: # batches on the device, normalised; but what the host reads (n, source, redrawn, rejected)
-    "Batches sent ahead, augmented and normalised by a thread; what goes wrong there is raised here"
+) -> Iterator[dict]: # normalised, on the device; n, source, redrawn, rejected on the host
+    "Batches sent ahead, augmented and normalised by a thread, whose errors are raised here"
     device, ready, stop = torch.device(device), Queue(ahead), Event()
-    prepare = lambda batch, generator: make_ready(batch, device, augment, draws, generator, seed, batch_size)
+    prepare = lambda batch, generator: make_ready(batch, device, augment, draws, generator, seed,
+                                                  batch_size)
     thread = Thread(target=_produce, args=(batches, prepare, device, ready, stop), daemon=True)
     thread.start()
     try:
         while (got := ready.get()) is not None:
             if isinstance(got, BaseException): raise got
             batch, event = got
-            if event is not None:
-                here = torch.cuda.current_stream(device)
-                here.wait_event(event)
-                for v in batch.values():                                       # not to be reused before `here` is done
-                    if isinstance(v, torch.Tensor) and v.is_cuda: v.record_stream(here)
+            if event is not None: _wait_for(batch, event, device)
             yield batch
-    finally:                                                                   # also when the caller stops early
+    finally:  # also when the caller stops early
         stop.set()
         while thread.is_alive():
             try: ready.get(timeout=.05)
             except Empty: pass
         thread.join()
 
+# %% ../../nbs/data/07_prefetch.ipynb #ecc44431
 def _produce(batches, prepare, device, ready, stop):
-    "The thread: everything but the training"
+    "The thread: prepares batches and puts them into the queue"
     def put(what):
         while not stop.is_set():
             try: return ready.put(what, timeout=.1)
             except Full: pass
 
     try:
-        stream, generator = torch.cuda.Stream(device) if device.type == "cuda" else None, torch.Generator(device)
+        stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        generator = torch.Generator(device)
         for batch in batches:
             if stop.is_set(): return
             with torch.cuda.stream(stream) if stream else nullcontext():
                 put((prepare(batch, generator), stream.record_event() if stream else None))
         put(None)
     except BaseException as e: put(e)
+
+def _wait_for(batch, event, device):
+    "Make the current stream wait for a batch"
+    here = torch.cuda.current_stream(device)
+    here.wait_event(event)
+    for v in batch.values():  # not to be reused before `here` is done
+        if isinstance(v, torch.Tensor) and v.is_cuda: v.record_stream(here)

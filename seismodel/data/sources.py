@@ -1,4 +1,4 @@
-"""Where records come from: the generator, SeisBench data sets by folder or name, packed stores; and what a table can say against a trace
+"""Open the generator, a SeisBench data set or a packed store; find splits, onsets, unusable traces
 
 Docs: https://seismodel.github.io/seismodel/data/sources.html.md"""
 
@@ -23,6 +23,7 @@ from shutil import rmtree
 from zlib import crc32
 
 import numpy as np
+from fastcore.basics import patch
 
 from .channels import zne_orders
 from .store_reader import (Store, StoreRecords, StoreSource, columns_of, is_store,
@@ -38,69 +39,76 @@ from ..core import BadRecord, UserError, log
 
 # %% ../../nbs/data/02_sources.ipynb #01b4c195
 class SyntheticSource(Source):
-    "The generator of `seismodel.signals.synthetic` as a source; the three splits are disjoint streams"
+    "Synthetic records as a source; the three splits are disjoint streams"
     name = "synthetic"
 
     def __init__(self,
         seed:int=0,                                # stream of random numbers
         config:SyntheticConfig=SyntheticConfig(),  # dials of the generator
-        split:str="train",                         # "train", "dev" or "test"; any other name raises UserError
+        split:str="train",  # "train", "dev" or "test"; any other name raises UserError
     ):
         if split not in ("train", "dev", "test"):
-            raise UserError(f"the synthetic source has no split {split!r}: choose train, dev or test")
+            raise UserError(f"the synthetic source has no split {split!r}: choose train, dev or "
+                            "test")
         self.seed, self.config, self.first = seed, config, ("train", "dev", "test").index(split)
-        self._ahead = {}                                                       # i -> Record, not yet asked for
+        self._ahead = {}  # i -> Record, not yet asked for
 
     def __len__(self): return 1_000_000
 
-    def prefetch(self, indices:list) -> None:
-        "Make these records together: a third of the time that they take one by one, and the same samples"
-        numbers = [3 * i + self.first for i in indices]
-        batch = synthesize(numbers, seed=self.seed, config=self.config)
-        onset = np.stack([batch.p_onset, batch.s_onset, batch.p2_onset, batch.s2_onset], 1)
-        onset, (picked, absent) = onset.reshape(-1, 2, 2), map(STATUS.index, ("picked", "absent"))
-        status = np.where(np.isfinite(onset).any(1), picked, absent)          # it knows
-        two = np.isfinite(onset[:, 1]).any(1)
-        rows = zip(indices, batch.waveforms, onset, numbers, status, two)
-        self._ahead = {i: Record(np.asarray(x, np.float32), *own[0].tolist(), str(k),
-                                 *known.tolist(), events=own if both else None)
-                       for i, x, own, k, known, both in rows}
-
-    def prefetch_windows(self, i, u, window): self.prefetch(sorted(set(i.tolist())))
+    def prefetch_windows(self, i:np.ndarray, u:np.ndarray, window:int):
+        self.prefetch(sorted(set(i.tolist())))
 
     def record(self, i:int) -> Record:
         if i not in self._ahead: self.prefetch([i])
         return self._ahead.pop(i)
 
-    def label(self, i): return str(3 * i + self.first)
-    def most(self, window): return (2 if self.config.double else 1), 0
+    def label(self, i:int): return str(3 * i + self.first)
+    def most(self, window:int): return (2 if self.config.double else 1), 0
     def fingerprint(self): return digest(self.seed, self.first, self.config)
 
+# %% ../../nbs/data/02_sources.ipynb #8d40930f
+@patch
+def prefetch(
+    self:SyntheticSource,
+    indices:list, # numbers of records
+) -> None:
+    "Make these records together: the same samples, in a third of the time"
+    numbers = [3 * i + self.first for i in indices]
+    batch = synthesize(numbers, seed=self.seed, config=self.config)
+    onset = np.stack([batch.p_onset, batch.s_onset, batch.p2_onset, batch.s2_onset], 1)
+    onset, (picked, absent) = onset.reshape(-1, 2, 2), map(STATUS.index, ("picked", "absent"))
+    status = np.where(np.isfinite(onset).any(1), picked, absent)  # nothing is unlabelled
+    two = np.isfinite(onset[:, 1]).any(1)
+    rows = zip(indices, batch.waveforms, onset, numbers, status, two)
+    self._ahead = {i: Record(np.asarray(x, np.float32), *own[0].tolist(), str(k),
+                             *known.tolist(), events=own if both else None)
+                   for i, x, own, k, known, both in rows}
 
 # %% ../../nbs/data/02_sources.ipynb #d2ac7e55
 PHASES = {"P": "p P P1 Pg Pn Pb PmP pP pwP".split(), "S": "s S S1 Sg Sn Sb SmS".split()}
 
 def onsets(
-    metadata,  # SeisBench metadata, a pandas DataFrame
+    metadata:object,  # SeisBench metadata, a pandas DataFrame
     phase:str, # "P" or "S"
     by:str="arrival", # or "model", for the picks of another model
-) -> np.ndarray: # (traces,) sample of the earliest pick of that family, at the original rate; NaN when none
-    "The earliest of the columns `trace_<phase>_arrival_sample`, for all usual names of a phase"
+) -> np.ndarray: # (traces,) sample of the earliest pick, at the original rate; NaN: none
+    "The earliest pick in the columns `trace_PHASE_arrival_sample`, for all usual names of a phase"
     import pandas as pd
     columns = [c for p in PHASES[phase] if (c := f"trace_{p}_{by}_sample") in metadata]
-    picks = [pd.to_numeric(metadata[c], errors="coerce").to_numpy(float, na_value=np.nan) for c in columns]
+    picks = [pd.to_numeric(metadata[c], errors="coerce").to_numpy(float, na_value=np.nan)
+             for c in columns]
     return np.fmin.reduce([np.full(len(metadata), np.nan), *picks])    # fmin passes over NaN
 
 # %% ../../nbs/data/02_sources.ipynb #1a368022
 def statuses(
-    metadata,         # SeisBench metadata, a pandas DataFrame
+    metadata:object,         # SeisBench metadata, a pandas DataFrame
     phase:str,        # "P" or "S"
     onset:np.ndarray, # (traces,) of any event, such as those from `onsets`; NaN: none
 ) -> np.ndarray: # (traces,) int8, see `STATUS`
-    "What is known of a phase on each trace"
+    "Status of a phase on each trace"
     there = np.isfinite(onset)
     status = np.where(there, STATUS.index("picked"), STATUS.index("unlabelled"))
-    if f"trace_{phase}_unlabelled_samples" in metadata:        # outside of these zones somebody looked
+    if f"trace_{phase}_unlabelled_samples" in metadata:  # outside these zones it was looked for
         status[~there] = STATUS.index("absent")
     if "trace_category" in metadata:
         noise = metadata["trace_category"].astype(str).str.lower().eq("noise").to_numpy()
@@ -113,9 +121,9 @@ def statuses(
 
 # %% ../../nbs/data/02_sources.ipynb #7192fca0
 def later_events(
-    metadata, # SeisBench metadata, a pandas DataFrame
-) -> np.ndarray: # (events, traces, 2) P and S of the second event, the third, …, at the original rate; NaN: none
-    "The columns `trace_P2_arrival_sample`, `trace_S2_arrival_sample`, …"
+    metadata:object, # SeisBench metadata, a pandas DataFrame
+) -> np.ndarray: # (events, traces, 2) P and S in samples at the original rate; NaN: none
+    "Onsets of the second event, the third, …: columns `trace_P2_arrival_sample`, …"
     import pandas as pd
     def column(phase, n):
         cells = metadata.get(f"trace_{phase}{n}_arrival_sample", pd.Series(np.nan, metadata.index))
@@ -123,8 +131,9 @@ def later_events(
     found = [np.stack([column("P", n), column("S", n)], 1) for n in event_numbers(metadata)]
     return np.stack(found) if found else np.empty((0, len(metadata), 2))
 
+# %% ../../nbs/data/02_sources.ipynb #dd91ae79
 def table_arrivals(
-    metadata,         # SeisBench metadata, a pandas DataFrame
+    metadata:object,         # SeisBench metadata, a pandas DataFrame
     own:np.ndarray,   # (traces, 2) P and S of the event of each record, samples at 100 Hz
     more:np.ndarray,  # (events, traces, 2) from `later_events`
     factor:np.ndarray, # (traces,) samples at 100 Hz for one of the table
@@ -132,7 +141,8 @@ def table_arrivals(
     "Events and zones of all records that have more than one event, or a zone"
     columns = [f"trace_{phase}_unlabelled_samples" for phase in "PS"]
     none = np.full(len(metadata), "")
-    text = [metadata[c].fillna("").astype(str).to_numpy() if c in metadata else none for c in columns]
+    text = [metadata[c].fillna("").astype(str).to_numpy() if c in metadata else none
+            for c in columns]
     some = np.isfinite(more).any((0, 2)) | (text[0] != "") | (text[1] != "")
     rows = []
     for k in np.flatnonzero(some):
@@ -142,12 +152,13 @@ def table_arrivals(
         rows.append(arrivals_of(k, Record(None, *own[k], "", events=events, zones=zones)))
     return np.concatenate(rows) if rows else np.empty(0, ARRIVAL)
 
+# %% ../../nbs/data/02_sources.ipynb #20c38963
 def arrivals_of_record(
     arrivals:np.ndarray, # (n,) ARRIVAL, in order of records
     i:int,               # number of the record
     samples:int,         # of it, at 100 Hz
 ) -> np.ndarray: # its rows, without onsets outside of it
-    "What a table of arrivals has of one record"
+    "The rows of one record in a table of arrivals"
     first, last = np.searchsorted(arrivals["record"], [i, i + 1])
     rows = arrivals[first:last].copy()
     pairs = np.stack([rows["first"], rows["last"]], 1)
@@ -159,40 +170,47 @@ def arrivals_of_record(
 def draw_split(
     key:str, # what must stay together: an event, or an hour
 ) -> str: # train for eight keys in ten, dev and test for one each
-    "A split by a checksum"
+    "The split of an event or hour, by a checksum"
     return (["dev", "test"] + 8 * ["train"])[crc32(key.encode()) % 10]
 
+# %% ../../nbs/data/02_sources.ipynb #269cb02a
 def split_column(
-    metadata, # SeisBench metadata, a pandas DataFrame
+    metadata:object, # SeisBench metadata, a pandas DataFrame
     name:str, # of the data set, for the log
-) -> np.ndarray: # (traces,) str: the split of every trace, empty where a table with splits has none for it
+) -> np.ndarray: # (traces,) str: the split of each trace; empty where the table names none
     "The column `split`; where there is none, 80 % train, 10 % dev, 10 % test by event or hour"
     if "split" in metadata and metadata["split"].notna().any():
         return metadata["split"].astype(str).where(metadata["split"].notna(), "").to_numpy(str)
     key = np.full(len(metadata), None, object)
-    for column, digits in (("trace_start_time", 13), ("source_id", None)):              # 2014-03-01T02, the hour
+    # 2014-03-01T02, the hour
+    for column, digits in (("trace_start_time", 13), ("source_id", None)):
         if column not in metadata: continue
         known = metadata[column].notna().to_numpy()
         key[known] = [str(k)[:digits].replace(" ", "T") for k in metadata[column][known]]
-    log.warning("%s has no column split: its traces are split by event or hour, 80 %% train, 10 %% dev, 10 %% test", name)
+    log.warning("%s has no column split: its traces are split by event or hour, 80 %% train, 10 %% "
+                "dev, 10 %% test", name)
     lost = sum(k is None for k in key)
-    if lost: log.warning("%s: %d traces with neither source_id nor trace_start_time are in train", name, lost)
+    if lost:
+        log.warning("%s: %d traces with neither source_id nor trace_start_time are in train",
+                    name, lost)
     return np.array(["train" if k is None else draw_split(k) for k in key])
 
 # %% ../../nbs/data/02_sources.ipynb #20ef7eba
 def unusable(
-    metadata,          # SeisBench metadata; component codes already as Z, N, E
+    metadata:object,          # SeisBench metadata; component codes already as Z, N, E
     window:int=WINDOW, # samples of a window
 ) -> dict[str, np.ndarray]: # why -> (traces,) bool, in the order in which the reasons are asked
-    "What the metadata alone can say against a trace"
+    "Traces that the metadata show to be unusable"
     import pandas as pd
     rate = metadata["trace_sampling_rate_hz"].to_numpy(float)
     known = (rate >= 10) & (rate <= 10_000)                                    # False for NaN
-    samples = metadata["trace_npts"] if "trace_npts" in metadata else pd.Series(np.nan, metadata.index)   # optional
-    samples = pd.to_numeric(samples, errors="coerce").to_numpy(float) * SAMPLING_RATE / np.where(known, rate, 1.)
+    samples = metadata.get("trace_npts", pd.Series(np.nan, metadata.index))  # optional
+    samples = pd.to_numeric(samples, errors="coerce").to_numpy(float)
+    samples = samples * SAMPLING_RATE / np.where(known, rate, 1.)
     return {
         "no trace name": metadata["trace_name"].isna().to_numpy(),
-        "no component Z, N or E": ~metadata["trace_component_order"].str.contains("[ZNE]").to_numpy(bool),
+        "no component Z, N or "
+        "E": ~metadata["trace_component_order"].str.contains("[ZNE]").to_numpy(bool),
         "sampling rate not between 10 and 10,000 Hz": ~known,
         "shorter than half a window": samples < window / 2,
         "trace name appears twice": metadata.duplicated(["trace_name", "trace_chunk"]).to_numpy(),
@@ -200,23 +218,25 @@ def unusable(
 
 # %% ../../nbs/data/02_sources.ipynb #8535d71f
 def trace_names(
-    metadata, # SeisBench metadata, a pandas DataFrame
+    metadata:object, # SeisBench metadata, a pandas DataFrame
 ): # pandas Series of str
-    "What each trace is called: its name, and its chunk where there are several; by its row where it has no name"
+    "Names of traces for messages: name and chunk; a trace without a name is called by its row"
     places = [f"row {k}" for k in range(len(metadata))]
     names = metadata["trace_name"].where(metadata["trace_name"].notna(), places).astype(str)
     if "trace_chunk" not in metadata: return names
     chunks = metadata["trace_chunk"].astype(str)
     return names.where(chunks == "", names + " in chunk " + chunks)
 
+# %% ../../nbs/data/02_sources.ipynb #d630d492
 def component_codes(
-    metadata, # SeisBench metadata, a pandas DataFrame
+    metadata:object, # SeisBench metadata, a pandas DataFrame
     name:str, # of the data set, for the message
 ): # pandas Series of str: `trace_component_order` with 1 and 2 read as N and E
     "Component codes in the alphabet Z, N, E. Raises `UserError` when no trace has all three."
     codes = zne_orders(metadata)
     if not any(set(COMPONENTS) <= set(c) for c in codes.unique()):
-        raise UserError(f"{name}: no trace has all of the components Z, N, E (or Z, 1, 2), the column "
+        raise UserError(f"{name}: no trace has all of the components Z, N, E (or Z, 1, 2), the "
+                        "column "
                         f"trace_component_order holds only {', '.join(sorted(codes.unique())[:5])}")
     return codes
 
@@ -229,117 +249,139 @@ def of_split(
     "Which traces a split has; raises `UserError` with the splits that there are"
     inside = splits == split if split else np.ones(len(splits), bool)
     if inside.any(): return inside
-    counts = ", ".join(f"{s} ({n})" for s, n in zip(*np.unique(splits[splits != ""], return_counts=True)))
+    counts = ", ".join(f"{s} ({n})"
+                       for s, n in zip(*np.unique(splits[splits != ""], return_counts=True)))
     raise UserError(f"{name} has no trace in split {split!r}, only in {counts}")
 
+# %% ../../nbs/data/02_sources.ipynb #5d83d2ac
 def refusals(
-    table,             # metadata with component codes as Z, N, E
+    table:object,             # metadata with component codes as Z, N, E
     splits:np.ndarray, # (traces,)
     inside:np.ndarray, # (traces,) bool, those that are asked about
     window:int,        # samples
 ) -> np.ndarray: # (traces,) object: the first reason against a trace, or None
-    "What the table says against each trace"
+    "Why each trace cannot be used, according to the table"
     why, fine = np.full(len(table), None, object), inside.copy()
-    for clause, hit in {"no split, in a table that has some": splits == "", **unusable(table, window)}.items():
+    for clause, hit in {"no split, in a table that has some": splits == "",
+                        **unusable(table, window)}.items():
         why[hit & fine] = clause
         fine &= ~hit
     return why
 
+# %% ../../nbs/data/02_sources.ipynb #6001c51d
 def make_quick(
-    data,            # a copy of a SeisBench data set
+    data:object,            # a copy of a SeisBench data set
     keep:np.ndarray, # (traces,) bool
 ) -> None:
-    "Only these traces, only the columns that reading needs, and blocks in memory where they are small"
+    "Keep only these traces and the columns that reading needs; cache small files in memory"
     needed = ("trace_name", "trace_chunk", "trace_sampling_rate_hz", "trace_component_order")
     for column in set(data.metadata) - set(needed): del data.metadata[column]
     data.filter(keep)
     data.dimension_order, data.component_order, data.missing_components = "NCW", COMPONENTS, "pad"
-    data.sampling_rate = None                                                  # SeisBench does not resample: we do
+    data.sampling_rate = None  # SeisBench does not resample: we do
     small = sum(f.stat().st_size for f in Path(data.path).glob("waveforms*.hdf5")) <= 2**30
     data.cache, data.metadata_cache = ("full", True) if small else (None, False)
 
 # %% ../../nbs/data/02_sources.ipynb #fca0743f
 class SeisBenchSource(Source):
     "A SeisBench data set or one split of it"
-
     def __init__(self,
-        dataset,                  # a seisbench.data.WaveformDataset; it is copied
+        dataset:object,                  # a seisbench.data.WaveformDataset; it is copied
         split:str|None="train",   # a value of the metadata column `split`; None: all of them
         name:str="dataset",       # what messages call it
         window:int=WINDOW,        # samples; traces below half of it are left out
     ):
-        data = dataset.copy()                                                  # metadata only, the samples are shared
+        data = dataset.copy()  # metadata only, the samples are shared
         table, splits = data.metadata, split_column(data.metadata, name)
         inside = of_split(splits, split, name)
         table["trace_component_order"] = component_codes(table, name)
         self.name, self.window, self.why = name, window, refusals(table, splits, inside, window)
         keep, names = inside & ~self.why.astype(bool), trace_names(table)
-        self.left_out = {why: names[self.why == why].tolist() for why in dict.fromkeys(w for w in self.why if w)}
+        self.left_out = {why: names[self.why == why].tolist()
+                         for why in dict.fromkeys(w for w in self.why if w)}
         where = f", split {split}" if split else ""
-        if not keep.any(): raise UserError(f"{name}{where}: no usable trace, since {self.reasons()}")
+        if not keep.any():
+            raise UserError(f"{name}{where}: no usable trace, since {self.reasons()}")
         if self.left_out: log.warning("%s%s: %s", name, where, self.reasons())
-        self.rows, self.splits = np.flatnonzero(keep), splits[keep]            # of the data set's own table
+        self.rows, self.splits = np.flatnonzero(keep), splits[keep]  # of the data set's own table
         self.names = names[keep].tolist()
-        row = "level_0" if "level_0" in table else "index"                     # SeisBench's: the row in the chunk's file
-        self.chunks, self.places = (table[k][keep].to_numpy() for k in ("trace_chunk", row))
-        self._labels(table[keep])
+        self._look_up(table[keep])
         make_quick(data, keep)
-        self.data, self.checked = data, np.zeros(len(self.names), bool)        # a record is checked once
-
-    def _labels(self, table):
-        "Onsets at 100 Hz and their statuses; all events and zones where there are several"
-        self.rate = table["trace_sampling_rate_hz"].to_numpy(float)
-        found = [onsets(table, phase) for phase in "PS"]
-        more = later_events(table)
-        either = [np.fmin.reduce([onset, *more[:, :, k]]) for k, onset in enumerate(found)]
-        self.status = [statuses(table, phase, onset).tolist() for phase, onset in zip("PS", either)]
-        found += [onsets(table, phase, "model") for phase in "PS"]             # weak ones
-        self.onset = [onset * SAMPLING_RATE / self.rate for onset in found]
-        own, factor = np.stack(self.onset[:2], 1), SAMPLING_RATE / self.rate
-        self.arrivals = table_arrivals(table, own, more, factor)
-
-    def reasons(self) -> str:
-        "One clause a reason: how many traces were left out, and the first of them"
-        return "; ".join(f"{len(names)} left out, {why} ({names[0]}{', …' if names[1:] else ''})"
-                         for why, names in self.left_out.items())
+        self.data, self.checked = data, np.zeros(len(self.names), bool)  # a record is checked once
 
     def __len__(self): return len(self.names)
-    def label(self, i): return self.names[i]
+    def label(self, i:int): return self.names[i]
     def has_phase_labels(self): return any(map(any, self.status))
-    def most(self, window): return most_in_window(self.arrivals, window)
+    def most(self, window:int): return most_in_window(self.arrivals, window)
 
-    def metadata(self, column, default=None):
-        "Read from the files by row; SeisBench's own table has forgotten which text a number was"
-        tables = {chunk: Path(self.data.path)/f"metadata{chunk}.csv" for chunk in sorted(set(self.chunks))}
-        columns = {chunk: columns_of(table) for chunk, table in tables.items()}
-        there = [chunk for chunk in tables if column in columns[chunk]]
-        if not there and default is None: raise no_column(self.name, column, list(dict.fromkeys(sum(columns.values(), []))))
-        cells = np.full(len(self), "" if there else default, object)
-        for chunk in there:
-            here = self.chunks == chunk
-            cells[here] = read_column(tables[chunk], column)[self.places[here].astype(int)]
-        return cells.tolist()
+# %% ../../nbs/data/02_sources.ipynb #fc8824a3
+@patch
+def _look_up(self:SeisBenchSource, table):
+    "Where the samples are, onsets at 100 Hz and their statuses; all events and zones"
+    row = "level_0" if "level_0" in table else "index"  # SeisBench's: the row in the chunk's file
+    self.chunks, self.places = (table[k].to_numpy() for k in ("trace_chunk", row))
+    self.rate = table["trace_sampling_rate_hz"].to_numpy(float)
+    found = [onsets(table, phase) for phase in "PS"]
+    more = later_events(table)
+    either = [np.fmin.reduce([onset, *more[:, :, k]]) for k, onset in enumerate(found)]
+    self.status = [statuses(table, phase, onset).tolist() for phase, onset in zip("PS", either)]
+    found += [onsets(table, phase, "model") for phase in "PS"]             # weak ones
+    self.onset = [onset * SAMPLING_RATE / self.rate for onset in found]
+    own, factor = np.stack(self.onset[:2], 1), SAMPLING_RATE / self.rate
+    self.arrivals = table_arrivals(table, own, more, factor)
 
-    def fingerprint(self):
-        "Of names, places, labels, events and zones, sampling rates, and the sizes of the files"
-        sizes = [(f.name, f.stat().st_size) for f in sorted(Path(self.data.path).glob("waveforms*.hdf5"))]
-        more = [self.arrivals] if len(self.arrivals) else []   # one event a record: as in 0.1
-        return digest(self.names, self.rows, *self.onset, self.status, self.rate, sizes, *more)
+# %% ../../nbs/data/02_sources.ipynb #4d6982f1
+@patch
+def reasons(self:SeisBenchSource) -> str:
+    "One clause per reason: how many traces were left out, and the first of them"
+    return "; ".join(f"{len(names)} left out, {why} ({names[0]}{', …' if names[1:] else ''})"
+                     for why, names in self.left_out.items())
 
-    def record(self, i:int) -> Record:
-        try: x = self.data.get_waveforms(int(i)).T                             # (3, L) -> (L, 3) at the original rate
-        except Exception as e: raise BadRecord(self.names[i], f"cannot be read: {reason(e)}") from None
-        with np.errstate(over="ignore", invalid="ignore"): x = resample(x, self.rate[i]).astype(np.float32)
-        inside = [float(pick) if 0 <= pick < len(x) else np.nan for pick in (onset[i] for onset in self.onset)]
-        record = Record(x, *inside[:2], self.names[i], *(status[i] for status in self.status), *inside[2:])
-        if len(self.arrivals):
-            record = with_arrivals(record, arrivals_of_record(self.arrivals, i, len(x)))
-        if not self.checked[i]: check_record(record, self.window)
-        self.checked[i] = True
-        return record
+# %% ../../nbs/data/02_sources.ipynb #e05e6e35
+@patch
+def metadata(self:SeisBenchSource, column:str, default:str|None=None):
+    "A column as text, read from the CSV files"
+    tables = {chunk: Path(self.data.path)/f"metadata{chunk}.csv"
+              for chunk in sorted(set(self.chunks))}
+    columns = {chunk: columns_of(table) for chunk, table in tables.items()}
+    there = [chunk for chunk in tables if column in columns[chunk]]
+    if not there and default is None:
+        raise no_column(self.name, column, list(dict.fromkeys(sum(columns.values(), []))))
+    cells = np.full(len(self), "" if there else default, object)
+    for chunk in there:
+        here = self.chunks == chunk
+        cells[here] = read_column(tables[chunk], column)[self.places[here].astype(int)]
+    return cells.tolist()
+
+# %% ../../nbs/data/02_sources.ipynb #e1df5e58
+@patch
+def fingerprint(self:SeisBenchSource):
+    "Checksum of names, rows, labels, events, zones, sampling rates and file sizes"
+    sizes = [(f.name, f.stat().st_size)
+             for f in sorted(Path(self.data.path).glob("waveforms*.hdf5"))]
+    more = [self.arrivals] if len(self.arrivals) else []   # one event a record: as in 0.1
+    return digest(self.names, self.rows, *self.onset, self.status, self.rate, sizes, *more)
+
+# %% ../../nbs/data/02_sources.ipynb #3c771c79
+@patch
+def record(self:SeisBenchSource, i:int) -> Record:
+    try: x = self.data.get_waveforms(int(i)).T  # (3, L) -> (L, 3) at the original rate
+    except Exception as e:
+        raise BadRecord(self.names[i], f"cannot be read: {reason(e)}") from None
+    with np.errstate(over="ignore", invalid="ignore"):
+        x = resample(x, self.rate[i]).astype(np.float32)
+    inside = [float(pick) if 0 <= pick < len(x) else np.nan
+              for pick in (onset[i] for onset in self.onset)]
+    record = Record(x, *inside[:2], self.names[i], *(status[i] for status in self.status),
+                    *inside[2:])
+    if len(self.arrivals):
+        record = with_arrivals(record, arrivals_of_record(self.arrivals, i, len(x)))
+    if not self.checked[i]: check_record(record, self.window)
+    self.checked[i] = True
+    return record
 
 # %% ../../nbs/data/02_sources.ipynb #e692f79c
-NEEDED = {"trace_name": {"trace_name"},                                        # what is needed -> where it may stand
+NEEDED = {"trace_name": {"trace_name"},  # what is needed -> where it may stand
           "trace_sampling_rate_hz": {"trace_sampling_rate_hz", "trace_dt_s", "sampling_rate"},
           "trace_component_order": {"trace_component_order", "component_order"}}
 
@@ -347,40 +389,52 @@ def check_files(
     metadata:Path,  # metadata.csv, or metadata<chunk>.csv
     waveforms:Path, # the HDF5 file that belongs to it
 ) -> None:
-    "Raises `UserError` when one of a pair of SeisBench files is missing, unreadable, empty or without a needed field"
+    "Raises `UserError` when a SeisBench file is missing, unreadable, empty or lacks a field"
     import h5py, pandas as pd
     for file in (metadata, waveforms):
-        if not file.is_file(): raise UserError(f"{file} does not exist: a SeisBench data set needs it")
+        if not file.is_file():
+            raise UserError(f"{file} does not exist: a SeisBench data set needs it")
     try: table = pd.read_csv(metadata, nrows=1)
-    except (OSError, ValueError) as e: raise UserError(f"{metadata} cannot be read as a table: {reason(e)}") from None
+    except (OSError, ValueError) as e:
+        raise UserError(f"{metadata} cannot be read as a table: {reason(e)}") from None
     try:
         with h5py.File(waveforms) as f: groups, known = set(f), set(f.get("data_format", ()))
     except OSError:
-        raise UserError(f"{waveforms} is not a readable HDF5 file, perhaps it was cut short: copy it again") from None
-    if "data" not in groups: raise UserError(f"{waveforms} has no group 'data': it was not written by SeisBench")
+        raise UserError(f"{waveforms} is not a readable HDF5 file, perhaps it was cut short: copy "
+                        "it again") from None
+    if "data" not in groups:
+        raise UserError(f"{waveforms} has no group 'data': it was not written by SeisBench")
     if not len(table): raise UserError(f"{metadata} lists no trace")
     for column, places in NEEDED.items():
-        if not places & (known | set(table)): raise UserError(f"{metadata} has no column {column}: SeisBench needs it")
+        if not places & (known | set(table)):
+            raise UserError(f"{metadata} has no column {column}: SeisBench needs it")
 
 # %% ../../nbs/data/02_sources.ipynb #898ec045
 def _seisbench():
     "SeisBench, imported when it is needed: it takes seconds"
     try: import seisbench.data
     except OSError as e:   # it writes a cache folder on import
-        raise UserError(f"SeisBench cannot make its cache folder, set SEISBENCH_CACHE_ROOT: {reason(e)}") from None
+        raise UserError("SeisBench cannot make its cache folder, set SEISBENCH_CACHE_ROOT: "
+                        f"{reason(e)}") from None
     return seisbench
 
 def open_folder(
     folder:Path, # a SeisBench data set: metadata.csv and waveforms.hdf5, or chunks of them
 ): # seisbench.data.WaveformDataset
     "The data set in a folder, or `UserError`"
-    if is_store(folder): raise UserError(f"{folder} is a packed store, which has no SeisBench table: give the folder that it was packed from")
+    if is_store(folder):
+        raise UserError(f"{folder} is a packed store, which has no SeisBench table: give the "
+                        "folder that it was packed from")
     WaveformDataset = _seisbench().data.WaveformDataset
-    try: chunks = WaveformDataset.available_chunks(folder)                     # [""] for the usual pair of files
-    except FileNotFoundError: raise UserError(f"{folder} holds no store and no SeisBench data set (metadata.csv and "
-                                              "waveforms.hdf5); miniSEED or SAC files can be packed: seismodel pack") from None
+    try: chunks = WaveformDataset.available_chunks(folder)  # [""] for the usual pair of files
+    except FileNotFoundError:
+        raise UserError(f"{folder} holds no store and no SeisBench data set (metadata.csv and "
+                                              "waveforms.hdf5); miniSEED or SAC files can be "
+                                              "packed: seismodel pack") from None
     for chunk in chunks: check_files(folder/f"metadata{chunk}.csv", folder/f"waveforms{chunk}.hdf5")
-    try: data = WaveformDataset(folder, dimension_order="NCW", component_order=COMPONENTS, sampling_rate=SAMPLING_RATE)
+    try:
+        data = WaveformDataset(folder, dimension_order="NCW", component_order=COMPONENTS,
+                               sampling_rate=SAMPLING_RATE)
     except Exception as e: raise UserError(f"SeisBench cannot read {folder}: {reason(e)}") from None
     return data
 
@@ -388,7 +442,7 @@ def open_folder(
 def open_published(
     name:str, # class name in seisbench.data, such as "ETHZ"
 ): # seisbench.data.WaveformDataset
-    "A published data set from SeisBench's cache, downloaded when it is not there; `UserError` when that fails"
+    "A published data set, from SeisBench's cache or downloaded; `UserError` when that fails"
     seisbench = _seisbench()
     cache = Path(seisbench.cache_data_root)/name.lower()
     existed, before = cache.exists(), set(cache.glob("*"))
@@ -398,7 +452,8 @@ def open_published(
         if not existed: rmtree(cache, ignore_errors=True)
         for file in set(cache.glob("*")) - before: file.unlink()
         if not isinstance(e, Exception): raise                                 # Ctrl-C stays Ctrl-C
-        raise UserError(f"SeisBench cannot provide {name} ({type(e).__name__}: {reason(e)[:150]}); connect to the "
+        raise UserError(f"SeisBench cannot provide {name} ({type(e).__name__}: {reason(e)[:150]}); "
+                        "connect to the "
                         "network, or give the folder of a data set") from None
 
 # %% ../../nbs/data/02_sources.ipynb #a8767eb3
@@ -407,7 +462,8 @@ def published(
 ) -> str: # the name of a class in seisbench.data
     "Checks the name; raises `UserError` with the nearest one"
     folder = Path(where).expanduser()
-    if folder.exists(): raise UserError(f"{where} is a file: give the folder with metadata.csv and waveforms.hdf5")
+    if folder.exists():
+        raise UserError(f"{where} is a file: give the folder with metadata.csv and waveforms.hdf5")
     if len(folder.parts) != 1: raise UserError(f"the folder {where} does not exist")
     known = published_names()
     if str(where) in known: return str(where)
@@ -415,6 +471,7 @@ def published(
     raise UserError(f"{where!r} is neither a folder, nor a data set of SeisBench, nor 'synthetic'"
                     + (f": did you mean {near[0]}?" if near else ""))
 
+# %% ../../nbs/data/02_sources.ipynb #fe0908ed
 def published_names() -> list[str]: # class names that `open_dataset` understands
     "The waveform data sets that SeisBench knows by name"
     sbd = _seisbench().data
@@ -422,12 +479,14 @@ def published_names() -> list[str]: # class names that `open_dataset` understand
     return [n for n, c in vars(sbd).items() if isinstance(c, type) and issubclass(c, base)
             and c is not base and not n.endswith("Dataset")]
 
+# %% ../../nbs/data/02_sources.ipynb #ae49278d
 def open_dataset(
     where:str, # the folder of a SeisBench data set, or the name of a published one ("ETHZ")
 ): # seisbench.data.WaveformDataset
     "A data set with all of its splits; raises `UserError` where there is none"
     if str(where) == "synthetic":
-        raise UserError("the synthetic source has no whole records: write some into a SeisBench folder")
+        raise UserError("the synthetic source has no whole records: write some into a SeisBench "
+                        "folder")
     folder = Path(where).expanduser()
     return open_folder(folder) if folder.is_dir() else open_published(published(where))
 
@@ -435,41 +494,47 @@ def open_dataset(
 def whole_path(
     name:str, # what a person typed: a folder or a name
 ) -> str:
-    "The whole path of a folder; other names as they are"
+    "The absolute path of a folder; other names unchanged"
     return str(Path(name).expanduser().resolve()) if Path(name).expanduser().is_dir() else name
 
+# %% ../../nbs/data/02_sources.ipynb #77dad709
 def means_files(
     where:str, # what a person typed
 ) -> bool: # a file, a pattern, or a folder that is neither a store nor a SeisBench data set
-    "Whether a word means waveform files, which the archive reader reads"
+    "Whether an argument means waveform files, which the archive reader reads"
     path = Path(where).expanduser()
     if not path.is_dir(): return path.is_file() or has_magic(str(where))
-    return not (is_store(path) or any(path.glob("metadata*.csv")) or any(path.glob("waveforms*.hdf5")))
+    return not (is_store(path) or any(path.glob("metadata*.csv"))
+                or any(path.glob("waveforms*.hdf5")))
 
 # %% ../../nbs/data/02_sources.ipynb #08ae6abe
 def parse_weights(
     text:str|None, # such as "3,1"; None: nothing was typed
     n:int,         # how many data sets there are
 ) -> list[float]|None: # one for each
-    "The shares of the data sets; raises `UserError` unless there is one positive number for each"
+    "Weights of data sets; raises `UserError` unless there is one positive number for each"
     if text is None: return None
     try: weights = [float(w) for w in text.split(",")]
     except ValueError: weights = []
     if len(weights) != n or not all(0 < w < np.inf for w in weights):
-        raise UserError(f"--data-weights is '{text}'; give one positive number for each dataset ({n}), with commas between.")
+        raise UserError(f"--data-weights is '{text}'; give one positive number for each dataset "
+                        f"({n}), with commas between.")
     return weights
 
 # %% ../../nbs/data/02_sources.ipynb #d3afc4e2
 def open_source(
-    where:str,         # "synthetic", a store, the folder of a SeisBench data set, or the name of a published one ("ETHZ")
+    # "synthetic", a store, the folder of a SeisBench data set, or a published one ("ETHZ")
+    where:str,
     split:str="train", # "train", "dev" or "test"
     window:int=WINDOW, # samples of a window
 ) -> Source:
     "Open a source of records. Everything that can be wrong with `where` raises `UserError`."
-    if str(where) == "synthetic": return SyntheticSource(split=split, config=SyntheticConfig(samples=window))
+    if str(where) == "synthetic":
+        return SyntheticSource(split=split, config=SyntheticConfig(samples=window))
     folder = Path(where).expanduser()
     if is_store(folder): return StoreSource(Store(folder), split, window)
-    return SeisBenchSource(open_dataset(where), split, folder.resolve().name if folder.is_dir() else str(where), window)
+    name = folder.resolve().name if folder.is_dir() else str(where)
+    return SeisBenchSource(open_dataset(where), split, name, window)
 
 # %% ../../nbs/data/02_sources.ipynb #1b1ee794
 def write_synthetic(
@@ -482,7 +547,8 @@ def write_synthetic(
     WaveformDataWriter = _seisbench().data.WaveformDataWriter
     split = [name for name, count in splits.items() for _ in range(count)]
     made = synthesize(range(len(split)), seed=seed, config=SyntheticConfig(samples=samples))
-    with redirect_stderr(StringIO()), WaveformDataWriter(folder/"metadata.csv", folder/"waveforms.hdf5") as writer:
+    with redirect_stderr(StringIO()), WaveformDataWriter(folder/"metadata.csv",
+                                                         folder/"waveforms.hdf5") as writer:
         writer.data_format = {"dimension_order": "CW"}
         for k, (x, p, s) in enumerate(zip(made.waveforms, made.p_onset, made.s_onset)):
             kind = "noise" if np.isnan(p) and np.isnan(s) else "earthquake"

@@ -1,4 +1,4 @@
-"""A folder of memory-mapped samples with an index beside them: written once in constant memory, read at the speed of a copy
+"""A folder of memory-mapped samples with an index, written once in constant memory
 
 Docs: https://seismodel.github.io/seismodel/data/store.html.md"""
 
@@ -19,8 +19,10 @@ from zlib import crc32
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 
-from ..files import check_json, locked, read_json, replace_durably, sha256, to_disk, write_atomically
+from ..files import (check_json, locked, read_json, replace_durably, sha256, to_disk,
+                             write_atomically)
 from ..signals.records import COMPONENTS, SAMPLING_RATE, STATUS, Record
 from ..signals.several_events import ARRIVAL, arrivals_of
 from ..signals.normalize import flat
@@ -28,12 +30,13 @@ from ..core import UserError
 
 # %% ../../nbs/data/03_store.ipynb #4a43d7d0
 DTYPES = {"int16": np.int16, "float16": np.float16, "float32": np.float32}
-SPAN = {"int16": 65534., "float16": 65536.}     # between the largest and the smallest number that we write
+# between the largest and the smallest number that we write
+SPAN = {"int16": 65534., "float16": 65536.}
 
 def quantize_samples(
     x:np.ndarray, # (L, 3) float32, finite
     dtype:str,    # one of DTYPES
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # (L, 3) numbers of that type, offset (3,), scale (3,)
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # (L, 3) of that type, offset (3,), scale (3,)
     "Numbers q with x = offset + scale q; a flat component is its mean and a scale of 0"
     if dtype == "float32": return np.asarray(x, np.float32), np.zeros(3), np.ones(3)
     y = x.astype(float)
@@ -46,12 +49,13 @@ def quantize_samples(
     q = (y - offset) / np.where(still, 1., scale) * ~still
     return (np.rint(q) if dtype == "int16" else q).astype(DTYPES[dtype]), offset, scale
 
+# %% ../../nbs/data/03_store.ipynb #c1701a47
 def dequantize_samples(
     q:np.ndarray,      # (..., L, 3) numbers
     offset:np.ndarray, # (..., 3)
     scale:np.ndarray,  # (..., 3)
 ) -> np.ndarray: # (..., L, 3) float32
-    "The samples again"
+    "Samples from stored numbers"
     return (offset[..., None, :] + scale[..., None, :] * q).astype(np.float32)
 
 # %% ../../nbs/data/03_store.ipynb #92f77cc2
@@ -62,14 +66,14 @@ def _json(what):
     return (json.dumps(what, allow_nan=False) + "\n").encode()
 
 def _plain(value):
-    "What JSON can hold: NaN becomes null, and a time its text"
+    "A value that JSON can hold: NaN becomes null, and a time its text"
     value = value.item() if isinstance(value, np.generic) else value
     if isinstance(value, float): return value if np.isfinite(value) else None
     return value if value is None or isinstance(value, (str, int)) else str(value)
 
 # %% ../../nbs/data/03_store.ipynb #67219919
 class Part:
-    "A file of samples and the list of its traces, not yet there for anyone else"
+    "A file of samples that is being written, and the list of its traces"
     def __init__(self,
         folder:Path, # of the store
         number:int,  # of the file
@@ -85,37 +89,46 @@ class Part:
         "NumPy leaves room for the length, so that it can be written last"
         kind = np.lib.format.dtype_to_descr(np.dtype(DTYPES[self.dtype]))
         self.file.seek(0)
-        np.lib.format.write_array_header_1_0(self.file, dict(descr=kind, fortran_order=False, shape=(self.samples, 3)))
-
-    def add(self,
-        q:np.ndarray, # (L, 3) numbers
-        row:dict,     # what the index needs to know
-    ) -> None:
-        "Append a trace"
-        data = np.ascontiguousarray(q).tobytes()
-        place = dict(shard=self.number, first=self.samples, samples=len(q), crc=crc32(data))
-        self.list.write(_json(dict(row, **place)))
-        self.file.write(data)
-        self.samples += len(q)
+        np.lib.format.write_array_header_1_0(self.file,
+                                             dict(descr=kind, fortran_order=False,
+                                                  shape=(self.samples, 3)))
 
     def note(self, row:dict) -> None:
         "A line without samples"
         self.list.write(_json(row))
 
-    def close(self,
-        position, # where the sources stand
-    ) -> None:
-        "For good"
-        self._header()
-        to_disk(self.file)
-        self.note(dict(samples=self.samples, position=position, sha256=sha256(self.beside[0])))
-        to_disk(self.list)
-        self.abandon()
-        for beside, name in zip(self.beside, self.names): replace_durably(beside, name)   # the list last: now it counts
-
     def abandon(self) -> None:
-        "Leave both where they are; the next writer deletes them"
+        "Close both files unfinished; the next writer deletes them"
         for f in (self.file, self.list): f.close()
+
+# %% ../../nbs/data/03_store.ipynb #799b8041
+@patch
+def add(
+    self:Part,
+    q:np.ndarray, # (L, 3) numbers
+    row:dict,     # what the index needs to know
+) -> None:
+    "Append a trace"
+    data = np.ascontiguousarray(q).tobytes()
+    place = dict(shard=self.number, first=self.samples, samples=len(q), crc=crc32(data))
+    self.list.write(_json(dict(row, **place)))
+    self.file.write(data)
+    self.samples += len(q)
+
+# %% ../../nbs/data/03_store.ipynb #3f94b55b
+@patch
+def close(
+    self:Part,
+    position:object, # where the sources stand
+) -> None:
+    "Finish both files and give them their final names"
+    self._header()
+    to_disk(self.file)
+    self.note(dict(samples=self.samples, position=position, sha256=sha256(self.beside[0])))
+    to_disk(self.list)
+    self.abandon()
+    # the list last: now it counts
+    for beside, name in zip(self.beside, self.names): replace_durably(beside, name)
 
 # %% ../../nbs/data/03_store.ipynb #d15cd03b
 REMOVE = "remove this folder and pack again"
@@ -128,22 +141,27 @@ def same_plan(
     "Raise `UserError` with the first field that differs"
     for key in sorted({*plan, *other}):
         if plan.get(key) != other.get(key):
-            raise UserError(f"{folder} was begun with other {key}: name another folder, or remove this one")
+            raise UserError(f"{folder} was begun with other {key}: name another folder, or remove "
+                            "this one")
 
+# %% ../../nbs/data/03_store.ipynb #77f847c8
 def begin_store(
     folder:Path, # of the store: new, empty, or begun with the same plan
     plan:dict,   # what will be in it
 ): # the lock, held
-    "Plan and folders of a store that is not complete; raises `UserError` where the folder is something else"
+    "Begin or resume a store; raises `UserError` where the folder holds something else"
     path = folder/"plan.json"
     if path.exists(): same_plan(folder, plan, read_json(path, cure=REMOVE))
-    elif folder.is_file() or folder.is_dir() and {f.name for f in folder.iterdir()} - {".plan.json.part", "plan.json.part"}:
+    elif folder.is_file() or folder.is_dir() and {
+            f.name for f in folder.iterdir()} - {".plan.json.part", "plan.json.part"}:
         raise UserError(f"{folder} is there already and no store: name another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    if not path.exists(): write_atomically(path, lambda p: p.write_bytes(_json(plan)))   # the first of all
+    # the first of all
+    if not path.exists(): write_atomically(path, lambda p: p.write_bytes(_json(plan)))
     (folder/"parts").mkdir(exist_ok=True)
     return locked(folder/"parts"/".lock", f"another process is packing {folder}: wait for it")
 
+# %% ../../nbs/data/03_store.ipynb #283a9259
 def part_ends(
     folder:Path, # of the store
 ) -> list[dict]: # number of samples, position, checksum
@@ -151,34 +169,39 @@ def part_ends(
     parts = sorted((folder/"parts").glob("*.jsonl"))
     try: ends = [json.loads(p.read_bytes().splitlines()[-1]) for p in parts]
     except (ValueError, IndexError): ends = [None]
-    for end in ends: check_json(end, dict(samples=int, position=list, sha256=str), folder/"parts", REMOVE)
+    for end in ends:
+        check_json(end, dict(samples=int, position=list, sha256=str), folder/"parts", REMOVE)
     return ends
 
+# %% ../../nbs/data/03_store.ipynb #67dee55f
 def sweep(
     folder:Path, # of the store
     closed:int,  # how many parts count
 ) -> None:
-    "Delete what a kill left behind: temporary files, and samples without their list"
-    for file in {*folder.glob("samples-*"), *folder.glob("*.part"), *(folder/"parts").glob("*.part")}:
+    "Delete what a killed writer left: temporary files, and samples without their list"
+    for file in {*folder.glob("samples-*"), *folder.glob("*.part"),
+                 *(folder/"parts").glob("*.part")}:
         if file.suffix == ".part" or int(file.stem[8:]) >= closed: file.unlink()
 
+# %% ../../nbs/data/03_store.ipynb #d427aac1
 def clear(
     folder:Path, # of a store
 ) -> None:
-    "Take away what only the writing needs"
+    "Delete files that only the writer needs"
     rmtree(folder/"parts", ignore_errors=True)
-    for name in ("plan.json", ".manifest.json.part", "manifest.json.part"): (folder/name).unlink(missing_ok=True)
+    for name in ("plan.json", ".manifest.json.part", "manifest.json.part"):
+        (folder/name).unlink(missing_ok=True)
 
 # %% ../../nbs/data/03_store.ipynb #839f5058
 class StoreWriter:
-    "Writes a store, or goes on with one; a context manager"
+    "Writes a store, or continues one; a context manager"
     def __init__(self,
         folder:Path, # of the store: new, empty, or begun with the same plan
         plan:dict,   # dtype, window, shard_samples, sources [{name, where, weight, files}, …]
     ):
         self.folder, self.plan, self.part, self.position = Path(folder), plan, None, None
         self.complete = (self.folder/"manifest.json").exists()
-        if self.complete:                                                      # a kill may have left something
+        if self.complete:  # a kill may have left something
             manifest = read_json(self.folder/"manifest.json", dict(plan=dict), REMOVE)
             same_plan(self.folder, plan, manifest["plan"])
             return clear(self.folder)
@@ -193,53 +216,67 @@ class StoreWriter:
         if self.part: self.part.abandon()
         if not self.complete: self.lock.release()
 
-    def _open(self, samples=0):
-        "The part for so many samples more"
-        if self.part and self.part.samples + samples > self.plan["shard_samples"] and self.part.samples: self.commit()
-        self.part = self.part or Part(self.folder, self.closed, self.plan["dtype"])
-        return self.part
+# %% ../../nbs/data/03_store.ipynb #ebb535c2
+@patch
+def _open(self:StoreWriter, samples=0):
+    "The part that has room for more samples"
+    most = self.plan["shard_samples"]
+    if self.part and self.part.samples and self.part.samples + samples > most:
+        self.commit()
+    self.part = self.part or Part(self.folder, self.closed, self.plan["dtype"])
+    return self.part
 
-    def add(self,
-        source:int,    # number of its source
-        record:Record, # checked
-        split:str,     # such as "train"
-        more:dict,     # everything else that is known of it
-        position,      # where its source stands after it
-    ) -> None:
-        "Append a trace"
-        q, offset, scale = quantize_samples(record.waveform, self.plan["dtype"])
-        labels = {k: _plain(getattr(record, k)) for k in LABEL_FIELDS}
-        row = dict(source=source, split=split, name=record.name, offset=offset.tolist(), scale=scale.tolist(), **labels)
-        several = arrivals_of(0, record)
-        if len(several):
-            lines = several[["kind", "first", "last"]].tolist()
-            row["arrivals"] = [list(map(_plain, line)) for line in lines]
-        self._open(len(q)).add(q, dict(row, more={k: _plain(v) for k, v in more.items()}))
-        self.position = [source, position]
+@patch
+def add(
+    self:StoreWriter,
+    source:int,    # number of its source
+    record:Record, # checked
+    split:str,     # such as "train"
+    more:dict,     # everything else that is known of it
+    position:object,      # where its source stands after it
+) -> None:
+    "Append a trace"
+    q, offset, scale = quantize_samples(record.waveform, self.plan["dtype"])
+    labels = {k: _plain(getattr(record, k)) for k in LABEL_FIELDS}
+    row = dict(source=source, split=split, name=record.name, offset=offset.tolist(),
+               scale=scale.tolist(), **labels)
+    several = arrivals_of(0, record)
+    if len(several):
+        lines = several[["kind", "first", "last"]].tolist()
+        row["arrivals"] = [list(map(_plain, line)) for line in lines]
+    self._open(len(q)).add(q, dict(row, more={k: _plain(v) for k, v in more.items()}))
+    self.position = [source, position]
 
-    def leave_out(self,
-        source:int, # number of its source
-        name:str,   # of the trace or file
-        why:str,    # one clause
-        position,   # where its source stands after it
-    ) -> None:
-        "Note that a trace was not taken"
-        self._open().note(dict(source=source, left_out=name, why=why))
-        self.position = [source, position]
+# %% ../../nbs/data/03_store.ipynb #e01199e9
+@patch
+def leave_out(
+    self:StoreWriter,
+    source:int, # number of its source
+    name:str,   # of the trace or file
+    why:str,    # one clause
+    position:object,   # where its source stands after it
+) -> None:
+    "Note that a trace was not taken"
+    self._open().note(dict(source=source, left_out=name, why=why))
+    self.position = [source, position]
 
-    def commit(self) -> None:
-        "Close the part that is open"
-        self.part.close(self.position)
-        self.closed, self.part = self.closed + 1, None
+# %% ../../nbs/data/03_store.ipynb #03465f1d
+@patch
+def commit(self:StoreWriter) -> None:
+    "Close the part that is open"
+    self.part.close(self.position)
+    self.closed, self.part = self.closed + 1, None
 
 # %% ../../nbs/data/03_store.ipynb #d93be262
 def row_type(
     name_bytes:int, # longest name
 ) -> np.dtype: # of a row of index.npy
-    "What the index knows of a trace; onsets are NaN and statuses 0 where nothing is known, crc 0 as well"
-    return np.dtype([("shard", "<i4"), ("first", "<i8"), ("samples", "<i4"), ("source", "<i2"), ("split", "<i2"),
+    "Fields of the index; where nothing is known, onsets are NaN, statuses and crc 0"
+    return np.dtype([("shard", "<i4"), ("first", "<i8"), ("samples", "<i4"), ("source", "<i2"),
+                     ("split", "<i2"),
                      ("p_onset", "<f8"), ("s_onset", "<f8"), ("p_status", "i1"), ("s_status", "i1"),
-                     ("p_weak", "<f8"), ("s_weak", "<f8"), ("offset", "<f8", 3), ("scale", "<f8", 3),
+                     ("p_weak", "<f8"), ("s_weak", "<f8"), ("offset", "<f8", 3),
+                     ("scale", "<f8", 3),
                      ("crc", "<u4"), ("name", f"S{max(name_bytes, 1)}")])
 
 # %% ../../nbs/data/03_store.ipynb #43681a1b
@@ -263,8 +300,9 @@ def _lines(folder):
                     raise UserError(f"Line {number} of '{part}' is not JSON; {REMOVE}.") from None
                 yield check_json(found, {}, f'{part}, line {number}', REMOVE)
 
+# %% ../../nbs/data/03_store.ipynb #5b1624a3
 def _count(folder, names):
-    "Packed by source and split, left out by source and reason; columns, splits, bytes of the longest name, arrivals; the first left out"
+    "What the parts hold: counts, columns, splits, longest name, arrivals, first trace left out"
     packed, left, columns, splits, first = [{} for _ in names], [{} for _ in names], {}, {}, None
     width = arrivals = 0
     for line in _lines(folder):
@@ -279,6 +317,7 @@ def _count(folder, names):
             first = first or f"{names[line['source']]}/{line['left_out']}: {line['why']}"
     return packed, left, columns, splits, (width, arrivals), first
 
+# %% ../../nbs/data/03_store.ipynb #901cc618
 def _tables(folder, names, traces, columns, splits, width):
     "index.npy, traces.csv and left_out.csv, line by line"
     new = [folder/f"{name}.part" for name in TABLES]
@@ -294,13 +333,16 @@ def _tables(folder, names, traces, columns, splits, width):
         for line in _lines(folder):
             if "why" in line: left.writerow([names[line["source"]], line["left_out"], line["why"]])
             if "name" not in line: continue
-            table.writerow(dict(line["more"], store_source=names[line["source"]], trace_name=line["name"]))
-            value = dict(crc=0) | line | dict(split=splits[line["split"]], name=line["name"].encode())
+            table.writerow(dict(line["more"], store_source=names[line["source"]],
+                                trace_name=line["name"]))
+            value = dict(crc=0) | line | dict(split=splits[line["split"]],
+                                              name=line["name"].encode())
             row[0] = tuple(np.nan if value[n] is None else value[n] for n in row.dtype.names)
             index.write(row.tobytes())     # through a map, a full disk would end the process
         for f in (index, t, o): to_disk(f)
     for name, part in zip(TABLES, new): replace_durably(part, folder/name)
 
+# %% ../../nbs/data/03_store.ipynb #7e172f4a
 def _arrivals(folder, count):
     "arrivals.npy, line by line"
     part, k = folder/f"{ARRIVALS}.part", 0
@@ -321,51 +363,61 @@ def header_crc(
     "CRC-32 of the 128 bytes before the samples"
     with open(file, "rb") as f: return crc32(f.read(128))
 
+# %% ../../nbs/data/03_store.ipynb #648ddd4f
 def sealed_json(
     what: dict,  # plain values, without the field sha256
 ) -> bytes:      # JSON, with its own checksum as the last field
-    "What `is_sealed` accepts"
+    "JSON with a checksum of itself, which `is_sealed` accepts"
     text = (json.dumps({**what, "sha256": ZEROS}, indent=1) + "\n").encode()
     head, zeros, tail = text.rpartition(ZEROS.encode())
     return head + hashlib.sha256(text).hexdigest().encode() + tail
 
+# %% ../../nbs/data/03_store.ipynb #77029ecd
 def is_sealed(
     blob: bytes,   # what was read
     digest: str,   # the field sha256 of it
 ) -> bool:
-    "Whether every byte is as `sealed_json` wrote it"
+    "Whether the checksum inside matches the content"
     head, found, tail = blob.rpartition(str(digest).encode())
     return hashlib.sha256(head + ZEROS.encode() + tail).hexdigest() == digest
+
+# %% ../../nbs/data/03_store.ipynb #2926eb00
+def _no_trace(writer, names, first):
+    "Delete what was begun; the error to raise"
+    folder = writer.folder
+    writer.lock.release()
+    clear(folder)
+    for file in [*folder.glob("samples-*")]: file.unlink()
+    if not any(folder.iterdir()): folder.rmdir()
+    return UserError(f"no usable trace in {', '.join(names)}; the first: "
+                     f"{first or 'there is none at all'}")
 
 # %% ../../nbs/data/03_store.ipynb #c4f9a73c
 def finish(
     writer:StoreWriter, # that has got everything
 ) -> dict: # the manifest
-    "Make index, tables and manifest from the parts; raises `UserError` when there is no trace in them"
+    "Make index, tables and manifest from the parts; `UserError` when they hold no trace"
     folder, plan = writer.folder, writer.plan
     if writer.complete: return read_json(folder/"manifest.json", cure=REMOVE)
     if writer.part: writer.commit()
     names = [s["name"] for s in plan["sources"]]
     packed, left, columns, splits, (width, arrivals), first = _count(folder, names)
     traces, ends = sum(sum(p.values()) for p in packed), part_ends(folder)
-    if not traces:
-        writer.lock.release()
-        clear(folder)
-        for file in [*folder.glob("samples-*")]: file.unlink()
-        if not any(folder.iterdir()): folder.rmdir()
-        raise UserError(f"no usable trace in {', '.join(names)}; the first: {first or 'there is none at all'}")
+    if not traces: raise _no_trace(writer, names, first)
     _tables(folder, names, traces, list(columns), splits, width)
     if arrivals: _arrivals(folder, arrivals)
     version = VERSION if arrivals else 1
     shards = [{"file": f"samples-{k:05}.npy", "samples": e["samples"], "sha256": e["sha256"],
                "header": header_crc(folder/f"samples-{k:05}.npy")} for k, e in enumerate(ends)]
     sources = [dict(s, packed=p, left_out=o) for s, p, o in zip(plan["sources"], packed, left)]
-    manifest = {"format": "seismodel-store", "version": version, "dtype": plan["dtype"], "sampling_rate": SAMPLING_RATE,
-                "components": COMPONENTS, "status": STATUS, "splits": list(splits), "traces": traces,
+    manifest = {"format": "seismodel-store", "version": version, "dtype": plan["dtype"],
+                "sampling_rate": SAMPLING_RATE, "components": COMPONENTS, "status": STATUS,
+                "splits": list(splits), "traces": traces,
                 "samples": sum(e["samples"] for e in ends), "sources": sources, "shards": shards,
-                "tables": {name: sha256(folder/name) for name in table_names(version)}, "plan": plan}
+                "tables": {name: sha256(folder/name) for name in table_names(version)},
+                "plan": plan}
     write_atomically(folder/"manifest.json", lambda p: p.write_bytes(sealed_json(manifest)))
-    writer.lock.release()                                                      # Windows deletes no file that is open
+    writer.lock.release()  # Windows deletes no file that is open
     clear(folder)
     writer.complete = True
     return read_json(folder/"manifest.json")

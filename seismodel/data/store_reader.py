@@ -1,4 +1,4 @@
-"""A store as a source: checked as it is read, and many windows of it in one call
+"""Open a store, check it while it is read, and gather many windows in one call
 
 Docs: https://seismodel.github.io/seismodel/data/store_reader.html.md"""
 
@@ -18,32 +18,37 @@ from pathlib import Path
 from zlib import crc32
 
 import numpy as np
+from fastcore.basics import patch
 
 from .store import (ARRIVALS, DTYPES, LABEL_FIELDS, VERSION, dequantize_samples,
                                   header_crc, is_sealed, table_names)
 from ..files import check_json, read_json, sha256
 from ..signals.records import WINDOW, Record, check_record
-from ..signals.several_events import ARRIVAL, arrivals_in_windows, most_in_window, with_arrivals
+from ..signals.several_events import (ARRIVAL, arrivals_in_windows, most_in_window,
+                                              with_arrivals)
 from ..signals.source import Source, Windows, digest
 from ..core import UserError
 
 # %% ../../nbs/data/04_store_reader.ipynb #dca25abf
-MANIFEST = dict(version=int, dtype=str, splits=list[str], traces=int, samples=int, sources=list[dict], shards=list[dict], tables=dict)
+MANIFEST = dict(version=int, dtype=str, splits=list[str], traces=int, samples=int,
+                sources=list[dict], shards=list[dict], tables=dict)
 
 # %% ../../nbs/data/04_store_reader.ipynb #20607f4a
 def read_manifest(
     folder:Path, # of a finished store
 ) -> dict:
-    "The manifest; raises `UserError` where it is missing, of something else, incomplete or of a newer version"
+    "The manifest; raises `UserError` where it is missing, incomplete or of a newer version"
     if (folder/"plan.json").exists() and not (folder/"manifest.json").exists():
-        raise UserError(f"{folder} is a store that is not finished: give the same seismodel pack command again")
+        raise UserError(f"{folder} is a store that is not finished: give the same seismodel pack "
+                        "command again")
     file, cure = folder/"manifest.json", "copy it again, or pack again"
     m = read_json(file, cure=cure)
     if m.get("format") != "seismodel-store":
         raise UserError(f"{folder} is no store: its manifest.json is of something else")
     check_json(m, MANIFEST, file, cure)
     if m["version"] > VERSION:
-        raise UserError(f"{folder} was packed by a newer seismodel (store version {m['version']}): upgrade this one")
+        raise UserError(f"{folder} was packed by a newer seismodel (store version {m['version']}): "
+                        "upgrade this one")
     for shard in m["shards"]: check_json(shard, dict(file=str, samples=int, sha256=str), file, cure)
     sealed = "sha256" in m or any("header" in shard for shard in m["shards"])    # since version 0.2
     if sealed and not is_sealed(file.read_bytes(), m.get("sha256")) or m["dtype"] not in DTYPES:
@@ -55,12 +60,13 @@ def check_sizes(
     folder:Path,   # of a store
     manifest:dict, # of it
 ) -> None:
-    "Raises `UserError` for the first file of samples that is missing or cut short, and for a missing table"
+    "Raises `UserError` for the first file that is missing or cut short"
     width = 3 * np.dtype(DTYPES[manifest["dtype"]]).itemsize
     for k, shard in enumerate(manifest["shards"]):
         file, size = folder/f"samples-{k:05}.npy", 128 + shard["samples"] * width
         if not file.is_file() or file.stat().st_size != size:
-            raise UserError(f"{file} is missing or cut short (it should have {size} bytes): copy it again")
+            raise UserError(f"{file} is missing or cut short (it should have {size} bytes): copy "
+                            "it again")
     for name in table_names(manifest["version"]):
         if not (folder/name).is_file(): raise UserError(f"{folder/name} is missing: copy it again")
 
@@ -69,31 +75,36 @@ def check_tables(
     folder:Path,   # of a store
     manifest:dict, # of it
 ) -> None:
-    "Raises `UserError` for an index or a table that is not what was written"
+    "Raises `UserError` for an index or a table that has changed since it was written"
     for name in table_names(manifest["version"]):
         if sha256(folder/name) != manifest["tables"].get(name):
-            raise UserError(f"{folder/name} is damaged or does not belong to its manifest: copy it again")
+            raise UserError(f"{folder/name} is damaged or does not belong to its manifest: copy it "
+                            "again")
 
 # %% ../../nbs/data/04_store_reader.ipynb #2f771bd1
 def read_index(
     folder:Path,   # of a store
     manifest:dict, # of it
-) -> np.ndarray: # a row a trace, mapped
-    "The index; raises `UserError` where it is of another store"
+) -> np.ndarray: # one row per trace, mapped
+    "The index; raises `UserError` where it belongs to another store"
     try: index = np.load(folder/"index.npy", mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError): raise UserError(f"{folder}/index.npy is damaged: copy it again") from None
-    if len(index) != manifest["traces"] or not {"name", "shard", "first", *LABEL_FIELDS} <= set(index.dtype.names or ()):
+    except (OSError, ValueError):
+        raise UserError(f"{folder}/index.npy is damaged: copy it again") from None
+    if len(index) != manifest["traces"] or not {"name", "shard", "first",
+                                                *LABEL_FIELDS} <= set(index.dtype.names or ()):
         raise UserError(f"{folder}/index.npy does not belong to its manifest: copy both again")
     return index
 
+# %% ../../nbs/data/04_store_reader.ipynb #901c3614
 def read_arrivals(
     folder:Path,   # of a store
     manifest:dict, # of it
-) -> np.ndarray: # (n,) ARRIVAL in order of traces, mapped; empty where each trace has one event at most
-    "All events and zones of the traces that have more to say than one P and one S"
+) -> np.ndarray: # (n,) ARRIVAL in order of traces, mapped; empty: one event a trace at most
+    "Events and zones of the traces with more than one P and one S"
     if manifest["version"] < 2: return np.empty(0, ARRIVAL)
     try: arrivals = np.load(folder/ARRIVALS, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError): raise UserError(f"{folder}/{ARRIVALS} is damaged: copy it again") from None
+    except (OSError, ValueError):
+        raise UserError(f"{folder}/{ARRIVALS} is damaged: copy it again") from None
     if arrivals.dtype != ARRIVAL:
         raise UserError(f"{folder}/{ARRIVALS} does not belong to its manifest: copy both again")
     return arrivals
@@ -115,57 +126,73 @@ class Store:
         self.checked = np.full(len(self.index), "crc" not in self.index.dtype.names)
 
     def __len__(self): return len(self.index)
-    def __reduce__(self): return Store, (self.folder, False)                   # a loader process opens it for itself
+    def __reduce__(self): return Store, (self.folder, False)  # a loader process opens it for itself
 
-    def shard(self,
-        k:int, # its number
-    ) -> tuple[np.ndarray, mmap.mmap]: # (N, 3) samples, and the map that they live in
-        "A file of samples, mapped when it is first asked for"
-        if k not in self._maps:
-            file, shard = self.folder/f"samples-{k:05}.npy", self.manifest["shards"][k]
-            if shard.get("header", header_crc(file)) != header_crc(file): raise UserError(f"{file} is damaged: copy it again")
-            x = np.memmap(file, self.dtype, "r", 128, (shard["samples"], 3))
-            self._maps[k] = np.asarray(x), x._mmap
-        return self._maps[k]
+# %% ../../nbs/data/04_store_reader.ipynb #75bda7c1
+@patch
+def shard(
+    self:Store,
+    k:int, # its number
+) -> tuple[np.ndarray, mmap.mmap]: # (N, 3) samples, and the map that they live in
+    "A file of samples, mapped at its first use"
+    if k not in self._maps:
+        file, shard = self.folder/f"samples-{k:05}.npy", self.manifest["shards"][k]
+        if shard.get("header", header_crc(file)) != header_crc(file):
+            raise UserError(f"{file} is damaged: copy it again")
+        x = np.memmap(file, self.dtype, "r", 128, (shard["samples"], 3))
+        self._maps[k] = np.asarray(x), x._mmap
+    return self._maps[k]
 
-    def check(self,
-        rows:np.ndarray, # of the index
-    ) -> None:
-        "Compare the checksums of traces that were not read before; raises `UserError` for one that is damaged"
-        fresh = np.unique(rows[~self.checked[rows]])
-        if not len(fresh): return
-        known = ("shard", "first", "samples", "crc")                          # a row by itself is slow
-        about = (self.index[k][fresh].tolist() for k in known)
-        for row, shard, first, samples, crc in zip(fresh.tolist(), *about):
-            if crc and crc32(self.shard(shard)[0][first:first + samples]) != crc:
-                name = self.index["name"][row].decode()
-                raise UserError(f"{self.folder}/samples-{shard:05}.npy: trace {name} is damaged, its "
-                                "checksum does not match; copy the file again, or pack again")
-            self.checked[row] = True
+# %% ../../nbs/data/04_store_reader.ipynb #08a5ad09
+@patch
+def check(
+    self:Store,
+    rows:np.ndarray, # of the index
+) -> None:
+    "Compare the checksums of traces read for the first time; `UserError` for a damaged one"
+    fresh = np.unique(rows[~self.checked[rows]])
+    if not len(fresh): return
+    known = ("shard", "first", "samples", "crc")  # a row by itself is slow
+    about = (self.index[k][fresh].tolist() for k in known)
+    for row, shard, first, samples, crc in zip(fresh.tolist(), *about):
+        if crc and crc32(self.shard(shard)[0][first:first + samples]) != crc:
+            name = self.index["name"][row].decode()
+            raise UserError(f"{self.folder}/samples-{shard:05}.npy: trace {name} is damaged, "
+                            "its "
+                            "checksum does not match; copy the file again, or pack again")
+        self.checked[row] = True
 
-    def record(self,
-        row:int, # of the index
-    ) -> Record: # float32, as the source gave it up to the error of the type
-        "A whole trace"
-        r = self.index[row]
-        self.check(np.array([row]))
-        q = self.shard(r["shard"])[0][r["first"]:r["first"] + r["samples"]]
-        labels = {k: r[k].item() for k in LABEL_FIELDS}
-        record = Record(dequantize_samples(q, r["offset"], r["scale"]), name=r["name"].decode(), **labels)
-        first, last = np.searchsorted(self.arrivals["record"], [row, row + 1])
-        return with_arrivals(record, self.arrivals[first:last])
+# %% ../../nbs/data/04_store_reader.ipynb #450836a3
+@patch
+def record(
+    self:Store,
+    row:int, # of the index
+) -> Record: # float32, as the source gave it up to the error of the type
+    "A whole trace"
+    r = self.index[row]
+    self.check(np.array([row]))
+    q = self.shard(r["shard"])[0][r["first"]:r["first"] + r["samples"]]
+    labels = {k: r[k].item() for k in LABEL_FIELDS}
+    record = Record(dequantize_samples(q, r["offset"], r["scale"]), name=r["name"].decode(),
+                    **labels)
+    first, last = np.searchsorted(self.arrivals["record"], [row, row + 1])
+    return with_arrivals(record, self.arrivals[first:last])
 
-    def verify(self) -> list[str]: # names of the files that are not what they were when they were written
-        "Compare every checksum"
-        want = {s["file"]: s["sha256"] for s in self.manifest["shards"]} | self.manifest["tables"]
-        return [name for name, digest in want.items() if sha256(self.folder/name) != digest]
+# %% ../../nbs/data/04_store_reader.ipynb #443602ac
+@patch
+def verify(self:Store) -> list[str]: # names of files that have changed since they were written
+    "Compare every checksum"
+    want = {s["file"]: s["sha256"] for s in self.manifest["shards"]} | self.manifest["tables"]
+    return [name for name, digest in want.items() if sha256(self.folder/name) != digest]
 
+# %% ../../nbs/data/04_store_reader.ipynb #5c6c1639
 def is_store(
-    folder, # any path
+    folder:str|Path, # any path
 ) -> bool: # finished or not
     "Whether a folder is a store or the beginning of one"
     there = lambda name: (Path(folder)/name).exists()
-    return there("plan.json") or there("manifest.json") or there("index.npy") and there("samples-00000.npy")
+    return (there("plan.json") or there("manifest.json")
+            or there("index.npy") and there("samples-00000.npy"))
 
 # %% ../../nbs/data/04_store_reader.ipynb #ffe7b89b
 def advise_willneed(
@@ -174,25 +201,28 @@ def advise_willneed(
     start:np.ndarray,   # (B,) sample of the file at which a stretch starts
     samples:np.ndarray, # (B,) that will be read
 ) -> None:
-    "Let the system fetch stretches that will be read soon, where it takes advice"
+    "Ask the operating system to read samples ahead, where it supports this"
     width = 3 * store.dtype.itemsize
-    for k, first, last in zip(shard, 128 + start * width, 128 + (start + samples) * width):     # bytes, after the header
+    # bytes, after the header
+    for k, first, last in zip(shard, 128 + start * width, 128 + (start + samples) * width):
         memory, page = store.shard(k)[1], int(first) // mmap.PAGESIZE * mmap.PAGESIZE
         if hasattr(memory, "madvise"): memory.madvise(mmap.MADV_WILLNEED, page, int(last) - page)
 
+# %% ../../nbs/data/04_store_reader.ipynb #2159db64
 def gather_windows(
     store:Store,       # open
     shard:np.ndarray,  # (B,) which file
     start:np.ndarray,  # (B,) sample of the file at which a window starts
     window:int,        # samples
 ) -> np.ndarray: # (B, window, 3)
-    "Windows by place"
+    "Copy windows out of mapped files"
     files, width = np.unique(shard), 3 * store.dtype.itemsize
     out = np.empty((len(shard), 3 * window), store.dtype) if len(files) > 1 else None
     for k in files:
         here = np.flatnonzero(shard == k)
         x = store.shard(k)[0]
-        rows = np.lib.stride_tricks.as_strided(x, (len(x) - window + 1, 3 * window), (width, store.dtype.itemsize))
+        rows = np.lib.stride_tricks.as_strided(x, (len(x) - window + 1, 3 * window),
+                                               (width, store.dtype.itemsize))
         if out is None: out = rows[start]                                      # one file: one copy
         else: out[here] = rows[start[here]]
     return out.reshape(-1, window, 3)
@@ -202,30 +232,35 @@ def rows_of_split(
     store:Store,  # open
     split:str,    # one of the manifest's splits; another one raises `UserError`
     window:int,   # samples
-) -> tuple[np.ndarray, list[str]]: # rows of the index with at least half a window; names of the others
+) -> tuple[np.ndarray, list[str]]: # rows with at least half a window; names of the others
     "The traces of a split"
     name, splits, index = store.folder.resolve().name, store.manifest["splits"], store.index
-    if split not in splits: raise UserError(f"{name} has no trace in split {split!r}, only in {', '.join(splits)}")
+    if split not in splits:
+        raise UserError(f"{name} has no trace in split {split!r}, only in {', '.join(splits)}")
     rows = np.flatnonzero(index["split"] == splits.index(split))
     brief = index["samples"][rows] < window / 2
-    if brief.all(): raise UserError(f"{name}: every trace of split {split!r} is shorter than half a window of {window}")
+    if brief.all():
+        raise UserError(f"{name}: every trace of split {split!r} is shorter than half a window of "
+                        f"{window}")
     return rows[~brief], [n.decode() for n in index["name"][rows[brief]]]
 
+# %% ../../nbs/data/04_store_reader.ipynb #aa4aaa62
 def upper_bounds(
     count:np.ndarray, # (sources,) traces of each
     weights:list,     # of the sources; None in it: every trace counts the same
 ) -> np.ndarray: # (sources,) rising to 1; source k has the numbers from the one before to its own
-    "The shares of the sources, one after the other"
+    "Cumulative fractions of the sources"
     share = np.where(count > 0, count if None in weights else weights, 0.)
     if not share.any(): share = count
     return np.cumsum(share / share.sum())
 
+# %% ../../nbs/data/04_store_reader.ipynb #a26bb09e
 def choose_traces(
     u:np.ndarray,     # (B,) in [0, 1)
     upto:np.ndarray,  # (sources,) from `upper_bounds`
     count:np.ndarray, # (sources,) traces of each, one source after the other
 ) -> np.ndarray: # (B,) numbers of traces
-    "A source by its share, and a trace of it, all of them alike"
+    "Draw a source by its fraction, and one of its traces with equal probability"
     k = np.minimum(np.searchsorted(upto, u, side="right"), np.flatnonzero(count)[-1])
     before = np.concatenate([[0], upto])[k]
     inside = np.minimum(((u - before) / (upto[k] - before) * count[k]).astype(int), count[k] - 1)
@@ -236,19 +271,22 @@ def place_windows(
     u:np.ndarray,       # (B,) in [0, 1)
     samples:np.ndarray, # (B,) of the traces
     window:int,         # samples
-) -> tuple[np.ndarray, np.ndarray]: # (B,) sample of the trace at which the window starts; (B, 2) int32 as `Windows.valid`
-    "Where windows start; negative: that many zeros come first"
+) -> tuple[np.ndarray, np.ndarray]: # (B,) sample of the trace; (B, 2) int32 as `Windows.valid`
+    "Where windows start in their traces; negative: that many zeros come first"
     extra = samples.astype(np.int64) - window
     first = (u * (np.abs(extra) + 1)).astype(np.int64) * np.where(extra < 0, -1, 1)
-    return first, np.stack([np.maximum(-first, 0), np.minimum(samples - first, window)], 1).astype(np.int32)
+    return first, np.stack([np.maximum(-first, 0), np.minimum(samples - first, window)],
+                           1).astype(np.int32)
 
+# %% ../../nbs/data/04_store_reader.ipynb #b2a9aee4
 def labels_in_windows(
     rows:np.ndarray,  # (B,) of the index
     first:np.ndarray, # (B,) sample of the trace at which a window starts
     window:int,       # samples
-) -> tuple[np.ndarray, np.ndarray]: # onsets (B, 4) float32 in the window, NaN outside; statuses (B, 2) int8
-    "The labels of windows"
-    onset = np.stack([rows[k] for k in ("p_onset", "s_onset", "p_weak", "s_weak")], 1) - first[:, None]
+) -> tuple[np.ndarray, np.ndarray]: # onsets (B, 4) float32, statuses (B, 2) int8
+    "Labels of windows: onsets in samples of the window, NaN outside it"
+    onset = np.stack([rows[k] for k in ("p_onset", "s_onset", "p_weak", "s_weak")],
+                     1) - first[:, None]
     onset[~((onset >= 0) & (onset < window))] = np.nan
     return onset.astype(np.float32), np.stack([rows["p_status"], rows["s_status"]], 1)
 
@@ -267,7 +305,8 @@ def gather_padded(
     x = np.zeros((len(shard), window, 3), store.dtype)
     if long.any(): x[long] = gather_windows(store, shard[long], begin[long] + first[long], window)
     for b in np.flatnonzero(~long):
-        x[b, -first[b]:samples[b] - first[b]] = store.shard(shard[b])[0][begin[b]:begin[b] + samples[b]]
+        x[b, -first[b]:samples[b] - first[b]] = store.shard(shard[b])[0][begin[b]:begin[b]
+                                                                         + samples[b]]
     return x
 
 # %% ../../nbs/data/04_store_reader.ipynb #1609d28a
@@ -278,21 +317,23 @@ def columns_of(
     import pandas as pd
     return list(pd.read_csv(file, nrows=0))
 
+# %% ../../nbs/data/04_store_reader.ipynb #026eca2f
 def read_column(
     file: Path,     # a CSV with that column
-    column: str,
+    column: str,    # its name
 ) -> np.ndarray:    # (rows,) object: text as it stands, empty where nothing is known
     "One column of a table"
     import pandas as pd
     cells = pd.read_csv(file, usecols=[column], dtype=str, keep_default_na=False)[column]
     return cells.where(~cells.isin(['nan', 'NaN']), '').to_numpy(object)
 
+# %% ../../nbs/data/04_store_reader.ipynb #ff67c239
 def no_column(
     name: str,            # of the source
     column: str,          # that was asked for
     columns: list[str],   # that there are
 ) -> UserError:
-    "The sentence for a column that is not there, with those that may have been meant"
+    "The error for a missing column, with similar names"
     near = get_close_matches(column, columns, 3, .4)
     hint = f"; near it are {', '.join(near)}." if near else '.'
     return UserError(f"{name} has no column '{column}' in its metadata{hint}")
@@ -312,9 +353,10 @@ class StoreSource(Source):
         self._look_up()
 
     def _look_up(self):
-        "Where the records lie, and how often each source is drawn"
+        "Positions of the records, and how often each source is drawn"
         index, sources = self.store.index, self.store.manifest['sources']
-        self.samples, self.first, self.shard = (index[k][self.rows] for k in ('samples', 'first', 'shard'))
+        self.samples, self.first, self.shard = (index[k][self.rows]
+                                                for k in ('samples', 'first', 'shard'))
         self.count = np.bincount(index['source'][self.rows], minlength=len(sources))
         self.upto = upper_bounds(self.count, [s['weight'] for s in sources])
         arrived = self.store.arrivals['record']
@@ -322,76 +364,99 @@ class StoreSource(Source):
         self.arrivals, self._most = np.searchsorted(arrived, self.rows, 'right') - self.begin, {}
 
     def __len__(self): return len(self.rows)
-    def record(self, i): return check_record(self.store.record(self.rows[i]), self.window)
-    def label(self, i): return self.store.index['name'][self.rows[i]].decode()
+    def record(self, i:int): return check_record(self.store.record(self.rows[i]), self.window)
+    def label(self, i:int): return self.store.index['name'][self.rows[i]].decode()
 
-    def metadata(self, column, default=None):
-        file = self.store.folder/'traces.csv'
-        if column in (columns := columns_of(file)): return read_column(file, column)[self.rows].tolist()
-        if default is None: raise no_column(self.name, column, columns)
-        return [default]*len(self)
+# %% ../../nbs/data/04_store_reader.ipynb #5a99b90f
+@patch
+def metadata(self:StoreSource, column:str, default:str|None=None):
+    file = self.store.folder/'traces.csv'
+    if column in (columns := columns_of(file)):
+        return read_column(file, column)[self.rows].tolist()
+    if default is None: raise no_column(self.name, column, columns)
+    return [default]*len(self)
 
-    def events(self):
-        "Traces that are called alike, from several data sets or chunks, are told apart by their rows"
-        names, count = np.unique(self.store.index['name'], return_counts=True)
-        twice = set(names[count > 1].tolist())
-        called = lambda name, row: name.decode() + (f', row {row}' if name in twice else '')
-        own = self.store.index['name'][self.rows].tolist()
-        return [e or called(n, row) for e, n, row in zip(self.metadata('source_id', ''), own, self.rows)]
+# %% ../../nbs/data/04_store_reader.ipynb #7480f662
+@patch
+def events(self:StoreSource):
+    "Traces of several data sets or chunks with the same name are told apart by their rows"
+    names, count = np.unique(self.store.index['name'], return_counts=True)
+    twice = set(names[count > 1].tolist())
+    called = lambda name, row: name.decode() + (f', row {row}' if name in twice else '')
+    own = self.store.index['name'][self.rows].tolist()
+    return [e or called(n, row) for e, n, row in zip(self.metadata('source_id', ''), own,
+                                                     self.rows)]
 
-    def has_phase_labels(self):
-        return bool(any((self.store.index[k][self.rows] > 0).any() for k in ('p_status', 's_status')))
+# %% ../../nbs/data/04_store_reader.ipynb #4a43e643
+@patch
+def has_phase_labels(self:StoreSource):
+    return bool(any((self.store.index[k][self.rows] > 0).any()
+                    for k in ('p_status', 's_status')))
 
-    def fingerprint(self):
-        "Of index and arrivals, which hold labels and sizes, and of the checksums of the samples"
-        known = [self.store.index[self.rows], [s['sha256'] for s in self.store.manifest['shards']]]
-        return digest(*known, *([self._own()] if len(self.store.arrivals) else []))
+# %% ../../nbs/data/04_store_reader.ipynb #dcc31a82
+@patch
+def fingerprint(self:StoreSource):
+    "Checksum of index, arrivals, and the checksums of the samples"
+    known = [self.store.index[self.rows], [s['sha256'] for s in self.store.manifest['shards']]]
+    return digest(*known, *([self._own()] if len(self.store.arrivals) else []))
 
-    def _own(self):
-        "The rows of `arrivals` that belong to this part"
-        arrivals = self.store.arrivals
-        return arrivals[np.isin(arrivals['record'], self.rows)]
+@patch
+def _own(self:StoreSource):
+    "The rows of `arrivals` that belong to this part"
+    arrivals = self.store.arrivals
+    return arrivals[np.isin(arrivals['record'], self.rows)]
 
-    def most(self, window):
-        if window not in self._most: self._most[window] = most_in_window(self._own(), window)
-        return self._most[window]
+# %% ../../nbs/data/04_store_reader.ipynb #abd11e31
+@patch
+def most(self:StoreSource, window:int):
+    if window not in self._most: self._most[window] = most_in_window(self._own(), window)
+    return self._most[window]
 
-    def subset(self, rows):
-        "As fast as the whole: many windows at once; `rows` ascend, as sources are drawn one after the other"
-        part = copy(self)
-        part.rows = self.rows[np.asarray(rows, int)]
-        part._look_up()
-        return part
+# %% ../../nbs/data/04_store_reader.ipynb #49e8823c
+@patch
+def subset(self:StoreSource, rows:list):
+    "A part that is as fast as the whole; `rows` ascend, so that sources stay together"
+    part = copy(self)
+    part.rows = self.rows[np.asarray(rows, int)]
+    part._look_up()
+    return part
 
-    def choose(self, u):
-        "A source by its weight, and a trace of it"
-        return choose_traces(u, self.upto, self.count)
+# %% ../../nbs/data/04_store_reader.ipynb #d8b513f8
+@patch
+def choose(self:StoreSource, u:np.ndarray):
+    "Draw a source by its weight, and a trace of it"
+    return choose_traces(u, self.upto, self.count)
 
-    def prefetch_windows(self, i, u, window):
-        first, _ = place_windows(u, self.samples[i], window)
-        start = self.first[i] + np.maximum(first, 0)
-        advise_willneed(self.store, self.shard[i], start, np.minimum(self.samples[i], window))
+# %% ../../nbs/data/04_store_reader.ipynb #375a6992
+@patch
+def prefetch_windows(self:StoreSource, i:np.ndarray, u:np.ndarray, window:int):
+    first, _ = place_windows(u, self.samples[i], window)
+    start = self.first[i] + np.maximum(first, 0)
+    advise_willneed(self.store, self.shard[i], start, np.minimum(self.samples[i], window))
 
-    def windows(self, i, u, window):
-        "All at once, in numbers of the store's type"
-        samples, rows = self.samples[i], self.store.index[self.rows[i]]
-        first, valid = place_windows(u, samples, window)
-        self.store.check(self.rows[i])
-        x = gather_padded(self.store, self.shard[i], self.first[i], samples, first, window)
-        onset, status = labels_in_windows(rows, first, window)
-        events, zones = self._events(i, first, window, onset)
-        return Windows(x, rows['scale'].astype(np.float32), valid, onset, status, i, events, zones)
+# %% ../../nbs/data/04_store_reader.ipynb #4de4dc8d
+@patch
+def windows(self:StoreSource, i:np.ndarray, u:np.ndarray, window:int):
+    "All windows at once, in the type of the store"
+    samples, rows = self.samples[i], self.store.index[self.rows[i]]
+    first, valid = place_windows(u, samples, window)
+    self.store.check(self.rows[i])
+    x = gather_padded(self.store, self.shard[i], self.first[i], samples, first, window)
+    onset, status = labels_in_windows(rows, first, window)
+    events, zones = self._events(i, first, window, onset)
+    return Windows(x, rows['scale'].astype(np.float32), valid, onset, status, i, events, zones)
 
-    def _events(self, i, first, window, onset):
-        "Events and zones; those of a trace that `arrivals` does not name are its P and S"
-        own = onset[:, None, :2]
-        if not len(self.store.arrivals): return own, np.empty((len(i), 2, 0, 2), np.float32)
-        begin, count = self.begin[i], self.arrivals[i]
-        events, zones = arrivals_in_windows(self.store.arrivals, begin, count, first, window,
-                                            self.most(window))
-        alone = count == 0
-        events[alone, 0] = own[alone, 0]
-        return events, zones
+@patch
+def _events(self:StoreSource, i, first, window, onset):
+    "Events and zones; a trace without rows in `arrivals` has its P and S"
+    own = onset[:, None, :2]
+    if not len(self.store.arrivals): return own, np.empty((len(i), 2, 0, 2), np.float32)
+    begin, count = self.begin[i], self.arrivals[i]
+    events, zones = arrivals_in_windows(self.store.arrivals, begin, count, first, window,
+                                        self.most(window))
+    alone = count == 0
+    events[alone, 0] = own[alone, 0]
+    return events, zones
 
 # %% ../../nbs/data/04_store_reader.ipynb #592166cd
 class StoreRecords:
@@ -408,4 +473,4 @@ class StoreRecords:
         self.metadata = table.iloc[self.rows].reset_index(drop=True)
 
     def copy(self): return copy(self)
-    def get_waveforms(self, i): return self.store.record(self.rows[i]).waveform.T
+    def get_waveforms(self, i:int): return self.store.record(self.rows[i]).waveform.T

@@ -1,4 +1,4 @@
-"""From sources to batches of normalised windows: a pure function of (seed, number), vectorised
+"""From sources to batches of normalised windows: a pure function of seed and window number
 
 Docs: https://seismodel.github.io/seismodel/data/windows.html.md"""
 
@@ -11,6 +11,7 @@ __all__ = ['splitmix64', 'uniforms', 'write_rows_into', 'empty_batch', 'Filler',
 # %% ../../nbs/data/06_windows.ipynb #a380f272
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch.utils.data import Dataset
 
 from ..signals.normalize import is_flat, normalize_windows
@@ -23,18 +24,19 @@ def splitmix64(
     z:np.ndarray, # uint64
 ) -> np.ndarray: # uint64, one to one
     "SplitMix64: add the golden ratio, then shift and multiply"
-    with np.errstate(over="ignore"):                                           # arithmetic modulo 2^64
+    with np.errstate(over="ignore"):  # arithmetic modulo 2^64
         z = z + np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ z >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ z >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
         return z ^ z >> np.uint64(31)
 
+# %% ../../nbs/data/06_windows.ipynb #9f3d65fa
 def uniforms(
     seed:int,           # of the run
     numbers:np.ndarray, # (B,) windows
     attempt:int=0,      # which draw for this window
 ) -> np.ndarray: # (B, 3) in [0, 1): for source, record, offset
-    "Numbers that depend on (seed, number, attempt) and their column"
+    "Random numbers that depend on (seed, number, attempt) and their column only"
     z = splitmix64(splitmix64(np.uint64(seed % 2**64)) ^ np.asarray(numbers).astype(np.uint64))
     z = splitmix64(z[:, None] ^ np.uint64(3 * attempt) + np.arange(3, dtype=np.uint64))
     return (z >> np.uint64(11)) * 2.**-53
@@ -46,70 +48,46 @@ def write_rows_into(
     w:Windows,       # for these rows
     raw:bool,        # leave them as they are
 ) -> None:
-    "Move windows into a batch"
+    "Copy windows into rows of a batch"
     for to, value in zip(b[1:6], w[1:6]): to[rows] = value
     events, zones = w.events.shape[1], w.zones.shape[2]
     if events > b.events.shape[1] or zones > b.zones.shape[2]:
         raise UserError(f"a window has {events} events and {zones} zones, "
                         "more than its source says in `most`")
     b.events[rows, :events], b.zones[rows, :, :zones] = w.events, w.zones
-    if len(rows) and rows[-1] - rows[0] == len(rows) - 1: rows = slice(rows[0], rows[-1] + 1)       # a view, no copy
+    if len(rows) and rows[-1] - rows[0] == len(rows) - 1:
+        rows = slice(rows[0], rows[-1] + 1)  # a view, no copy
     if not raw and isinstance(rows, slice): normalize_windows(w.x, w.valid, b.x[rows])
     elif not raw: b.x[rows] = normalize_windows(w.x, w.valid)
     elif w.x.dtype == b.x.dtype: b.x[rows] = w.x
-    else: b.x[rows], b.scale[rows] = w.x * w.scale[:, None], 1.                # sources of several types: amplitudes
+    else: b.x[rows], b.scale[rows] = w.x * w.scale[:, None], 1.  # several types: amplitudes
 
+# %% ../../nbs/data/06_windows.ipynb #d3f6bcaf
 def empty_batch(
     count:int,      # windows
     window:int,     # samples
-    dtype=np.float32, # of the samples
+    dtype:type=np.float32, # of the samples
     most:tuple[int, int]=(1, 0), # events, and zones of a phase, that a window can have
 ) -> Windows:
     "A batch to be filled"
     missing = lambda *shape: np.full(shape, np.nan, np.float32)
-    return Windows(np.empty((count, window, 3), dtype), np.ones((count, 3), np.float32), np.zeros((count, 2), np.int32),
-                   np.zeros((count, 4), np.float32), np.zeros((count, 2), np.int8), np.zeros(count, int),
+    return Windows(np.empty((count, window, 3), dtype), np.ones((count, 3), np.float32),
+                   np.zeros((count, 2), np.int32),
+                   np.zeros((count, 4), np.float32), np.zeros((count, 2), np.int8),
+                   np.zeros(count, int),
                    missing(count, most[0], 2), missing(count, 2, most[1], 2))
 
 # %% ../../nbs/data/06_windows.ipynb #62cabeb8
 class Filler:
     "Fills rows of batches from one source"
     def __init__(self,
-        source: Source,
+        source: Source,  # of the windows
         window: int,     # samples
-        rejected: dict,  # gets "source/record" -> why it was drawn in vain; several fillers may share it
+        rejected: dict,  # gets "source/record" -> why it has no window; fillers may share it
     ): self.source, self.window, self.rejected = source, window, rejected
 
-    def fill(self,
-        b: Windows,        # a batch, filled in place
-        rows: np.ndarray,  # (B,) which rows
-        u: np.ndarray,     # (B, 2) in [0, 1): of the record, of the offset
-        raw: bool,         # leave the samples as they are
-    ) -> np.ndarray:       # rows that succeeded
-        "Fill what can be filled"
-        i = self.source.choose(u[:, 0])
-        self.source.prefetch_windows(i, u[:, 1], self.window)      # all of them, while the first are copied
-        few = [slice(k, k + 32) for k in range(0, len(rows), 32)]
-        return np.concatenate([self.fill_few(b, rows[k], i[k], u[k, 1], raw) for k in few])
-
-    def fill_few(self,
-        b: Windows,        # a batch, filled in place
-        rows: np.ndarray,  # (B,) which rows
-        i: np.ndarray,     # (B,) numbers of records
-        u: np.ndarray,     # (B,) in [0, 1): where in the record
-        raw: bool,         # leave the samples as they are
-    ) -> np.ndarray:       # rows that succeeded
-        "Fill as many rows as the cache of a CPU holds"
-        w = self.source.windows(i, u, self.window)
-        still = is_flat(w.x, w.valid)
-        if still.any():
-            for k in i[still].tolist(): self.reject(k)
-            rows, w = rows[~still], Windows(*(v[~still] for v in w))
-        write_rows_into(b, rows, w, raw)
-        return rows
-
-    def reject(self, k):
-        "Count a record that has no window under its name, and say so once"
+    def reject(self, k:int):
+        "Note a record that gave no window, and log it once"
         refused = self.source.refused
         name, why = refused[k] if k in refused else \
                     (self.source.label(k), 'no signal in the window that was drawn')
@@ -117,22 +95,57 @@ class Filler:
         if name not in self.rejected: log.warning('%s: %s; another record is drawn', name, why)
         self.rejected[name] = why
 
+# %% ../../nbs/data/06_windows.ipynb #cd114357
+@patch
+def fill(
+    self:Filler,
+    b: Windows,        # a batch, filled in place
+    rows: np.ndarray,  # (B,) which rows
+    u: np.ndarray,     # (B, 2) in [0, 1): of the record, of the offset
+    raw: bool,         # leave the samples as they are
+) -> np.ndarray:       # rows that succeeded
+    "Fill rows with random windows, as far as they can be used"
+    i = self.source.choose(u[:, 0])
+    self.source.prefetch_windows(i, u[:, 1], self.window)  # the disk works while we copy
+    few = [slice(k, k + 32) for k in range(0, len(rows), 32)]
+    return np.concatenate([self.fill_few(b, rows[k], i[k], u[k, 1], raw) for k in few])
+
+# %% ../../nbs/data/06_windows.ipynb #4f0da394
+@patch
+def fill_few(
+    self:Filler,
+    b: Windows,        # a batch, filled in place
+    rows: np.ndarray,  # (B,) which rows
+    i: np.ndarray,     # (B,) numbers of records
+    u: np.ndarray,     # (B,) in [0, 1): where in the record
+    raw: bool,         # leave the samples as they are
+) -> np.ndarray:       # rows that succeeded
+    "Fill a few rows, so that they fit into the cache of a CPU"
+    w = self.source.windows(i, u, self.window)
+    still = is_flat(w.x, w.valid)
+    if still.any():
+        for k in i[still].tolist(): self.reject(k)
+        rows, w = rows[~still], Windows(*(v[~still] for v in w))
+    write_rows_into(b, rows, w, raw)
+    return rows
+
 # %% ../../nbs/data/06_windows.ipynb #a5bba6b4
 def shares_of(
-    weights, # one for each source, any positive scale; None: all alike
+    weights:list|None, # one for each source, any positive scale; None: all equal
     n:int,   # sources
 ) -> np.ndarray: # (n,) with the sum 1
-    "The share of each source; raises `UserError` where there are not as many as sources, or none is positive"
+    "The fraction of each source; `UserError` for a wrong number of weights, or none above 0"
     share = np.ones(n) if weights is None else np.asarray(weights, float)
     valid = share.shape == (n,) and (np.isfinite(share) & (share >= 0)).all() and share.any()
     if not valid: raise UserError(f"{n} sources need as many weights, positive or 0: {weights}")
     return share / share.sum()
 
+# %% ../../nbs/data/06_windows.ipynb #7d62d37e
 def choose_sources(
     u:np.ndarray,     # (B,) in [0, 1)
     share:np.ndarray, # (n,) from `shares_of`
 ) -> np.ndarray: # (B,) numbers of sources
-    "A source by its share"
+    "Draw sources by their fractions"
     return np.minimum(np.searchsorted(np.cumsum(share), u, side="right"), np.flatnonzero(share)[-1])
 
 # %% ../../nbs/data/06_windows.ipynb #01802312
@@ -141,7 +154,7 @@ def to_tensors(
     raw:bool,  # with what is needed to normalise it later
     **more,    # further arrays (B,)
 ) -> dict: # name -> tensor (B, …)
-    "A batch as PyTorch wants it"
+    "A batch as named tensors"
     labels = dict(zip(("p_onset", "s_onset", "p_weak", "s_weak"), b.onset.T.copy()))
     labels |= dict(zip(("p_status", "s_status"), b.status.T.copy()))
     if b.events.shape[1] > 1: labels["events"] = b.events
@@ -153,18 +166,19 @@ def to_tensors(
 class WindowDataset(Dataset):
     """Windows of one or several sources; item n depends on (seed, start + n) and the sources alone.
 
-    `rejected` maps "source/record" to why it was drawn in vain, in this process. A loader process has its own copy, so
-    every item says in `redrawn` how many draws failed before it.
+    `rejected` maps "source/record" to the reason why it gave no window, in this process. A worker
+    process has its own copy, so every item says in `redrawn` how many draws failed before it.
     """
     def __init__(self,
         sources:list[Source], # from `open_source`, or of your own
         length:int,         # windows in the data set
-        weights=None,       # share of each source, any positive scale; None: equal shares
+        weights:list|None=None,       # share of each source, any positive scale; None: equal shares
         seed:int=0,         # of everything that is drawn
         start:int=0,        # number of the first window: a resumed run starts where it stopped
         window:int=WINDOW,  # samples of a window
     ):
-        self.sources, self.length, self.share = list(sources), length, shares_of(weights, len(sources))
+        self.sources, self.length = list(sources), length
+        self.share = shares_of(weights, len(sources))
         self.seed, self.start, self.window, self.rejected = seed, start, window, {}
         self.fillers = [Filler(s, window, self.rejected) for s in self.sources]
         self.most = tuple(map(max, zip(*(s.most(window) for s in self.sources))))
@@ -177,33 +191,41 @@ class WindowDataset(Dataset):
         batch = self.batch(numbers)
         return [{k: v[j] for k, v in batch.items()} for j in range(len(numbers))]
 
-    def batch(self,
-        numbers,        # of the windows, each from 0 to `length` - 1
-        raw:bool=False, # as the sources have them: not normalised, with `scale` and `valid`
-    ) -> dict: # name -> tensor of len(numbers) rows
-        "Many windows at once"
-        n = np.asarray(numbers, np.int64)
-        for k in n[(n < 0) | (n >= self.length)]: raise IndexError(f"window {k} of {self.length}")
-        n, kinds = n + self.start, {s.dtype for s in self.sources}
-        dtype = kinds.pop() if raw and len(kinds) == 1 else np.float32
-        b = empty_batch(len(n), self.window, dtype, self.most)
-        todo, source, redrawn, attempt = np.arange(len(n)), np.zeros(len(n), int), np.zeros(len(n), int), 0
-        while len(todo) and attempt < 1000:
-            u = uniforms(self.seed, n[todo], attempt)
-            source[todo] = s = choose_sources(u[:, 0], self.share)
-            done = [self.fillers[k].fill(b, todo[s == k], u[s == k, 1:], raw) for k in np.unique(s)]
-            todo, attempt = np.setdiff1d(todo, np.concatenate(done)), attempt + 1
-            redrawn[todo] += 1
-        for k in todo: source[k], redrawn[k] = self._walk(b, k, n[k], raw)
-        return to_tensors(b, raw, source=source, record=b.record, n=n, redrawn=redrawn)
+# %% ../../nbs/data/06_windows.ipynb #b8ef1c7c
+@patch
+def batch(
+    self:WindowDataset,
+    numbers:list,        # of the windows, each from 0 to `length` - 1
+    raw:bool=False, # as the sources have them: not normalised, with `scale` and `valid`
+) -> dict: # name -> tensor of len(numbers) rows
+    "Many windows at once"
+    n = np.asarray(numbers, np.int64)
+    for k in n[(n < 0) | (n >= self.length)]: raise IndexError(f"window {k} of {self.length}")
+    n, kinds = n + self.start, {s.dtype for s in self.sources}
+    dtype = kinds.pop() if raw and len(kinds) == 1 else np.float32
+    b = empty_batch(len(n), self.window, dtype, self.most)
+    todo, attempt = np.arange(len(n)), 0
+    source, redrawn = np.zeros(len(n), int), np.zeros(len(n), int)
+    while len(todo) and attempt < 1000:
+        u = uniforms(self.seed, n[todo], attempt)
+        source[todo] = s = choose_sources(u[:, 0], self.share)
+        done = [self.fillers[k].fill(b, todo[s == k], u[s == k, 1:], raw) for k in np.unique(s)]
+        todo, attempt = np.setdiff1d(todo, np.concatenate(done)), attempt + 1
+        redrawn[todo] += 1
+    for k in todo: source[k], redrawn[k] = self._walk(b, k, n[k], raw)
+    return to_tensors(b, raw, source=source, record=b.record, n=n, redrawn=redrawn)
 
-    def _walk(self, b, row, n, raw):
-        "Every record in turn; returns the source that had one, and how many had to be asked"
-        asked = 1000
-        for s in np.flatnonzero(self.share):
-            for i in range(len(self.sources[s])):
-                u = uniforms(self.seed, np.array([n]), asked)[:, 2]
-                if len(self.fillers[s].fill_few(b, np.array([row]), np.array([i]), u, raw)): return s, asked
-                asked += 1
-        raise UserError(f"no usable record in {', '.join(s.name for s in self.sources)}; the first: "
-                        + ": ".join(next(iter(self.rejected.items()))))
+# %% ../../nbs/data/06_windows.ipynb #61ec51d9
+@patch
+def _walk(self:WindowDataset, b, row, n, raw):
+    "Try every record in turn; returns the source that had one, and the number of attempts"
+    asked = 1000
+    for s in np.flatnonzero(self.share):
+        for i in range(len(self.sources[s])):
+            u = uniforms(self.seed, np.array([n]), asked)[:, 2]
+            if len(self.fillers[s].fill_few(b, np.array([row]), np.array([i]), u, raw)):
+                return s, asked
+            asked += 1
+    raise UserError(f"no usable record in {', '.join(s.name for s in self.sources)}; the "
+                    "first: "
+                    + ": ".join(next(iter(self.rejected.items()))))

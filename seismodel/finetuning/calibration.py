@@ -1,4 +1,4 @@
-"""What a fine-tuned picker learns from its dev windows after training: the threshold of each phase, and how many seconds a pick is worth
+"""Dev windows give the threshold of each phase and the uncertainty of a pick in seconds
 
 Docs: https://seismodel.github.io/seismodel/finetuning/calibration.html.md"""
 
@@ -50,6 +50,7 @@ def peaks_of(
         found.append((a + int(p[a:end].argmax()), a, end - 1))
     return np.array([(k, p[k], b - a) for k, a, b in found], float).reshape(-1, 3)
 
+# %% ../../nbs/finetuning/07_calibration.ipynb #ed56389a
 def silent(
     batch: dict,        # perhaps with zones, see `in_zones`
     onset: np.ndarray,  # (B, A, 2) samples
@@ -60,6 +61,7 @@ def silent(
     away = np.abs(np.arange(samples)[:, None] - onset[:, :, None])               # (B, A, L, 2)
     return in_zones(batch['unlabelled'], samples).numpy() & ~(away <= WITHIN*SAMPLING_RATE).any(1)
 
+# %% ../../nbs/finetuning/07_calibration.ipynb #74f6d681
 @torch.no_grad()
 def labelled_curves(
     picker: Picker,         # in evaluation mode
@@ -71,7 +73,7 @@ def labelled_curves(
     for first in range(0, len(windows), batch_size):
         batch = windows.batch(range(first, min(first + batch_size, len(windows))))
         p = picker.logits(batch['x'].to(device)).float().softmax(-1).cpu().numpy()
-        onset, known = (v.numpy() for v in batch_events(batch))                   # (B, A, 2), (B, 2)
+        onset, known = (v.numpy() for v in batch_events(batch))  # (B, A, 2), (B, 2)
         p = p[..., 1:]*~silent(batch, onset, p.shape[1])
         for k, phase in enumerate(parts):
             parts[phase].append((p[known[:, k], :, k], onset[known[:, k], :, k]))
@@ -83,17 +85,18 @@ CANDIDATE_THRESHOLDS = np.round(np.arange(.1, .91, .05), 2)
 def f1_of(
     p: np.ndarray,      # (N, L) probability of a phase
     onset: np.ndarray,  # (N,) samples, or (N, A) of several events; NaN where there is none
-    threshold: float,
+    threshold: float,   # that a peak must reach
 ) -> float:             # 0 to 1
     "Harmonic mean of recall and precision of the picks"
     right = picks = 0
     for curve, at in zip(p, onset):
         peaks = peaks_of(curve, threshold)
         picks += len(peaks)
-        near = np.abs(peaks[:, 0] - np.reshape(at, (-1, 1))) <= WITHIN*SAMPLING_RATE     # (A, peaks)
+        near = np.abs(peaks[:, 0] - np.reshape(at, (-1, 1))) <= WITHIN*SAMPLING_RATE  # (A, peaks)
         right += min(int(near.any(1).sum()), int(near.any(0).sum()))
     return 2*right/max(1, picks + int(np.isfinite(onset).sum()))
 
+# %% ../../nbs/finetuning/07_calibration.ipynb #dfbcc576
 def choose_threshold(
     p: np.ndarray,      # (N, L) probability of a phase
     onset: np.ndarray,  # (N,) samples, or (N, A) of several events; NaN where there is none
@@ -123,19 +126,21 @@ def fit_uncertainty(
     fits = [minimize(pinball, s, method='Nelder-Mead', bounds=[(0, None)]*2) for s in starts]
     return [round(float(v), 4) for v in min(fits, key=lambda f: f.fun).x]
 
+# %% ../../nbs/finetuning/07_calibration.ipynb #802dc66f
 def uncertainty_of(
     sigma: float,                # s, width of a peak, or an array
-    line: list[float] | None,    # a (s) and b, as `fit_uncertainty` gives them; None: not calibrated
+    line: list[float] | None,  # a (s) and b, as `fit_uncertainty` gives them; None: not calibrated
 ) -> float:                      # s, at least one sample
-    "How far a pick may be off; without calibration the width itself"
+    "Uncertainty of a pick; without calibration the width itself"
     a, b = line or (0., 1.)
     return np.maximum(a + b*np.asarray(sigma), 1/SAMPLING_RATE)
 
+# %% ../../nbs/finetuning/07_calibration.ipynb #fc69461d
 def coverage(
     sigma: np.ndarray,        # (N,) s, widths of peaks
     residual: np.ndarray,     # (N,) s, pick minus label
     line: list[float] | None, # a (s) and b
-) -> dict:                    # fractions within one and two uncertainties: of all, and of thirds by width
+) -> dict:  # fractions within one and two uncertainties: of all, and of thirds by width
     "How well uncertainties are calibrated: .68 and about .95 where residuals are normal"
     ratio = np.abs(residual)/uncertainty_of(sigma, line)
     thirds = np.array_split(np.argsort(sigma, kind='stable'), 3)
@@ -160,6 +165,7 @@ def rated_peaks(
         rows += [(n, height, k == right) for k, height in enumerate(peaks[:, 1])]
     return np.array(rows, float).reshape(-1, 3)
 
+# %% ../../nbs/finetuning/07_calibration.ipynb #166082c5
 def reliability(
     probability: np.ndarray,  # (n,) of picks
     right: np.ndarray,        # (n,) whether each is right
@@ -185,11 +191,12 @@ def calibration_error(
     picks = np.array([row['picks'] for row in rows])
     return float((picks*[abs(row['probability'] - row['right']) for row in rows]).sum()/picks.sum())
 
+# %% ../../nbs/finetuning/07_calibration.ipynb #6ace8eef
 def fit_temperature(
     probability: np.ndarray,  # (n,) of picks
     right: np.ndarray,        # (n,) whether each is right
 ) -> float:                   # above 1: the picker was too sure
-    "The temperature under which what was right, and what was wrong, is most likely"
+    "The temperature that makes the observed right and wrong picks most likely"
     from scipy.optimize import minimize_scalar
     p = np.clip(probability, 1e-6, 1 - 1e-6)
     logit = np.log(p/(1 - p))
@@ -197,6 +204,7 @@ def fit_temperature(
     surprise = lambda t: np.logaddexp(0, -signs*logit*math.exp(-t)).mean()
     return round(math.exp(minimize_scalar(surprise, bounds=(-1.5, 1.5), method='bounded').x), 3)
 
+# %% ../../nbs/finetuning/07_calibration.ipynb #d89e8188
 @torch.no_grad()
 def apply_temperature(
     picker: Picker,      # whose last layer is changed
@@ -216,16 +224,19 @@ def calibrate(
     for phase, (p, onset) in labelled_curves(picker, dev).items():
         if not np.isfinite(onset).any(): continue
         t = choose_threshold(p, onset)
-        if not f1_of(p, onset, t): continue              # it finds nothing: there is no better threshold
+        if not f1_of(p, onset, t): continue  # it finds nothing: there is no better threshold
         args[f'{phase}_threshold'] = t
         sigma, residual, window = _residuals(p, onset, t)
         line = fit_uncertainty(sigma, residual)
         if line: args[f'{phase}_uncertainty'] = line
         half = fit_uncertainty(sigma[window % 2 == 0], residual[window % 2 == 0])
         how[phase] = dict(picks=len(sigma), f1=round(f1_of(p, onset, t), 3))
-        if half: how[phase]['coverage'] = coverage(sigma[window % 2 == 1], residual[window % 2 == 1], half)
+        if half:
+            how[phase]['coverage'] = coverage(sigma[window % 2 == 1], residual[window % 2 == 1],
+                                              half)
     return args, how
 
+# %% ../../nbs/finetuning/07_calibration.ipynb #6ac0f5f0
 def _residuals(p, onset, threshold):
     "Widths and residuals in s of the picks next to labels, and the numbers of their windows"
     rows = []
@@ -233,12 +244,13 @@ def _residuals(p, onset, threshold):
         for k, height, width in peaks_of(p[n], threshold):
             away = (k - onset[n])/SAMPLING_RATE                      # (A,)
             late = away[np.nanargmin(np.abs(away))]
-            if abs(late) <= WITHIN: rows.append((peak_sigma(width/SAMPLING_RATE, height, threshold), late, n))
+            if abs(late) <= WITHIN:
+                rows.append((peak_sigma(width/SAMPLING_RATE, height, threshold), late, n))
     sigma, late, n = np.array(rows, float).reshape(-1, 3).T
     return sigma, late, n.astype(int)
 
 def store_calibration(
-    folder: Path,  # of a picker, whose config.json gets the entries `default_args` and `calibration`
+    folder: Path,  # of a picker: config.json gets the entries `default_args` and `calibration`
     args: dict,    # default arguments, from `calibrate`
     how: dict,     # how well, from `calibrate`
 ):
@@ -248,10 +260,11 @@ def store_calibration(
     text = json.dumps(config, indent=2)
     write_atomically(file, lambda part: part.write_text(text, encoding='utf-8'))
 
+# %% ../../nbs/finetuning/07_calibration.ipynb #ad24502e
 def calibrate_run(
     folder: Path,           # of a fine-tuning run that is through
     dev: WindowDataset,     # its dev windows, of which four times as many are drawn
-    device='cpu',
+    device: str = 'cpu',    # of the measurement
 ):
     "Measure thresholds and uncertainties of a run on dev, and store them with it"
     more = WindowDataset(dev.sources, 4*len(dev), dev.share, dev.seed, window=dev.window)

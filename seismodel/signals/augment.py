@@ -1,4 +1,4 @@
-"""What may happen to a seismogram without its becoming another one: plain functions on batches, picks moved along
+"""Random changes of labelled windows as plain functions on batches; picks move along
 
 Docs: https://seismodel.github.io/seismodel/signals/augment.html.md"""
 
@@ -26,9 +26,10 @@ def uniform(
     like:torch.Tensor,         # (B, …): how many, and where
     generator:torch.Generator, # on that device
 ) -> torch.Tensor: # (B,) in [0, 1)
-    "A random number a window"
+    "One random number per window"
     return torch.rand(len(like), generator=generator, device=like.device)
 
+# %% ../../nbs/signals/06_augment.ipynb #f8be0726
 def moved(
     batch:dict,          # with onsets and valid
     by:torch.Tensor,     # (B,) samples by which everything comes later
@@ -42,31 +43,38 @@ def moved(
     if "events" in batch:                                          # (B, A, 2): P and S of each
         onset = batch["events"] + by[:, None, None]
         new["events"] = torch.where((onset >= 0) & (onset < length), onset, torch.nan)
-    if "unlabelled" in batch:                                      # (B, 2, Z, 2): first and last of each zone
+    if "unlabelled" in batch:  # (B, 2, Z, 2): first and last of each zone
         new["unlabelled"] = (batch["unlabelled"] + by[:, None, None, None]).clamp(0, length)
     return new | {"valid": (batch["valid"] + by[:, None]).clamp(0, length).to(batch["valid"].dtype)}
 
 # %% ../../nbs/signals/06_augment.ipynb #1e8f06a6
-def at(x, first, length):
+def at(
+    x:torch.Tensor,     # (B, L, 3)
+    first:torch.Tensor, # (B,) samples, may be negative
+    length:int,         # samples
+) -> torch.Tensor:      # (B, length, 3)
     "Samples (B, length, 3) from `first` (B,) on, zeros where there are none"
     i = first[:, None] + torch.arange(length, device=x.device)                 # (B, length)
     there = (i >= 0) & (i < x.shape[1])
     taken = x.gather(1, i.clamp(0, x.shape[1] - 1)[..., None].expand(-1, -1, x.shape[2]))
     return torch.where(there[..., None], taken, 0.)
 
+# %% ../../nbs/signals/06_augment.ipynb #b8797d1a
 def random_window(batch:dict, generator:torch.Generator,
     length:int=2048, # samples to keep, at most those that there are
 ) -> dict:
     "A shorter window at a random place"
     extra = batch["x"].shape[1] - length
-    if extra < 0: raise ValueError(f"a window of {batch['x'].shape[1]} samples has none of {length} in it")
+    if extra < 0:
+        raise ValueError(f"a window of {batch['x'].shape[1]} samples has none of {length} in it")
     first = (uniform(batch["x"], generator) * (extra + 1)).long()
     return {**batch, "x": at(batch["x"], first, length), **moved(batch, -first, length)}
 
+# %% ../../nbs/signals/06_augment.ipynb #b36a4363
 def shift_time(batch:dict, generator:torch.Generator,
     most:int=500, # samples to either side
 ) -> dict:
-    "Everything earlier or later, with zeros from the side"
+    "Shift windows in time, with zeros from the side"
     by = (uniform(batch["x"], generator) * (2 * most + 1)).long() - most
     L = batch["x"].shape[1]
     return {**batch, "x": at(batch["x"], -by, L), **moved(batch, by, L)}
@@ -75,41 +83,47 @@ def shift_time(batch:dict, generator:torch.Generator,
 def drop_components(batch:dict, generator:torch.Generator,
     share:float=.1, # of the windows; one or two of their components become zeros
 ) -> dict:
-    "Components that fail"
+    "Set one or two components to zero"
     x = batch["x"]
-    order = torch.rand(len(x), 3, generator=generator, device=x.device).argsort(1)       # a random order of the three
-    lost = order < 1 + (uniform(x, generator) * 2).long()[:, None]                         # one or two of them
+    # a random order of the three
+    order = torch.rand(len(x), 3, generator=generator, device=x.device).argsort(1)
+    lost = order < 1 + (uniform(x, generator) * 2).long()[:, None]  # one or two of them
     hit = (uniform(x, generator) < share)[:, None] & lost
     return {**batch, "x": torch.where(hit[:, None], 0., x)}
 
+# %% ../../nbs/signals/06_augment.ipynb #fecfc112
 def flip_polarity(batch:dict, generator:torch.Generator,
     share:float=.5, # of the components, or of the windows
     together:bool=False, # all three components of a window or none
 ) -> dict:
-    "Poles swapped"
+    "Flip the sign of components"
     x = batch["x"]
     flip = torch.rand(len(x), 1 if together else 3, generator=generator, device=x.device) < share
     return {**batch, "x": torch.where(flip[:, None], -x, x)}
 
+# %% ../../nbs/signals/06_augment.ipynb #1a894014
 def rotate_horizontals(batch:dict, generator:torch.Generator) -> dict:
-    "N and E turned by any angle; a window without one of the two stays as it is"
+    "Rotate N and E by any angle; a window without one of the two stays unchanged"
     x, angle = batch["x"], 2 * torch.pi * uniform(batch["x"], generator)
     n, e, c, s = x[..., 1], x[..., 2], angle.cos()[:, None], angle.sin()[:, None]
     both = ((n != 0).any(1) & (e != 0).any(1))[:, None, None]
-    return {**batch, "x": torch.where(both, torch.stack([x[..., 0], c * n + s * e, c * e - s * n], -1), x)}
+    return {**batch, "x": torch.where(both, torch.stack([x[..., 0], c * n + s * e, c * e - s * n],
+                                                        -1), x)}
 
 # %% ../../nbs/signals/06_augment.ipynb #0e243cc1
 def zones_of(
     batch:dict, # perhaps with zones
-) -> torch.Tensor: # (B, 2, Z, 2) first and last of each zone of P and of S, in samples; Z is 0 where there are none
-    "The zones without labels of a batch"
-    return batch["unlabelled"] if "unlabelled" in batch else batch["x"].new_empty(len(batch["x"]), 2, 0, 2)
+) -> torch.Tensor: # (B, 2, Z, 2) first and last sample of each zone of P and S; Z may be 0
+    "Unlabelled zones of a batch"
+    return batch["unlabelled"] if "unlabelled" in batch else batch["x"].new_empty(len(batch["x"]),
+        2, 0, 2)
 
+# %% ../../nbs/signals/06_augment.ipynb #a959122c
 def add_noise(batch:dict, generator:torch.Generator,
     noise:torch.Tensor, # (N, L, 3) windows of noise, on the same device
-    snr_db:tuple=(0., 20.), # signal to noise, of the standard deviations over the window, between these two
+    snr_db:tuple=(0., 20.), # ratio of standard deviations over the window, between these two
 ) -> dict:
-    "Noise of somewhere else on top"
+    "Add windows of recorded noise"
     x = batch["x"]
     which = (uniform(x, generator) * len(noise)).long()
     low, high = snr_db
@@ -117,31 +131,35 @@ def add_noise(batch:dict, generator:torch.Generator,
     spread = lambda v: (v - v.mean(1, keepdim=True)).square().mean((1, 2)).sqrt()
     n = noise[which] - noise[which].mean(1, keepdim=True)
     size = ratio * spread(x) / spread(n).clamp(min=torch.finfo(torch.float32).tiny)
-    there = (x != x[:, :1]).any(1, keepdim=True) & valid_mask(batch["valid"], x.shape[1])               # not into missing components or padding
+    # not into missing components or padding
+    there = (x != x[:, :1]).any(1, keepdim=True) & valid_mask(batch["valid"], x.shape[1])
     return {**batch, "x": torch.where(there, x + size[:, None, None] * n, x)}
 
+# %% ../../nbs/signals/06_augment.ipynb #bfffe6ef
 def add_gaps(batch:dict, generator:torch.Generator,
     share:float=.1, # of the windows
     most:float=.2,  # of the window, at most
 ) -> dict:
-    "Zeros for a while, and nobody knows what was there"
+    "Set a stretch of all components to zero; its onsets become unlabelled"
     x, L = batch["x"], batch["x"].shape[1]
     hit, length = uniform(x, generator) < share, 1 + uniform(x, generator) * (most * L - 1)
     first = uniform(x, generator) * (L - length)
-    several = "events" in batch or "unlabelled" in batch                       # then a zone says what nobody knows
+    several = "events" in batch or "unlabelled" in batch  # then a zone marks the gap
     gap = lambda t, one: hit[one] & (t >= first[one]) & (t < (first + length)[one])
-    new = {"x": torch.where(gap(torch.arange(L, device=x.device), (slice(None), None))[..., None], 0., x)}
+    new = {"x": torch.where(gap(torch.arange(L, device=x.device), (slice(None), None))[..., None],
+                            0., x)}
     for name in (n for n in ONSETS if n in batch):
         lost = gap(batch[name], slice(None))
         new[name] = torch.where(lost, torch.nan, batch[name])
         status = name.replace("_onset", "_status")
         if status != name and not several:
-            new[status] = torch.where(lost, STATUS.index("unlabelled"), batch[status]).to(batch[status].dtype)
+            new[status] = torch.where(lost, STATUS.index("unlabelled"),
+                                      batch[status]).to(batch[status].dtype)
     if "events" in batch:
         inside = gap(batch["events"], (slice(None), None, None))
         new["events"] = torch.where(inside, torch.nan, batch["events"])
     if several:
-        zone = torch.stack([first - 50, first + length + 50], -1)              # bumps reach out of the gap
+        zone = torch.stack([first - 50, first + length + 50], -1)  # bumps reach out of the gap
         zone = torch.where(hit[:, None], zone, torch.nan)[:, None, None].expand(-1, 2, -1, -1)
         new["unlabelled"] = torch.cat([zones_of(batch), zone.to(x.dtype)], 2)
     return {**batch, **new}
@@ -151,10 +169,10 @@ def merge_events(
     a:torch.Tensor, # (B, A, 2) P and S of each event, NaN where there is none
     b:torch.Tensor, # (B, A, 2)
     most:int,       # rows of the result
-) -> tuple[torch.Tensor, torch.Tensor]: # (B, most, 2) of both in order of time; (B,) bool, whether all have found room
+) -> tuple[torch.Tensor, torch.Tensor]: # (B, most, 2) of both in order of time; (B,) do all fit
     "Events of two windows as those of one"
     both = torch.cat([a, b], 1)                                                # (B, 2A, 2)
-    first = both.nan_to_num(torch.inf).amin(-1)                                # (B, 2A), infinite where there is none
+    first = both.nan_to_num(torch.inf).amin(-1)  # (B, 2A), infinite where there is none
     order = first.argsort(dim=1, stable=True)[:, :most]
     return both.gather(1, order[..., None].expand(-1, -1, 2)), first.isfinite().sum(1) <= most
 
@@ -163,12 +181,13 @@ def stack_events(batch:dict, generator:torch.Generator,
     share:float=.2, # of the windows
     quieter_db:float=20., # the other window is made quieter than this one by up to so much
 ) -> dict:
-    "The neighbour in the batch on top, with its events; all of them are then in `events`, and zones in `unlabelled`"
+    "Add the neighbour in the batch; `events` and `unlabelled` then hold those of both"
     x, number = batch["x"], torch.arange(len(batch["x"]), device=batch["x"].device)
-    other = (number ^ 1).clamp(max=len(x) - 1)                                 # in pairs: so each rank has its own neighbours
-    own = batch["events"] if "events" in batch else torch.stack([batch["p_onset"], batch["s_onset"]], -1)[:, None]
+    other = (number ^ 1).clamp(max=len(x) - 1)  # in pairs: so each rank has its own neighbours
+    own = batch["events"] if "events" in batch else torch.stack([batch["p_onset"],
+                                                                 batch["s_onset"]], -1)[:, None]
     theirs = own[other]                                                        # (B, A, 2)
-    valid = batch["valid"][:, None, None]                                      # (B, 1, 1, 2); not in the zeros beside a short record
+    valid = batch["valid"][:, None, None]  # (B, 1, 1, 2); not in the zeros beside a short record
     theirs = torch.where((theirs >= valid[..., 0]) & (theirs < valid[..., 1]), theirs, torch.nan)
     most = max(own.shape[1], min(2 * own.shape[1], MOST_EVENTS))
     events, room = merge_events(own, theirs, most)
@@ -176,16 +195,19 @@ def stack_events(batch:dict, generator:torch.Generator,
     ratio = 10 ** (-quieter_db * uniform(x, generator) / 20)
     spread = lambda v: (v - v.mean(1, keepdim=True)).square().mean((1, 2)).sqrt()
     size = ratio * spread(x) / spread(x[other]).clamp(min=torch.finfo(torch.float32).tiny)
-    there = (x != x[:, :1]).any(1, keepdim=True) & valid_mask(batch["valid"], x.shape[1])     # not into missing components
+    # not into missing components
+    there = (x != x[:, :1]).any(1, keepdim=True) & valid_mask(batch["valid"], x.shape[1])
     alone = torch.nn.functional.pad(own, (0, 0, 0, most - own.shape[1]), value=torch.nan)
     zones = zones_of(batch)
     new = {"x": torch.where(hit[:, None, None] & there, x + size[:, None, None] * x[other], x),
            "events": torch.where(hit[:, None, None], events, alone),
-           "unlabelled": torch.cat([zones, torch.where(hit[:, None, None, None], zones[other], torch.nan)], 2)}
+           "unlabelled": torch.cat([zones, torch.where(hit[:, None, None, None], zones[other],
+                                                       torch.nan)], 2)}
     return {**batch, **new, **stacked_labels(batch, hit, other)}
 
+# %% ../../nbs/signals/06_augment.ipynb #da5248a5
 def stacked_labels(
-    batch:dict,
+    batch:dict, # with labels
     hit:torch.Tensor,   # (B,) bool, which windows have another one on top
     other:torch.Tensor, # (B,) number of that one
 ) -> dict: # onsets and statuses of P and S
@@ -206,7 +228,7 @@ def sometimes(batch:dict, generator:torch.Generator,
     share:float, # of the windows
     change:Callable, # (batch, generator) -> batch, of windows of the same length
 ) -> dict:
-    "A change for some of the windows"
+    "Apply a change to some of the windows"
     new, hit = change(batch, generator), uniform(batch["x"], generator) < share
     pick = lambda a, b: torch.where(hit.view(-1, *[1] * (a.ndim - 1)), a, b)
     return {k: v if new[k] is v else pick(new[k], v) for k, v in batch.items()}
@@ -228,8 +250,9 @@ class Augmentation:
     stack: float = .1                # share with another window of the batch on top
     stack_db: float = 20.            # by which that one may be quieter
 
+# %% ../../nbs/signals/06_augment.ipynb #6c7534bd
 def fine_augment(
-    noise:torch.Tensor, # (N, L, 3) of training records, on the device of the batches; N may be 0: none is added
+    noise:torch.Tensor, # (N, L, 3) of training records, on the device of the batches; N may be 0
     settings:Augmentation=Augmentation(), # how often and how much
 ) -> Callable: # (batch, generator) -> batch, for `device_batches` and `train`
     "The augmentation of labelled windows"
@@ -240,7 +263,9 @@ def fine_augment(
         batch = flip_polarity(batch, generator, s.flip_one)
         batch = sometimes(batch, generator, s.shift, lambda b, g: shift_time(b, g, s.shift_most))
         if s.stack: batch = stack_events(batch, generator, s.stack, s.stack_db)
-        if len(noise): batch = sometimes(batch, generator, s.noise, lambda b, g: add_noise(b, g, noise, s.snr_db))
+        if len(noise):
+            batch = sometimes(batch, generator, s.noise, lambda b, g: add_noise(b, g, noise,
+                                                                                s.snr_db))
         batch = drop_components(batch, generator, s.drop)
         return add_gaps(batch, generator, s.gap, s.gap_most)
     return augment
@@ -249,15 +274,17 @@ def fine_augment(
 def scale_components(batch:dict, generator:torch.Generator,
     most_db:float=6., # each component is made louder or quieter by up to this
 ) -> dict:
-    "Components of different sensitivity"
+    "Random gains for each component"
     x = batch["x"]
     gain_db = most_db * (2 * torch.rand(len(x), 3, generator=generator, device=x.device) - 1)
     return {**batch, "x": x * (10 ** (gain_db / 20))[:, None]}
 
-PRETRAIN_AUGMENTATION = Augmentation(rotate=.5, flip=.5, flip_one=0., shift=0., noise=.3, drop=.05, gap=.05, stack=0.)
+# %% ../../nbs/signals/06_augment.ipynb #1bf050fa
+PRETRAIN_AUGMENTATION = Augmentation(rotate=.5, flip=.5, flip_one=0., shift=0., noise=.3, drop=.05,
+                                     gap=.05, stack=0.)
 
 def pretrain_augment(
-    noise:torch.Tensor, # (N, L, 3) of training records, on the device of the batches; N may be 0: none is added
+    noise:torch.Tensor, # (N, L, 3) of training records, on the device of the batches; N may be 0
     settings:Augmentation=PRETRAIN_AUGMENTATION, # how often and how much
     gain_db:float=6.,   # see `scale_components`
 ) -> Callable: # (batch, generator) -> batch, for `device_batches` and `train`

@@ -1,4 +1,4 @@
-"""One record of three components: its amplitudes, its sampling rate, its labels, and what makes it unusable
+"""One record of three components: amplitudes, sampling rate, labels, and checks for unusable data
 
 Docs: https://seismodel.github.io/seismodel/signals/records.html.md"""
 
@@ -16,12 +16,12 @@ from ..core import BadRecord
 from .normalize import flat
 
 # %% ../../nbs/signals/03_records.ipynb #0011813f
-COMPONENTS = "ZNE"       # vertical, north, east: the order of the last axis, everywhere in the package
+COMPONENTS = "ZNE"  # vertical, north, east: the order of the last axis, everywhere in the package
 SAMPLING_RATE = 100.     # Hz, everywhere in the package
 WINDOW = 4096            # samples in a window, 40.96 s
 
 # %% ../../nbs/signals/03_records.ipynb #2006065c
-STATUS = ("unlabelled", "absent", "picked", "automatic", "manual")   # of an onset; the last three have one
+STATUS = ("unlabelled", "absent", "picked", "automatic", "manual")  # the last three have an onset
 
 class Record(NamedTuple):
     "One seismogram as a source gives it"
@@ -34,10 +34,10 @@ class Record(NamedTuple):
     p_weak: float = np.nan # sample at which another model picks P, NaN when unknown
     s_weak: float = np.nan # likewise for S
     events: np.ndarray|None = None   # (A, 2) P and S of every event in it; None: one at most
-    zones: tuple = ((), ())          # for P and for S: [first, last) samples in which nobody knows
+    zones: tuple = ((), ())          # for P and for S: [first, last) samples where it is unlabelled
 
     def all_events(self) -> np.ndarray: # (A, 2) samples, NaN where there is none
-        "P and S of every event; of a record that knows one event, a list of one"
+        "P and S of every event"
         one = np.array([[self.p_onset, self.s_onset]], float)
         return one if self.events is None else np.asarray(self.events, float).reshape(-1, 2)
 
@@ -57,9 +57,10 @@ def check_record(
     record:Record,     # a record at 100 Hz
     window:int=WINDOW, # samples of a window
 ) -> Record:           # the same record
-    "Raises `BadRecord` when a record is shorter than half a window, holds NaN or infinity, or is flat altogether"
+    "Raises `BadRecord` for a record that is too short, flat, or holds NaN or infinity"
     x, name = record.waveform, record.name
-    if len(x) < window / 2: raise BadRecord(name, f"{len(x)} samples at 100 Hz, less than half a window")
+    if len(x) < window / 2:
+        raise BadRecord(name, f"{len(x)} samples at 100 Hz, less than half a window")
     broken = [c for c, ok in zip(COMPONENTS, np.isfinite(x).all(0)) if not ok]
     if broken: raise BadRecord(name, f"NaN or infinite samples in component {', '.join(broken)}")
     if flat(torch.from_numpy(x)).all(): raise BadRecord(name, "all three components are flat")
@@ -70,16 +71,16 @@ def recorded_mean(
     x: np.ndarray,  # samples, NaN where nothing was recorded
     axis: int = 0,  # of time
 ) -> np.ndarray:    # likewise, of length 1 along that axis
-    "Mean of what was recorded; 0 where nothing was"
+    "Mean of the recorded samples; 0 where there are none"
     there = ~np.isnan(x)
     return np.where(there, x, 0).sum(axis, keepdims=True)/there.sum(axis, keepdims=True).clip(1)
 
 # %% ../../nbs/signals/03_records.ipynb #dc06e232
 def show_window(
-    x,                  # (L, 3) normalised samples, tensor or array
-    p_onset=np.nan,     # samples, one or several; NaN: not drawn
-    s_onset=np.nan,     # likewise
-    ax=None,            # matplotlib axes; None: new ones
+    x:object,           # (L, 3) normalised samples, tensor or array
+    p_onset:float=np.nan, # samples, one or several; NaN: not drawn
+    s_onset:float=np.nan, # likewise
+    ax:object=None,     # matplotlib axes; None: new ones
     title:str="",       # above the axes
 ): # the matplotlib axes
     "The three components one above the other over time in seconds, P and S as vertical lines"
@@ -102,5 +103,5 @@ def show_window(
 def reason(
     error: Exception,  # of a library
 ) -> str:  # one line
-    "First line of what a library says, for a sentence of ours"
+    "First line of the message of an exception"
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip('.')

@@ -1,4 +1,4 @@
-"""Onsets of all events as padded arrays, zones in which nobody knows, and swarms of two to five events from the generator
+"""Onsets of all events as padded arrays, unlabelled zones, synthetic swarms of two to five events
 
 Docs: https://seismodel.github.io/seismodel/signals/several_events.html.md"""
 
@@ -26,11 +26,12 @@ def pad_events(
     events: list[np.ndarray],  # (A, 2) of each window, P and S in samples
     most: int = MOST_EVENTS,  # rows
 ) -> np.ndarray:  # (B, most, 2) float32, in order of time
-    "Events of windows in one array; raises `ValueError` where a window holds more than there are rows"
+    "Events of windows in one array; raises `ValueError` where a window has too many"
     out = np.full((len(events), most, 2), np.nan, np.float32)
     for k, window in enumerate(events):
         window = window[~np.isnan(window).all(1)]
-        if len(window) > most: raise ValueError(f'window {k} has {len(window)} events, more than {most}')
+        if len(window) > most:
+            raise ValueError(f'window {k} has {len(window)} events, more than {most}')
         out[k, :len(window)] = window[np.argsort(np.fmin(*window.T))]
     return out
 
@@ -44,6 +45,7 @@ def events_in_window(
     moved = np.asarray(events, float) - first
     return np.where((moved >= 0) & (moved < window), moved, np.nan)
 
+# %% ../../nbs/signals/08_several_events.ipynb #1a98373e
 def zones_in_window(
     zones: tuple,  # for P and for S: [first, last) samples of the record
     first: int,  # sample at which the window begins
@@ -56,6 +58,7 @@ def zones_in_window(
     for k, z in enumerate(moved): out[k, :len(z)] = z
     return out
 
+# %% ../../nbs/signals/08_several_events.ipynb #62262551
 def parse_zones(
     text: str,  # such as '1200:3400 5000:6000', a cell of `trace_P_unlabelled_samples`
 ) -> np.ndarray:  # (zones, 2)
@@ -69,13 +72,15 @@ def event_numbers(
     columns: list[str],  # of a table of SeisBench
 ) -> list[int]:  # 2, 3, …
     "Numbers of the events after the first that have a column"
-    return sorted({int(m[1]) for c in columns if (m := EVENT_COLUMN.fullmatch(c)) and int(m[1]) > 1})
+    return sorted({int(m[1]) for c in columns if (m := EVENT_COLUMN.fullmatch(c)) and int(m[1])
+                   > 1})
 
+# %% ../../nbs/signals/08_several_events.ipynb #1aa6b22a
 def events_of_row(
     row: dict,  # of a table of SeisBench: names of columns -> values
-    own: tuple[float, float],  # P and S of the event of the record, at the rate of the table; NaN where there is none
+    own: tuple[float, float],  # P and S of the record's event, at the rate of the table; NaN: none
 ) -> np.ndarray:  # (A, 2) samples at the rate of the table
-    "All events of a record, its own first"
+    "All events of a record, the one it was cut for first"
     cell = lambda phase, n: row.get(f'trace_{phase}{n}_arrival_sample')
     value = lambda v: np.nan if v is None or v == '' else float(v)
     more = [[value(cell(phase, n)) for phase in 'PS'] for n in event_numbers(row)]
@@ -88,24 +93,26 @@ ARRIVAL = np.dtype([('record', '<i8'), ('kind', 'i1'), ('first', '<f8'), ('last'
 
 def arrivals_of(
     number: int,  # of the record in its source
-    record: Record,
+    record: Record,  # with or without several events
 ) -> np.ndarray:  # (n,) ARRIVAL, events in order of time, then zones
-    "Rows of a record; none where it has one event at most, and no zone"
+    "Rows of a record; none if it has at most one event and no zone"
     events = record.all_events()
     events = events[~np.isnan(events).all(1)]
     if len(events) < 2 and not any(record.zones):
         own = np.array([record.p_onset, record.s_onset], float)
-        if not len(events) or np.array_equal(events[0], own, equal_nan=True): return np.empty(0, ARRIVAL)
+        if not len(events) or np.array_equal(events[0], own, equal_nan=True):
+            return np.empty(0, ARRIVAL)
     events = events[np.argsort(np.fmin(*events.T), kind='stable')]
     rows = [(number, 0, *e) for e in events]
     rows += [(number, k, *z) for k, zones in enumerate(record.zones, 1) for z in zones]
     return np.array(rows, ARRIVAL)
 
+# %% ../../nbs/signals/08_several_events.ipynb #b69cf63f
 def with_arrivals(
-    record: Record,
+    record: Record,  # with or without several events
     rows: np.ndarray,  # (n,) ARRIVAL of this record
 ) -> Record:
-    "A record with the events and zones that a table has of it"
+    "A record with its events and zones from a table"
     if not len(rows): return record
     pairs = np.stack([rows['first'], rows['last']], 1)
     zones = tuple(tuple(map(tuple, pairs[rows['kind'] == k].tolist())) for k in (1, 2))
@@ -124,11 +131,12 @@ def most_in_window(
             most.append(0)
             continue
         low, high = np.fmin(own['first'], own['last']), np.fmax(own['first'], own['last'])
-        apart = own['record']*(high.max() + window + 1.)             # no window reaches into the next record
+        apart = own['record']*(high.max() + window + 1.)  # no window reaches into the next record
         low, high = np.sort(apart + low), np.sort(apart + high)
         most.append(int((np.searchsorted(low, high + window) - np.searchsorted(high, high)).max()))
     return max(1, most[0]), max(most[1:])
 
+# %% ../../nbs/signals/08_several_events.ipynb #b25f5ecd
 def arrivals_in_windows(
     arrivals: np.ndarray,  # (n,) ARRIVAL, in order of records
     begin: np.ndarray,  # (B,) first row of the record of each window
@@ -136,7 +144,7 @@ def arrivals_in_windows(
     first: np.ndarray,  # (B,) sample of the record at which the window begins
     window: int,  # samples
     most: tuple[int, int],  # from `most_in_window`
-) -> tuple[np.ndarray, np.ndarray]:  # (B, A, 2) events and (B, 2, Z, 2) zones float32, NaN behind the last
+) -> tuple[np.ndarray, np.ndarray]:  # (B, A, 2) events, (B, 2, Z, 2) zones, NaN behind the last
     "Events and zones of many windows, without a loop over them"
     which = np.repeat(np.arange(len(begin)), count)
     rows = arrivals[(begin - np.cumsum(count) + count)[which] + np.arange(len(which))]
@@ -154,25 +162,30 @@ def arrivals_in_windows(
 class Swarm(NamedTuple):
     "Windows with several events"
     waveforms: np.ndarray   # (B, L, 3) float32, raw amplitudes, Z N E
-    events: np.ndarray      # (B, 8, 2) P and S in samples, in order of time, NaN where there is none in the window
+    # (B, 8, 2) P and S in samples, in order of time, NaN where there is none in the window
+    events: np.ndarray
 
-SWARM = SyntheticConfig(noise_only=0., double=0., late=0., bursts=0., faults=0., distance_km=(2., 60.),
+# %% ../../nbs/signals/08_several_events.ipynb #591fdc75
+SWARM = SyntheticConfig(noise_only=0., double=0., late=0., bursts=0., faults=0.,
+                        distance_km=(2., 60.),
                         snr_db=(15., 8., 4., 40.))
 
 def clean_events(
     numbers: list[int],  # of events
-    seed: int,
-    config: SyntheticConfig,
-) -> tuple[np.ndarray, np.ndarray]:  # (E, L, 3) waves for noise of band power 1; (E, 2) P and S in samples
+    seed: int,  # of the data set
+    config: SyntheticConfig,  # of the generator
+) -> tuple[np.ndarray, np.ndarray]:  # (E, L, 3) for noise of band power 1; (E, 2) P and S, samples
     "Events without noise"
     rng = np.random.default_rng([seed, numbers[0]])
     hiss = rng.standard_normal((len(numbers), config.samples, 3), np.float32)
     made = synthesize(numbers, seed, config, hiss)
     level = np.sqrt(band_power(hiss[:, :1000], SAMPLING_RATE))[:, None, None]
-    return ((made.waveforms - hiss)/level).astype(np.float32), np.stack([made.p_onset, made.s_onset], 1)
+    return ((made.waveforms - hiss)/level).astype(np.float32), np.stack([made.p_onset,
+                                                                         made.s_onset], 1)
 
+# %% ../../nbs/signals/08_several_events.ipynb #248170cd
 def draw_places(
-    rng: np.random.Generator,
+    rng: np.random.Generator,  # of the window
     count: int,  # events
     samples: int,  # of the window
 ) -> np.ndarray:  # (count,) samples, at least a second apart
@@ -206,11 +219,12 @@ def synthesize_swarm(
         found.append(own)
     return Swarm(np.stack(out), pad_events(found))
 
+# %% ../../nbs/signals/08_several_events.ipynb #99c675d8
 def shifted(
     x: np.ndarray,  # (L, 3)
     by: int,  # samples; negative: earlier
 ) -> np.ndarray:  # (L, 3), zeros from the side
-    "Everything later, or earlier"
+    "Shift samples in time"
     out = np.zeros_like(x)
     out[max(by, 0):len(x) + min(by, 0)] = x[max(-by, 0):len(x) - max(by, 0)]
     return out

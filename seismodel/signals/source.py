@@ -1,4 +1,4 @@
-"""What every source can do: its records by number, what the metadata say of each, windows of many at once, a part of it, and a fingerprint
+"""Records by number, metadata, batches of windows, subsets and fingerprints, for data of any kind
 
 Docs: https://seismodel.github.io/seismodel/signals/source.html.md"""
 
@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
+from fastcore.basics import patch
 
 from .records import Record
 from .several_events import events_in_window, pad_events, zones_in_window
@@ -25,28 +26,33 @@ class Windows(NamedTuple):
     x: np.ndarray      # (B, W, 3) numbers of the source's type; zeros outside of `valid`
     scale: np.ndarray  # (B, 3) float32: amplitude of one
     valid: np.ndarray  # (B, 2) int32: [first, last) sample that comes from the record
-    onset: np.ndarray  # (B, 4) float32: P, S, weak P, weak S in samples of the window, NaN where there is none in it
+    # (B, 4) float32: P, S, weak P, weak S in samples of the window, NaN where there is none in it
+    onset: np.ndarray
     status: np.ndarray # (B, 2) int8, see `STATUS`: of P and S
     record: np.ndarray # (B,) number of the record in its source
-    events: np.ndarray # (B, A, 2) float32: P and S of every event in the window, NaN where there is none
-    zones: np.ndarray  # (B, 2, Z, 2) float32: [first, last) of each zone without labels, of P and of S; NaN: no zone
+    # (B, A, 2) float32: P and S of every event in the window, NaN where there is none
+    events: np.ndarray
+    # (B, 2, Z, 2) float32: [first, last) of each zone without labels, of P and of S; NaN: no zone
+    zones: np.ndarray
 
 # %% ../../nbs/signals/05a_source.ipynb #b189524a
 def labels_of_window(
-    record: Record,
+    record: Record,  # with labels
     first: int,   # sample of the record at which the window begins
     window: int,  # samples
 ) -> tuple:       # rows of `onset`, `status`, `events` and `zones` of `Windows`
-    "What a window knows of its record's labels"
-    onset = events_in_window([record.p_onset, record.s_onset, record.p_weak, record.s_weak], first, window)
+    "Labels of a record within a window"
+    onset = events_in_window([record.p_onset, record.s_onset, record.p_weak, record.s_weak], first,
+                             window)
     known, status = record.all_events(), np.array([record.p_status, record.s_status], np.int8)
-    picked = np.isfinite(known).any(0)                                         # a pick without a status is a pick
+    picked = np.isfinite(known).any(0)  # a pick without a status is a pick
     status = np.where(picked, np.maximum(status, 2), status).astype(np.int8)
     events = events_in_window(known, first, window)
     events = pad_events([events], max(1, int((~np.isnan(events)).any(1).sum())))[0]
     zones = zones_in_window(record.zones, first, window).astype(np.float32)
     return onset.astype(np.float32), status, events, zones
 
+# %% ../../nbs/signals/05a_source.ipynb #1013a10f
 def cut_window(
     record:Record, # a record that `check_record` accepts
     window:int,    # samples
@@ -54,13 +60,15 @@ def cut_window(
 ) -> Windows: # one, not yet normalised; raises `BadRecord` when nothing moves in it
     "A window of a record"
     L = len(record.waveform)
-    first = int(u * (abs(L - window) + 1)) * (1 if L >= window else -1)        # negative: zeros come first
+    # negative: zeros come first
+    first = int(u * (abs(L - window) + 1)) * (1 if L >= window else -1)
     valid = np.array([[max(-first, 0), min(L - first, window)]], np.int32)
     x = np.zeros((1, window, 3), np.float32)
     x[0, valid[0, 0]:valid[0, 1]] = record.waveform[max(first, 0):max(first, 0) + window]
     if is_flat(x, valid)[0]: raise BadRecord(record.name, "no signal in the window that was drawn")
     onset, status, events, zones = labels_of_window(record, first, window)
-    return Windows(x, np.ones((1, 3), np.float32), valid, onset[None], status[None], np.zeros(1, int),
+    return Windows(x, np.ones((1, 3), np.float32), valid, onset[None], status[None],
+                   np.zeros(1, int),
                    events[None], zones[None])
 
 # %% ../../nbs/signals/05a_source.ipynb #3ba7d765
@@ -73,46 +81,51 @@ def empty_window(
                    np.zeros((1, 2), np.int8), np.zeros(1, int),
                    np.full((1, 1, 2), np.nan, np.float32), np.empty((1, 2, 0, 2), np.float32))
 
+# %% ../../nbs/signals/05a_source.ipynb #5a7de489
 def join_windows(
     windows: list[Windows],  # of one source, at least one
     i: np.ndarray,           # (B,) numbers of their records
 ) -> Windows:                # B of them
-    "Windows one after the other, each with room for the most events and zones of any of them"
+    "Join windows, padded to the largest number of events and zones"
     *others, events, zones = zip(*windows)
     joined = Windows(*map(np.concatenate, others), padded(events, 1), padded(zones, 2))
     return joined._replace(record=np.asarray(i))
 
+# %% ../../nbs/signals/05a_source.ipynb #0c79b85e
 def padded(
     parts: list[np.ndarray],  # arrays that differ in length along one axis
     axis: int,                # which
-) -> np.ndarray:              # one after the other along the first axis, NaN where a part ends sooner
-    "Arrays of several lengths in one"
+) -> np.ndarray:  # one after the other along the first axis, NaN where a part ends sooner
+    "Join arrays of several lengths"
     longest = max(p.shape[axis] for p in parts)
     room = lambda p: [(0, longest - n if k == axis else 0) for k, n in enumerate(p.shape)]
     alike = all(p.shape[axis] == longest for p in parts)
-    return np.concatenate(parts if alike else [np.pad(p, room(p), constant_values=np.nan) for p in parts])
+    return np.concatenate(parts if alike else [np.pad(p, room(p), constant_values=np.nan)
+                                               for p in parts])
 
 # %% ../../nbs/signals/05a_source.ipynb #5c84d7b1
 def digest(
-    *parts,  # arrays of numbers, or anything whose text says it all
+    *parts:object,  # arrays of numbers, or anything whose text says it all
 ) -> str:    # 16 hexadecimal digits
     "A checksum of values: the same on every machine"
     total = hashlib.sha256()
     for part in parts:
-        if isinstance(part, np.ndarray) and part.dtype.kind == 'f': part = np.where(np.isnan(part), np.nan, part)
-        raw = part.tobytes() if isinstance(part, np.ndarray) and part.dtype != object else str(part).encode()
+        if isinstance(part, np.ndarray) and part.dtype.kind == 'f':
+            part = np.where(np.isnan(part), np.nan, part)
+        plain = isinstance(part, np.ndarray) and part.dtype != object
+        raw = part.tobytes() if plain else str(part).encode()
         total.update(len(raw).to_bytes(8, 'little') + raw)
     return total.hexdigest()[:16]
 
 # %% ../../nbs/signals/05a_source.ipynb #d5dcd2f8
 class Source:
-    "Records by number. A class of your own defines `name`, `__len__` and `record`; the rest follows from these"
+    "Records by number. A subclass defines `name`, `__len__` and `record`"
     name = 'records'
     dtype = np.dtype(np.float32)   # of the samples of `windows`
     left_out = {}                  # reason -> names of the traces that were not taken
 
     @cached_property
-    def refused(self) -> dict: return {}      # number of a record that cannot be read -> its name, why
+    def refused(self) -> dict: return {}  # number of a record that cannot be read -> its name, why
 
     def __len__(self) -> int: raise NotImplementedError
 
@@ -123,92 +136,114 @@ class Source:
         raise NotImplementedError
 
     def label(self, i: int) -> str:
-        "What a record is called in messages"
+        "Name of a record in messages"
         try: return self.record(i).name
         except BadRecord as e: return e.args[0]
-
-    def metadata(self,
-        column: str,             # of the metadata
-        default: str|None=None,  # what stands in every cell where there is no such column
-    ) -> list[str]:              # a cell for each record, empty where the table says nothing
-        "A column as text; raises `UserError` where there is none and no default"
-        if default is not None: return [default]*len(self)
-        raise UserError(f"{self.name} has no metadata; give a data set in SeisBench's format, "
-                        "or a store that was packed from one.")
-
-    def events(self) -> list[str]:
-        "The event of each record: its `source_id`, or what the record is called where none is known"
-        return [e or self.label(i) for i, e in enumerate(self.metadata('source_id', default=''))]
-
-    def has_phase_labels(self) -> bool:
-        "Whether P or S was looked for on any record, found or not"
-        return True
 
     def most(self,
         window: int,         # samples
     ) -> tuple[int, int]:    # events, and zones of a phase
-        "How many of them a window can have; a source whose records have `events` or `zones` must say it"
+        "Largest counts of a window; a source whose records have `events` or `zones` defines it"
         return 1, 0
 
-    def subset(self,
-        rows,          # numbers of records
-    ) -> 'Source':     # of these records alone, in this order
-        "A part of the source"
-        return Subset(self, rows)
+# %% ../../nbs/signals/05a_source.ipynb #21129968
+@patch
+def metadata(
+    self:Source,
+    column: str,             # of the metadata
+    default: str|None=None,  # what stands in every cell where there is no such column
+) -> list[str]:              # a cell for each record, empty where the table says nothing
+    "A column as text; raises `UserError` where there is none and no default"
+    if default is not None: return [default]*len(self)
+    raise UserError(f"{self.name} has no metadata; give a data set in SeisBench's format, "
+                    "or a store that was packed from one.")
 
-    def fingerprint(self) -> str:
-        "Sixteen digits that change with the records, their labels or their sizes"
-        return digest(self.name, len(self))
+# %% ../../nbs/signals/05a_source.ipynb #d4979852
+@patch
+def events(self:Source) -> list[str]:
+    "The event of each record: its `source_id`, or the name of the record where none is known"
+    return [e or self.label(i) for i, e in enumerate(self.metadata('source_id', default=''))]
 
-    def choose(self,
-        u: np.ndarray,  # (B,) in [0, 1)
-    ) -> np.ndarray:    # (B,) numbers of records
-        "Random records"
-        return (u*len(self)).astype(int)
+# %% ../../nbs/signals/05a_source.ipynb #69668b86
+@patch
+def has_phase_labels(self:Source) -> bool:
+    "Whether P or S was looked for on any record, found or not"
+    return True
 
-    def prefetch_windows(self,
-        i: np.ndarray,  # (B,) numbers of records
-        u: np.ndarray,  # (B,) in [0, 1): where in the record
-        window: int,    # samples
-    ) -> None:
-        "Hear which windows will be asked for next"
+# %% ../../nbs/signals/05a_source.ipynb #becc253d
+@patch
+def subset(
+    self:Source,
+    rows:list,          # numbers of records
+) -> 'Source':     # of these records alone, in this order
+    "A part of the source"
+    return Subset(self, rows)
 
-    def windows(self,
-        i: np.ndarray,  # (B,) numbers of records
-        u: np.ndarray,  # (B,) in [0, 1): where in the record
-        window: int,    # samples
-    ) -> Windows:       # B of them; one of zeros for a record that is in `refused`, or does not move there
-        "Windows at these places; a record that is shorter lies between zeros"
-        return join_windows([self._window(int(k), v, window) for k, v in zip(i, u)], i)
+# %% ../../nbs/signals/05a_source.ipynb #bea79ee5
+@patch
+def fingerprint(self:Source) -> str:
+    "Sixteen digits that change with the records, their labels or their sizes"
+    return digest(self.name, len(self))
 
-    def _window(self, k, u, window):
-        "One of them"
-        if k in self.refused: return empty_window(window)
-        try: record = self.record(k)
-        except BadRecord as e:
-            self.refused[k] = e.args
-            return empty_window(window)
-        try: return cut_window(record, window, u)
-        except BadRecord: return empty_window(window)
+# %% ../../nbs/signals/05a_source.ipynb #a5ed38ef
+@patch
+def choose(
+    self:Source,
+    u: np.ndarray,  # (B,) in [0, 1)
+) -> np.ndarray:    # (B,) numbers of records
+    "Draw records with equal probability"
+    return (u*len(self)).astype(int)
+
+# %% ../../nbs/signals/05a_source.ipynb #9f250916
+@patch
+def prefetch_windows(
+    self:Source,
+    i: np.ndarray,  # (B,) numbers of records
+    u: np.ndarray,  # (B,) in [0, 1): where in the record
+    window: int,    # samples
+) -> None:
+    "Prepare for windows that will be read next"
+
+# %% ../../nbs/signals/05a_source.ipynb #d8c85754
+@patch
+def windows(
+    self:Source,
+    i: np.ndarray,  # (B,) numbers of records
+    u: np.ndarray,  # (B,) in [0, 1): where in the record
+    window: int,    # samples
+) -> Windows:       # B of them; zeros for a record in `refused`, or one that is flat there
+    "Windows at these positions; shorter records are padded with zeros"
+    return join_windows([self._window(int(k), v, window) for k, v in zip(i, u)], i)
+
+@patch
+def _window(self:Source, k, u, window):
+    "One of them"
+    if k in self.refused: return empty_window(window)
+    try: record = self.record(k)
+    except BadRecord as e:
+        self.refused[k] = e.args
+        return empty_window(window)
+    try: return cut_window(record, window, u)
+    except BadRecord: return empty_window(window)
 
 # %% ../../nbs/signals/05a_source.ipynb #a674ccf3
 class Subset(Source):
     "Some records of a source, as a source"
     def __init__(self,
         source: Source,  # that has them
-        rows,            # their numbers in it
+        rows:list,            # their numbers in it
     ):
         self.source, self.rows = source, [int(row) for row in rows]
         self.name, self.left_out = source.name, source.left_out
 
     def __len__(self): return len(self.rows)
-    def record(self, i): return self.source.record(self.rows[i])
-    def label(self, i): return self.source.label(self.rows[i])
+    def record(self, i:int): return self.source.record(self.rows[i])
+    def label(self, i:int): return self.source.label(self.rows[i])
     def has_phase_labels(self): return self.source.has_phase_labels()
     def fingerprint(self): return digest(self.source.fingerprint(), self.rows)
-    def most(self, window): return self.source.most(window)
+    def most(self, window:int): return self.source.most(window)
 
-    def metadata(self, column, default=None):
+    def metadata(self, column:str, default:str|None=None):
         cells = self.source.metadata(column, default)
         return [cells[row] for row in self.rows]
 
@@ -216,5 +251,5 @@ class Subset(Source):
         events = self.source.events()
         return [events[row] for row in self.rows]
 
-    def prefetch_windows(self, i, u, window):
+    def prefetch_windows(self, i:np.ndarray, u:np.ndarray, window:int):
         self.source.prefetch_windows(np.take(self.rows, i), u, window)
