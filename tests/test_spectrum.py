@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 from scipy.signal import get_window
 
 from seismodel.models.encoders import BidirAutoregConfig, ConvDownConfig
@@ -75,13 +75,14 @@ def test_targets_know_neither_size_nor_sign_nor_time(seed, size, frames):
 
 
 @settings(max_examples=20, deadline=None)
+@example(217, 6)
 @given(st.integers(0, 2**31), st.integers(1, 600))
 def test_targets_are_normalised_finite_and_without_gradient(seed, samples):
     x = windows(seed, 3, samples).requires_grad_()
     with torch.no_grad(): x[1, :, 2], x[2] = 0., 0.
     y = spectrum_targets(x)
     assert y.isfinite().all() and not y.requires_grad
-    assert y.mean(1).abs().max() < 1e-4
+    assert y.mean(1).abs().max() < 2e-3             # rounding of a level of about 10, over the smallest deviation, 1e-3
     power = y.square().mean(1)
     assert ((power - 1).abs().lt(1e-3) | (power == 0)).all()
     assert (y[2] == 0).all() and (y[1, :, 2*BANDS:] == 0).all()
