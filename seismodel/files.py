@@ -249,9 +249,10 @@ def write_csv(
     path: str | Path,       # the file to write
     columns: tuple,         # names, the first line
     rows: Iterable[tuple],  # values of each line
+    opener: Callable = open,  # gzip.open: compressed
 ) -> None:
     "Write a CSV file atomically"
     def write(part):
-        with open(part, 'w', newline='', encoding='utf-8') as f:
+        with opener(part, 'wt', newline='', encoding='utf-8') as f:
             csv.writer(f).writerows(chain([columns], rows))
     write_atomically(path, write)

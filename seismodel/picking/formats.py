@@ -9,12 +9,11 @@ __all__ = ['PICK_FORMATS', 'WEIGHTS', 'check_formats', 'site_of', 'sites_in', 'w
            'hypoinverse_line', 'write_hypoinverse', 'write_nonlinloc', 'write_places', 'write_format']
 
 # %% ../../nbs/picking/03a_formats.ipynb #b4b83bf4
-import csv
-from itertools import chain, groupby
+from itertools import groupby
 from pathlib import Path
 
 from ..core import UserError
-from ..files import write_atomically
+from ..files import write_atomically, write_csv
 from .output import CODES, container, to_catalog
 
 # %% ../../nbs/picking/03a_formats.ipynb #58602880
@@ -51,14 +50,6 @@ def sites_in(
                 places[name + channel.location_code] = channel.latitude, channel.longitude, height
     return {name: tuple(map(float, place)) for name, place in places.items()}
 
-# %% ../../nbs/picking/03a_formats.ipynb #59f437a8
-def _write_csv(path, columns, rows):
-    "A table, replaced whole"
-    def write(part):
-        with open(part, 'w', newline='', encoding='utf-8') as f:
-            csv.writer(f).writerows(chain([columns], rows))
-    write_atomically(path, write)
-
 # %% ../../nbs/picking/03a_formats.ipynb #db4decb8
 def write_pyocto(
     rows: list[dict],    # picks, or anything that yields them
@@ -69,10 +60,10 @@ def write_pyocto(
     columns = 'station', 'phase', 'time', 'probability', 'amplitude', 'instrument'
     lines = ((site_of(r), r['phase'], r['epoch'], r['probability'], r['amplitude'],
               r['instrument']) for r in rows)
-    _write_csv(folder/'picks.pyocto.csv', columns, lines)
+    write_csv(folder/'picks.pyocto.csv', columns, lines)
     if not places: return
     stations = [(name, *place) for name, place in places.items()]
-    _write_csv(folder/'stations.pyocto.csv', ('id', 'latitude', 'longitude', 'elevation'), stations)
+    write_csv(folder/'stations.pyocto.csv', ('id', 'latitude', 'longitude', 'elevation'), stations)
 
 # %% ../../nbs/picking/03a_formats.ipynb #5c29fe18
 def write_gamma(
@@ -89,14 +80,14 @@ def write_gamma(
     lines = [(site_of(r), r['time'].rstrip('Z'), r['probability'], r['phase'].lower(), *amp(size))
              for r, size in zip(rows, sizes)]
     columns = 'id', 'timestamp', 'prob', 'type', *(('amp',) if known else ())
-    _write_csv(folder/'picks.gamma.csv', columns, lines)
+    write_csv(folder/'picks.gamma.csv', columns, lines)
     if not places: return
     middle = [sum(p[k] for p in places.values())/len(places) for k in (0, 1)]
     plane = lambda lat, lon: util_geo_km(middle[1], middle[0], lon, lat)
     stations = [(name, *(f'{v:.4f}' for v in plane(lat, lon)), f'{-up/1000:.4f}', lon, lat)
                 for name, (lat, lon, up) in places.items()]
     columns = 'id', 'x(km)', 'y(km)', 'z(km)', 'longitude', 'latitude'
-    _write_csv(folder/'stations.gamma.csv', columns, stations)
+    write_csv(folder/'stations.gamma.csv', columns, stations)
 
 # %% ../../nbs/picking/03a_formats.ipynb #4716da41
 def write_real(

@@ -119,7 +119,8 @@ def write_continuous(
     rows, samples, first = [], [], 0
     for instrument in open_archive(*files).instruments:
         for span in instrument.spans():
-            x = np.nan_to_num(instrument.read(span, 0, span.count) - centre(instrument, span))
+            x = instrument.read(span, 0, span.count)
+            x = np.nan_to_num(x - centre(x))
             scale = np.maximum(np.abs(x).max(0)/LARGEST_NUMBER, np.minimum(1, typical(x)/256))
             q = np.rint(x/np.where(scale > 0, scale, 1)).astype(np.int32)
             station = '.'.join(instrument.name.split('.')[:2])
@@ -135,11 +136,9 @@ def write_continuous(
 
 # %% ../../nbs/study/06_arrays.ipynb #0ad4e680
 def centre(
-    instrument:object, # of an `Archive`
-    span:object,       # one of its spans
+    x:np.ndarray, # (L, 3), NaN where there is no sample
 )->np.ndarray: # (3,)
     "Median of each component over a stretch; 0 where a component is missing"
-    x = instrument.read(span, 0, span.count)
     there = ~np.isnan(x).all(0)
     return np.where(there, np.nanmedian(np.where(there, x, 0), 0), 0)
 

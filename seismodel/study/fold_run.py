@@ -8,10 +8,9 @@ Docs: https://seismodel.github.io/seismodel/study/fold_run.html.md"""
 __all__ = ['PRETRAININGS', 'LARGEST_SHARE', 'CONTEXT', 'FOREVER', 'LARGEST', 'BUNDLES', 'ARM_COLUMNS', 'FoldData',
            'prepare_arrays', 'refuse_change', 'manual_where_unsaid', 'TrialProcesses', 'Workers', 'TrialProgress',
            'Schedule', 'said_of', 'run_fold_trials', 'check_fold_settings', 'begin_folds', 'take_bundles',
-           'bring_bundles', 'write_lines', 'write_fold_tables']
+           'bring_bundles', 'write_fold_tables']
 
 # %% ../../nbs/study/10_fold_run.ipynb #bb765837
-import csv
 import gzip
 import json
 import signal
@@ -29,7 +28,7 @@ import numpy as np
 import torch
 
 from ..core import Interrupted, TrainingError, UserError, log, pick_device
-from ..files import locked, read_json, write_atomically
+from ..files import locked, read_json, write_atomically, write_csv
 from ..signals.records import STATUS
 from .arms import FoldTrial
 from .arrays import (open_splits, save_array, unpack_arrays, write_continuous,
@@ -329,20 +328,6 @@ def bring_bundles(
 # %% ../../nbs/study/10_fold_run.ipynb #9b82358e
 ARM_COLUMNS = ('method', 'fraction', 'seed', 'fold', 'start')
 
-def write_lines(
-    file:Path,
-    columns:list[str],
-    lines:list, # of cells
-    opener:Callable=open,
-):
-    "A CSV file, whole or not at all"
-    def write(part):
-        with opener(part, 'wt', newline='', encoding='utf-8') as f:
-            writer = csv.writer(f)
-            writer.writerow(columns)
-            writer.writerows(lines)
-    write_atomically(file, write)
-
 # %% ../../nbs/study/10_fold_run.ipynb #3d886629
 def write_fold_tables(
     out:Path, # of the study
@@ -353,23 +338,23 @@ def write_fold_tables(
     for name, rows in (('trials', trials), ('pretrained', pretrained)):
         plain = [{k: v for k, v in r.items() if not isinstance(v, (dict, list))} for r in rows]
         columns = list(dict.fromkeys(k for r in plain for k in r))
-        write_lines(out/f'{name}.csv', columns, [[r.get(k) for k in columns] for r in plain])
+        write_csv(out/f'{name}.csv', columns, [[r.get(k) for k in columns] for r in plain])
     arm = lambda t: [t[k] for k in ARM_COLUMNS]
     places = max((len(o[5]) for t in trials for o in t['onsets']), default=0)
     windows = [f'{name}_{j}' for j in range(places) for name in ('residual', 'p', 's', 'any')]
     about = ('phase', 'record', 'event', 'status', 'known')
-    write_lines(out/'onsets.csv.gz', [*ARM_COLUMNS, *about, *windows],
+    write_csv(out/'onsets.csv.gz', [*ARM_COLUMNS, *about, *windows],
                 ([*arm(t), *o[:5], *(v for w in o[5] for v in w)] for t in trials
                  for o in t['onsets']),
                 gzip.open)
-    write_lines(out/'picks.csv.gz', [*ARM_COLUMNS, *about, 'residual_0', 'picks', 'seconds'],
+    write_csv(out/'picks.csv.gz', [*ARM_COLUMNS, *about, 'residual_0', 'picks', 'seconds'],
                 ([*arm(t), *row] for t in trials for row in t['picks']), gzip.open)
     heard = [t for t in trials if 'continuous' in t]
     columns = ('instrument', 'hours', 'p_picks', 'p_unconfirmed', 's_picks', 's_unconfirmed')
-    write_lines(out/'stretches.csv', [*ARM_COLUMNS, *columns],
+    write_csv(out/'stretches.csv', [*ARM_COLUMNS, *columns],
                 ([*arm(t), *(r[k] for k in columns)] for t in heard
                  for r in t['continuous']['stretches']))
-    write_lines(out/'analyst.csv', [*ARM_COLUMNS, 'station', 'phase', 'event', 'residual',
+    write_csv(out/'analyst.csv', [*ARM_COLUMNS, 'station', 'phase', 'event', 'residual',
                                     'highest'],
                 ([*arm(t), *r] for t in heard for r in t['continuous']['analyst']))
     return len(trials)
