@@ -30,7 +30,8 @@ from .pick_checks import StationEvent, check_picks
 from .record_plan import (Placed, RecordPlan, Recordings, assign_splits, plan_events,
                                         plan_noise, quiet_hours, unlabelled_zones)
 from ..files import naming_space, read_table, replace_durably
-from ..signals.records import COMPONENTS, SAMPLING_RATE, WINDOW, Record, check_record, reason
+from ..signals.records import (COMPONENTS, SAMPLING_RATE, WINDOW, Record, check_record,
+                                       reason)
 
 # %% ../../nbs/data/12_build_dataset.ipynb #4c6db510
 @dataclass
