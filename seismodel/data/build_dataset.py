@@ -240,9 +240,6 @@ def write_piece(
     return rows
 
 # %% ../../nbs/data/12_build_dataset.ipynb #f734e197
-OWN_COLUMNS = ('trace_name', 'split', 'trace_start_time', 'trace_npts', 'station_network_code',
-               'station_code')
-
 @dataclass
 class Existing:
     "Records of a data set that exists"
@@ -274,6 +271,9 @@ class Existing:
             if sample: self.picks.add((station, phase, (begin + round(float(sample)*TICK))//TICK))
 
 # %% ../../nbs/data/12_build_dataset.ipynb #e1e24710
+OWN_COLUMNS = ('trace_name', 'split', 'trace_start_time', 'trace_npts', 'station_network_code',
+               'station_code')
+
 def read_existing(
     out: Path,          # folder of a data set
     pieces: list[str],  # from `pieces_of`
