@@ -18,7 +18,7 @@ from seismodel.models.pretraining import build, preset
 from seismodel.picking.output import read_picks
 from seismodel.picking import pick as picking
 from seismodel.picking.pick import pick, pick_archive, pick_day, processes_on
-from seismodel.picking.pieces import AROUND, Curve, joined_pieces, pick_piece, settings_of, window_starts
+from seismodel.picking.pieces import AROUND, Curve, Settings, _stacked, joined_pieces, pick_piece, settings_of, window_starts
 from seismodel.picking.seisbench_model import GPU_BATCH
 
 ARGS = {'P_threshold': .8, 'S_threshold': .8}        # an eager picker finds enough above these
@@ -167,6 +167,20 @@ def test_picks_are_those_of_seisbench(model, tmp_path, seconds):
     theirs = model.classify(st, **ARGS).picks
     near = [(p.phase, round((p.peak_time - st[0].stats.starttime)*100)) for p in theirs]
     assert len(ours) > 10 and sorted(near) == sorted((p.phase, round((p.peak_time - st[0].stats.starttime)*100)) for p in ours)
+
+
+@pytest.mark.parametrize('stacking', ['avg', 'max'])
+def test_the_mean_is_over_windows_that_have_a_value(stacking):
+    "Three windows whose ends a picker leaves empty, with one probability each: the mean of those that are there, or the highest"
+    p = torch.stack([torch.full((10, 3), v) for v in (.2, .4, .9)])
+    p[:, :2], p[:, 8:] = torch.nan, torch.nan
+    model = SimpleNamespace(_argdict_get_with_default=lambda args, key: args[key])
+    s = Settings(10, 4, 10, (0, 0), {'stacking': stacking})
+    curve = _stacked(iter([p[:2], p[2:]]), [100, 104, 108], 10, (100, 118), (False, False), s, model)
+    both = {'avg': ((.2 + .4)/2, (.4 + .9)/2), 'max': (.4, .9)}[stacking]
+    want = [.2]*4 + [both[0]]*2 + [.4]*2 + [both[1]]*2 + [.9]*4
+    assert (curve.first, curve.every, curve.values.dtype) == (102, 1, np.float32)
+    np.testing.assert_allclose(curve.values, np.repeat(np.array(want)[:, None], 3, 1), rtol=1e-6)
 
 
 # batches and devices

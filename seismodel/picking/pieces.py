@@ -155,11 +155,12 @@ def _stacked(parts, starts, window, stretch, ends, s, model):
         a = 0 if start == stretch[0] and not ends[0] else s.blinding[0]
         b = window - (0 if start + window == stretch[1] and not ends[1] else s.blinding[1])
         k = slice(start - first + a, start - first + b)
-        if highest: total[k], count[k] = torch.maximum(total[k], p[a:b]), 1
-        else: total[k], count[k] = total[k] + p[a:b], count[k] + good[a:b]
+        total[k] = torch.maximum(total[k], p[a:b]) if highest else total[k] + p[a:b]
+        count[k] += good[a:b]
     seen = count[:, 0].nonzero()[:, 0]
     inside = slice(int(seen[0]), int(seen[-1]) + 1) if len(seen) else slice(0, 0)
-    values = torch.where(count > 0, total/count.clip(1), torch.nan)[inside]
+    best = total if highest else total/count.clip(1)
+    values = torch.where(count > 0, best, torch.nan)[inside]
     return Curve(first + inside.start, 1, values.float().cpu().numpy())
 
 def _one_by_one(parts):
