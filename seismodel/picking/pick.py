@@ -307,16 +307,16 @@ def processes_on(
     days: int,                     # number of station-days to pick
 ) -> list[torch.device]:           # the device of each process
     "How many processes each GPU gets; any other device gets one"
-    if devices[0].type != 'cuda': return devices
+    if torch.device(devices[0]).type != 'cuda': return devices
     each = min(PER_GPU, cores()//len(devices), days//(ENOUGH*len(devices)))
     return devices*max(1, each)
 
 # %% ../../nbs/picking/02_pick.ipynb #94215565
-def _pick_on_device(model, device, archive, out, args, figures, inventory, part, threads):
+def _pick_on_device(model, device, archive, out, args, figures, inventory, part):
     "What a process of `pick_side_by_side` does"
     from seismodel.picking.seisbench_model import open_picker
     signal.signal(signal.SIGINT, signal.SIG_DFL)         # Ctrl-C ends it; the parent reports that
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     net = open_picker(model).to(device)
     where = f'{device}, {part[0] + 1} of {part[1]}'
     pick_each(net, archive, out, args, figures, inventory, part, where)
@@ -335,7 +335,7 @@ def pick_side_by_side(
     "Pick in several processes; reports a process that is lost, whose remaining days stay unpicked"
     (k, n), count = part, len(devices)
     own = lambda i: (model, str(devices[i]), archive, out, args, figures, inventory,
-                     (k + i*n, n*count), max(1, cores()//count))
+                     (k + i*n, n*count))
     Process = get_context('spawn').Process
     processes = [Process(target=_pick_on_device, args=own(i)) for i in range(count)]
     try:
@@ -438,7 +438,7 @@ def _open(model, device, files, selection, sources):
 
 def _processes(devices, net, archive, out, args, inventory, part):
     "The device of each process that picks what has no result yet"
-    if devices[0].type != 'cuda': return devices
+    if torch.device(devices[0]).type != 'cuda': return devices
     days = planned_days(net, archive, out, args, inventory, part)
     return processes_on(devices, sum(not table.exists() for *_, table in days))
 
