@@ -3,8 +3,9 @@
     python scripts/build_box.py --unlabelled FOLDER --labelled FOLDER --work FOLDER --only tiny
 
 Each size gives two models: NAME, pretrained, and NAME-picker. A call that was stopped goes on
-where it was. What it prints last is how many minutes each part took. `small` wants a GPU; `tiny`
-was made on one thread of a CPU. Both data sets are folders in SeisBench's format, with the columns
+where it was. What it prints last is how many minutes each part took, and where; both sizes want a
+GPU. With --only-train it stops before the models are scored and written, which --as-is then does
+on any machine. Both data sets are folders in SeisBench's format, with the columns
 `trace_license` (labelled data: `trace_redistribution` as well), `trace_dataset` and
 `trace_source_repository`.
 """
@@ -20,6 +21,7 @@ import torch
 
 import seismodel
 from seismodel.core import count_parameters
+from seismodel.data.pack import pack
 from seismodel.data.sources import open_dataset, open_source
 from seismodel.data.windows import WindowDataset
 from seismodel.finetuning.calibration import (apply_temperature, calibrate, calibration_error,
@@ -39,12 +41,13 @@ from seismodel.training.runlog import read_metrics
 ROOT = Path(__file__).resolve().parents[1]
 
 SIZES = {   # samples of a window of pretraining; steps, windows of a step; layer decay
-    'tiny': dict(preset='spectrum-tiny', window=2048, pretrain=(500, 16), finetune=(900, 32),
-                 decay=1.),    # of so short a pretraining all stages have to learn on
-    'small': dict(preset='spectrum-small', window=4096, pretrain=(6000, 256), finetune=(3000, 32),
+    'tiny': dict(preset='spectrum-tiny', window=2048, pretrain=(4000, 128), finetune=(2000, 32),
+                 decay=.65),
+    'small': dict(preset='spectrum-small', window=4096, pretrain=(3000, 256), finetune=(2000, 32),
                   decay=.65),
 }
 SHARES = '3,1'    # of windows in pretraining: unlabelled records, labelled ones without their labels
+EVENTS = '3,1'    # of windows in fine-tuning: labelled records, synthetic events in their noise
 SEED = 0
 AVERAGE = .995    # decay of the moving average of the weights in fine-tuning
 
@@ -81,6 +84,15 @@ def why_not(
     return why
 
 
+def pack_subset(
+    folder: Path,  # from `write_subset`
+) -> str:          # of the store beside it
+    "Pack it once: from a store a GPU need not wait for windows"
+    store = folder.with_name(f'{folder.name}-store')
+    if not (store/'manifest.json').exists(): pack([str(folder)], store)
+    return str(store)
+
+
 def write_subset(
     source: Path,      # a SeisBench folder
     folder: Path,      # gets the rows that may be used, beside a link to the waveforms
@@ -112,15 +124,24 @@ def is_done(
 def timed(
     file: Path,  # JSON with minutes of each part
     name: str,   # of the part
+    where: str,  # the device
     job,         # called without arguments
 ):
     "Do a part, and add its minutes to those of earlier calls"
     since = time.monotonic()
     try: job()
     finally:
-        minutes = json.loads(file.read_text(encoding='utf-8')) if file.exists() else {}
-        minutes[name] = round(minutes.get(name, 0.) + (time.monotonic() - since)/60, 2)
+        minutes = read_minutes(file)
+        before, _ = minutes.get(name, (0., ''))
+        minutes[name] = round(before + (time.monotonic() - since)/60, 2), where
         file.write_text(json.dumps(minutes, indent=1), encoding='utf-8')
+
+
+def read_minutes(
+    file: Path,  # from `timed`
+) -> dict:       # name -> minutes, where
+    "How long each part took so far"
+    return json.loads(file.read_text(encoding='utf-8')) if file.exists() else {}
 
 
 def train_pretrained(a, size, run):
@@ -128,7 +149,7 @@ def train_pretrained(a, size, run):
     steps, batch = size['pretrain']
     if is_done(run): return
     if (run/'config.json').exists(): return pretrain(resume=run, device=a.device)
-    data = [str(a.work/'unlabelled'), str(a.work/'labelled')]
+    data = [pack_subset(a.work/name) for name in ('unlabelled', 'labelled')]
     pretrain(size['preset'], data, SHARES, size['window'], steps=steps, batch_size=batch, seed=SEED,
              device=a.device, validate_every=200, checkpoint_every=100, out=run)
 
@@ -138,8 +159,8 @@ def train_picker(a, size, start, run):
     steps, batch = size['finetune']
     if is_done(run): return
     if (run/'config.json').exists(): return finetune(resume=run, device=a.device)
-    finetune(str(start), data=[str(a.work/'labelled')], steps=steps, batch_size=batch, seed=SEED,
-             average=AVERAGE, layer_decay=size['decay'], device=a.device, validate_every=250,
+    finetune(str(start), data=[pack_subset(a.work/'labelled'), 'synthetic'], data_weights=EVENTS,
+             steps=steps, batch_size=batch, seed=SEED, average=AVERAGE, layer_decay=size['decay'], device=a.device, validate_every=250,
              validation_windows=128, checkpoint_every=100, out=run)
 
 
@@ -295,13 +316,14 @@ def recipe_of(a, size, name, minutes) -> list[str]:
              + stopped(a.work/name.split('-')[0]/'pretrain', steps)]
     if name.endswith('-picker'):
         lines.append(f"seismodel finetune --from {name.removesuffix('-picker')} --data LABELLED "
-                     f'--steps {fine} --batch-size {fine_batch} --average {AVERAGE} '
+                     f'--data synthetic --data-weights {EVENTS} --steps {fine} --batch-size {fine_batch} --average {AVERAGE} '
                      f"--layer-decay {size['decay']} --seed {SEED} "
                      f'({fine*fine_batch:,} windows)'
                      + stopped(a.work/name.split('-')[0]/'finetune', fine))
-    took = ', '.join(f'{part} {m:g}' for part, m in minutes.items() if part.split()[0] in name.split('-'))
+    own = {part: m for part, m in minutes.items() if part.split()[0] in name.split('-')}
+    took = ', '.join(f'{part} {m:g} on {where}' for part, (m, where) in own.items())
     said = subprocess.run(['git', 'describe', '--always', '--dirty'], capture_output=True, text=True, cwd=ROOT)
-    return [*lines, f'both by scripts/build_box.py, on {a.where}; minutes: {took}',
+    return [*lines, f'both by scripts/build_box.py; minutes: {took}',
             f'seismodel {seismodel.__version__}, commit {said.stdout.strip() or "unknown"}']
 
 
@@ -389,12 +411,13 @@ def build_size(a, name, tables):
     work.mkdir(parents=True, exist_ok=True)
     start, run = work/'pretrain', work/'finetune'
     if not a.as_is:
-        timed(file, f'{name} pretraining', lambda: train_pretrained(a, size, start))
-        timed(file, f'{name} fine-tuning', lambda: train_picker(a, size, start, run))
-    minutes = json.loads(file.read_text(encoding='utf-8'))
-    ship_pretrained(a, name, tables, minutes)
-    ship_picker(a, name, tables, minutes)
-    for part, m in minutes.items(): print(f'{part:24} {m:7.1f} minutes')
+        timed(file, f'{name} pretraining', a.where, lambda: train_pretrained(a, size, start))
+        timed(file, f'{name} fine-tuning', a.where, lambda: train_picker(a, size, start, run))
+    minutes = read_minutes(file)
+    if not a.only_train:
+        ship_pretrained(a, name, tables, minutes)
+        ship_picker(a, name, tables, minutes)
+    for part, (m, where) in minutes.items(): print(f'{part:24} {m:7.1f} minutes on {where}')
 
 
 def main():
@@ -407,6 +430,7 @@ def main():
     add('--curves', type=Path, default=ROOT/'nbs/runs/box_reliability.csv', help='gets the curves')
     add('--only', choices=SIZES, action='append', help='a size; all if not given')
     add('--as-is', action='store_true', help='no training: models of what is trained so far')
+    add('--only-train', action='store_true', help='train, and write no models yet')
     add('--device', default='auto')
     a = parser.parse_args()
     a.work, gpu = a.work.resolve(), a.device != 'cpu' and torch.cuda.is_available()
