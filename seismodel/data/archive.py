@@ -151,14 +151,14 @@ FULL = 2**29         # bytes of samples in these blocks
 
 class Reader:
     "Reads samples of runs; keeps the last blocks, and notes on what was cut out"
-    def __init__(self): self.blocks, self.notes = OrderedDict(), Notes()
+    def __init__(self): self.blocks, self.notes, self.kept = OrderedDict(), Notes(), KEPT
 
     def block(self, block: Block) -> list:
         "Decode a block, or take it from memory"
         if block not in self.blocks: self.blocks[block] = decode(block)
         self.blocks.move_to_end(block)
         full = lambda: sum(x.nbytes for b in self.blocks.values() for *_, x in b) > FULL
-        while len(self.blocks) > KEPT or len(self.blocks) > 1 and full():
+        while len(self.blocks) > self.kept or len(self.blocks) > 1 and full():
             self.blocks.popitem(last=False)
         return self.blocks[block]
 

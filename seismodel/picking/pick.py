@@ -31,8 +31,8 @@ from fastcore.meta import delegates
 
 from .. import __version__
 from ..core import UserError, pick_devices, progress_bar
-from ..data.archive import (DAY, TICK, Archive, Instrument, Notes, Selection, interval,
-                                    index_files, list_files)
+from ..data.archive import (DAY, KEPT, TICK, Archive, Instrument, Notes, Selection,
+                                    index_files, interval, list_files)
 from ..data.formats import printable
 from ..files import is_filled, naming_space, read_json, sha256, write_atomically, write_csv
 from ..models.box import best_picker
@@ -132,7 +132,9 @@ def pick_day(
     from seismodel.picking.pieces import joined_pieces, pick_piece
     notes = instrument.reader.notes = Notes()
     rows, samples, near = [], 0, _of_station(inventory, instrument)
-    for piece in joined_pieces(model, pieces, s):
+    joined = list(joined_pieces(model, pieces, s))
+    instrument.reader.kept = KEPT*-(-len(pieces)//max(1, len(joined)))   # for amplitudes
+    for piece in joined:
         found = pick_piece(model, instrument, *piece, s)
         samples += found.samples
         for row, pick in zip(pick_rows(found.picks, instrument.name, s.args), found.picks):
