@@ -188,3 +188,35 @@ def test_a_worker_whose_parent_died_while_it_began_does_not_stay(tmp_path):
     worker = int((tmp_path/'worker').read_text(encoding='utf-8'))
     while Path(f'/proc/{worker}').exists() and b'spawn_main' in Path(f'/proc/{worker}/cmdline').read_bytes(): time.sleep(.05)
     assert not (tmp_path/'stayed').exists()
+
+
+def endless(folder):
+    "A worker at work"
+    ignore_signals(0)
+    (folder/'begun').touch()
+    while True: time.sleep(.01)
+
+
+@pytest.mark.parametrize('context', ["get_context('spawn')", 'worker_context()'])
+def test_a_worker_ends_with_the_process_that_wanted_it(tmp_path, context):
+    "Also where another process has started it: a fork server lives as long as its workers"
+    code = f"""if __name__ == '__main__':
+    import os, sys, time
+    from multiprocessing import get_context
+    from pathlib import Path
+    sys.path.insert(0, {str(root/'tests')!r})
+    from seismodel.data.prefetch import worker_context
+    from test_portable import endless
+    folder = Path({str(tmp_path)!r})
+    worker = {context}.Process(target=endless, args=(folder,))
+    worker.start()
+    (folder/'worker').write_text(str(worker.pid), encoding='utf-8')
+    while not (folder/'begun').exists(): time.sleep(.01)
+    os.kill(os.getpid(), 9)
+"""
+    (tmp_path/'train.py').write_text(code, encoding='utf-8')
+    done = subprocess.run([sys.executable, 'train.py'], cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(root)})
+    assert done.returncode == -9
+    worker, since = Path(f"/proc/{(tmp_path/'worker').read_text(encoding='utf-8')}"), time.monotonic()
+    while worker.exists() and time.monotonic() < since + 60: time.sleep(.05)
+    assert not worker.exists()

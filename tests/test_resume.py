@@ -49,9 +49,10 @@ def lines(run):
 
 
 def children(pid):
-    "The workers of a process; multiprocessing's own helper is none"
-    found = [int(p) for p in Path(f'/proc/{pid}/task/{pid}/children').read_text(encoding='utf-8').split()]
-    return [p for p in found if b'spawn_main' in Path(f'/proc/{p}/cmdline').read_bytes()]
+    "The workers of a process: what its fork server has started; multiprocessing's other helper is none"
+    started = lambda p: [int(c) for c in Path(f'/proc/{p}/task/{p}/children').read_text(encoding='utf-8').split()]
+    servers = [p for p in started(pid) if b'forkserver' in Path(f'/proc/{p}/cmdline').read_bytes()]
+    return [worker for server in servers for worker in started(server)]
 
 
 def kill(process, run, how, rng):

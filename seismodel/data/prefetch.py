@@ -6,9 +6,10 @@ Docs: https://seismodel.github.io/seismodel/data/prefetch.html.md"""
 
 # %% auto #0
 __all__ = ['SIGNALS', 'ON_HOST', 'pack_batch', 'unpack_batch', 'Batches', 'amplitudes', 'to_model', 'worker_context',
-           'blocking_signals', 'unblock_signals', 'ignore_signals', 'make_ready', 'device_batches']
+           'blocking_signals', 'unblock_signals', 'leave_with_parent', 'ignore_signals', 'make_ready', 'device_batches']
 
 # %% ../../nbs/data/07_prefetch.ipynb #c9f080ca
+import os
 import signal
 import sys
 from contextlib import contextmanager, nullcontext
@@ -118,6 +119,11 @@ def unblock_signals():
     if hasattr(signal, 'pthread_sigmask'): signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 # %% ../../nbs/data/07_prefetch.ipynb #bb081bf7
+def leave_with_parent():
+    "Wait for the end of the parent process, and end this one"
+    parent_process().join()
+    os._exit(1)
+
 def ignore_signals(
     worker:int, # its number
 ):
@@ -125,7 +131,8 @@ def ignore_signals(
     for s in SIGNALS: signal.signal(s, signal.SIG_IGN)
     if hasattr(signal, 'alarm'): signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
     unblock_signals()
-    if not parent_process().is_alive(): sys.exit()  # it died while this one began, unseen by torch
+    if not parent_process().is_alive(): sys.exit()  # it died while this one began
+    Thread(target=leave_with_parent, daemon=True).start()
 
 # %% ../../nbs/data/07_prefetch.ipynb #b47d05be
 ON_HOST = ("n", "source", "redrawn")  # the host reads these
