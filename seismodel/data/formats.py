@@ -204,7 +204,7 @@ def cut_sentence(
 def blocks_of(
     path: str,  # of a file
     kind: str,  # its format
-    cuts: list[Cut] = (),  # from `cut_records`: what is read of none
+    cuts: list[Cut] = (),  # from `cut_records`, whose bytes are left out
 ) -> list[Block]:
     "A file in blocks that can be read by themselves"
     size = Path(path).stat().st_size
