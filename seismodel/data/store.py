@@ -6,7 +6,7 @@ Docs: https://seismodel.github.io/seismodel/data/store.html.md"""
 
 # %% auto #0
 __all__ = ['DTYPES', 'SPAN', 'LABEL_FIELDS', 'REMOVE', 'VERSION', 'TABLES', 'ARRIVALS', 'ZEROS', 'quantize_samples',
-           'dequantize_samples', 'Part', 'same_plan', 'refuse_other', 'begin_store', 'part_ends', 'sweep', 'clear',
+           'dequantize_samples', 'Part', 'same_plan', 'refuse_no_store', 'begin_store', 'part_ends', 'sweep', 'clear',
            'StoreWriter', 'row_type', 'table_names', 'header_crc', 'sealed_json', 'is_sealed', 'finish']
 
 # %% ../../nbs/data/03_store.ipynb #7a332416
@@ -145,7 +145,7 @@ def same_plan(
                             "this one")
 
 # %% ../../nbs/data/03_store.ipynb #77f847c8
-def refuse_other(
+def refuse_no_store(
     folder:Path, # of a store, which need not exist
 ):
     "Raises `UserError` where a folder holds something else than a store"
@@ -161,7 +161,7 @@ def begin_store(
     "Begin or resume a store; raises `UserError` where the folder holds something else"
     path = folder/"plan.json"
     if path.exists(): same_plan(folder, plan, read_json(path, cure=REMOVE))
-    else: refuse_other(folder)
+    else: refuse_no_store(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # the first of all
     if not path.exists(): write_atomically(path, lambda p: p.write_bytes(_json(plan)))
