@@ -2,6 +2,7 @@
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import numpy as np
 import obspy
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import seismodel.study.fold_run as fold_run
 from seismodel.cli import main
@@ -16,12 +18,12 @@ from seismodel.core import UserError
 from seismodel.data.pack import pack
 from seismodel.data.sources import write_synthetic
 from seismodel.signals.records import STATUS
-from seismodel.study.arms import AS_IT_IS, FoldTrial, Grid, Way, choose_arms, plan_folds, study_arms
+from seismodel.study.arms import AS_IT_IS, FoldTrial, Grid, Start, Way, choose_arms, plan_folds, study_arms, study_variants
 from seismodel.study.arrays import open_splits, write_continuous, write_records
 from seismodel.study.device_records import DeviceEvents, events_part, read_records, scramble_phases
 from seismodel.study.fold_run import bring_bundles, run_fold_trials, take_bundles
 from seismodel.study.fold_scores import ABSENT, AUTOMATIC, MANUAL, score_continuous
-from seismodel.study.fold_trial import FoldStudy, finetune_fold
+from seismodel.study.fold_trial import FoldStudy, fine_windows, finetune_fold, pretraining_windows
 from seismodel.study.folds import event_parts, fold_sides
 
 file = Path(__file__).resolve().parents[1]/'benchmarks/objectives.py'
@@ -167,6 +169,39 @@ def test_events_in_noise_lie_at_their_onsets(tmp_path):
     np.testing.assert_array_equal(first[there], made['p_onset'][there])
     assert torch.equal(made['p_status'] == STATUS.index('picked'), there)
     assert torch.equal(made['s_status'] == ABSENT, made['s_onset'].isnan())
+
+
+class NothingFromTheHost(TorchDispatchMode):
+    "Fails where a recording of a step on a GPU would: at numbers of Python made into tensors, and at tensors that Python reads"
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name()
+        assert name not in ('aten::lift_fresh', 'aten::_local_scalar_dense', 'aten::nonzero'), name
+        return function(*args, **(kwargs or {}))
+
+
+def draws_of(arrays):
+    "What each kind of pretraining and fine-tuning draws its batches with"
+    generated = arrays/'out'
+    if not (generated/'synthetic-table.npy').exists(): fold_run.make_generated(generated, 50, 0, 1)
+    s, cpu = FoldStudy(arrays, generated, steps=4, batch_size=8, device='cpu'), torch.device('cpu')
+    records, table = read_records(arrays, 'labelled', cpu)
+    trial = FoldTrial(Start('random', study_variants('tiny')['spectrum']), Way('mixed', synthetic=.25))
+    draws = {'fine-tuning': fine_windows(trial, s, records, np.arange(24))}
+    for name, variant in study_variants('tiny').items():
+        draws[name] = pretraining_windows(Start(name, variant, 32), s, 8, cpu)
+    augmented = replace(study_variants('tiny')['spectrum'], augment=True)
+    return {**draws, 'augmented': pretraining_windows(Start('augmented', augmented, 32), s, 8, cpu)}
+
+
+def test_a_step_that_is_recorded_draws_its_windows_on_the_device(arrays):
+    for name, draw in draws_of(arrays).items():
+        generator = torch.Generator().manual_seed(0)
+        first = draw(generator)                                                 # a step is recorded after it was taken
+        with NothingFromTheHost(): second = draw(generator)
+        x = [b['x'] if isinstance(b, dict) else b for b in (first, second)]
+        assert x[0].shape == x[1].shape == (8, 4096, 3) and not torch.equal(*x), name
+    with pytest.raises(AssertionError, match='lift_fresh'), NothingFromTheHost(): torch.tensor([0, 4096])
+    with pytest.raises(AssertionError, match='_local_scalar_dense'), NothingFromTheHost(): torch.zeros(1).item()
 
 
 def test_a_trial_scores_manual_onsets_apart_from_automatic_ones(arrays):

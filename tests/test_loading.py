@@ -12,19 +12,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from seismodel.signals import augment
 from seismodel.data.store_reader import Store, StoreSource
 from seismodel.data.inspection import inspect, snr
 from seismodel.data.windows import WindowDataset, uniforms
-from seismodel.data.prefetch import Batches, amplitudes, pack_batch, device_batches, to_model, unpack_batch
+from seismodel.data.prefetch import Batches, amplitudes, pack_batch, device_batches, to_model, unpack_batch, worker_context
 from seismodel.signals.normalize import is_flat, normalize_narrow, standardize, flat, normalize
 from seismodel.data.pack import pack
 from seismodel.data.sources import SyntheticSource, open_source
 from seismodel.data.store import StoreWriter, finish
+from seismodel.finetuning.events import subset_events
 from seismodel.signals.records import STATUS, Record
 from seismodel.signals.source import Source
+from seismodel.training.batches import default_workers
 from seismodel.core import BadRecord, UserError
 
 root = Path(__file__).parents[1]
@@ -200,6 +202,33 @@ def test_a_bundle_of_anything(kinds):
     found = unpack_batch(sent['bytes'], sent['layout'])
     assert found.keys() == batch.keys()
     for k in batch: same(found[k], batch[k])
+
+
+class Parents(Dataset):
+    "Says which process has started the one that reads it"
+    def __len__(self): return 40
+    def batch(self, numbers): return dict(parent=torch.tensor([os.getppid()]*len(numbers)))
+
+
+@pytest.mark.skipif('forkserver' not in get_all_start_methods(), reason='this system starts fresh processes')
+def test_workers_come_from_a_server_that_has_imported_the_package():
+    "A fresh process imports PyTorch for seconds, and the next one begins only after it"
+    loader = DataLoader(Batches(Parents()), None, sampler=[range(4)]*6, num_workers=2, multiprocessing_context=worker_context())
+    parents = {int(p) for b in loader for p in b['parent']}
+    assert len(parents) == 1 and os.getpid() not in parents
+    command = Path(f'/proc/{parents.pop()}/cmdline')
+    if command.exists(): assert b"'seismodel.data.windows'" in command.read_bytes()
+
+
+def test_workers_only_where_windows_are_computed(mixed):
+    "A store is copied by one thread; a GPU that waits for the generator gets processes"
+    store, made = StoreSource(mixed), SyntheticSource()
+    for sources, gpu in ([store], 0), ([store, store], 0), ([store, made], min(8, os.cpu_count())), ([made], min(8, os.cpu_count())):
+        data = WindowDataset(sources, 10)
+        assert default_workers(data, torch.device('cpu')) == 0
+        assert default_workers(data, torch.device('cuda')) == gpu
+    part = subset_events(store, .5, 0)
+    assert part.copies and default_workers(WindowDataset([part], 10), torch.device('cuda')) == 0
 
 
 def test_device_batches(mixed):

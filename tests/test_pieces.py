@@ -16,8 +16,10 @@ from seismodel.data.archive import TICK, open_archive
 from seismodel.finetuning.heads import Picker
 from seismodel.models.pretraining import build, preset
 from seismodel.picking.output import read_picks
-from seismodel.picking.pick import pick_archive
-from seismodel.picking.pieces import AROUND, Curve, pick_piece, settings_of, window_starts
+from seismodel.picking import pick as picking
+from seismodel.picking.pick import pick, pick_archive, pick_day, processes_on
+from seismodel.picking.pieces import AROUND, Curve, Settings, _stacked, joined_pieces, pick_piece, settings_of, window_starts
+from seismodel.picking.seisbench_model import GPU_BATCH
 
 ARGS = {'P_threshold': .8, 'S_threshold': .8}        # an eager picker finds enough above these
 T0 = UTCDateTime(2024, 2, 28, 23, 30)
@@ -154,6 +156,126 @@ def test_annotations_are_those_of_seisbench(model, tmp_path):
 def test_pickers_that_read_something_else(change, words):
     other = SimpleNamespace(**dict(name='Other', sampling_rate=100., component_order='ZNE', filter_args=None, filter_kwargs=None) | change)
     with pytest.raises(UserError, match=words): settings_of(other, {})
+
+
+@pytest.mark.parametrize('seconds', [30, 100])
+def test_picks_are_those_of_seisbench(model, tmp_path, seconds):
+    "ObsPy's own record and a synthetic one: `pick` has its own path, and finds what `classify` finds"
+    st = obspy.read() if seconds == 30 else record(seconds)
+    save(st, tmp_path/'a.mseed')
+    ours, _ = picks_of(model, tmp_path, 3600)
+    theirs = model.classify(st, **ARGS).picks
+    near = [(p.phase, round((p.peak_time - st[0].stats.starttime)*100)) for p in theirs]
+    assert len(ours) > 10 and sorted(near) == sorted((p.phase, round((p.peak_time - st[0].stats.starttime)*100)) for p in ours)
+
+
+@pytest.mark.parametrize('stacking', ['avg', 'max'])
+def test_the_mean_is_over_windows_that_have_a_value(stacking):
+    "Three windows whose ends a picker leaves empty, with one probability each: the mean of those that are there, or the highest"
+    p = torch.stack([torch.full((10, 3), v) for v in (.2, .4, .9)])
+    p[:, :2], p[:, 8:] = torch.nan, torch.nan
+    model = SimpleNamespace(_argdict_get_with_default=lambda args, key: args[key])
+    s = Settings(10, 4, 10, (0, 0), {'stacking': stacking})
+    curve = _stacked(iter([p[:2], p[2:]]), [100, 104, 108], 10, (100, 118), (False, False), s, model)
+    both = {'avg': ((.2 + .4)/2, (.4 + .9)/2), 'max': (.4, .9)}[stacking]
+    want = [.2]*4 + [both[0]]*2 + [.4]*2 + [both[1]]*2 + [.9]*4
+    assert (curve.first, curve.every, curve.values.dtype) == (102, 1, np.float32)
+    np.testing.assert_allclose(curve.values, np.repeat(np.array(want)[:, None], 3, 1), rtol=1e-6)
+
+
+# batches and devices
+
+def rows_of_day(model, folder, args):
+    instrument, = open_archive(folder).instruments
+    s = settings_of(model, args)
+    pieces = list(instrument.pieces(60))
+    return pick_day(model, instrument, pieces, s), len(list(joined_pieces(model, pieces, s)))
+
+
+def test_a_batch_of_any_size_finds_the_same_picks(model, tmp_path):
+    "Pieces are joined to the length of a batch, never across a gap"
+    st = record(1500).cutout(T0 + 700, T0 + 733)
+    save(st, tmp_path/'a.mseed')
+    few, many = rows_of_day(model, tmp_path, {**ARGS, 'batch_size': 1}), rows_of_day(model, tmp_path, {**ARGS, 'batch_size': 128})
+    assert few[1] > many[1] == 2 and few[0]['samples'] == many[0]['samples'] > 140_000
+    assert len(few[0]['picks']) > 100
+    for a, b in zip(few[0]['picks'], many[0]['picks'], strict=True):
+        assert abs(a.pop('probability') - b.pop('probability')) < 2e-4 and a == b
+
+
+def test_a_gpu_without_room_gets_smaller_batches(model, tmp_path, monkeypatch, caplog):
+    save(record(900), tmp_path/'a.mseed')
+    args, sizes, forward = {**ARGS, 'batch_size': 4, 'overlap': 8192}, [], model.forward
+    want = rows_of_day(model, tmp_path, args)
+
+    def cramped(x, most=1):
+        sizes.append(len(x))
+        if len(x) > most: raise torch.cuda.OutOfMemoryError('no room')
+        return forward(x)
+
+    monkeypatch.setattr(model, 'forward', cramped)
+    assert rows_of_day(model, tmp_path, args) == want and sizes[:4] == [4, 2, 1, 1] and 'no room for the batch' in caplog.text
+    monkeypatch.setattr(model, 'forward', lambda x: cramped(x, 0))
+    with pytest.raises(torch.cuda.OutOfMemoryError): rows_of_day(model, tmp_path, args)
+
+
+def test_the_batch_suits_the_device(model, monkeypatch):
+    batch = lambda **given: model._argdict_get_with_default(given, 'batch_size')
+    assert batch() == 2 and batch(batch_size=7) == 7
+    monkeypatch.setattr(type(model), 'device', property(lambda self: torch.device('cuda')))
+    assert batch() == GPU_BATCH and batch(batch_size=7) == 7
+    assert model._argdict_get_with_default({}, 'overlap') == 2048
+
+
+def test_a_gpu_is_shared_by_processes(monkeypatch):
+    "Four with enough cores and station-days, one for a few; a CPU is not shared"
+    gpus, cpu = [torch.device('cuda:0'), torch.device('cuda:1')], torch.device('cpu')
+    monkeypatch.setattr(picking, 'cores', lambda: 16)
+    for devices, days, want in ((gpus[:1], 15, 1), (gpus[:1], 16, 2), (gpus[:1], 1000, 4), (gpus, 1000, 8), (gpus, 3, 2)):
+        found = processes_on(devices, days)
+        assert len(found) == want and set(found) == set(devices)
+    monkeypatch.setattr(picking, 'cores', lambda: 2)
+    assert len(processes_on(gpus[:1], 1000)) == 2 and processes_on([cpu], 1000) == [cpu]
+
+
+SCRIPT = """
+from pathlib import Path
+from seismodel.core import UserError
+from seismodel.data.archive import open_archive
+from seismodel.picking.pick import begin_picks, pick_side_by_side
+from seismodel.picking.seisbench_model import open_picker
+print('the script runs')
+out = Path('out')
+begin_picks(open_picker('run'), out, {})
+pick_side_by_side('run', ['cpu', 'cpu'], open_archive('in'), out, {}, False)
+print(len(list(out.glob('days/*/*.json'))))
+"""
+
+def test_a_script_that_picks_in_processes_runs_once(model, tmp_path):
+    "Without `if __name__ == '__main__'`"
+    model.picker.save_pretrained(tmp_path/'run')
+    for k in range(2):
+        st = record(60, k)
+        for tr in st: tr.stats.station = f'S{k}'
+        save(st, tmp_path/f'in/{k}.mseed')
+    (tmp_path/'script.py').write_text(SCRIPT, encoding='utf-8')
+    done = subprocess.run([sys.executable, 'script.py'], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.split('\n')[:2] == ['the script runs', '2'], done.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_a_gpu_finds_the_picks_of_the_cpu(tmp_path):
+    "Times within a sample; a pick is alone only where its probability lies within 0.01 of the threshold"
+    save(record(7200), tmp_path/'in/a.mseed')
+    found = {}
+    for device in ('cpu', 'cuda'):
+        rows = read_picks(pick([tmp_path/'in'], 'tiny-picker', tmp_path/device, p_threshold=.3, s_threshold=.3, device=device))
+        found[device] = [(r.phase, r.epoch, r.probability) for r in rows.itertuples()]
+    for one, other in (('cpu', 'cuda'), ('cuda', 'cpu')):
+        for phase, time, p in found[one]:
+            near = [q for ph, t, q in found[other] if ph == phase and abs(t - time) < .0101]
+            assert any(abs(p - q) < .01 for q in near) or p < .31, (one, phase, time, p)
+    assert len(found['cpu']) > 50
 
 
 # layouts

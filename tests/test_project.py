@@ -221,6 +221,40 @@ def test_notebook_form(nb):
     assert not re.search(r'(?<![\w.])/(?:home|root|tmp|work|Users)/', text)
 
 
+def cells_to_mend(sources):
+    "Exported cells that are too long, too wide, or follow another one without a sentence; `sources`: (kind, text) of cells"
+    before = ''
+    for kind, source in sources:
+        export = kind == 'code' and re.search(r'^#\|\s*exports?\b', source, re.M)
+        lines = [line for line in source.splitlines() if not line.startswith('#|')]
+        defines = any(isinstance(n, (ast.FunctionDef, ast.ClassDef)) for n in ast.parse(source).body) if export else False
+        if defines:
+            explained = any(line.startswith(('# longer than', '# above thirty')) for line in lines)
+            if len(lines) > 30 and not explained: yield f'{len(lines)} lines', source
+            if max(map(len, lines)) > 100: yield 'a line above 100 characters', source
+            if before == 'export': yield 'no sentence before it', source
+        before = 'export' if export else kind
+
+
+UNFINISHED = ('picking/',)   # chapters that still lack sentences
+
+
+@pytest.mark.parametrize('nb', [nb for nb in nbs if not name_of(nb).startswith(UNFINISHED)], ids=name_of)
+def test_exported_cells_are_short_and_introduced(nb):
+    "A sentence before each exported cell; at most 30 lines, unless a comment says why; at most 100 characters in a line"
+    sources = [(c.cell_type, ''.join(line for line in c.source.splitlines(True) if line[:1] not in '%!')) for c in read_nb(nb).cells]
+    assert list(cells_to_mend(sources)) == []
+
+
+def test_cells_to_mend_are_seen():
+    one, said = ('code', '#| exports\ndef f(): pass'), ('markdown', 'A sentence.')
+    assert list(cells_to_mend([said, one, said, one])) == []
+    assert [why for why, _ in cells_to_mend([one, one])] == ['no sentence before it']
+    assert [why for why, _ in cells_to_mend([('code', one[1] + '\n'*40 + 'x = 1')])] == ['41 lines']
+    assert list(cells_to_mend([('code', '#| exports\n# longer than other cells: x\ndef f(): pass' + '\n'*40 + 'x = 1')])) == []
+    assert [why for why, _ in cells_to_mend([('code', one[1] + ' '*100 + '# x')])] == ['a line above 100 characters']
+
+
 def names_of(tree):
     "Names that some code uses, and those that it binds"
     used, bound = set(), set()
@@ -294,6 +328,58 @@ def test_links_between_pages_hold(nb):
             if anchor:
                 titles = [line.lstrip('# ') for c in read_nb(target).cells if c.cell_type == 'markdown' for line in ''.join(c.source).splitlines() if line.startswith('#')]
                 assert anchor in [re.sub(r'[^\w\s-]', '', t.lower()).strip().replace(' ', '-') for t in titles], f'{page} has no heading #{anchor}'
+
+
+def title_of(nb):
+    return ''.join(read_nb(nb).cells[0].source).split('\n')[0].removeprefix('# ')
+
+
+def names_page(text, title):
+    "Whether a text is the title of a page, or its beginning: up to a colon or a comma, or three words and more"
+    plain = lambda t: ' '.join(t.replace('`', '').split()).lower()
+    text, title = plain(text), plain(title)
+    ends = (':', ',', ' ') if len(text.split()) > 2 else (':', ',')
+    return title == text or title.startswith(tuple(text + end for end in ends))
+
+
+def test_names_of_pages_are_seen():
+    assert names_page('Run logs', 'Run logs: metrics') and names_page('the `--set` option', 'The --set option')
+    assert names_page('Learning rate schedule', 'Learning rate schedule, random seeds')
+    assert names_page('Spectra as targets', 'Spectra as targets for masked pretraining')
+    assert not names_page('Run', 'Run logs: metrics') and not names_page('Schedules', 'Learning rate schedule')
+
+
+def test_index_and_sidebar_name_pages_by_their_titles():
+    "The table of chapters in the index, and texts in the sidebar where there are any, say what stands on top of the page"
+    index = '\n'.join(''.join(c.source) for c in read_nb(root/'nbs/index.ipynb').cells if c.cell_type == 'markdown')
+    table = [line for line in index.split('\n') if line.startswith('|')]
+    links = re.findall(r'\[([^]]+)\]\(([\w/]+\.ipynb)\)', '\n'.join(table))
+    assert len(links) == len(nbs) - 1
+    for text, page in links: assert names_page(text, title_of(root/'nbs'/page)), f'the index calls {page} "{text}"'
+    sections = yaml.safe_load((root/'_quarto.yml').read_text(encoding='utf-8'))['website']['sidebar']['contents']
+    entries = [e for s in sections if isinstance(s, dict) for e in s['contents'] if isinstance(e, dict)]
+    for e in entries: assert names_page(e['text'], title_of(root/'nbs'/e['href'])), f'the sidebar calls {e["href"]} "{e["text"]}"'
+
+
+@pytest.mark.parametrize('nb', nbs, ids=name_of)
+def test_references_name_pages_by_their_titles(nb):
+    "A reference in brackets, such as ([Span masking](02_masking.ipynb)), has the title of its page if it begins with a capital"
+    for cell in read_nb(nb).cells:
+        if cell.cell_type != 'markdown': continue
+        for text, page in re.findall(r'\(\[([A-Z][^]]*)\]\(((?:\.\./)*[\w/]+\.ipynb)', ''.join(cell.source)):
+            title = title_of((nb.parent/page).resolve())
+            assert names_page(text, title), f'"{text}" is called "{title}"'
+
+
+def test_quoted_names_of_chapters_are_titles():
+    'A chapter or page in quotes is one that exists, in the notebooks, the README and CONTRIBUTING'
+    titles = [title_of(nb) for nb in nbs]
+    texts = {nb.name: [''.join(c.source) for c in read_nb(nb).cells if c.cell_type == 'markdown'] for nb in nbs}
+    texts |= {name: [(root/name).read_text(encoding='utf-8')] for name in ('README.md', 'CONTRIBUTING.md')}
+    quoted = [(file, name) for file, parts in texts.items() for part in parts
+              for name in re.findall(r'(?:chapter|page)s?\s+"([^"]+)"', part, re.I)]
+    assert len(quoted) > 3
+    for file, name in quoted: assert any(names_page(name, title) for title in titles), f'{file}: there is no chapter "{name}"'
 
 
 def test_version_is_said_once():

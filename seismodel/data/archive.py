@@ -151,14 +151,14 @@ FULL = 2**29         # bytes of samples in these blocks
 
 class Reader:
     "Reads samples of runs; keeps the last blocks, and notes on what was cut out"
-    def __init__(self): self.blocks, self.notes = OrderedDict(), Notes()
+    def __init__(self): self.blocks, self.notes, self.kept = OrderedDict(), Notes(), KEPT
 
     def block(self, block: Block) -> list:
         "Decode a block, or take it from memory"
         if block not in self.blocks: self.blocks[block] = decode(block)
         self.blocks.move_to_end(block)
         full = lambda: sum(x.nbytes for b in self.blocks.values() for *_, x in b) > FULL
-        while len(self.blocks) > KEPT or len(self.blocks) > 1 and full():
+        while len(self.blocks) > self.kept or len(self.blocks) > 1 and full():
             self.blocks.popitem(last=False)
         return self.blocks[block]
 
@@ -173,9 +173,11 @@ class Reader:
         x, differ = np.full(b - a, np.nan), np.zeros(b - a, bool)
         for sample, entry in run.between(a, b): _fill(self, run, sample, entry, a, x, differ)
         x[~(np.abs(x) <= MOST)] = np.nan
-        differ = closed(differ, margin)
-        _note(self.notes, run, differ, a, 'records that differ')
-        return np.where(differ, np.nan, x)[margin:len(x) - margin]
+        if differ.any():
+            differ = closed(differ, margin)
+            _note(self.notes, run, differ, a, 'records that differ')
+            x[differ] = np.nan
+        return x[margin:len(x) - margin]
 
 # %% ../../nbs/data/01_archive.ipynb #51fa6a5e
 MOST = 1e18          # larger samples are not ground motion, and their squares overflow
@@ -187,10 +189,13 @@ def _fill(reader, run, sample, entry, a, x, differ):
     for at, values in _parts_of(reader, run, sample, entry):
         i, j = max(at - a, begin), min(at - a + len(values), end)
         if i >= j: continue
-        new, old = np.asarray(values[i + a - at:j + a - at], float), x[i:j]
-        both = ~np.isnan(old) & ~np.isnan(new)
-        differ[i:j] |= both & ~np.isclose(new, old, rtol=1e-6, atol=0)
-        x[i:j], there[i - begin:j - begin] = np.where(np.isnan(old), new, old), True
+        new, there[i - begin:j - begin] = np.asarray(values[i + a - at:j + a - at], float), True
+        empty = np.isnan(old := x[i:j])
+        if empty.all(): x[i:j] = new                     # nearly always
+        else:
+            both = ~empty & ~np.isnan(new)
+            differ[i:j] |= both & ~np.isclose(new, old, rtol=1e-6, atol=0)
+            x[i:j] = np.where(empty, new, old)
     _note(reader.notes, run, ~there, a + begin, 'damaged')
     odd = there & ~(np.abs(x[begin:end]) <= MOST)
     _note(reader.notes, run, odd, a + begin, 'NaN, infinite or above 1e18')
@@ -205,6 +210,7 @@ def _parts_of(reader, run, sample, entry):
 # %% ../../nbs/data/01_archive.ipynb #f572656e
 def _note(notes, run, mask, first, why):
     "Note the intervals of a mask that begins at sample `first`, and the files there"
+    if not mask.any(): return
     for i, j in spans_of(closed(mask, int(run.rate))):
         entries = run.between(first + i, first + j)
         files = {printable(Path(e.block.file).name) for _, e in entries}
@@ -271,6 +277,9 @@ def combined(
     near = [run for run in runs if run.start <= end and run.end >= begin]
     for k, run in enumerate(near):
         new = on_grid(reader, run, start, count)
+        if not k:
+            out = new
+            continue
         longest = max([min(run.end, other.end) - run.start for other in near[:k]], default=0)
         if longest > 1.5e9/run.rate:                     # a real overlap, not half a sample of it
             clash = ~np.isnan(out) & ~np.isnan(new)

@@ -30,7 +30,8 @@ from .pick_checks import StationEvent, check_picks
 from .record_plan import (Placed, RecordPlan, Recordings, assign_splits, plan_events,
                                         plan_noise, quiet_hours, unlabelled_zones)
 from ..files import naming_space, read_table, replace_durably
-from ..signals.records import COMPONENTS, SAMPLING_RATE, WINDOW, Record, check_record, reason
+from ..signals.records import (COMPONENTS, SAMPLING_RATE, WINDOW, Record, check_record,
+                                       reason)
 
 # %% ../../nbs/data/12_build_dataset.ipynb #4c6db510
 @dataclass
@@ -239,9 +240,6 @@ def write_piece(
     return rows
 
 # %% ../../nbs/data/12_build_dataset.ipynb #f734e197
-OWN_COLUMNS = ('trace_name', 'split', 'trace_start_time', 'trace_npts', 'station_network_code',
-               'station_code')
-
 @dataclass
 class Existing:
     "Records of a data set that exists"
@@ -273,6 +271,9 @@ class Existing:
             if sample: self.picks.add((station, phase, (begin + round(float(sample)*TICK))//TICK))
 
 # %% ../../nbs/data/12_build_dataset.ipynb #e1e24710
+OWN_COLUMNS = ('trace_name', 'split', 'trace_start_time', 'trace_npts', 'station_network_code',
+               'station_code')
+
 def read_existing(
     out: Path,          # folder of a data set
     pieces: list[str],  # from `pieces_of`

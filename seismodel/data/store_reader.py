@@ -341,6 +341,8 @@ def no_column(
 # %% ../../nbs/data/04_store_reader.ipynb #4b67f1f2
 class StoreSource(Source):
     "One split of a store"
+    copies = True
+
     def __init__(self,
         store: Store,         # open
         split: str='train',   # one of the manifest's splits

@@ -364,6 +364,7 @@ def say_next(
               '`SeisModelPicker.from_pretrained`')
 
 # %% ../../nbs/finetuning/03_finetune.ipynb #1ed32726
+# longer than other cells: one line for each option, as `seismodel finetune --help` shows them
 def finetune(
     # a name of the box, such as tiny, the folder of a pretrained model, or random, which needs
     # --preset

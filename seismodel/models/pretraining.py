@@ -179,7 +179,8 @@ def write_model(
     write_atomically(file, lambda p: p.write_text(text, encoding='utf-8'))
     try: write_atomically(folder/'model.safetensors', lambda p: p.write_bytes(blob), len(blob))
     except OSError:
-        if new: file.unlink()                      # no half of a model, which would not be overwritten either
+        # no half of a model, which would not be overwritten either
+        if new: file.unlink()
         raise
 
 # %% ../../nbs/models/10_pretraining.ipynb #5077d1bc

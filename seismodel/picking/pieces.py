@@ -6,18 +6,18 @@ Docs: https://seismodel.github.io/seismodel/picking/pieces.html.md"""
 
 # %% auto #0
 __all__ = ['AROUND', 'window_starts', 'Settings', 'settings_of', 'window_probabilities', 'Curve', 'probability_curves',
-           'annotations', 'PiecePicks', 'pick_piece']
+           'annotations', 'PiecePicks', 'pick_piece', 'joined_pieces']
 
 # %% ../../nbs/picking/01a_pieces.ipynb #a49dbe45
-from typing import NamedTuple
+from typing import Iterator, NamedTuple
 
 import numpy as np
 import torch
 
-from ..core import UserError
+from ..core import UserError, log
 from ..data.archive import TICK, Instrument, Span, spans_of
 from .seisbench_model import CAUSAL, READ_WINDOW, SHORTEST, StreamPicker
-from ..signals.records import COMPONENTS, SAMPLING_RATE, recorded_mean
+from ..signals.records import COMPONENTS, SAMPLING_RATE
 
 # %% ../../nbs/picking/01a_pieces.ipynb #720e2e0e
 def window_starts(
@@ -48,8 +48,6 @@ class Settings(NamedTuple):
     def margin(self) -> int:
         "Samples that a piece reads beyond each of its ends"
         return self.window + AROUND
-
-AROUND = 6000        # samples beyond a piece in which a peak may begin or end
 
 # %% ../../nbs/picking/01a_pieces.ipynb #2c7f334f
 def settings_of(
@@ -89,16 +87,16 @@ def _require_supported(model):
 @torch.no_grad()
 def window_probabilities(
     model: torch.nn.Module,  # a SeisBench WaveformModel in evaluation mode
-    windows: np.ndarray,     # (B, W, 3) Z N E, NaN where nothing was recorded
+    # (B, W, 3) Z N E float64 on the device of the model, NaN where nothing was recorded
+    windows: torch.Tensor,
     args: dict,              # of `annotate`
-) -> np.ndarray:  # (B, W, labels), or (B, labels) of a model with one output per window
+) -> torch.Tensor:  # (B, W, labels) there, or (B, labels) of a model with one output per window
     "Probabilities of a batch of windows"
-    x = np.where(np.isnan(windows), 0, windows - recorded_mean(windows, 1))
-    x = x[..., [COMPONENTS.index(c) for c in model.component_order]]
-    x = torch.as_tensor(x.transpose(0, 2, 1).astype(np.float32), device=model.device)
+    x = (windows - windows.nanmean(1, keepdim=True)).nan_to_num(0.).float()
+    x = x[..., [COMPONENTS.index(c) for c in model.component_order]].transpose(1, 2)
     x = model.annotate_batch_pre(x, argdict=args)
     x, aside = x if isinstance(x, tuple) else (x, None)
-    return model.annotate_batch_post(model(x), piggyback=aside, argdict=args).float().cpu().numpy()
+    return model.annotate_batch_post(model(x), piggyback=aside, argdict=args).float()
 
 # %% ../../nbs/picking/01a_pieces.ipynb #aa19db0b
 class Curve(NamedTuple):
@@ -116,7 +114,7 @@ def probability_curves(
     cut: tuple[bool, bool] = (False, False),  # whether the record continues before and after x
 ) -> list[Curve]:            # one for each stretch that is long enough
     "Probabilities of a piece"
-    found = []
+    found, samples = [], torch.from_numpy(x).to(model.device)
     strict = model._argdict_get_with_default(s.args, 'strict')
     for a, b in spans_of((~np.isnan(x)).all(1) if strict else (~np.isnan(x)).any(1)):
         ends = (cut[0] and a == 0, cut[1] and b == len(x))
@@ -125,14 +123,24 @@ def probability_curves(
         starts = window_starts(first + a, first + b, window, s.step, ends)
         if model.output_type == 'point': starts = [t for t in starts if t % s.step == 0]
         if not starts: continue
-        one = lambda k, t: np.stack([x[u - first:u - first + window] for u in starts[k:t]])
-        size = model._argdict_get_with_default(s.args, 'batch_size')
-        parts = (window_probabilities(model, one(k, k + size), s.args)
-                 for k in range(0, len(starts), size))
+        parts = _in_batches(model, samples, [t - first for t in starts], window, s)
         if model.output_type == 'point':
-            found.append(Curve(starts[0] + model.pred_sample, s.step, np.concatenate(list(parts))))
+            values = torch.cat(list(parts)).cpu().numpy()
+            found.append(Curve(starts[0] + model.pred_sample, s.step, values))
         else: found.append(_stacked(parts, starts, window, (first + a, first + b), ends, s, model))
     return found
+
+def _in_batches(model, samples, begins, window, s):
+    "Probabilities of windows, a batch at a time, in halves of it where a GPU has no room"
+    size, k = model._argdict_get_with_default(s.args, 'batch_size'), 0
+    while k < len(begins):
+        windows = torch.stack([samples[t:t + window] for t in begins[k:k + size]])
+        try: yield window_probabilities(model, windows, s.args)
+        except torch.cuda.OutOfMemoryError:
+            if size == 1: raise
+            size //= 2
+            log.warning('the GPU has no room for the batch; %d windows at a time from now on', size)
+        else: k += size
 
 # %% ../../nbs/picking/01a_pieces.ipynb #a129532f
 def _stacked(parts, starts, window, stretch, ends, s, model):
@@ -140,20 +148,26 @@ def _stacked(parts, starts, window, stretch, ends, s, model):
     first, last = starts[0], starts[-1] + window
     highest = str(model._argdict_get_with_default(s.args, 'stacking')).lower() == 'max'
     total = count = None
-    for start, p in zip(starts, (p for part in parts for p in part)):
+    for start, (p, good) in zip(starts, _one_by_one(parts)):
         if total is None:
-            total = np.zeros((last - first, p.shape[-1]))
-            count = np.zeros((last - first, 1))
+            total = p.new_zeros(last - first, p.shape[-1], dtype=torch.float64)
+            count = p.new_zeros(last - first, 1, dtype=torch.float64)
         a = 0 if start == stretch[0] and not ends[0] else s.blinding[0]
         b = window - (0 if start + window == stretch[1] and not ends[1] else s.blinding[1])
         k = slice(start - first + a, start - first + b)
-        good = ~np.isnan(p[a:b]).any(-1, keepdims=True)
-        if highest: total[k], count[k] = np.fmax(total[k], np.where(good, p[a:b], 0)), 1
-        else: total[k], count[k] = total[k] + np.where(good, p[a:b], 0), count[k] + good
-    seen = np.flatnonzero(count[:, 0])
-    inside = slice(seen[0], seen[-1] + 1) if len(seen) else slice(0, 0)
-    values = np.where(count > 0, total/count.clip(1), np.nan)[inside]
-    return Curve(first + inside.start, 1, values.astype(np.float32))
+        total[k] = torch.maximum(total[k], p[a:b]) if highest else total[k] + p[a:b]
+        count[k] += good[a:b]
+    seen = count[:, 0].nonzero()[:, 0]
+    inside = slice(int(seen[0]), int(seen[-1]) + 1) if len(seen) else slice(0, 0)
+    best = total if highest else total/count.clip(1)
+    values = torch.where(count > 0, best, torch.nan)[inside]
+    return Curve(first + inside.start, 1, values.float().cpu().numpy())
+
+def _one_by_one(parts):
+    "Windows of all batches with zeros for NaN, and where they were not NaN"
+    for part in parts:
+        good = ~part.isnan().any(-1, keepdim=True)
+        yield from zip(torch.where(good, part, 0), good)
 
 # %% ../../nbs/picking/01a_pieces.ipynb #87dd0d33
 def annotations(
@@ -218,3 +232,20 @@ def _exact(pick, span):
         k = round((getattr(pick, name).ns - phase)/TICK)
         setattr(pick, name, UTCDateTime(ns=k*TICK + phase))
     return pick
+
+# %% ../../nbs/picking/01a_pieces.ipynb #1a9bbf22
+def joined_pieces(
+    model: torch.nn.Module,  # a SeisBench WaveformModel
+    pieces: list,            # from `Instrument.pieces`
+    s: Settings,             # from `settings_of`
+) -> Iterator[tuple[Span, int, int]]:  # span, first and last sample
+    "Join pieces of a span up to the length of a batch of windows"
+    most = s.step*model._argdict_get_with_default(s.args, 'batch_size')
+    kept = None
+    for span, first, last in pieces:
+        if kept and kept[0] == span and kept[2] == first and last - kept[1] <= most:
+            kept = span, kept[1], last
+            continue
+        if kept: yield kept
+        kept = span, first, last
+    if kept: yield kept

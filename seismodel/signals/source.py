@@ -122,6 +122,7 @@ class Source:
     "Records by number. A subclass defines `name`, `__len__` and `record`"
     name = 'records'
     dtype = np.dtype(np.float32)   # of the samples of `windows`
+    copies = False                 # whether a window is a mere copy of stored samples
     left_out = {}                  # reason -> names of the traces that were not taken
 
     @cached_property

@@ -10,7 +10,6 @@ __all__ = ['LENGTH', 'RecordTable', 'DeviceRecords', 'read_records', 'synthetic_
 
 # %% ../../nbs/study/06a_device_records.ipynb #cf76ee4b
 import math
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Callable
 
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.prefetch import worker_context
 from ..data.sources import SyntheticSource
 from ..data.store import quantize_samples
 from ..signals.noise import EventsInNoise
@@ -129,7 +129,7 @@ def spread(
 ):
     "Results of `work` for each of the parts, from several processes if there is much to do"
     if jobs == 1 or len(parts) == 1: return [work(part) for part in parts]
-    with get_context('spawn').Pool(jobs) as pool: return pool.map(work, parts)
+    with worker_context().Pool(jobs) as pool: return pool.map(work, parts)
 
 # %% ../../nbs/study/06a_device_records.ipynb #3f4cd05e
 def make_generated(
@@ -161,7 +161,8 @@ def event_batch(
     there = onset.isfinite()
     picked, absent = map(STATUS.index, ('picked', 'absent'))
     p, s = (there*picked + ~there*absent).to(torch.int8).unbind(1)
-    valid = torch.tensor([0, WINDOW], dtype=torch.int32, device=x.device).repeat(len(x), 1)
+    valid = torch.full((len(x), 2), WINDOW, dtype=torch.int32, device=x.device)
+    valid[:, 0].zero_()    # no numbers from the host: a GPU's recording could not take them along
     none = torch.full((len(x),), torch.nan, device=x.device)
     ones = torch.ones(len(x), 3, device=x.device)
     return {'p_onset': onset[:, 0], 's_onset': onset[:, 1], 'p_weak': none, 's_weak': none,

@@ -19,7 +19,6 @@ import time
 import zipfile
 from collections import defaultdict
 from dataclasses import dataclass
-from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from typing import Callable
 from zlib import crc32
@@ -28,6 +27,7 @@ import numpy as np
 import torch
 
 from ..core import Interrupted, TrainingError, UserError, log, pick_device
+from ..data.prefetch import worker_context
 from ..files import locked, read_json, write_atomically, write_csv
 from ..signals.records import STATUS
 from .arms import FoldTrial
@@ -121,9 +121,7 @@ class TrialProcesses:
         s:FoldStudy,
         jobs:int, # processes at once
     ):
-        method = 'forkserver' if 'forkserver' in get_all_start_methods() else 'spawn'
-        self.s, self.jobs, self.busy, self.context = s, jobs, {}, get_context(method)
-        if method == 'forkserver': self.context.set_forkserver_preload([run_fold_trial.__module__])
+        self.s, self.jobs, self.busy, self.context = s, jobs, {}, worker_context()
 
     def start(self, trial:FoldTrial):
         "Begin a trial"

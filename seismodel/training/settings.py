@@ -81,7 +81,8 @@ def read_field_file(
     file:Path, # JSON
 )->tuple[dict, dict]: # whole name of a field -> value; the other entries
     "Read the --config file; raises `UserError` if it is no JSON or has an unknown entry"
-    saved = read_json(file, cure='name with --config a JSON file such as {"model": {…}, "train": {…}}')
+    cure = 'name with --config a JSON file such as {"model": {…}, "train": {…}}'
+    saved = read_json(file, cure=cure)
     found = {}
     for part in ('model', 'train'):
         values = saved.pop(part, {})
