@@ -98,7 +98,7 @@ def test_a_resumed_run_does_not_pretend_to_listen(option, tmp_path, capsys):
 def test_a_store_is_no_folder_to_evaluate_on(quakes_folder, tmp_path, capsys):
     pack([quakes_folder], tmp_path/'store')
     capsys.readouterr()
-    assert 'is a packed store' in said(['evaluate', tmp_path, '--data', tmp_path/'store'], capsys)
+    assert 'is a packed store' in said(['evaluate', 'tiny-picker', '--data', tmp_path/'store'], capsys)
 
 
 def unlabelled(records):

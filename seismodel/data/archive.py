@@ -24,8 +24,8 @@ import numpy as np
 
 from ..core import UserError, progress_bar
 from .channels import map_components, parse_components, rotation
-from .formats import (Block, Entry, blocks_of, decode, entries_of, format_of,
-                                    printable)
+from .formats import (Block, Entry, blocks_of, cut_records, cut_sentence, decode,
+                                    entries_of, format_of, printable)
 from ..signals.records import COMPONENTS, reason
 from ..signals.resample import half_width, values_at
 
@@ -553,7 +553,9 @@ def _entries(file, left):
     if not os.path.getsize(file): raise UserError('it is empty')
     kind = format_of(file)
     if kind is None: raise UserError('no waveform format that is read here')
-    for block in blocks_of(file, kind):
+    cuts = cut_records(file) if kind == 'MSEED' else []
+    if cuts: left[printable(file)] = cut_sentence(cuts, os.path.getsize(file))
+    for block in blocks_of(file, kind, cuts):
         found, bad = entries_of(block)
         for channel, why in bad.items(): left[f'{channel} in {printable(file)}'] = why
         yield from found

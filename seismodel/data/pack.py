@@ -24,7 +24,7 @@ from .store_reader import is_store
 from .sources import (SeisBenchSource, draw_split, means_files, open_dataset,
                                     parse_weights,
                                     trace_names)
-from .store import DTYPES, StoreWriter, finish
+from .store import DTYPES, StoreWriter, finish, refuse_no_store
 from ..files import in_bytes, is_disk_full, sha256
 from ..signals.records import (COMPONENTS, SAMPLING_RATE, WINDOW, Record, check_record,
                                        recorded_mean)
@@ -339,6 +339,7 @@ def pack(
     _refuse_twice(sources)
     shares = parse_weights(data_weights, len(sources))
     selection = Selection(**selection)
+    refuse_no_store(Path(out))                              # before an archive is indexed
     groups = _groups([str(w) for w in sources], together=not shares)
     streams = [open_items(*group, window=window, selection=selection) for group in groups]
     plan = _plan(groups, streams, shares, dtype, window, file_mib)

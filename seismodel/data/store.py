@@ -6,8 +6,8 @@ Docs: https://seismodel.github.io/seismodel/data/store.html.md"""
 
 # %% auto #0
 __all__ = ['DTYPES', 'SPAN', 'LABEL_FIELDS', 'REMOVE', 'VERSION', 'TABLES', 'ARRIVALS', 'ZEROS', 'quantize_samples',
-           'dequantize_samples', 'Part', 'same_plan', 'begin_store', 'part_ends', 'sweep', 'clear', 'StoreWriter',
-           'row_type', 'table_names', 'header_crc', 'sealed_json', 'is_sealed', 'finish']
+           'dequantize_samples', 'Part', 'same_plan', 'refuse_no_store', 'begin_store', 'part_ends', 'sweep', 'clear',
+           'StoreWriter', 'row_type', 'table_names', 'header_crc', 'sealed_json', 'is_sealed', 'finish']
 
 # %% ../../nbs/data/03_store.ipynb #7a332416
 import csv
@@ -145,6 +145,15 @@ def same_plan(
                             "this one")
 
 # %% ../../nbs/data/03_store.ipynb #77f847c8
+def refuse_no_store(
+    folder:Path, # of a store, which need not exist
+):
+    "Raises `UserError` where a folder holds something else than a store"
+    begun = {".plan.json.part", "plan.json.part"}        # all that a killed process may leave
+    if (folder/"plan.json").exists() or (folder/"manifest.json").exists(): return
+    if folder.is_file() or folder.is_dir() and {f.name for f in folder.iterdir()} - begun:
+        raise UserError(f"{folder} is there already and no store: name another folder")
+
 def begin_store(
     folder:Path, # of the store: new, empty, or begun with the same plan
     plan:dict,   # what will be in it
@@ -152,9 +161,7 @@ def begin_store(
     "Begin or resume a store; raises `UserError` where the folder holds something else"
     path = folder/"plan.json"
     if path.exists(): same_plan(folder, plan, read_json(path, cure=REMOVE))
-    elif folder.is_file() or folder.is_dir() and {
-            f.name for f in folder.iterdir()} - {".plan.json.part", "plan.json.part"}:
-        raise UserError(f"{folder} is there already and no store: name another folder")
+    else: refuse_no_store(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # the first of all
     if not path.exists(): write_atomically(path, lambda p: p.write_bytes(_json(plan)))

@@ -105,8 +105,9 @@ def records_of(
     if selection and selection.given:
         raise UserError(f"'{sources[0]}' is a data set: leave the options away that choose from "
                         f"waveform files.")
-    for name in sources:
-        dataset, prefix = open_source(name, split), f'{Path(name).name}/' if sources[1:] else ''
+    opened = [open_source(name, split) for name in sources]    # a wrong one is reported first
+    for name, dataset in zip(sources, opened):
+        prefix = f'{Path(name).name}/' if sources[1:] else ''
         for i in range(len(dataset)):
             try: record = dataset.record(i)
             except BadRecord as e: print(f'left out: {prefix}{e}', file=sys.stderr)

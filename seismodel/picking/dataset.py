@@ -16,9 +16,9 @@ import numpy as np
 from fastcore.meta import delegates
 
 from ..core import UserError, pick_device, progress_bar
-from ..data.archive import Selection, open_archive
-from ..data.build_dataset import Built, DatasetOptions, build_dataset
-from ..data.catalogue import read_catalogue, source_column
+from ..data.archive import Selection, index_files, list_files
+from ..data.build_dataset import Built, DatasetOptions, build_dataset, pieces_of
+from ..data.catalogue import pick_files, read_catalogue, source_column
 from ..data.dataset_report import (PHASE_COLORS, onsets_in, read_back, station_of,
                                            write_report)
 from ..files import write_atomically, write_csv
@@ -186,9 +186,11 @@ def dataset(
     if not out: raise UserError('Say where the data set is to be written, with --out FOLDER.')
     options = DatasetOptions(before, after, noise, split_by, append)
     selection = Selection(**selection)
-    model = _checker(check)                                # a wrong name is reported first
+    for source in picks: pick_files(source)                # wrong paths are reported first,
+    files, _ = list_files([waveforms]), pieces_of(Path(out), append)
+    model = _checker(check)                                # then a wrong name
     catalogue = read_catalogue(picks, columns)
-    archive = open_archive(waveforms, selection=selection)
+    archive = index_files(files, selection)
     archive.require(str(waveforms))
     built = build_dataset(catalogue, archive, Path(out), options, selection.inventory)
     print(f"{_report(built, model)}\nreport  {built.folder/'report'}")

@@ -555,9 +555,10 @@ def evaluate(
         refuse_for_windows(model, targets=targets, threshold=threshold, context=context)
         return evaluate_column(model, names, split, device, out)
     if not names: raise UserError('Say which labels, with --data FOLDER.')
-    sets, out = open_labelled(names, split), Path(out or 'evaluation')
     from seismodel.picking.seisbench_model import open_picker
-    net = open_picker(model).to(pick_device(device))
+    target, out = pick_device(device), Path(out or 'evaluation')
+    net = open_picker(model).to(target)                # a wrong name is reported before the data
+    sets = open_labelled(names, split)
     threshold = .3 if threshold is None else threshold
     tables = score_picker(net, sets, Path(targets or out/'targets'), split, threshold, context)
     write_tables(tables, out)
