@@ -87,8 +87,8 @@ def to_model(
 
 # %% ../../nbs/data/07_prefetch.ipynb #5f0c2a71
 def worker_context() -> BaseContext: # of `multiprocessing`
-    """Where processes come from: a server that has imported what this process has of the package and
-    of SeisBench's data; fresh processes where the system has no server"""
+    """Where processes come from: a server that has imported what this process has of the package
+    and of SeisBench's data; fresh processes where the system has no server"""
     if 'forkserver' not in get_all_start_methods(): return get_context('spawn')
     context = get_context('forkserver')
     context.set_forkserver_preload([m for m in sorted(sys.modules)
