@@ -228,7 +228,7 @@ def plot_gains(
             ax.axvline(points, color='.7', lw=1, ls=style, zorder=0)
         ax.set(title=f'{phase.upper()} {metric}', xlabel='points above random weights')
     axs[0].set_yticks(range(len(arms)), [arm.title for arm in arms])
-    axs[0].invert_yaxis()
+    axs[0].set_ylim(len(arms) - .5, -.5)
     return fig
 
 # %% ../../nbs/study/11_fold_report.ipynb #8dc25be7
