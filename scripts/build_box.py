@@ -49,6 +49,7 @@ SIZES = {   # samples of a window of pretraining; steps, windows of a step; laye
 SHARES = '3,1'    # of windows in pretraining: unlabelled records, labelled ones without their labels
 EVENTS = '3,1'    # of windows in fine-tuning: labelled records, synthetic events in their noise
 SEED = 0
+SAME = 5          # samples, half of the closest score: by so much half precision may move a pick
 AVERAGE = .995    # decay of the moving average of the weights in fine-tuning
 
 NO_LICENCE = 'its repository states no licence'
@@ -160,8 +161,8 @@ def train_picker(a, size, start, run):
     if is_done(run): return
     if (run/'config.json').exists(): return finetune(resume=run, device=a.device)
     finetune(str(start), data=[pack_subset(a.work/'labelled'), 'synthetic'], data_weights=EVENTS,
-             steps=steps, batch_size=batch, seed=SEED, average=AVERAGE, layer_decay=size['decay'], device=a.device, validate_every=250,
-             validation_windows=128, checkpoint_every=100, out=run)
+             steps=steps, batch_size=batch, seed=SEED, average=AVERAGE, layer_decay=size['decay'],
+             device=a.device, validate_every=250, validation_windows=128, checkpoint_every=100, out=run)
 
 
 # Half precision
@@ -201,7 +202,7 @@ def shipped(picker, windows, args) -> tuple[dict, str]:
     picker.load_state_dict(halved(whole))
     count, changed, far = moved(before, places(labelled_curves(picker, windows), args))
     said = f'of {count} picks on dev windows {changed} came or went, none moved by over {far:g} samples'
-    if not changed and far <= 1: return halved(whole), f'matrices in half precision: {said}'
+    if not changed and far <= SAME: return halved(whole), f'matrices in half precision: {said}'
     picker.load_state_dict(whole)
     return whole, f'single precision; in half precision, {said}'
 
@@ -316,15 +317,21 @@ def recipe_of(a, size, name, minutes) -> list[str]:
              + stopped(a.work/name.split('-')[0]/'pretrain', steps)]
     if name.endswith('-picker'):
         lines.append(f"seismodel finetune --from {name.removesuffix('-picker')} --data LABELLED "
-                     f'--data synthetic --data-weights {EVENTS} --steps {fine} --batch-size {fine_batch} --average {AVERAGE} '
+                     f'--data synthetic --data-weights {EVENTS} --steps {fine} '
+                     f'--batch-size {fine_batch} --average {AVERAGE} '
                      f"--layer-decay {size['decay']} --seed {SEED} "
                      f'({fine*fine_batch:,} windows)'
                      + stopped(a.work/name.split('-')[0]/'finetune', fine))
     own = {part: m for part, m in minutes.items() if part.split()[0] in name.split('-')}
-    took = ', '.join(f'{part} {m:g} on {where}' for part, (m, where) in own.items())
-    said = subprocess.run(['git', 'describe', '--always', '--dirty'], capture_output=True, text=True, cwd=ROOT)
-    return [*lines, f'both by scripts/build_box.py; minutes: {took}',
-            f'seismodel {seismodel.__version__}, commit {said.stdout.strip() or "unknown"}']
+    took = '; '.join(f'{part} {m:g} on {where}' for part, (m, where) in own.items())
+    return [*lines, f'by scripts/build_box.py of seismodel {seismodel.__version__}; minutes: {took}']
+
+
+def commit() -> str:
+    "Of the code that trains"
+    said = subprocess.run(['git', 'describe', '--always', '--dirty'], capture_output=True,
+                          text=True, cwd=ROOT)
+    return said.stdout.strip() or 'unknown'
 
 
 def score_table(scores: pd.DataFrame) -> list[dict]:
@@ -434,7 +441,8 @@ def main():
     add('--device', default='auto')
     a = parser.parse_args()
     a.work, gpu = a.work.resolve(), a.device != 'cpu' and torch.cuda.is_available()
-    a.where = torch.cuda.get_device_name() if gpu else f'{torch.get_num_threads()} CPU thread(s)'
+    device = torch.cuda.get_device_name() if gpu else f'{torch.get_num_threads()} CPU thread(s)'
+    a.where = f'{device}, commit {commit()}'
     sets = {'unlabelled': a.unlabelled, 'labelled': a.labelled}
     tables = {k: write_subset(folder, a.work/k, ['train', 'dev']) for k, folder in sets.items()}
     for name in a.only or SIZES: build_size(a, name, tables)
