@@ -41,11 +41,13 @@ TESTS = {
     'models/infonce': ['infonce', 'quantizer', 'recipe'],
     'models/masked_mse': ['masked_mse', 'recipe'],
     'models/spectrum': ['spectrum', 'folds'],
+    'data/formats': ['cut_records', 'archive'],
     'data/archive': ['archive', 'pieces'],
     'data/channels': ['archive'],
     'data/pick_checks': ['dataset'],
     'data/record_plan': ['dataset'],
     'data/build_dataset': ['dataset'],
+    'data/prefetch': ['loading', 'noise', 'interruptions'],
     'data/sources': ['signs_and_ends', 'waveforms', 'leakage'],
     'data/windows': ['signs_and_ends', 'waveforms', 'loading'],
     'signals/source': ['sources', 'signs_and_ends', 'waveforms'],
@@ -58,7 +60,7 @@ TESTS = {
     'finetuning/heads': ['heads', 'signs_and_ends', 'recipe', 'finetuning'],
     'finetuning/events': ['finetuning', 'leakage'],
     'finetuning/finetune': ['recipe', 'finetuning', 'leakage'],
-    'finetuning/calibration': ['picks', 'finetuning'],
+    'finetuning/calibration': ['calibration', 'picks', 'finetuning'],
     'finetuning/window_labels': ['window_tasks', 'leakage'],
     'statistics': ['evaluation'],
     'picking/evaluation': ['signs_and_ends', 'evaluation', 'leakage'],
@@ -73,6 +75,11 @@ TESTS = {
     'study/paired': ['study'],
     'study/tables': ['signs_and_ends', 'study'],
     'study/run': ['study'],
+    'study/arms': ['folds', 'leakage'],
+    'study/arrays': ['folds', 'leakage'],
+    'study/device_records': ['folds', 'leakage'],
+    'study/baselines': ['study', 'recipe'],
+    'study/command': ['folds', 'study'],
     'study/folds': ['folds', 'leakage'],
     'study/fold_scores': ['folds', 'leakage'],
     'study/fold_trial': ['folds', 'leakage'],
@@ -137,10 +144,10 @@ def mutated(mutant):
 def copy(name):
     "A tree of its own in which mutants are made"
     tree = out/name
-    for part in ('seismodel', 'tests', 'benchmarks'):
+    for part in ('seismodel', 'tests', 'benchmarks', 'nbs/runs'):
         shutil.rmtree(tree/part, ignore_errors=True)
         shutil.copytree(root/part, tree/part, ignore=shutil.ignore_patterns('__pycache__'))
-    shutil.copy(root/'pytest.ini', tree)
+    for file in ('pytest.ini', 'README.md'): shutil.copy(root/file, tree)        # a test reads what the README says
     return tree
 
 
@@ -234,6 +241,7 @@ def main():
     parser.add_argument('--only', nargs='+', choices=TESTS, default=list(TESTS), help='these modules')
     parser.add_argument('--again', action='store_true', help='try the survivors once more')
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)   # as Ctrl-C: mutants that are tried now are the last
     out.mkdir(parents=True, exist_ok=True)
     chosen, results, lock = sample(args.only, args.seed)[:args.count], read_results(), Lock()
     todo = [m for m in chosen if m.key not in results or args.again and results[m.key]['outcome'] == 'survived']

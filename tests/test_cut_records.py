@@ -167,6 +167,15 @@ def test_a_large_file_is_read_in_blocks_around_its_cuts(tmp_path):
     assert only_true_samples(path, [stream])[0] > 3*359_000
 
 
+def test_a_small_file_is_one_block(tmp_path):
+    "Read as a whole up to the size of a block, and in parts from there on"
+    path, data = tmp_path/'day.mseed', written(3, 512, '>', seconds=600)[0]
+    for size, number in ((512, 1), (BLOCK - 512, 1), (BLOCK, 1), (BLOCK + 512, 2)):
+        path.write_bytes((data*(size//len(data) + 1))[:size])
+        blocks = blocks_of(str(path), 'MSEED')
+        assert len(blocks) == number and (blocks == [(str(path), 'MSEED', 0, -1)]) == (size <= BLOCK)
+
+
 @pytest.mark.parametrize('size, says', [(300, 'its only record is cut off (300 of 512 bytes)'), (50, 'damaged MSEED'), (6, 'no waveform format')])
 def test_a_file_without_a_whole_record(size, says, tmp_path):
     path = tmp_path/'day.mseed'
