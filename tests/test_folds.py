@@ -21,10 +21,10 @@ from seismodel.data.sources import write_synthetic
 from seismodel.signals.records import STATUS
 from seismodel.study.arms import AS_IT_IS, FoldTrial, Grid, Start, Way, choose_arms, plan_folds, study_arms, study_variants
 from seismodel.study.arrays import open_splits, write_continuous, write_records
-from seismodel.study.device_records import DeviceEvents, events_part, read_records, scramble_phases
+from seismodel.study.device_records import DeviceEvents, DeviceRecords, events_part, read_records, scramble_phases
 from seismodel.study.fold_run import bring_bundles, run_fold_trials, take_bundles
-from seismodel.study.fold_scores import ABSENT, AUTOMATIC, MANUAL, score_continuous
-from seismodel.study.fold_trial import FoldStudy, fine_windows, finetune_fold, pretraining_windows
+from seismodel.study.fold_scores import ABSENT, AUTOMATIC, MANUAL, Labels, onset_summary, score_continuous, score_onsets, window_rows
+from seismodel.study.fold_trial import FoldStudy, dev_batches, fine_windows, finetune_fold, pretraining_windows
 from seismodel.study.folds import event_parts, fold_sides
 
 root = Path(__file__).resolve().parents[1]
@@ -378,3 +378,79 @@ def test_mistakes_are_one_sentence(words, said, tmp_path, monkeypatch, capsys):
     assert main(['study', *words]) == 2
     text = capsys.readouterr().err
     assert said in text and text.count('\n') == 1
+
+
+def bursts(onsets, samples=9000, device='cpu'):
+    "Records of noise, in which P is where the vertical becomes loud; NaN: it never does"
+    rng = np.random.default_rng(0)
+    x = rng.normal(0, 20, (len(onsets), samples, 3))
+    for k, at in enumerate(onsets):
+        if np.isfinite(at): x[k, int(at):int(at) + 30, 0] += 4000
+    table = np.zeros(len(onsets), [('first', 'i8'), ('length', 'i8'), ('scale', 'f4', 3), ('onset', 'f8', 4), ('status', 'i1', 2)])
+    table['first'], table['length'], table['scale'] = np.arange(len(onsets))*samples, samples, 1.
+    table['onset'], table['status'] = np.nan, ABSENT
+    table['onset'][:, 0] = onsets
+    table['status'][np.isfinite(onsets), 0] = MANUAL
+    return DeviceRecords(x.reshape(-1, 3).round().astype(np.int16), table, device), table
+
+
+def test_windows_around_onsets_have_residuals_and_probabilities():
+    "By a picker that is some samples early, or late where the label is wrong by half a second; noise has probabilities alone"
+    records, table = bursts([3000., 4500., np.nan])
+    table['onset'][1, 0] += 50                                                    # picked half a second before its label
+    said = window_rows(Burst(), records, np.array([0, 1]), 0, table['onset'])
+    assert said.shape == (2, 3, 4) and np.allclose(said[0, :, 0], -.2, atol=.01) and np.allclose(said[1, :, 0], -.7, atol=.01)
+    assert (said[..., 1] > .9).all() and (said[..., 2] < .1).all() and np.allclose(said[..., 3], said[..., 1], atol=.01)
+    quiet = window_rows(Burst(), records, np.array([2]), 2, table['onset'])
+    assert np.isnan(quiet[..., 0]).all() and (quiet[..., 1:] < .1).all()
+    labels = Labels(table['onset'], table['status'], np.array([7, 8, 9]), np.array([True, False, False]))
+    rows = score_onsets(Burst(), records, labels, np.arange(3))
+    assert [row[:5] for row in rows] == [['p', 0, 7, 'manual', 1], ['p', 1, 8, 'manual', 0], ['n', 2, 9, 'absent', 0]]
+    summed = onset_summary(rows)
+    assert (summed['p0.1'], summed['p0.3'], summed['p0.5'], summed['p_n'], summed['p_auc'], summed['s_n'], summed['s0.3']) == (0, .5, .5, 2, 1., 0, None)
+    assert abs(summed['p_mae'] - .45) < .02 and abs(summed['p_mae0.5'] - .35) < .02
+
+
+def test_a_summary_counts_manual_onsets_of_its_phase():
+    window = lambda late, p: [late, p, .1, p]
+    rows = [['p', 0, 0, 'manual', 1, [window(.1, .9), window(-.4, .8)]], ['p', 1, 0, 'automatic', 1, [window(5., .9)]*2],
+            ['s', 0, 0, 'manual', 1, [window(-3., .2)]*2], ['n', 2, 1, 'absent', 0, [[None, .85, .1, .85]]*2]]
+    said = onset_summary(rows)
+    assert said == {'p0.1': .5, 'p0.3': .5, 'p0.5': 1., 'p_mae': .25, 'p_mae0.5': .25, 'p_n': 1,
+                    's0.1': 0., 's0.3': 0., 's0.5': 0., 's_mae': 2., 's_mae0.5': .5, 's_n': 1, 'p_auc': .5}
+
+
+def test_dev_batches_are_the_same_at_every_look(arrays):
+    records, table = read_records(arrays, 'labelled')
+    for count, sizes in ((70, [32, 32, 6]), (64, [32, 32])):
+        parts = dev_batches(records, np.arange(4), count, 3)
+        assert [len(part['x']) for part in parts] == sizes and all(len(v) == len(part['x']) for part in parts for v in part.values())
+        whole = torch.cat([part['x'] for part in parts])
+        again = torch.cat([part['x'] for part in dev_batches(records, np.arange(4), count, 3)])
+        assert torch.equal(whole, again)
+
+
+def test_the_slowest_trial_of_each_kind_is_known_when_a_study_goes_on(here, tmp_path):
+    "What earlier calls took counts when the time is short"
+    arms, s = few(tmp_path)
+    trials = plan_folds(arms, Grid(2, (.1,), (0,)))
+    run_fold_trials(trials, s)
+    for took, trial in enumerate(trials, 1):
+        trial.file(tmp_path).write_text(json.dumps({'process_seconds': took}), encoding='utf-8')
+    plan = fold_run.TrialProgress(trials, s, 60.)
+    longest = lambda tuned: max(k for k, t in enumerate(trials, 1) if bool(t.way) == tuned)
+    assert dict(plan.slowest) == {tuned: longest(tuned) for tuned in (False, True)} and not plan.todo
+
+
+def test_records_of_the_generator_are_made_once(tmp_path):
+    fold_run.make_generated(tmp_path, 6, 50)
+    files = sorted(tmp_path.iterdir())
+    assert [f.name for f in files] == ['events-onsets.npy', 'events-waves.npy', 'synthetic-samples.npy', 'synthetic-table.npy']
+    before = [f.stat().st_mtime_ns for f in files]
+    fold_run.make_generated(tmp_path, 6, 50)
+    assert [f.stat().st_mtime_ns for f in files] == before
+    (tmp_path/'few').mkdir()
+    fold_run.make_generated(tmp_path/'few', 6, 0)
+    assert sorted(f.name for f in (tmp_path/'few').iterdir()) == ['synthetic-samples.npy', 'synthetic-table.npy']
+    records, table = read_records(tmp_path, 'synthetic')
+    assert len(records) == 6 and (table['length'] == 6144).all() and table['first'].tolist() == [6144*k for k in range(6)]

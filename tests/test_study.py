@@ -18,7 +18,7 @@ from seismodel.study.trial import (Trial, StudyConfig, CachedAnnotator, trial_re
 from seismodel.data.sources import open_records
 from seismodel.cli import main
 from seismodel.core import UserError
-from seismodel.study.paired import compare, holm, read_onsets
+from seismodel.study.paired import chance, compare, holm, onset_score, read_onsets
 from seismodel.study.tables import RECORD_COLUMNS, TRIAL_COLUMNS, gains, gather_trials, plot_study, resample_events, results, table
 from seismodel.picking.evaluation import score_records, summarise
 from seismodel.picking.matching import record_stream
@@ -184,7 +184,7 @@ def test_all_devices_take_trials(done, store, tmp_path, monkeypatch):
     ([], 'what to compare'), (['--baseline', 'GPD'], 'choose PhaseNet or EQTransformer'), (['--from', 'a=no/such/run'], 'config.json is missing'),
     (['--baseline', 'PhaseNet', '--fractions', '0,1'], '--fractions'), (['--baseline', 'PhaseNet', '--fractions', '.5,.5'], 'each once'),
     (['--baseline', 'PhaseNet', '--seeds', '0,-1'], '--seeds'), (['--baseline', 'PhaseNet', '--jobs', '0'], '--jobs'), (['--baseline', 'PhaseNet', '--steps', '0'], 'steps'),
-    (['--baseline', 'PhaseNet', '--threshold', '1'], '--threshold'), (['--baseline', 'PhaseNet', '--synthetic', '1'], '--synthetic'),
+    (['--baseline', 'PhaseNet', '--threshold', '1'], '--threshold'), (['--baseline', 'PhaseNet', '--synthetic', '1'], '--synthetic'), (['--baseline', 'PhaseNet', '--synthetic', '-.1'], '--synthetic'),
     (['--baseline', 'PhaseNet', '--set', 'train.seed=1'], 'use --seeds'), (['--baseline', 'PhaseNet', '--set', 'train.batch_size=1'], 'use --batch-size'),
     (['--baseline', 'PhaseNet', '--set', 'train.warmpu=1'], 'train.warmpu'), (['--baseline', 'PhaseNet', '--set', 'model.dropout=.1'], 'only baselines'),
     (['--baseline', 'PhaseNet', '--set', 'train.warmup=2'], 'warmup'),
@@ -451,3 +451,17 @@ def test_holm(p):
 def test_a_table_of_other_columns_is_refused(tmp_path):
     arm('a', .5, 0).drop(columns='event').to_csv(tmp_path/'onsets.csv.gz', index=False)
     with pytest.raises(UserError, match='no column event'): read_onsets(tmp_path/'onsets.csv.gz')
+
+
+def test_what_one_window_adds():
+    "A share counts its bound; an error ends at it, and has no sign"
+    late = np.array([0., .1, -.3, .31, -9.])
+    assert [onset_score(late, f'within {s} s').tolist() for s in ('0.1', '0.3')] == [[1, 1, 0, 0, 0], [1, 1, 1, 0, 0]]
+    assert onset_score(late, 'error up to 0.5 s').tolist() == [0., .1, .3, .31, .5]
+
+
+def test_the_chance_of_the_other_sign():
+    "Twice the smaller tail, with the observed difference counted in, and at most 1; a zero is in both tails"
+    assert chance(np.ones(99)) == chance(-np.ones(99)) == .02
+    assert chance(np.r_[np.ones(90), -np.ones(9)]) == .2 and chance(np.r_[np.ones(90), np.zeros(9)]) == .2
+    assert chance(np.zeros(9)) == 1
