@@ -2,6 +2,8 @@
 import json
 import signal
 import shutil
+from dataclasses import fields
+from inspect import signature
 
 import numpy as np
 import pandas as pd
@@ -13,7 +15,7 @@ from safetensors.torch import load_file
 import seismodel.study.run as study_module
 import seismodel.study.trial as trial_module
 import seismodel.training.trainer as trainer
-from seismodel.study.trial import (Trial, StudyConfig, CachedAnnotator, trial_recipe, trial_settings,
+from seismodel.study.trial import (THRESHOLDS, Trial, StudyConfig, CachedAnnotator, trial_recipe, trial_settings,
                                    trial_windows, dev_score, candidates_of, score_trial, start_trial)
 from seismodel.data.sources import open_records
 from seismodel.cli import main
@@ -26,6 +28,8 @@ from seismodel.data.pack import pack
 from seismodel.study.baselines import EQTransformerBaseline, BaselinePicker, fresh_baseline, open_trained
 from seismodel.models.pretraining import build, preset
 from seismodel.training.runlog import read_metrics
+from seismodel.study.command import study
+from seismodel.study.fold_trial import FoldStudy
 from seismodel.study.run import run_trials
 
 
@@ -465,3 +469,13 @@ def test_the_chance_of_the_other_sign():
     assert chance(np.ones(99)) == chance(-np.ones(99)) == .02
     assert chance(np.r_[np.ones(90), -np.ones(9)]) == .2 and chance(np.r_[np.ones(90), np.zeros(9)]) == .2
     assert chance(np.zeros(9)) == 1
+
+
+def test_the_command_and_the_studies_mean_the_same_defaults():
+    "Also what the chapters run, which name no settings, is what the command would run"
+    usual = {name: p.default for name, p in signature(study).parameters.items()}
+    for settings_of in (StudyConfig, FoldStudy):
+        for f in fields(settings_of):
+            if f.name in usual and f.name not in ('data', 'out', 'folds'): assert usual[f.name] == f.default, f.name
+    assert usual['steps'] == 1000 and usual['batch_size'] == 32 and FoldStudy.folds == 5
+    assert list(THRESHOLDS) == sorted(THRESHOLDS) and 0 < min(THRESHOLDS) and max(THRESHOLDS) < 1
