@@ -75,6 +75,7 @@ TESTS = {
     'study/paired': ['study'],
     'study/tables': ['signs_and_ends', 'study'],
     'study/run': ['study'],
+    'study/fold_report': ['fold_report'],
     'study/arms': ['folds', 'leakage'],
     'study/arrays': ['folds', 'leakage'],
     'study/device_records': ['folds', 'leakage'],

@@ -11,6 +11,7 @@ import obspy
 import pandas as pd
 import pytest
 import torch
+from hypothesis import given, settings, strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import seismodel.study.fold_run as fold_run
@@ -20,7 +21,7 @@ from seismodel.data.pack import pack
 from seismodel.data.sources import write_synthetic
 from seismodel.signals.records import STATUS
 from seismodel.study.arms import AS_IT_IS, FoldTrial, Grid, Start, Way, choose_arms, plan_folds, study_arms, study_variants
-from seismodel.study.arrays import open_splits, write_continuous, write_records
+from seismodel.study.arrays import open_splits, pack_arrays, sample_planes, samples_of_planes, unpack_arrays, write_continuous, write_records
 from seismodel.study.device_records import DeviceEvents, DeviceRecords, events_part, read_records, scramble_phases
 from seismodel.study.fold_run import bring_bundles, run_fold_trials, take_bundles
 from seismodel.study.fold_scores import ABSENT, AUTOMATIC, MANUAL, Labels, onset_summary, score_continuous, score_onsets, window_rows
@@ -454,3 +455,37 @@ def test_records_of_the_generator_are_made_once(tmp_path):
     assert sorted(f.name for f in (tmp_path/'few').iterdir()) == ['synthetic-samples.npy', 'synthetic-table.npy']
     records, table = read_records(tmp_path, 'synthetic')
     assert len(records) == 6 and (table['length'] == 6144).all() and table['first'].tolist() == [6144*k for k in range(6)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from([np.int16, np.int32]), st.data())
+def test_packed_samples_are_the_same_to_the_bit(dtype, data):
+    "Also steps from the lowest to the highest number, which come round"
+    ends = np.iinfo(dtype)
+    x = np.array(data.draw(st.lists(st.one_of(st.integers(ends.min, ends.max), st.sampled_from([ends.min, ends.max, 0, -1, 1])), max_size=20)), dtype)
+    planes = sample_planes(x)
+    assert planes.shape == (x.itemsize, len(x)) and planes.dtype == np.uint8
+    back = samples_of_planes(planes)
+    assert back.dtype == dtype and back.tolist() == x.tolist()
+
+
+def test_small_steps_need_the_low_byte_alone():
+    assert sample_planes(np.array([0, -1, 0, -2, 0, 127], np.int16)).tolist() == [[0]*6, [0, 1, 2, 3, 4, 254]]
+
+
+def test_packed_arrays_come_back(arrays, tmp_path):
+    "Samples, tables and texts; what is there already stays"
+    (tmp_path/'in').mkdir()
+    for name in ('labelled-samples.npy', 'labelled-table.npy'): (tmp_path/'in'/name).write_bytes((arrays/name).read_bytes())
+    (tmp_path/'in/analyst.json').write_text('[1]', encoding='utf-8')
+    (tmp_path/'in/other.txt').write_text('stays at home', encoding='utf-8')
+    size = pack_arrays(tmp_path/'in', tmp_path/'packed')
+    files = sorted((tmp_path/'packed').iterdir())
+    assert len(files) == 3 and size == sum(f.stat().st_size for f in files) < .8*(arrays/'labelled-samples.npy').stat().st_size
+    (tmp_path/'out').mkdir()
+    (tmp_path/'out/analyst.json').write_text('[2]', encoding='utf-8')
+    unpack_arrays(tmp_path/'packed', tmp_path/'out')
+    for name in ('labelled-samples.npy', 'labelled-table.npy'):
+        a, b = (np.load(folder/name) for folder in (arrays, tmp_path/'out'))
+        assert a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+    assert (tmp_path/'out/analyst.json').read_text(encoding='utf-8') == '[2]'
