@@ -6,7 +6,7 @@ import pytest
 from seismodel.core import UserError
 from seismodel.study.arms import FoldTrial, Grid, choose_arms, study_arms
 from seismodel.study.fold_report import (REPORTS, analyst_table, arm_overview, detection_table, gain_table, hour_table, pick_table,
-                                         progress_table, read_reports, repeat_published, said_gain, station_table)
+                                         progress_table, read_reports, repeat_published, said_gain, station_table, write_reports)
 
 ONE = dict(method='a', fraction=.1)
 
@@ -81,3 +81,14 @@ def test_a_study_that_has_run_in_part_says_so(tmp_path):
     assert shown.trials[random.title] == '1 of 2' and shown.trials[best.title] == 'not run'
     assert shown['P within 0.1 s'].to_dict() == {random.title: '0.0', best.title: '100.0'} and shown.windows[random.title] == ''
     assert shown['P gain, 0.3 s'][best.title] == said_gain(row) and shown['P gain, 0.3 s'][random.title] == ''
+
+
+def test_reports_are_written_where_there_is_something_to_say(tmp_path):
+    arms, grid = choose_arms(study_arms('tiny', 1000), 'random,best'), Grid(1, (.1,), (0,))
+    onsets_of(arms[0].method, 0, float).to_csv(tmp_path/'onsets.csv.gz', index=False)
+    onsets_of(arms[0].method, 0, float).to_csv(tmp_path/'picks.csv.gz', index=False)
+    for name in ('stretches', 'analyst'): (tmp_path/f'{name}.csv').write_text('method,fraction\n', encoding='utf-8')
+    found = write_reports(tmp_path, arms, grid)
+    assert set(found) == set(REPORTS)
+    assert sorted(f.name for f in tmp_path.glob('folds_*')) == sorted(f'folds_{n}.csv' for n in REPORTS if len(found[n]))
+    assert {'arms', 'scores', 'stations', 'picks'} <= {n for n in REPORTS if len(found[n])} <= set(REPORTS) - {'continuous', 'analyst'}
