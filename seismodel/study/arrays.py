@@ -117,7 +117,10 @@ def write_continuous(
     "Stretches of an archive at 100 Hz, and where an analyst picked"
     from seismodel.data.archive import open_archive
     rows, samples, first = [], [], 0
-    for instrument in open_archive(*files).instruments:
+    archive = open_archive(*files)
+    archive.require(', '.join(map(str, files)))
+    for name, why in archive.left_out.items(): log.warning('%s: %s', name, why)
+    for instrument in archive.instruments:
         for span in instrument.spans():
             x = instrument.read(span, 0, span.count)
             x = np.nan_to_num(x - centre(x))
@@ -157,7 +160,9 @@ def analyst_rows(
     "Picks of an analyst inside the stretches; raises `UserError` where none is"
     from seismodel.data.catalogue import read_catalogue
     found = []
-    for pick in read_catalogue([str(file)]).picks:
+    catalogue = read_catalogue([str(file)])
+    for name, why in catalogue.left_out.items(): log.warning('%s %s', name, why)
+    for pick in catalogue.picks:
         for k, row in enumerate(table):
             sample = (pick.time - int(row['start']))/10**7
             if row['station'] != f'{pick.network}.{pick.station}': continue
