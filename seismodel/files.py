@@ -226,14 +226,15 @@ def row_fault(
         rows = csv.reader(chain(f, [LAST]))
         try:
             for row in rows:
-                if row == [LAST]: return ''
+                if row == [LAST] and rows.line_num == before + 1: return ''
                 if row and row[-1].endswith(LAST): break
                 blank = len(row) < 2 and not ''.join(row).strip()        # pandas skips these
                 width = width or (0 if blank else len(row))
                 if not blank and len(row) != width:
-                    cut = ', its last line: it was probably cut off'*(next(rows) == [LAST])
-                    return (f'has {len(row)} field{"s"*(len(row) > 1)} in line {before + 1} and '
-                            f'{width} in its header{cut}')
+                    ends = next(rows) == [LAST]
+                    return (f'has {len(row)} field{"s"*(len(row) > 1)} in line {before + 1}'
+                            f'{", where it ends,"*ends} and {width} in its header'
+                            f'{": it was probably cut off"*ends}')
                 before = rows.line_num
         except csv.Error: pass           # more than 131,072 characters, which is no cell
     return f'has a quote in line {before + 1} that does not end: it was probably cut off'

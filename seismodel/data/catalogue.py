@@ -462,8 +462,10 @@ def read_catalogue(
         try: catalogue.add(read_any(file, columns))
         except Exception as e: catalogue.left_out[printable(file)] = reason(e)
     if catalogue.picks: return catalogue
-    first = next((f'; the first: {name} {why}' for name, why in catalogue.left_out.items()), '')
-    raise UserError(f"There is no pick in {', '.join(map(str, sources))}{first}.")
+    where = ', '.join(map(str, sources))
+    for name, why in catalogue.left_out.items():
+        raise UserError(f'No pick in {where} can be read; the first reason: {name} {why}.')
+    raise UserError(f'There is no pick in {where}.')
 
 # %% ../../nbs/data/09_catalogue.ipynb #005917cf
 def catalogue_to_obspy(

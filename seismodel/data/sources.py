@@ -409,15 +409,7 @@ def check_files(
         if not places & (known | set(table)):
             raise UserError(f"{metadata} has no column {column}: SeisBench needs it")
 
-# %% ../../nbs/data/02_sources.ipynb #898ec045
-def _seisbench():
-    "SeisBench, imported when it is needed: it takes seconds"
-    try: import seisbench.data
-    except OSError as e:   # it writes a cache folder on import
-        raise UserError("SeisBench cannot make its cache folder, set SEISBENCH_CACHE_ROOT: "
-                        f"{reason(e)}") from None
-    return seisbench
-
+# %% ../../nbs/data/02_sources.ipynb #5adc56df
 def check_chunks(
     folder:Path,       # a SeisBench data set
     chunks:list[str],  # such as "_001"; "" for the usual pair of files
@@ -426,6 +418,15 @@ def check_chunks(
     "Check each pair of files; see `check_files`"
     for chunk in chunks:
         check_files(folder/f"metadata{chunk}.csv", folder/f"waveforms{chunk}.hdf5", cure)
+
+# %% ../../nbs/data/02_sources.ipynb #898ec045
+def _seisbench():
+    "SeisBench, imported when it is needed: it takes seconds"
+    try: import seisbench.data
+    except OSError as e:   # it writes a cache folder on import
+        raise UserError("SeisBench cannot make its cache folder, set SEISBENCH_CACHE_ROOT: "
+                        f"{reason(e)}") from None
+    return seisbench
 
 def open_folder(
     folder:Path, # a SeisBench data set: metadata.csv and waveforms.hdf5, or chunks of them
