@@ -463,7 +463,8 @@ def read_catalogue(
         except Exception as e: catalogue.left_out[printable(file)] = reason(e)
     if catalogue.picks: return catalogue
     where = ', '.join(map(str, sources))
-    for name, why in catalogue.left_out.items():
+    if catalogue.left_out:
+        name, why = next(iter(catalogue.left_out.items()))
         raise UserError(f'No pick in {where} can be read; the first reason: {name} {why}.')
     raise UserError(f'There is no pick in {where}.')
 
