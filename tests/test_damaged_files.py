@@ -21,6 +21,7 @@ from seismodel.picking.output import PICK_COLUMNS, read_picks
 from seismodel.picking.pick import _result
 from seismodel.study.arrays import analyst_rows, write_continuous
 from seismodel.study.fold_report import read_reports
+from seismodel.study.fold_trial import record_baseline
 from seismodel.study.paired import read_onsets
 from seismodel.study.tables import results
 from seismodel.study.trial import refuse_others
@@ -273,3 +274,10 @@ def test_inspect_names_the_file(cut_day, quakes_folder, tmp_path, capsys):
     inspect([str(cut_day)], out=tmp_path/'page.png')
     line, = [line for line in capsys.readouterr().out.splitlines() if 'cut off' in line]
     assert f'({cut_day})' in line
+
+
+@pytest.mark.parametrize('content, says', [('{"model_args": {', 'is not valid JSON'), ('[]', 'holds no object'), ('{"model_args": {"phases": 3}}', 'holds no PhaseNet'), ('{}', 'holds no PhaseNet')])
+def test_a_published_picker_that_is_damaged(content, says, tmp_path):
+    (tmp_path/'net.json.v1').write_text(content, encoding='utf-8')
+    (tmp_path/'net.pt.v1').write_bytes(b'cut')
+    with pytest.raises(UserError, match=f'net.*{says}'): record_baseline(tmp_path, 'x', str(tmp_path/'net'))
