@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import obspy
+import pandas as pd
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,7 +27,8 @@ from seismodel.study.fold_scores import ABSENT, AUTOMATIC, MANUAL, score_continu
 from seismodel.study.fold_trial import FoldStudy, fine_windows, finetune_fold, pretraining_windows
 from seismodel.study.folds import event_parts, fold_sides
 
-file = Path(__file__).resolve().parents[1]/'benchmarks/objectives.py'
+root = Path(__file__).resolve().parents[1]
+file = root/'benchmarks/objectives.py'
 spec = importlib.util.spec_from_file_location('objectives', file)
 objectives = sys.modules['objectives'] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(objectives)
@@ -47,6 +49,18 @@ def test_a_plan_in_own_words_is_worked_off_in_its_order():
     for line in ('spectrum:480 | plain | .1', 'huge:480 | plain | .1 | 0', 'random:3 | plain | .1 | 0',
                  'random | some | .1 | 0'):
         with pytest.raises(SystemExit, match='is no'): objectives.trials_of([line], 'tiny')
+
+
+def test_the_readme_says_what_the_reports_say():
+    "Gains of the pretrained start over random weights, and which of them is none"
+    gains = pd.read_csv(root/'nbs/runs/folds_gains.csv').query(
+        "method == 'spectrum decay.65' and metric == 'within 0.3 s' and reference == 'random plain'")
+    points = {(row.fraction, row.phase): f'{100*row.gain:.0f}' for row in gains.itertuples()}
+    said = ' '.join((root/'README.md').read_text(encoding='utf-8').split())
+    assert f"{points[.1, 'p']} percentage points more P and {points[.1, 's']} more S" in said
+    assert f"{points[1, 'p']} and {points[1, 's']} where it learns from all of them" in said
+    verdicts = {(row.fraction, row.phase): row.verdict for row in gains.itertuples()}
+    assert verdicts == {(.1, 'p'): 'ahead', (.1, 's'): 'ahead', (1, 'p'): 'ahead', (1, 's'): 'level'}
 
 
 def test_the_study_has_its_arms_folds_and_seeds():

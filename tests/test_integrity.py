@@ -169,6 +169,8 @@ def test_verify(packed, tmp_path, capsys):
     assert main(['verify', *paths]) == 2
     out = capsys.readouterr()
     assert out.out.count('DAMAGED') == 3 and 'samples-00002.npy' in out.out and '3 of the parts' in out.err
+    assert main(['verify', 'tiny', 'tiny-picker']) == 0
+    assert capsys.readouterr().out.count('good') == 2
     (tmp_path/'empty').mkdir()
     assert main(['verify', str(tmp_path/'empty')]) == 2
     assert 'nothing to verify' in capsys.readouterr().err

@@ -93,7 +93,7 @@ class FoldTrial:
         "GiB of a GPU, about"
         v = self.start.variant
         if not self.way: return v.memory
-        return 7 if v and v.batch < 256 and v.data == 'windows' else 4
+        return 7 if v and v.batch < 256 and v.data == 'windows' else 2.5
 
 # %% ../../nbs/study/07_arms.ipynb #426baf6b
 PLAIN, DECAY = Way('plain'), Way('decay.65', layer_decay=.65)

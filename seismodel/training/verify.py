@@ -13,6 +13,7 @@ from typing import Annotated
 
 from ..core import UserError
 from ..data.store_reader import Store, is_store
+from ..models.box import model_folder
 from ..models.pretraining import read_model, read_weights
 from .checkpoints import checkpoint_files, read_checkpoint
 from .runlog import read_metrics
@@ -45,12 +46,12 @@ def check_store(
 
 # %% ../../nbs/training/12_verify.ipynb #daced93a
 def verify(
-    # stores, runs, saved models, files of weights or checkpoints
+    # stores, runs, saved models, names of the box, files of weights or checkpoints
     paths: Annotated[str, {'opt': False, 'nargs': '+'}],
 ) -> None:
     "Check every byte of stores, checkpoints and weights"
     damaged = 0
-    for path in [Path(p).expanduser() for p in paths]:
+    for path in [model_folder(p).expanduser() for p in paths]:
         for where, check in checks_of(path):
             try:
                 check(where)
