@@ -88,22 +88,20 @@ def of_folder(
         o.bad.update((stream.name, why) for why in source.why if why)
         o.first = {(stream.name, why): names[0] for why, names in source.left_out.items()}
         o.rates.update(source.rate.tolist())
-        rows = source.rows[np.unique(np.linspace(0, len(source.rows) - 1, most).astype(int))]
-        items = [next(stream.items(int(row))) for row in rows]
+        chosen = np.unique(np.linspace(0, len(source.rows) - 1, most).astype(int))
+        items = [next(stream.items(int(row))) for row in source.rows[chosen]]
     else:
         items = list(islice(stream.items(), most))
+        used, o.complete = stream.archive.instruments, len(items) < most
         o.packed.update((stream.name, i.split) for i in items if i.record)
-        o.complete = len(items) < most
-        o.rates.update(run.rate for i in stream.archive.instruments for runs in i.runs.values()
-                       for run in runs)
-    for item in items:
-        if item.record: o.records.append(item.record)
-        else:
-            o.bad[stream.name, item.why] += 1
-            o.first.setdefault((stream.name, item.why), item.name)
-            if not isinstance(stream, DatasetItems): continue
-            split = source.splits[np.searchsorted(source.rows, item.position - 1)]
-            o.packed[stream.name, str(split)] -= 1  # it had been counted as usable
+        o.rates.update(run.rate for i in used for runs in i.runs.values() for run in runs)
+    o.records = [i.record for i in items if i.record]
+    for item in (i for i in items if not i.record):
+        o.bad[stream.name, item.why] += 1
+        o.first.setdefault((stream.name, item.why), item.name)
+        if isinstance(stream, DatasetItems):               # it had been counted as usable
+            at = np.searchsorted(source.rows, item.position - 1)
+            o.packed[stream.name, str(source.splits[at])] -= 1
     return o
 
 # %% ../../nbs/data/08_inspection.ipynb #a1e8634e

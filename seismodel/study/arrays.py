@@ -104,11 +104,12 @@ def save_array(
         with open(part, 'wb') as f: np.save(f, array)
     write_atomically(file, write)
 
-# %% ../../nbs/study/06_arrays.ipynb #38ba5946
+# %% ../../nbs/study/06_arrays.ipynb #1a68e4ed
 CONTINUOUS_FIELDS = [('first', 'i8'), ('length', 'i8'), ('scale', 'f4', 3), ('start', 'i8'),
                      ('station', 'U16'), ('instrument', 'U32')]
 LARGEST_NUMBER = 2**30
 
+# %% ../../nbs/study/06_arrays.ipynb #38ba5946
 def write_continuous(
     folder:Path,       # that gets continuous-samples.npy, continuous-table.npy and analyst.json
     files:list[str],   # files, folders or patterns, see `seismodel pick`
