@@ -426,9 +426,8 @@ def pick(
     args = _checked(p_threshold, s_threshold, strict, part, collect)
     formats, numbers = check_formats(format), parse_part(part)
     inventory, selection = selection.get('inventory'), Selection(**selection)
-    files = list_files(sources)                          # before torch and the picker are loaded
-    out, devices = _outside(Path(out), sources), pick_devices('cpu' if collect else device)
-    model = _named(model)
+    files, out = list_files(sources), _outside(Path(out), sources)   # before the picker is loaded
+    devices, model = pick_devices('cpu' if collect else device), _named(model)
     net, archive = _open(model, devices[0], files, selection, sources)
     settings = begin_picks(net, out, args)
     if collect: require_days(planned_days(net, archive, out, args, inventory), out)
