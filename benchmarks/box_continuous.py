@@ -2,12 +2,12 @@
 
     python benchmarks/box_continuous.py FOLDER --peer NAME=PATH --out nbs/runs/box_continuous.csv
 
-FOLDER holds streams that ObsPy reads, an instrument a file, and perhaps tables picks*.csv of analysts
-with station, phase and time. A peer is a PhaseNet in the two files of SeisBench's cache, PATH.json.v1
-and PATH.pt.v1, at its own thresholds; it is asked, and nothing of it is kept. A catalogue is never
-complete, so a pick that no analyst made may be right: the column `confirmed` says for how many of
-those another picker here has a probability of 0.1 or more of the same phase within 0.5 s.
-"""
+FOLDER holds streams that ObsPy reads, an instrument a file, and perhaps tables picks*.csv of
+analysts with station, phase and time. A peer is a PhaseNet in the two files of SeisBench's cache,
+PATH.json.v1 and PATH.pt.v1, at its own thresholds; it is asked, and nothing of it is kept. A
+catalogue is never complete, so a pick that no analyst made may be right: the column `confirmed`
+says for how many of those another picker here has a probability of 0.1 or more of the same phase
+within 0.5 s. """
 import argparse
 import json
 import time
@@ -78,7 +78,8 @@ def main():
     for file in sorted(a.folder.glob('*.mseed')):
         stream = obspy.read(str(file))
         station, hours = stream[0].stats.station, stream[0].stats.npts*stream[0].stats.delta/3600
-        low = {n: picks_of(net, stream, P_threshold=LOW, S_threshold=LOW) for n, net in nets.items()}
+        low = {n: picks_of(net, stream, P_threshold=LOW, S_threshold=LOW) for n,
+               net in nets.items()}
         for name, net in nets.items():
             since = time.perf_counter()
             found = picks_of(net, stream)

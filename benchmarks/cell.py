@@ -1,9 +1,10 @@
-"""The mLSTM cell on one GPU: ours and every peer that is installed, each checked against float64 before it is timed.
+"""The mLSTM cell on one GPU: ours and every peer that is installed, each checked against float64
+before it is timed.
 
     python benchmarks/cell.py            # the table of the chapter "How fast is fast"
 
-Times are medians of replayed CUDA graphs over three sets of random inputs, taken twice to show the noise. Bytes: each tensor once.
-"""
+Times are medians of replayed CUDA graphs over three sets of random inputs, taken twice to show the
+noise. Bytes: each tensor once. """
 import argparse
 import statistics
 
@@ -13,7 +14,8 @@ import torch.nn.functional as F
 from seismodel.kernels.fused import FusedMLSTM, mlstm
 from seismodel.kernels.mlstm import mlstm_chunkwise
 
-SHAPES = [(64, 4, 1024, 64), (64, 8, 1024, 64), (64, 4, 256, 128), (64, 4, 64, 256), (8, 4, 16384, 64), (256, 4, 1024, 32), (64, 4, 1024, 44)]
+SHAPES = [(64, 4, 1024, 64), (64, 8, 1024, 64), (64, 4, 256, 128), (64, 4, 64, 256),
+          (8, 4, 16384, 64), (256, 4, 1024, 32), (64, 4, 1024, 44)]
 
 
 def inputs(B, H, T, d, seed, dtype=torch.bfloat16, gates='usual'):
@@ -75,7 +77,8 @@ def attention(x):
     dh = dh.contiguous()
     def forward():
         with torch.no_grad(): return F.scaled_dot_product_attention(q, k, v)
-    return forward, lambda: torch.autograd.grad(F.scaled_dot_product_attention(q, k, v), (q, k, v), dh)
+    return forward, lambda: torch.autograd.grad(F.scaled_dot_product_attention(q, k, v),
+                                                (q, k, v), dh)
 
 
 def published(x):
@@ -110,7 +113,8 @@ def ceilings():
 
 
 if __name__ == '__main__':
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    argparse.ArgumentParser(description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print(torch.cuda.get_device_name(), '| torch', torch.__version__)
     worst = {}
     for shape in SHAPES:
@@ -122,14 +126,17 @@ if __name__ == '__main__':
                     key = (shape[1:], str(dtype)[6:], gates)
                     worst[key] = [max(p, q) for p, q in zip(worst.get(key, [0]*6), e)]
     print('largest relative error over three seeds:      h       dq      dk      dv      di      df')
-    for (shape, dtype, gates), e in worst.items(): print(f'{str(shape):18} {dtype:9} {gates:9}', *(f'{x:.1e}' for x in e))
+    for (shape, dtype, gates), e in worst.items():
+        print(f'{str(shape):18} {dtype:9} {gates:9}', *(f'{x:.1e}' for x in e))
     copy, product = ceilings()
     print(f'ceilings: copy {copy/1e12:.2f} TB/s, product {product/1e12:.0f} TFLOP/s')
-    print(f'{"shape":20} {"what":12} {"forward":>16} {"and backward":>16} ms   bytes at the ceiling   share')
+    print(f'{"shape":20} {"what":12} {"forward":>16} {"and backward":>16} ms   bytes at the '
+          f'ceiling   share')
     for shape in SHAPES:
         B, H, T, d = shape
         unit = 2*B*H*T*d
-        for name, peer in (('seismodel', cell), ('attention', attention), ('mlstm_kernels', published), ('cuDNN LSTM', lstm)):
+        for name, peer in (('seismodel', cell), ('attention', attention),
+                           ('mlstm_kernels', published), ('cuDNN LSTM', lstm)):
             if name == 'cuDNN LSTM' and T > 1024: continue
             pairs = [peer(inputs(*shape, seed)) for seed in range(3)]
             if pairs[0] is None: continue
@@ -139,9 +146,12 @@ if __name__ == '__main__':
             except Exception as e:
                 print(f'{str(shape):20} {name:12} {type(e).__name__}: {str(e)[:60]}'); continue
             floor = 12*unit/copy*1e3
-            print(f'{str(shape):20} {name:12} {f[0]:7.4f} {f[1]:7.4f}  {fb[0]:7.4f} {fb[1]:7.4f}' + (f'      {4*unit/copy*1e3:.3f} {floor:.3f}   {floor/min(fb):.0%}' if name == 'seismodel' else ''), flush=True)
+            print(f'{str(shape):20} {name:12} {f[0]:7.4f} {f[1]:7.4f}  {fb[0]:7.4f} {fb[1]:7.4f}'
+                  + (f'      {4*unit/copy*1e3:.3f} {floor:.3f}   {floor/min(fb):.0%}'
+                     if name == 'seismodel' else ''), flush=True)
             del pairs
             torch.cuda.empty_cache()
     for T in (1024, 4096, 16384, 65536):
-        f, fb = (median_ms([p[n] for p in [cell(inputs(4, 4, T, 64, s)) for s in range(2)]]) for n in (0, 1))
+        f, fb = (median_ms([p[n] for p in [cell(inputs(4, 4, T, 64, s)) for s in range(2)]])
+                 for n in (0, 1))
         print(f'batch 4, {T:6} frames: {f:.3f} {fb:.3f} ms, {fb/T*1e6:.1f} ns a frame')

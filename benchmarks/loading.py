@@ -1,12 +1,13 @@
 #!/usr/bin/env python
-"""Windows a second from a packed store, beside SeisBench's own generator in the same run, and memory while reading.
+"""Windows a second from a packed store, beside SeisBench's own generator in the same run, and
+memory while reading.
 
     python benchmarks/loading.py FOLDER            FOLDER holds a SeisBench data set (metadata.csv, waveforms.hdf5)
 
-Each figure is the best of several rounds, since other processes may use the machine; CPU time is that of this process
-and its children. A window is 4096 x 3 samples at a random place, normalised per component, with P and S onsets; SeisBench makes
-P, S and noise labels with a Gaussian, we leave that to the picker, and time it here as well.
-"""
+Each figure is the best of several rounds, since other processes may use the machine; CPU time is
+that of this process and its children. A window is 4096 x 3 samples at a random place, normalised
+per component, with P and S onsets; SeisBench makes P, S and noise labels with a Gaussian, we leave
+that to the picker, and time it here as well. """
 import argparse
 import mmap
 import os
@@ -40,7 +41,8 @@ def cpu():
 
 
 def best(make, windows, rounds=5):
-    "Windows a second and a second of CPU, the best of some rounds; `make()` gives an iterator of batches"
+    """Windows a second and a second of CPU, the best of some rounds; `make()` gives an iterator of
+    batches"""
     rates, costs = [], []
     for _ in range(rounds):
         start, used, seen = time.perf_counter(), cpu(), 0
@@ -53,12 +55,14 @@ def best(make, windows, rounds=5):
 
 
 def seisbench_generator(folder, cache):
-    "The generator of a picker's training: random window around a pick, normalised, probabilistic labels"
+    """The generator of a picker's training: random window around a pick, normalised, probabilistic
+    labels"""
     import seisbench
     import seisbench.data as sbd
     import seisbench.generate as sbg
     seisbench.logger.setLevel('ERROR')
-    data = sbd.WaveformDataset(folder, component_order='ZNE', dimension_order='NCW', sampling_rate=100., cache=cache)
+    data = sbd.WaveformDataset(folder, component_order='ZNE', dimension_order='NCW',
+                               sampling_rate=100., cache=cache)
     data = data.train()
     if cache: data.preload_waveforms()
     generator = sbg.GenericGenerator(data)
@@ -66,18 +70,21 @@ def seisbench_generator(folder, cache):
     generator.add_augmentations([
         sbg.RandomWindow(windowlen=WINDOW, strategy='pad'), sbg.ChangeDtype(np.float32),
         sbg.Normalize(demean_axis=-1, amp_norm_axis=-1, amp_norm_type='std'),
-        sbg.ProbabilisticLabeller(label_columns={k: v for k, v in phases.items() if k in data.metadata}, sigma=20, dim=0)])
+        sbg.ProbabilisticLabeller(label_columns={k: v for k, v in phases.items()
+                                                 if k in data.metadata}, sigma=20, dim=0)])
     return generator
 
 
 def gaussian_labels(batch, sigma=20., reach=110):
-    "P, S and noise (B, 3, W) as SeisBench draws them, sigma 0.2 s; below 1e-6 beyond `reach`, and not computed"
+    """P, S and noise (B, 3, W) as SeisBench draws them, sigma 0.2 s; below 1e-6 beyond `reach`, and
+    not computed"""
     B, margin = len(batch['p_onset']), reach + 1
     y = torch.zeros(B, 3, WINDOW + 2 * margin)
     y[:, 2] = 1
     for row, onset in enumerate((batch['p_onset'], batch['s_onset'])):
         here = onset.isfinite().nonzero()[:, 0]
-        t = torch.arange(-reach, reach + 1) + onset[here].long()[:, None]         # (picked, 2 reach + 1)
+        # (picked, 2 reach + 1)
+        t = torch.arange(-reach, reach + 1) + onset[here].long()[:, None]
         curve = torch.exp(-((t - onset[here, None]) / sigma)**2 / 2)
         y[here[:, None], row, t + margin] = curve
         y[here[:, None], 2, t + margin] -= curve
@@ -102,7 +109,8 @@ def order():
 
 def raw(store):
     "Batches as a GPU gets them"
-    return DataLoader(Batches(WindowDataset([StoreSource(store)], 10**9), raw=True), batch_size=None, sampler=order())
+    return DataLoader(Batches(WindowDataset([StoreSource(store)], 10**9), raw=True),
+                      batch_size=None, sampler=order())
 
 
 class Labelled(Batches):
@@ -113,7 +121,8 @@ class Labelled(Batches):
 
 def in_processes(store, workers=2):
     data = WindowDataset([StoreSource(store)], 10**9)
-    return (b['x'] for b in DataLoader(Labelled(data), batch_size=None, sampler=order(), num_workers=workers,
+    return (b['x'] for b in DataLoader(Labelled(data), batch_size=None, sampler=order(),
+                                       num_workers=workers,
                                         multiprocessing_context='spawn'))
 
 
@@ -153,14 +162,16 @@ def big_store(folder, mib):
 
 def status(field):
     "A line of /proc/self/status, which Linux has, MiB"
-    return int(next(line for line in open('/proc/self/status', encoding='utf-8') if line.startswith(field)).split()[1]) / 1024
+    return int(next(line for line in open('/proc/self/status', encoding='utf-8')
+                    if line.startswith(field)).split()[1]) / 1024
 
 
 def bounded(folder, limit_mib, windows):
     "Child process: read from a store with a limit on private memory; prints how much it took"
     source = StoreSource(Store(folder))
     data = WindowDataset([source], 10**9)
-    data.batch(range(64))                                                          # everything is imported by now
+    # everything is imported by now
+    data.batch(range(64))
     import resource                                              # Linux and macOS
     before, used = status('RssAnon'), status('VmData')
     resource.setrlimit(resource.RLIMIT_DATA, (int((used + limit_mib) * 2**20),) * 2)
@@ -173,24 +184,30 @@ def bounded(folder, limit_mib, windows):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folder')
     parser.add_argument('--windows', type=int, default=5120, help='in a round')
     parser.add_argument('--rounds', type=int, default=5)
-    parser.add_argument('--limit-mib', type=int, default=64, help='private memory for reading a store ten times as large')
+    parser.add_argument('--limit-mib', type=int, default=64,
+                        help='private memory for reading a store ten times as large')
     parser.add_argument('--bounded', action='store_true', help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.bounded: return bounded(args.folder, args.limit_mib, args.windows)
     torch.set_num_threads(1)
-    print(f'torch {torch.__version__}, {os.cpu_count()} CPUs; windows a second, and per second of CPU')
+    print(f'torch {torch.__version__}, {os.cpu_count()} CPUs; windows a second, and per second of '
+          f'CPU')
     with tempfile.TemporaryDirectory() as tmp:
         tmp = Path(tmp)
-        with redirect_stderr(StringIO()), redirect_stdout(StringIO()): pack([args.folder], tmp/'store')
+        with redirect_stderr(StringIO()), redirect_stdout(StringIO()):
+            pack([args.folder], tmp/'store')
         store, peer = Store(tmp/'store'), 0.
-        for label, cache in (('SeisBench generator', None), ('SeisBench generator, all in memory', 'full')):
+        for label, cache in (('SeisBench generator', None),
+                             ('SeisBench generator, all in memory', 'full')):
             with redirect_stderr(StringIO()): generator = seisbench_generator(args.folder, cache)
             rng = np.random.default_rng(0)
-            one = lambda: (generator[int(rng.integers(len(generator)))]['X'][None] for _ in range(10**9))
+            one = lambda: (generator[int(rng.integers(len(generator)))]['X'][None]
+                           for _ in range(10**9))
             rate, cost = best(one, max(args.windows // 10, 200), args.rounds)
             print(f'  {label:45} {rate:9,.0f} {cost:9,.0f}')
             peer = max(peer, rate)
@@ -199,10 +216,14 @@ def main():
         print(f'  {"SeisBench generator, in memory, 2 workers":45} {rate:9,.0f}')
         peer = max(peer, rate)
         top = 0.
-        for label, make in (('store, one thread', lambda: ours(store)), ('store, one thread, no label curves', lambda: ours(store, False)),
+        for label, make in (('store, one thread', lambda: ours(store)),
+                            ('store, one thread, no label curves', lambda: ours(store, False)),
                             ('store, 2 processes', lambda: in_processes(store)),
-                            ('store, raw int16 for a GPU, one thread', lambda: (unpack_batch(b['bytes'], b['layout'])['x'] for b in raw(store))),
-                            ('store, prefetching thread', lambda: (b['x'] for b in device_batches(raw(store), BATCH)))):
+                            ('store, raw int16 for a GPU, one thread',
+                             lambda: (unpack_batch(b['bytes'], b['layout'])['x']
+                                      for b in raw(store))),
+                            ('store, prefetching thread',
+                             lambda: (b['x'] for b in device_batches(raw(store), BATCH)))):
             rate, cost = best(make, args.windows, args.rounds)
             print(f'  {label:45} {rate:9,.0f} {cost:9,.0f}   x {rate / peer:.1f}')
         mib = 10 * args.limit_mib
@@ -211,11 +232,16 @@ def main():
             if label == 'cold': forget(tmp/'big')
             share = cached(tmp/'big')
             rate, cost = best(lambda: ours(big), args.windows, 1)
-            print(f'  {f"store of {mib} MiB, {label} ({share:.0%} of it in the page cache)":45} {rate:9,.0f} {cost:9,.0f}')
-            np.concatenate([np.load(f, mmap_mode='r')[::600].ravel() for f in (tmp/'big').glob('samples-*.npy')])
-        out = subprocess.run([sys.executable, __file__, str(tmp/'big'), '--bounded', '--limit-mib', str(args.limit_mib),
-                              '--windows', str(3 * len(big))], capture_output=True, text=True, check=True).stdout
-        print(f'private memory for {3 * len(big):,} windows of a store of {mib} MiB under a limit of {args.limit_mib} MiB: + {out.strip()} MiB')
+            print(f'  {f"store of {mib} MiB, {label} ({share:.0%} of it in the page cache)":45} '
+                  f'{rate:9,.0f} {cost:9,.0f}')
+            np.concatenate([np.load(f, mmap_mode='r')[::600].ravel()
+                            for f in (tmp/'big').glob('samples-*.npy')])
+        out = subprocess.run([sys.executable, __file__, str(tmp/'big'), '--bounded', '--limit-mib',
+                              str(args.limit_mib),
+                              '--windows', str(3 * len(big))], capture_output=True, text=True,
+                             check=True).stdout
+        print(f'private memory for {3 * len(big):,} windows of a store of {mib} MiB under a limit '
+              f'of {args.limit_mib} MiB: + {out.strip()} MiB')
 
 
 if __name__ == '__main__': main()

@@ -1,10 +1,11 @@
-"""Quantizer, InfoNCE and diversity, forward and backward: the kernels of seismodel beside its plain form and the code of transformers.
+"""Quantizer, InfoNCE and diversity, forward and backward: the kernels of seismodel beside its plain
+form and the code of transformers.
 
     python benchmarks/loss.py            # on a GPU, under a minute
 
-First every output and gradient is checked against float64; then each form is timed on fresh random inputs under bf16 autocast with CUDA
-events, and the most memory beyond its inputs is noted. Needs `transformers` for the third row.
-"""
+First every output and gradient is checked against float64; then each form is timed on fresh random
+inputs under bf16 autocast with CUDA events, and the most memory beyond its inputs is noted. Needs
+`transformers` for the third row. """
 import argparse
 import statistics
 import subprocess
@@ -15,7 +16,8 @@ import torch
 from torch import nn
 
 from seismodel.models import infonce, quantizer as quantizers
-from seismodel.models.infonce import contrastive_loss, contrastive_mean, contrastive_sums, masked_frames
+from seismodel.models.infonce import (contrastive_loss, contrastive_mean, contrastive_sums,
+                                      masked_frames)
 from seismodel.models.masking import max_masked, span_mask
 from seismodel.models.quantizer import GumbelVectorQuantizer, quantize_masked
 
@@ -54,21 +56,26 @@ class Plain(Ours):
 
 
 class Transformers(nn.Module):
-    "Wav2Vec2GumbelVectorQuantizer and the loss of Wav2Vec2ForPreTraining.forward (its steps 3 to 8); the negatives are drawn beforehand"
+    """Wav2Vec2GumbelVectorQuantizer and the loss of Wav2Vec2ForPreTraining.forward (its steps 3 to
+    8); the negatives are drawn beforehand"""
     def __init__(self):
         super().__init__()
         from transformers import Wav2Vec2Config, Wav2Vec2ForPreTraining
         from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2GumbelVectorQuantizer
         self.quantizer = Wav2Vec2GumbelVectorQuantizer(Wav2Vec2Config(
-            conv_dim=(D,), conv_stride=(2,), conv_kernel=(3,), num_feat_extract_layers=1, num_codevectors_per_group=V,
+            conv_dim=(D,), conv_stride=(2,), conv_kernel=(3,), num_feat_extract_layers=1,
+            num_codevectors_per_group=V,
             num_codevector_groups=G, codevector_dim=D))
-        self.project, self.logits = nn.Linear(D, D), Wav2Vec2ForPreTraining.compute_contrastive_logits
+        self.project, self.logits = nn.Linear(D,
+                                              D), Wav2Vec2ForPreTraining.compute_contrastive_logits
 
     def forward(self, frames, predictions, mask):
         B, M = mask.shape[0], int(mask.sum(1).min())
-        if getattr(self, 'drawn_for', None) is not mask:                # not a part of what is timed
+        # not a part of what is timed
+        if getattr(self, 'drawn_for', None) is not mask:
             where = mask.float().topk(M, 1).indices
-            self.rows = where.gather(1, torch.randint(M, (B, T*K), device='cuda')) + T*torch.arange(B, device='cuda').unsqueeze(1)
+            self.rows = (where.gather(1, torch.randint(M, (B, T*K), device='cuda'))
+                         + T*torch.arange(B, device='cuda').unsqueeze(1))
             self.drawn_for = mask
         vectors, perplexity = self.quantizer(frames, mask_time_indices=mask)
         targets = self.project(vectors.to(self.project.weight.dtype))
@@ -135,20 +142,24 @@ def in_a_graph(model, inputs):
 def row(name, model, sets):
     first, second = ([milliseconds(lambda: step(model, s)) for s in sets] for _ in range(2))
     ms, again = statistics.median(first), statistics.median(second)
-    print(f'{name:<34}{ms:>9.3f}{again:>10.3f}{min(first):>9.3f} – {max(first):<8.3f}{extra_memory(model, sets[0]):>10.2f}', flush=True)
+    print(f'{name:<34}{ms:>9.3f}{again:>10.3f}{min(first):>9.3f} – '
+          f'{max(first):<8.3f}{extra_memory(model, sets[0]):>10.2f}', flush=True)
     return ms
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--batch', type=int, default=64, help='windows of 1024 frames')
-    parser.add_argument('--no-check', action='store_true', help='do not run tests/test_loss_kernels.py first')
+    parser.add_argument('--no-check', action='store_true',
+                        help='do not run tests/test_loss_kernels.py first')
     B, no_check = vars(parser.parse_args()).values()
     if not torch.cuda.is_available(): sys.exit('This benchmark needs a GPU.')
     if not no_check:
-        code = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', 'tests/test_loss_kernels.py'], cwd=root).returncode
+        code = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider',
+                               'tests/test_loss_kernels.py'], cwd=root).returncode
         if code: sys.exit('The kernels disagree with float64: nothing is timed.')
-    print(f'{torch.cuda.get_device_name()}, torch {torch.__version__}; B {B}, T {T}, D {D}, {G} x {V} codes, {K} negatives, bf16 autocast, '
+    print(f'{torch.cuda.get_device_name()}, torch {torch.__version__}; B {B}, T {T}, D {D}, {G} x '
+          f'{V} codes, {K} negatives, bf16 autocast, '
           f'fp32 products: {torch.get_float32_matmul_precision()}\n')
     print(f"{'forward + backward':<34}{'ms':>9}{'again':>10}{'input sets':>20}{'MiB/window':>10}")
     torch.manual_seed(0)

@@ -1,13 +1,14 @@
-"""A synthetic network of ten stations, picked and associated: events found and false, minutes, peak memory
+"""A synthetic network of ten stations, picked and associated: events found and false, minutes, peak
+memory
 
     scripts/associators.sh                                                  # once: PyOcto in an environment of its own
     python benchmarks/network_week.py --model runs/picker --pyocto ~/.cache/seismodel/associators/pyocto/bin/python
     python benchmarks/network_week.py … --days 1 --hours 2 --events 14 --out hours # the first two hours of one day
 
-An SDS archive of noise with a microseism, and planted events: P and S as decaying bursts of band-limited noise at the
-times that straight rays give. Everything is drawn from one seed. A found event has an origin time within two seconds of a
-planted one and lies within 20 km of it; all others are false.
-"""
+An SDS archive of noise with a microseism, and planted events: P and S as decaying bursts of
+band-limited noise at the times that straight rays give. Everything is drawn from one seed. A found
+event has an origin time within two seconds of a planted one and lies within 20 km of it; all others
+are false. """
 import argparse
 import json
 import re
@@ -32,15 +33,20 @@ SEA = butter(1, (.12, .3), 'bandpass', fs=RATE, output='sos')
 
 def stations(rng) -> list:
     "Code, latitude, longitude of ten stations within 40 km"
-    return [(f'S{k:02}', 46 + .3*a, 7 + .4*b) for k, (a, b) in enumerate(rng.uniform(-1, 1, (10, 2)))]
+    return [(f'S{k:02}', 46 + .3*a, 7 + .4*b) for k,
+            (a, b) in enumerate(rng.uniform(-1, 1, (10, 2)))]
 
 
 def planted(rng, days: int, hours: int, count: int) -> pd.DataFrame:
-    "Events: time (s after the start), latitude, longitude, depth (km), size; at least half a minute apart"
+    """Events: time (s after the start), latitude, longitude, depth (km), size; at least half a
+    minute apart"""
     slots = np.sort(rng.choice(days*(hours*120 - 4), count, replace=False))
-    begin = slots//(hours*120 - 4)*DAY + 30.*(slots % (hours*120 - 4))     # none in the last two minutes
-    return pd.DataFrame(dict(time=begin + 30 + rng.uniform(0, 5, count), latitude=46 + rng.uniform(-.25, .25, count),
-                             longitude=7 + rng.uniform(-.35, .35, count), depth=rng.uniform(4, 15, count),
+    # none in the last two minutes
+    begin = slots//(hours*120 - 4)*DAY + 30.*(slots % (hours*120 - 4))
+    return pd.DataFrame(dict(time=begin + 30 + rng.uniform(0, 5, count),
+                             latitude=46 + rng.uniform(-.25, .25, count),
+                             longitude=7 + rng.uniform(-.35, .35, count),
+                             depth=rng.uniform(4, 15, count),
                              size=10**rng.uniform(1.2, 2.6, count)))
 
 
@@ -53,7 +59,8 @@ def distance(event, lat: float, lon: float) -> float:
 def day_of(seed, day: int, hours: int, events: pd.DataFrame, lat: float, lon: float) -> np.ndarray:
     "(3, n) counts of a station and day: Z, N, E"
     rng, n = np.random.default_rng(seed), hours*3600*RATE
-    x = np.stack([2000*sosfilt(SEA, rng.standard_normal(n)) + 100*rng.standard_normal(n) for _ in range(3)])
+    x = np.stack([2000*sosfilt(SEA, rng.standard_normal(n)) + 100*rng.standard_normal(n)
+                  for _ in range(3)])
     for event in events.itertuples():
         km = distance(event, lat, lon)
         for phase, gains, rise in (('P', (1., .4, .4), .03), ('S', (.6, 1.6, 1.6), .06)):
@@ -68,18 +75,23 @@ def day_of(seed, day: int, hours: int, events: pd.DataFrame, lat: float, lon: fl
 
 def write_archive(folder: Path, days: int, hours: int, events: pd.DataFrame, places: list):
     "SDS, and an inventory"
-    response = Response.from_paz(zeros=[0j, 0j], poles=[-.037 + .037j, -.037 - .037j], stage_gain=COUNTS)
+    response = Response.from_paz(zeros=[0j, 0j], poles=[-.037 + .037j, -.037 - .037j],
+                                 stage_gain=COUNTS)
     for k, (code, lat, lon) in enumerate(places):
         for day in range(days):
             t = START + day*DAY
-            for c, x in zip(('HHZ', 'HHN', 'HHE'), day_of((1, k, day), day, hours, events, lat, lon)):
+            for c, x in zip(('HHZ', 'HHN', 'HHE'),
+                            day_of((1, k, day), day, hours, events, lat, lon)):
                 name = folder/f'sds/{t.year}/XX/{code}/{c}.D/XX.{code}.00.{c}.D.{t.year}.{t.julday:03}'
                 name.parent.mkdir(parents=True, exist_ok=True)
-                head = dict(network='XX', station=code, location='00', channel=c, sampling_rate=RATE, starttime=t)
+                head = dict(network='XX', station=code, location='00', channel=c,
+                            sampling_rate=RATE, starttime=t)
                 Stream([Trace(x, head)]).write(str(name), format='MSEED')
-    channels = lambda lat, lon: [Channel(c, '00', lat, lon, 0., 0., response=response, start_date=START - DAY)
+    channels = lambda lat, lon: [Channel(c, '00', lat, lon, 0., 0., response=response,
+                                         start_date=START - DAY)
                                  for c in ('HHZ', 'HHN', 'HHE')]
-    network = Network('XX', [Station(code, lat, lon, 0., channels=channels(lat, lon)) for code, lat, lon in places])
+    network = Network('XX', [Station(code, lat, lon, 0., channels=channels(lat, lon)) for code, lat,
+                             lon in places])
     Inventory([network]).write(str(folder/'inventory.xml'), format='STATIONXML')
 
 
@@ -110,13 +122,17 @@ print(len(assigned))
 
 def pick(folder: Path, model: str, more: list) -> dict:
     "Run the command; minutes and peak memory"
-    words = ['pick', folder/'sds', '--model', model, '--out', folder/'picks', '--inventory', folder/'inventory.xml',
-             *(f'--format={name}' for name in ('pyocto', 'gamma', 'real', 'hypoinverse', 'nonlinloc')), *more]
+    words = ['pick', folder/'sds', '--model', model, '--out', folder/'picks', '--inventory',
+             folder/'inventory.xml',
+             *(f'--format={name}' for name in ('pyocto', 'gamma', 'real', 'hypoinverse',
+                                               'nonlinloc')), *more]
     began = time.perf_counter()
-    done = subprocess.run([sys.executable, '-c', MEASURED, *map(str, words)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-c', MEASURED, *map(str, words)], capture_output=True,
+                          text=True)
     if done.returncode: raise SystemExit(done.stderr)
     peak = int(re.search(r'peak (\d+)', done.stdout)[1])
-    return dict(said=done.stdout.splitlines()[0], minutes=round((time.perf_counter() - began)/60, 1), peak_MB=round(peak/1024))
+    return dict(said=done.stdout.splitlines()[0],
+                minutes=round((time.perf_counter() - began)/60, 1), peak_MB=round(peak/1024))
 
 
 def score(events: pd.DataFrame, found: pd.DataFrame) -> dict:
@@ -129,11 +145,13 @@ def score(events: pd.DataFrame, found: pd.DataFrame) -> dict:
         km = np.hypot((e.latitude - lat)*KM, (e.longitude - lon)*KM*np.cos(np.radians(46)))
         if late[k] <= 2 and km <= 20 and k not in hits: hits.append(k)
     weak = events['size'].rank(pct=True) <= .5
-    return dict(planted=len(events), found=len(hits), of_the_weaker_half=int(weak[hits].sum()), false=len(found) - len(hits))
+    return dict(planted=len(events), found=len(hits), of_the_weaker_half=int(weak[hits].sum()),
+                false=len(found) - len(hits))
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--model', required=True)
     parser.add_argument('--pyocto', required=True, help='a python that has PyOcto')
     parser.add_argument('--days', type=int, default=7)
@@ -145,8 +163,10 @@ def main():
     places, events = stations(rng), planted(rng, args.days, args.hours, args.events)
     args.out.mkdir(parents=True, exist_ok=True)
     events.to_csv(args.out/'planted.csv', index=False)
-    if not (args.out/'inventory.xml').exists(): write_archive(args.out, args.days, args.hours, events, places)
-    row = dict(model=args.model, days=args.days, hours=args.hours, stations=len(places)) | pick(args.out, args.model, more)
+    if not (args.out/'inventory.xml').exists():
+        write_archive(args.out, args.days, args.hours, events, places)
+    row = (dict(model=args.model, days=args.days, hours=args.hours, stations=len(places))
+           | pick(args.out, args.model, more))
     began = time.perf_counter()
     subprocess.run([args.pyocto, '-c', ASSOCIATE, str(args.out/'picks')], check=True, env={})
     row |= score(events, pd.read_csv(args.out/'picks/events.csv'))

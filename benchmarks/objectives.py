@@ -1,19 +1,21 @@
-"""What pretraining buys, by objective, budget and way of fine-tuning: plans of trials by folds, in one's own words.
+"""What pretraining buys, by objective, budget and way of fine-tuning: plans of trials by folds, in
+one's own words.
 
     python benchmarks/objectives.py prepare --labelled LABELLED --unlabelled UNLABELLED --out results
     python benchmarks/objectives.py run --out results --jobs 14
     python benchmarks/objectives.py table --out results
 
-`seismodel study --folds 5` runs the arms of the study; this script runs whatever else is worth a look, with the same
-arrays, trials and tables (`seismodel.study`). A plan line names pretrained starts, ways of fine-tuning, fractions of
-the labelled events and folds, and stands for all their combinations:
+`seismodel study --folds 5` runs the arms of the study; this script runs whatever else is worth a
+look, with the same arrays, trials and tables (`seismodel.study`). A plan line names pretrained
+starts, ways of fine-tuning, fractions of the labelled events and folds, and stands for all their
+combinations:
 
     --plan 'spectrum:480 spectrum:480:1 random | plain decay.65 | .1 1 | 0 1 2'
 
-`spectrum:480:1` is the variant `spectrum` after 480,000 windows, with seed 1. A fifth part may name the seeds of
-fine-tuning; a line without ways only pretrains. `variants` and `WAYS` below list the names, and `PLAN` is the plan
-behind the page "Pretraining budget and gain". Records of `test` do not leave `prepare`.
-"""
+`spectrum:480:1` is the variant `spectrum` after 480,000 windows, with seed 1. A fifth part may name
+the seeds of fine-tuning; a line without ways only pretrains. `variants` and `WAYS` below list the
+names, and `PLAN` is the plan behind the page "Pretraining budget and gain". Records of `test` do
+not leave `prepare`. """
 import argparse
 import sys
 from dataclasses import replace
@@ -21,9 +23,11 @@ from pathlib import Path
 
 from seismodel.core import UserError
 from seismodel.models.pretraining import preset
-from seismodel.study.arms import DECAY, LOW_RATE, PLAIN, PROBE, FoldTrial, Start, Variant, Way, study_variants
+from seismodel.study.arms import (DECAY, LOW_RATE, PLAIN, PROBE, FoldTrial, Start, Variant, Way,
+                                  study_variants)
 from seismodel.study.arrays import open_splits, save_array, write_records
-from seismodel.study.fold_run import FOREVER, begin_folds, manual_where_unsaid, run_fold_trials, write_fold_tables
+from seismodel.study.fold_run import (FOREVER, begin_folds, manual_where_unsaid, run_fold_trials,
+                                      write_fold_tables)
 from seismodel.study.fold_trial import FoldStudy
 from seismodel.study.folds import check_unlabelled
 
@@ -38,7 +42,8 @@ def reshaped(model, heads, conv=None, dim=None, **more):
 def variants(size):
     "Ways of pretraining, and shapes that can be started from random weights, of a size"
     found = study_variants(size)
-    spectrum, contrastive, recon = (found[name].model for name in ('spectrum', 'contrastive', 'recon'))
+    spectrum, contrastive, recon = (found[name].model
+                                    for name in ('spectrum', 'contrastive', 'recon'))
     joint, tiny = preset(f'joint-{size}').model, preset('spectrum-tiny').model
     slow = {k: getattr(found['recon'], k) for k in ('lr', 'weight_decay', 'batch', 'memory')}
     mended = replace(recon.encoder, mask_value='learned', activation='gelu')
@@ -70,7 +75,8 @@ def random_starts(size):
     "Names of random starts -> shapes"
     v = variants(size)
     shapes = ('narrow', 'shallow', 'shallow-wide', 'tiny', 'tiny-4-heads', 'tiny-narrow')
-    return {'random': v['spectrum'], 'random-sequential': v['recon'], 'random-mended': v['recon-mended'],
+    return {'random': v['spectrum'], 'random-sequential': v['recon'],
+            'random-mended': v['recon-mended'],
             **{f'random-{name}': v[name] for name in shapes}}
 
 
@@ -99,10 +105,14 @@ PLAN = (
     'spectrum:480 spectrum-aug:480 joint:480 contrastive:480 random | decay.65 plain | .1 | 0 1 2',
     'spectrum:480:1 spectrum-aug:480:1 spectrum:80 | decay.65 plain | .1 | 0 1 2',
     'spectrum:1500 | decay.65 plain | .1 | 0 1 2',
-    'spectrum:480 random joint:480 spectrum-aug:480 contrastive:480 spectrum:1500 | plain decay.65 | 1 | 0 1',
-    'spectrum:480 random | decay.65-gradual-lr3e-4 decay.65-average decay.65-lr3e-4 gradual decay.8 | .1 | 0 1 2',
-    'spectrum:480 spectrum-aug:480 joint:480 contrastive:480 spectrum:80 spectrum:1500 random | probe | 1 | 0',
-    'recon:480 recon-mended:480 recon-spectrum:480 random-sequential random-mended | plain low | .1 | 0 1 2',
+    'spectrum:480 random joint:480 spectrum-aug:480 contrastive:480 spectrum:1500 | plain '
+    'decay.65 | 1 | 0 1',
+    'spectrum:480 random | decay.65-gradual-lr3e-4 decay.65-average decay.65-lr3e-4 gradual '
+    'decay.8 | .1 | 0 1 2',
+    'spectrum:480 spectrum-aug:480 joint:480 contrastive:480 spectrum:80 spectrum:1500 random | '
+    'probe | 1 | 0',
+    'recon:480 recon-mended:480 recon-spectrum:480 random-sequential random-mended | plain low | '
+    '.1 | 0 1 2',
     'random | plain-3000 | .1 | 0 1 2',
     'spectrum:480 spectrum-aug:480 joint:480 contrastive:480 random | decay.65 plain | .1 | 3 4',
     'joint:1500 spectrum-aug:1500 spectrum:1500:1 | decay.65 plain | .1 | 0 1 2',
@@ -122,14 +132,17 @@ def start_of(text, size):
 
 
 def trials_of(plan, size):
-    "All trials in the order of the plan: of each line first the pretrainings, then the fine-tunings"
+    """All trials in the order of the plan: of each line first the pretrainings, then the
+    fine-tunings"""
     trials = {}
     for line in plan:
         parts = [part.split() for part in line.split('|')]
         if len(parts) == 4: parts.append(['0'])
-        if len(parts) != 5: sys.exit(f"'{line}' is no plan line: give STARTS | WAYS | FRACTIONS | FOLDS | SEEDS.")
+        if len(parts) != 5:
+            sys.exit(f"'{line}' is no plan line: give STARTS | WAYS | FRACTIONS | FOLDS | SEEDS.")
         for way in parts[1]:
-            if way not in WAYS: sys.exit(f"'{way}' is no way of fine-tuning: choose from {', '.join(WAYS)}.")
+            if way not in WAYS:
+                sys.exit(f"'{way}' is no way of fine-tuning: choose from {', '.join(WAYS)}.")
         starts = [start_of(text, size) for text in parts[0]]
         found = [FoldTrial(s) for s in starts if s.windows]
         found += [FoldTrial(s, WAYS[way], float(f), int(fold), int(seed)) for seed in parts[4]
@@ -143,12 +156,15 @@ def prepare(args):
     args.out.mkdir(parents=True, exist_ok=True)
     labelled = write_records(args.out, 'labelled', open_splits([args.labelled], ('train', 'dev')))
     save_array(args.out/'labelled-table.npy', manual_where_unsaid(labelled))
-    check_unlabelled(labelled, write_records(args.out, 'unlabelled', open_splits([args.unlabelled], ('train',))))
+    check_unlabelled(labelled,
+                     write_records(args.out, 'unlabelled',
+                                   open_splits([args.unlabelled], ('train',))))
 
 
 def drive(args):
     "Run what is not done"
-    s, trials = FoldStudy(args.out, args.out, device=args.device), trials_of(args.plan or PLAN, args.size)
+    s, trials = FoldStudy(args.out, args.out, device=args.device), trials_of(args.plan or PLAN,
+                                                                             args.size)
     begin_folds(s, trials, args.jobs)
     run_fold_trials(trials, s, args.jobs, args.stop_after)
 
@@ -158,22 +174,26 @@ def show(args):
     import pandas as pd
     if not write_fold_tables(args.out): return print('no trial is scored yet')
     scores = ['p0.1', 'p0.3', 's0.1', 's0.3', 'p_mae', 's_mae', 'p_auc']
-    means = pd.read_csv(args.out/'trials.csv').groupby(['fraction', 'way', 'start'])[scores].mean().round(4)
+    means = pd.read_csv(args.out/'trials.csv').groupby(['fraction', 'way',
+                                                        'start'])[scores].mean().round(4)
     means.to_csv(args.out/'means.csv')
     print(means.to_string())
 
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('what', choices=('prepare', 'run', 'table'))
     parser.add_argument('--labelled', help='prepare: data with picks')
     parser.add_argument('--unlabelled', help='prepare: data without')
     parser.add_argument('--out', type=Path, default='results', help='folder of arrays and results')
-    parser.add_argument('--plan', action='append', help='STARTS | WAYS | FRACTIONS | FOLDS | SEEDS; may be given several times')
+    parser.add_argument('--plan', action='append',
+                        help='STARTS | WAYS | FRACTIONS | FOLDS | SEEDS; may be given several times')
     parser.add_argument('--size', default='small', help='of the presets: tiny, small or base')
     parser.add_argument('--jobs', type=int, default=12, help='processes at once')
     parser.add_argument('--device', default='auto')
-    parser.add_argument('--stop-after', type=float, default=FOREVER, help='seconds after which trials that run are stopped')
+    parser.add_argument('--stop-after', type=float, default=FOREVER,
+                        help='seconds after which trials that run are stopped')
     args = parser.parse_args()
     try: {'prepare': prepare, 'run': drive, 'table': show}[args.what](args)
     except UserError as e: sys.exit(str(e))

@@ -1,12 +1,13 @@
-"""Station-days a second of `seismodel pick`, where its time goes, and whether a GPU finds the picks of the CPU
+"""Station-days a second of `seismodel pick`, where its time goes, and whether a GPU finds the picks
+of the CPU
 
     python benchmarks/pick_gpu.py FOLDER --days 48 --models random:spectrum-small tiny-picker      # on a GPU
     python benchmarks/pick_gpu.py FOLDER --days 2 --hours 1 --device cpu --models tiny-picker      # tries it anywhere
 
-FOLDER gets an SDS archive of synthetic station-days (three components, 100 Hz, Steim-2 miniSEED, 200 events a day, one
-seed), which a second call takes as it is. A model is a name that `seismodel pick` takes, or random:PRESET for random
-weights. Every part prints as it goes, and one that fails does not stop the others.
-"""
+FOLDER gets an SDS archive of synthetic station-days (three components, 100 Hz, Steim-2 miniSEED,
+200 events a day, one seed), which a second call takes as it is. A model is a name that `seismodel
+pick` takes, or random:PRESET for random weights. Every part prints as it goes, and one that fails
+does not stop the others. """
 import argparse
 import io
 import os
@@ -48,12 +49,14 @@ def say(*words): print(*words, flush=True)
 def waves(seed: int) -> np.ndarray:
     "(3, n) counts of a day: microseism, noise, P and S of each event"
     rng, n = np.random.default_rng(seed), 86_400*RATE
-    x = np.stack([2000*sosfilt(SEA, rng.standard_normal(n)) + 30*rng.standard_normal(n) for _ in range(3)])
+    x = np.stack([2000*sosfilt(SEA, rng.standard_normal(n)) + 30*rng.standard_normal(n)
+                  for _ in range(3)])
     t = np.arange(25*RATE)/RATE
     for at in rng.integers(10*RATE, n - 60*RATE, EVENTS):
         size, lag = 10**rng.uniform(2.5, 4.5), rng.integers(2*RATE, 12*RATE)
         for first, gains in ((at, (1., .4, .4)), (at + lag, (.8, 2., 2.))):
-            burst = sosfilt(BAND, rng.standard_normal((3, len(t))))*np.exp(-t/4)*(1 - np.exp(-t/.04))
+            burst = sosfilt(BAND,
+                            rng.standard_normal((3, len(t))))*np.exp(-t/4)*(1 - np.exp(-t/.04))
             x[:, first:first + len(t)] += size*np.array(gains)[:, None]*burst
     return np.round(x).astype(np.int32)
 
@@ -62,18 +65,22 @@ def write_day(folder: Path, k: int) -> None:
     "Station-day number k in an SDS archive, unless it is there"
     code, (day, station) = 'SYN', divmod(k, 16)
     start, station = START + 86_400*day, f'S{station:02}'
-    path = lambda c: folder/str(start.year)/code/station/f'HH{c}.D'/f'{code}.{station}..HH{c}.D.{start.year}.{start.julday:03}'
+    path = lambda c: folder/str(
+        start.year)/code/station/f'HH{c}.D'/f'{code}.{station}..HH{c}.D.{start.year}.{start.julday:03}'
     if all(path(c).exists() for c in 'ZNE'): return
     for c, row in zip('ZNE', waves(k)):
         path(c).parent.mkdir(parents=True, exist_ok=True)
-        head = dict(network=code, station=station, channel=f'HH{c}', sampling_rate=RATE, starttime=start)
-        Stream([Trace(row, head)]).write(str(path(c)), format='MSEED', encoding='STEIM2', reclen=512)
+        head = dict(network=code, station=station, channel=f'HH{c}', sampling_rate=RATE,
+                    starttime=start)
+        Stream([Trace(row, head)]).write(str(path(c)), format='MSEED', encoding='STEIM2',
+                                         reclen=512)
 
 
 def make_archive(folder: Path, days: int) -> None:
     "All station-days, in as many processes as there are cores"
     since = time.perf_counter()
-    with ProcessPoolExecutor(min(days, picking.cores(), 16)) as pool: list(pool.map(write_day, [folder]*days, range(days)))
+    with ProcessPoolExecutor(min(days, picking.cores(), 16)) as pool:
+        list(pool.map(write_day, [folder]*days, range(days)))
     size = sum(f.stat().st_size for f in folder.rglob('*') if f.is_file())/2**20
     say(f'{days} station-days, {size:.0f} MiB, in {time.perf_counter() - since:.0f} s')
 
@@ -83,7 +90,8 @@ def named(model: str, folder: Path) -> str:
     if not model.startswith('random:'): return model
     torch.manual_seed(0)
     where = folder/model.replace(':', '-')
-    if not where.exists(): Picker(build(preset(model.partition(':')[2]).model)).save_pretrained(where)
+    if not where.exists():
+        Picker(build(preset(model.partition(':')[2]).model)).save_pretrained(where)
     return str(where)
 
 
@@ -115,8 +123,10 @@ def compared(a, b) -> str:
         alone += (~good).sum() + len(two) - len(set(near[good]))
     if not gaps: return f'{len(a)} and {len(b)} picks, none in common'
     gaps, odds = np.array(gaps), np.array(odds)
-    return (f'{len(a)} and {len(b)} picks, {len(gaps)} in common, {alone} alone; times the same for {(gaps < .005).mean():.2%}, '
-            f'within a sample for {(gaps < .015).mean():.2%}, at most {gaps.max():.2f} s apart; probabilities at most {odds.max():.4f} apart')
+    return (f'{len(a)} and {len(b)} picks, {len(gaps)} in common, {alone} alone; times the same '
+            f'for {(gaps < .005).mean():.2%}, '
+            f'within a sample for {(gaps < .015).mean():.2%}, at most {gaps.max():.2f} s apart; '
+            f'probabilities at most {odds.max():.4f} apart')
 
 
 def same_picks(a, archive: Path, model: str):
@@ -128,7 +138,8 @@ def same_picks(a, archive: Path, model: str):
         if name != 'float32' and not a.device.startswith('cuda'): continue
         try:
             with way():
-                table, _ = picks_of(archive, model, a.folder/'device', a.device, **some)      # whatever the first call sets up
+                # whatever the first call sets up
+                table, _ = picks_of(archive, model, a.folder/'device', a.device, **some)
                 table, seconds = picks_of(archive, model, a.folder/'device', a.device, **some)
             say(f'{a.hours:g} h on {a.device} in {name}: {seconds:.2f} s; {compared(cpu, table)}')
         except Exception: say(name, traceback.format_exc())
@@ -152,7 +163,8 @@ def exact():
     finally: torch.backends.cudnn.allow_tf32 = before
 
 
-WAYS = {'float32': lambda: torch.autocast('cuda', enabled=False), 'float32, convolutions too': exact, 'TF32': tf32,
+WAYS = {'float32': lambda: torch.autocast('cuda', enabled=False),
+        'float32, convolutions too': exact, 'TF32': tf32,
         'bfloat16': lambda: torch.autocast('cuda', torch.bfloat16)}
 
 
@@ -166,7 +178,8 @@ def speed(a, model: str):
         for batch in (16, 64, 128, 256):
             try:
                 with way(): rate = windows_a_second(net, batch, s, a.device)
-                say(f'network in {name}, {batch} windows at a time: {rate/day:.2f} station-days a second, '
+                say(f'network in {name}, {batch} windows at a time: {rate/day:.2f} station-days a '
+                    f'second, '
                     f'{torch.cuda.max_memory_allocated()/2**30:.1f} GiB')
             except Exception: say(name, batch, traceback.format_exc())
 
@@ -206,19 +219,28 @@ def shares(a, archive: Path, model: str):
     from seismodel.data.archive import Instrument
     from seismodel.picking.seisbench_model import SeisModelPicker
     clock = Clock()
-    some = dict(station='S00,S01', start=str(START), end=str(START + (86_400 if a.device.startswith('cuda') else 3600*a.hours)))
+    some = dict(station='S00,S01', start=str(START),
+                end=str(START + (86_400 if a.device.startswith('cuda') else 3600*a.hours)))
     undo = [clock.around(*row, a.device) for row in (
-        (picking, 'index_files', 'headers'), (Instrument, 'read', 'reading'), (SeisModelPicker, 'forward', 'network'),
-        (pieces, 'probability_curves', 'network and cutting'), (pieces, 'pick_piece', 'all of a piece'),
-        (picking, 'measure', 'amplitudes'), (picking, 'pick_each', 'all days'), (picking, 'join_days', 'tables'))]
+        (picking, 'index_files', 'headers'), (Instrument, 'read', 'reading'),
+        (SeisModelPicker, 'forward', 'network'),
+        (pieces, 'probability_curves', 'network and cutting'),
+        (pieces, 'pick_piece', 'all of a piece'),
+        (picking, 'measure', 'amplitudes'), (picking, 'pick_each', 'all days'),
+        (picking, 'join_days', 'tables'))]
     try: _, seconds = picks_of(archive, model, a.folder/'shares', a.device, **some)
     finally:
         for back in undo: back()
-    c = {name: clock.get(name, 0.) for name in ('headers', 'reading', 'network', 'network and cutting', 'all of a piece', 'amplitudes', 'all days', 'tables')}
+    c = {name: clock.get(name, 0.) for name in ('headers', 'reading', 'network',
+                                                'network and cutting', 'all of a piece',
+                                                'amplitudes', 'all days', 'tables')}
     rows = {'reading headers': c['headers'], 'reading samples': c['reading'],
-            'cutting, normalising, stacking': c['network and cutting'] - c['network'], 'network': c['network'],
-            'peaks': c['all of a piece'] - c['reading'] - c['network and cutting'], 'amplitudes': c['amplitudes'],
-            'results of days': c['all days'] - c['all of a piece'] - c['amplitudes'], 'tables': c['tables']}
+            'cutting, normalising, stacking': c['network and cutting'] - c['network'],
+            'network': c['network'],
+            'peaks': c['all of a piece'] - c['reading'] - c['network and cutting'],
+            'amplitudes': c['amplitudes'],
+            'results of days': c['all days'] - c['all of a piece'] - c['amplitudes'],
+            'tables': c['tables']}
     rows['opening the model'] = seconds - sum(rows.values())
     days = 2*(1 if a.device.startswith('cuda') else a.hours/24)
     say(f'one process, {days:g} station-days in {seconds:.1f} s; seconds a station-day:')
@@ -231,19 +253,24 @@ def command(a, archive: Path, model: str):
     "Station-days a second of the whole command"
     out = a.folder/'picks'
     rmtree(out, ignore_errors=True)
-    words = [sys.executable, '-m', 'seismodel', 'pick', str(archive), '--model', model, '--device', a.device, '--out', str(out)]
-    if not a.device.startswith('cuda'): words += ['--station', 'S00,S01', '--end', str(START + 3600*a.hours)]
+    words = [sys.executable, '-m', 'seismodel', 'pick', str(archive), '--model', model, '--device',
+             a.device, '--out', str(out)]
+    if not a.device.startswith('cuda'):
+        words += ['--station', 'S00,S01', '--end', str(START + 3600*a.hours)]
     say(' '.join(words[1:]))
     since, wall = time.perf_counter(), time.time()
-    done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=a.timeout)
+    done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                          timeout=a.timeout)
     seconds = time.perf_counter() - since
     say(done.stdout.replace('\r', '\n').strip()[-600:])
     written = sorted(f.stat().st_mtime - wall for f in out.glob('days/*/*.json'))
-    say(f'{model}: {len(written)} station-days in {seconds:.1f} s, {len(written)/seconds:.2f} a second with the start; exit {done.returncode}')
+    say(f'{model}: {len(written)} station-days in {seconds:.1f} s, {len(written)/seconds:.2f} a '
+        f'second with the start; exit {done.returncode}')
     skip = min(8, len(written)//2)                       # those with which all processes begin
     if len(written) - skip < 2: return
     rate = (len(written) - 1 - skip)/max(1e-9, written[-1] - written[skip])
-    say(f'{model}: the first after {written[0]:.1f} s, the last after {written[-1]:.1f} s, tables {seconds - written[-1]:.1f} s; '
+    say(f'{model}: the first after {written[0]:.1f} s, the last after {written[-1]:.1f} s, tables '
+        f'{seconds - written[-1]:.1f} s; '
         f'{rate:.2f} station-days a second in between')
 
 
@@ -253,7 +280,8 @@ def main():
     p.add_argument('--days', type=int, default=48, help='station-days')
     p.add_argument('--models', nargs='+', default=['random:spectrum-small', 'tiny-picker'])
     p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    p.add_argument('--hours', type=float, default=6., help='of the comparison with the CPU, and of everything on a CPU')
+    p.add_argument('--hours', type=float, default=6.,
+                   help='of the comparison with the CPU, and of everything on a CPU')
     p.add_argument('--timeout', type=float, default=300., help='s, of one command')
     a = p.parse_args()
     archive = a.folder/'sds'

@@ -1,9 +1,10 @@
-"""How long a user waits for an answer that needs no model: help, version, a mistyped option, beside the import of torch alone.
+"""How long a user waits for an answer that needs no model: help, version, a mistyped option, beside
+the import of torch alone.
 
     python benchmarks/start.py           # median of 7 fresh processes each, in seconds and as a fraction of `import torch`
 
-The first call of each is not counted: it fills the disk cache and writes bytecode. Meant for a quiet machine.
-"""
+The first call of each is not counted: it fills the disk cache and writes bytecode. Meant for a
+quiet machine. """
 import os
 import statistics
 import subprocess
@@ -33,13 +34,15 @@ def seconds(words):
 def main(repeats=7):
     taken = {call: [] for call in CALLS}
     for words in CALLS.values(): seconds(words)
-    for _ in range(repeats):                    # in turn, so that another program's load meets all of them
+    # in turn, so that another program's load meets all of them
+    for _ in range(repeats):
         for call, words in CALLS.items(): taken[call].append(seconds(words))
     torch = statistics.median(taken["python -c 'import torch'"])
     print(f'{os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}, Python {sys.version.split()[0]}')
     for call, times in taken.items():
         middle = statistics.median(times)
-        print(f'{call:46} {middle:5.2f} s  ({min(times):.2f} to {max(times):.2f})  {middle/torch:5.2f} of torch')
+        print(f'{call:46} {middle:5.2f} s  ({min(times):.2f} to {max(times):.2f})  '
+              f'{middle/torch:5.2f} of torch')
 
 
 if __name__ == '__main__': main()

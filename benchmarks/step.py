@@ -1,4 +1,5 @@
-"""Windows a second of a whole pretraining step on one GPU: forward, backward, clipping and AdamW, as the trainer takes it.
+"""Windows a second of a whole pretraining step on one GPU: forward, backward, clipping and AdamW,
+as the trainer takes it.
 
     python benchmarks/step.py                              # every preset of size base, three modes
     python benchmarks/step.py contrastive-small:64 --profile
@@ -24,7 +25,8 @@ class Step:
         self.x = torch.randn(batch, 4096, 3, device='cuda')
         self.generator = torch.Generator('cuda').manual_seed(0)
         self.lr = torch.tensor(1e-3, device='cuda')
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, .1), lr=self.lr, fused=True, capturable=True)
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, .1), lr=self.lr, fused=True,
+                                           capturable=True)
         self.run = Replay(self.update, self.generator) if replay else self.update
         for _ in range(4): self.run(self.x)
         torch.cuda.synchronize()
@@ -56,27 +58,38 @@ def measure(name, batch, repeats=12, profile=False, **mode):
             times.append(begin.elapsed_time(end))
         halves.append(statistics.median(times))
     mode = '+'.join(k for k, on in mode.items() if on) or 'eager'
-    print(f'{name:20} batch {batch:4}  {mode:16} {halves[0]:7.2f} {halves[1]:7.2f} ms  {batch/min(halves)*1e3:7.0f} windows/s  '
-          f'{torch.cuda.max_memory_allocated()/2**30:5.1f} GiB  ready after {warm:4.0f} s  loss {loss.item():.3f}', flush=True)
+    print(f'{name:20} batch {batch:4}  {mode:16} {halves[0]:7.2f} {halves[1]:7.2f} ms  '
+          f'{batch/min(halves)*1e3:7.0f} windows/s  '
+          f'{torch.cuda.max_memory_allocated()/2**30:5.1f} GiB  ready after {warm:4.0f} s  loss '
+          f'{loss.item():.3f}', flush=True)
     if profile:
         from torch.profiler import ProfilerActivity, profile as record
         with record(activities=[ProfilerActivity.CUDA]) as p:
             step.run(step.x)
             torch.cuda.synchronize()
-        rows = sorted((e for e in p.key_averages() if e.self_device_time_total > 0), key=lambda e: -e.self_device_time_total)
-        print(f'  kernels {sum(e.self_device_time_total for e in rows)/1e3:.1f} ms in {sum(e.count for e in rows)} launches')
-        for e in rows[:profile]: print(f'  {e.self_device_time_total/1e3:8.3f} ms {e.count:4}  {e.key[:100]}')
+        rows = sorted((e for e in p.key_averages() if e.self_device_time_total > 0),
+                      key=lambda e: -e.self_device_time_total)
+        print(f'  kernels {sum(e.self_device_time_total for e in rows)/1e3:.1f} ms in '
+              f'{sum(e.count for e in rows)} launches')
+        for e in rows[:profile]:
+            print(f'  {e.self_device_time_total/1e3:8.3f} ms {e.count:4}  {e.key[:100]}')
 
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('what', nargs='*', default=['contrastive-base:256', 'reconstruction-base:256'], help='PRESET:BATCH')
-    parser.add_argument('--modes', default='eager,compiled,compiled+replay', help='compiled: blocks and frontend, as the trainer does in long runs; replay: recorded')
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('what', nargs='*', default=['contrastive-base:256',
+                                                    'reconstruction-base:256'], help='PRESET:BATCH')
+    parser.add_argument('--modes', default='eager,compiled,compiled+replay',
+                        help='compiled: blocks and frontend, as the trainer does in long runs; '
+                             'replay: recorded')
     parser.add_argument('--profile', type=int, default=0, help='kernels to list')
     args = parser.parse_args()
     for what in args.what:
         name, batch = what.split(':')
         for mode in args.modes.split(','):
             try:
-                with tensor_float32(torch.device('cuda')): measure(name, int(batch), profile=args.profile, **{k: k in mode for k in ('compiled', 'replay')})
+                with tensor_float32(torch.device('cuda')):
+                    measure(name, int(batch), profile=args.profile,
+                            **{k: k in mode for k in ('compiled', 'replay')})
             except torch.OutOfMemoryError: print(f'{name:20} batch {batch}  {mode}: out of memory')

@@ -46,7 +46,8 @@ SIZES = {   # samples of a window of pretraining; steps, windows of a step; laye
     'small': dict(preset='spectrum-small', window=4096, pretrain=(3000, 256), finetune=(2000, 32),
                   decay=.65),
 }
-SHARES = '3,1'    # of windows in pretraining: unlabelled records, labelled ones without their labels
+# of windows in pretraining: unlabelled records, labelled ones without their labels
+SHARES = '3,1'
 EVENTS = '3,1'    # of windows in fine-tuning: labelled records, synthetic events in their noise
 SEED = 0
 SAME = 5          # samples, half of the closest score: by so much half precision may move a pick
@@ -59,7 +60,8 @@ REGIONS = {   # of the unlabelled sources, whose table has no such column
     'pb_ridgecrest2019': 'California', '6l_rutford_ice': 'Antarctica', 'z7_iceland': 'Iceland',
     'nz_geonet2014': 'New Zealand', 'ko_turkey2023': 'Türkiye', 'ci_saltonsea2020': 'California',
     'bh_taiwan': 'Taiwan', 'ok_2013': 'Oklahoma', 'sc_pnsn': 'Sichuan'}
-WORSE_THAN_A_LINE = ('a start that saves labels: interpolation predicts hidden frames better than it does, '
+WORSE_THAN_A_LINE = (
+    'a start that saves labels: interpolation predicts hidden frames better than it does, '
                      'so take it as a small example')
 NOT_FOR = [
     'alarms and bulletins that nobody looks at: it is far from an analyst, see the scores',
@@ -162,7 +164,8 @@ def train_picker(a, size, start, run):
     if (run/'config.json').exists(): return finetune(resume=run, device=a.device)
     finetune(str(start), data=[pack_subset(a.work/'labelled'), 'synthetic'], data_weights=EVENTS,
              steps=steps, batch_size=batch, seed=SEED, average=AVERAGE, layer_decay=size['decay'],
-             device=a.device, validate_every=250, validation_windows=128, checkpoint_every=100, out=run)
+             device=a.device, validate_every=250, validation_windows=128, checkpoint_every=100,
+             out=run)
 
 
 # Half precision
@@ -187,7 +190,8 @@ def places(
 def moved(
     before: list[list],  # from `places`
     after: list[list],
-) -> tuple[int, int, float]:  # picks; those that came or went; samples that the others moved at most
+# picks; those that came or went; samples that the others moved at most
+) -> tuple[int, int, float]:
     "What a change of the weights did to picks"
     count = sum(map(len, before))
     changed = sum(abs(len(x) - len(y)) for x, y in zip(before, after))
@@ -215,7 +219,8 @@ def windows_of(a, split, count, data='labelled'):
 
 
 def temper(picker, curves) -> str:
-    "Give a picker a temperature if that helps on windows that did not choose it; says what was done"
+    """Give a picker a temperature if that helps on windows that did not choose it; says what was
+    done"""
     table = np.concatenate([rated_peaks(*curves[phase]) for phase in 'PS'])
     first, second = (table[table[:, 0] % 2 == k, 1:] for k in (0, 1))
     t = fit_temperature(*first.T)
@@ -263,7 +268,8 @@ def scores_of(
         for kind in ('P', 'S', 'noise'):
             own = records[records['kind'] == kind]
             for name, metric in (disturbed if kind == 'noise' else near).items():
-                if len(own): rows.append((part, kind, len(own), name, *bootstrap(metric, own, draws=500)))
+                if len(own):
+                    rows.append((part, kind, len(own), name, *bootstrap(metric, own, draws=500)))
     return pd.DataFrame(rows, columns=['records', 'kind', 'n', 'metric', 'value', 'low', 'high'])
 
 
@@ -282,7 +288,8 @@ def sources_of(
     for name, part in table.groupby('trace_dataset'):
         hours = (part['trace_npts']/part['trace_sampling_rate_hz']).sum()/3600
         region = joined(part.get('trace_region', [])) or REGIONS.get(name, '')
-        rows.append(dict(source=name, records=len(part), hours=round(float(hours), 2), region=region,
+        rows.append(dict(source=name, records=len(part), hours=round(float(hours), 2),
+                         region=region,
                          repository=joined(part['trace_source_repository']),
                          licence=joined(part['trace_license'])))
     return rows
@@ -324,7 +331,8 @@ def recipe_of(a, size, name, minutes) -> list[str]:
                      + stopped(a.work/name.split('-')[0]/'finetune', fine))
     own = {part: m for part, m in minutes.items() if part.split()[0] in name.split('-')}
     took = '; '.join(f'{part} {m:g} on {where}' for part, (m, where) in own.items())
-    return [*lines, f'by scripts/build_box.py of seismodel {seismodel.__version__}; minutes: {took}']
+    return [*lines,
+            f'by scripts/build_box.py of seismodel {seismodel.__version__}; minutes: {took}']
 
 
 def commit() -> str:
@@ -339,14 +347,16 @@ def score_table(scores: pd.DataFrame) -> list[dict]:
     rows = []
     groups = scores[scores['kind'].ne('noise')].groupby(['records', 'kind', 'n'], sort=False)
     for (part, kind, n), own in groups:
-        shown = {row.metric: f'{row.value:.2f} [{row.low:.2f}, {row.high:.2f}]' for row in own.itertuples()}
+        shown = {row.metric: f'{row.value:.2f} [{row.low:.2f}, {row.high:.2f}]'
+                 for row in own.itertuples()}
         rows.append(dict(records=part, phase=kind, labels=n, **shown))
     return rows
 
 
 def noise_table(scores: pd.DataFrame) -> list[dict]:
     "A row for each part"
-    return [dict(records=r.records, number=r.n, disturbed=f'{r.value:.2f} [{r.low:.2f}, {r.high:.2f}]')
+    return [dict(records=r.records, number=r.n,
+                 disturbed=f'{r.value:.2f} [{r.low:.2f}, {r.high:.2f}]')
             for r in scores[scores['kind'].eq('noise')].itertuples()]
 
 
@@ -372,16 +382,19 @@ def ship_pretrained(a, name, tables, minutes):
     with torch.no_grad(): m = model(x, torch.Generator().manual_seed(SEED)).metrics
     error, line, zero = (float(m[f'{k}spectrum_mse']) for k in ('', 'line_', 'zero_'))
     windows = size['pretrain'][0]*size['pretrain'][1]
-    card = {'summary': f'{count_parameters(model)/1e6:.2f} M parameters, pretrained on the spectra of '
+    card = {'summary': f'{count_parameters(model)/1e6:.2f} M parameters, pretrained on the '
+                       f'spectra of '
                        f'{windows:,} windows without labels: to fine-tune, or for features',
             'trained on, without labels': sources_of(used(tables, 'unlabelled', 'labelled')),
             'left out': left_out_of(tables), 'recipe': recipe_of(a, size, name, minutes),
             'weights': ['matrices in half precision, biases and scales in single precision'],
             'scores of these weights': [
-                f'error of the band powers of hidden frames on {len(x)} dev windows of unlabelled records: '
+                f'error of the band powers of hidden frames on {len(x)} dev windows of unlabelled '
+                f'records: '
                 f'{error:.3f}; by interpolation {line:.3f}, by the mean of a band {zero:.3f}'],
             'not for': ([WORSE_THAN_A_LINE] if error > line else []) + NOT_FOR[-1:]}
-    write_model(a.box/name, {'model': config['model'], 'train': config['train'], 'card': card}, weights)
+    write_model(a.box/name, {'model': config['model'], 'train': config['train'], 'card': card},
+                weights)
 
 
 def ship_picker(a, name, tables, minutes):
@@ -398,14 +411,19 @@ def ship_picker(a, name, tables, minutes):
     scores = scores_of(SeisModelPicker.from_pretrained(box),
                        open_dataset(str(a.work/'labelled')).get_split('test'), untrained)
     whole = scores[scores['records'].eq('all test records')].set_index(['kind', 'metric'])['value']
-    card = {'summary': f"{count_parameters(picker)/1e6:.2f} M parameters, picks P and S: within 0.3 s of "
-                       f"{whole['P', 'within 0.3 s']:.2f} and {whole['S', 'within 0.3 s']:.2f} of the labels "
-                       f"of test records; a pick in {whole['noise', 'with a pick']:.2f} of noise records",
+    card = {'summary': f"{count_parameters(picker)/1e6:.2f} M parameters, picks P and S: within "
+                       f"0.3 s of "
+                       f"{whole['P', 'within 0.3 s']:.2f} and {whole['S', 'within 0.3 s']:.2f} of "
+                       f"the labels "
+                       f"of test records; a pick in {whole['noise', 'with a pick']:.2f} of noise "
+                       f"records",
             'trained on, with labels': sources_of(used(tables, 'labelled')),
             'pretrained on, without labels': sources_of(used(tables, 'unlabelled', 'labelled')),
-            'left out': left_out_of(tables), 'recipe': recipe_of(a, size, f'{name}-picker', minutes),
+            'left out': left_out_of(tables),
+            'recipe': recipe_of(a, size, f'{name}-picker', minutes),
             'weights': [precision], 'probabilities': [tempered],
-            'thresholds and uncertainties, from windows of the dev records': threshold_table(args, quality),
+            'thresholds and uncertainties, from windows of the dev records': threshold_table(args,
+                                                                                             quality),
             'scores of these weights at these thresholds, with 95 % intervals': score_table(scores),
             'noise records with a pick': noise_table(scores), 'not for': NOT_FOR}
     write_model(box, {**shared, 'card': card, 'scores': scores.to_dict('records')}, weights)
@@ -430,9 +448,12 @@ def build_size(a, name, tables):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     add = parser.add_argument
-    add('--unlabelled', type=Path, required=True, help='a SeisBench folder of windows, for pretraining')
-    add('--labelled', type=Path, required=True, help='a SeisBench folder with picks: train, dev and test')
-    add('--work', type=Path, required=True, help='a folder for runs; a call goes on with what is there')
+    add('--unlabelled', type=Path, required=True,
+        help='a SeisBench folder of windows, for pretraining')
+    add('--labelled', type=Path, required=True,
+        help='a SeisBench folder with picks: train, dev and test')
+    add('--work', type=Path, required=True,
+        help='a folder for runs; a call goes on with what is there')
     add('--box', type=Path, default=ROOT/'seismodel/box', help='gets the models')
     add('--curves', type=Path, default=ROOT/'nbs/runs/box_reliability.csv', help='gets the curves')
     add('--only', choices=SIZES, action='append', help='a size; all if not given')

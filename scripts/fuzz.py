@@ -1,10 +1,11 @@
 #!/usr/bin/env python
-"""Calls every command with any options, on files that are whole, missing, wrong or damaged, and lists the tracebacks.
+"""Calls every command with any options, on files that are whole, missing, wrong or damaged, and
+lists the tracebacks.
 
     python scripts/fuzz.py --calls 2000 --seed 0
 
-Each call ends in a result or in a sentence; a traceback is a fault. Exit code 1 where there was one.
-"""
+Each call ends in a result or in a sentence; a traceback is a fault. Exit code 1 where there was
+one. """
 import argparse
 import os
 import shutil
@@ -22,7 +23,8 @@ from calls import call, calls, damages, files_of, make_world
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--calls', type=int, default=2000)
     parser.add_argument('--seed', type=int, default=0)
     args = parser.parse_args()
@@ -37,7 +39,8 @@ def main():
         files = files_of(world)
 
         @start_at(args.seed)
-        @settings(max_examples=args.calls, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+        @settings(max_examples=args.calls, deadline=None, database=None, phases=[Phase.generate],
+                  suppress_health_check=list(HealthCheck))
         @given(calls(), damages())
         def attack(words, how):
             count[0] += 1
@@ -46,9 +49,11 @@ def main():
                 frames = [line.strip() for line in error.splitlines() if 'seismodel/' in line]
                 key = error.splitlines()[-1][:90], frames[-1].rpartition('seismodel/')[2]
                 faults[key] += 1
-                if key not in first: print(f'\n{count[0]}: seismodel {words} damaged by {how}\n{error}', flush=True)
+                if key not in first:
+                    print(f'\n{count[0]}: seismodel {words} damaged by {how}\n{error}', flush=True)
                 first.setdefault(key, words)
-            if count[0] % 50 == 0:                                       # as at the beginning, whatever calls have written
+            # as at the beginning, whatever calls have written
+            if count[0] % 50 == 0:
                 print(f'{count[0]} calls, {sum(faults.values())} tracebacks, {time.perf_counter() - start:.0f} s', flush=True)
                 os.chdir(tmp)
                 shutil.rmtree(world)
@@ -57,7 +62,8 @@ def main():
 
         attack()
         os.chdir('/')
-    print(f'{count[0]} calls in {time.perf_counter() - start:.0f} s: {sum(faults.values())} tracebacks, {len(faults)} kinds')
+    print(f'{count[0]} calls in {time.perf_counter() - start:.0f} s: {sum(faults.values())} '
+          f'tracebacks, {len(faults)} kinds')
     for (error, where), n in faults.most_common(): print(f'{n:5} {error}\n      {where}')
     return 1 if faults else 0
 

@@ -34,7 +34,8 @@ def generated(seed: int) -> obspy.Stream:
     rng, n = np.random.RandomState(seed), 20_000     # whose numbers no version of NumPy may change
     x = rng.standard_normal((3, n))
     for p, size in ((3000, 8.), (9000, 3.), (15_500, 40.)):
-        for onset, gain, decay in ((p, (1., .3, .3), 150.), (p + 400 + 100*seed, (.5, 1.5, 1.5), 300.)):
+        for onset, gain, decay in ((p, (1., .3, .3), 150.),
+                                   (p + 400 + 100*seed, (.5, 1.5, 1.5), 300.)):
             t = np.arange(n) - onset
             burst = np.where(t >= 0, np.exp(-np.maximum(t, 0)/decay), 0)
             x += size*np.array(gain)[:, None]*burst*rng.standard_normal((3, n))

@@ -1,10 +1,11 @@
-"""Compare synthetic with real seismograms: quantiles of what a seismologist would look at, and a small classifier.
+"""Compare synthetic with real seismograms: quantiles of what a seismologist would look at, and a
+small classifier.
 
     python scripts/match_synthetic.py FOLDER [--records 600] [--seed 0]
 
-FOLDER holds a SeisBench dataset (metadata.csv and waveforms.hdf5); its train split is used, three-component records
-with a labelled P only. The classifier needs scikit-learn and is skipped without it.
-"""
+FOLDER holds a SeisBench dataset (metadata.csv and waveforms.hdf5); its train split is used,
+three-component records with a labelled P only. The classifier needs scikit-learn and is skipped
+without it. """
 import argparse
 
 import numpy as np
@@ -18,7 +19,8 @@ BANDS = [(.5, 1), (1, 2), (2, 5), (5, 10), (10, 20), (20, 30), (30, 45)]      # 
 def spectrum(x):
     "Mean power in each band of a piece (n, 3), Hann tapered, in dB"
     f = np.fft.rfftfreq(len(x), 1 / RATE)
-    power = (np.abs(np.fft.rfft((x - x.mean(0)) * np.hanning(len(x))[:, None], axis=0))**2).sum(1) / len(x)
+    power = (np.abs(np.fft.rfft((x - x.mean(0)) * np.hanning(len(x))[:, None],
+                                axis=0))**2).sum(1) / len(x)
     return np.array([10 * np.log10(power[(f >= a) & (f < b)].mean() + 1e-30) for a, b in BANDS])
 
 
@@ -30,7 +32,8 @@ def high_pass(x, corner=1.):
 
 
 def features(x, p, s):
-    "Named numbers of one window (4096, 3) with picks in samples (s may be NaN), or None if too little lies around P"
+    """Named numbers of one window (4096, 3) with picks in samples (s may be NaN), or None if too
+    little lies around P"""
     p = int(round(p))
     if p < 450 or p > len(x) - 650: return None
     y = high_pass(x)
@@ -43,9 +46,13 @@ def features(x, p, s):
     out['rectilinearity 0.5 s'] = 1 - (w[0] + w[1]) / (2 * w[2])
     out['verticality of P'] = abs(v[0, 2])
     out['onset 0.1 s / 1 s, dB'] = 20 * np.log10(y[p:p + 10].std() / y[p:p + 100].std())
-    out['noise H/V, dB'] = 20 * np.log10(np.sqrt((y[p - 400:p - 20, 1:]**2).mean() / (y[p - 400:p - 20, 0]**2).mean()))
-    out['noise N/E, dB'] = abs(20 * np.log10(y[p - 400:p - 20, 1].std() / y[p - 400:p - 20, 2].std()))
-    out['noise kurtosis'] = np.log10((y[p - 400:p - 20]**4).mean() / (y[p - 400:p - 20]**2).mean()**2)
+    out['noise H/V, dB'] = 20 * np.log10(np.sqrt((y[p - 400:p - 20,
+                                                    1:]**2).mean() / (y[p - 400:p - 20,
+                                                                        0]**2).mean()))
+    out['noise N/E, dB'] = abs(20 * np.log10(y[p - 400:p - 20, 1].std() / y[p - 400:p - 20,
+                                                                            2].std()))
+    out['noise kurtosis'] = np.log10((y[p - 400:p - 20]**4).mean() / (y[p - 400:p
+                                                                        - 20]**2).mean()**2)
     for i, (a, b) in enumerate(BANDS):
         if i != 3: out[f'noise {a}-{b} re 5-10 Hz, dB'] = noise_db[i] - noise_db[3]
     for i, (a, b) in enumerate(BANDS):
@@ -53,9 +60,12 @@ def features(x, p, s):
     out['S-P, s'] = (s - p) / RATE
     if np.isfinite(s) and s < len(x) - 200 and s > p + 20:
         s = int(round(s))
-        out['S/P amplitude, dB'] = 20 * np.log10(np.abs(y[s:s + 200]).max() / np.abs(y[p:min(p + 200, s)]).max())
+        out['S/P amplitude, dB'] = 20 * np.log10(np.abs(y[s:s
+                                                          + 200]).max() / np.abs(y[p:min(p + 200,
+                                                                                         s)]).max())
         late = spectrum(x[s:s + 200])
-        out['S 2-5 re 5-10 Hz, dB'], out['S 10-20 re 5-10 Hz, dB'] = late[2] - late[3], late[4] - late[3]
+        out['S 2-5 re 5-10 Hz, dB'], out[
+            'S 10-20 re 5-10 Hz, dB'] = late[2] - late[3], late[4] - late[3]
         out['S H/V, dB'] = 20 * np.log10(y[s:s + 200, 1:].std() / y[s:s + 200, 0].std())
         # ends 0.3 s before S: real picks run late or early by a tenth or two
         early = y[max(s - 130, p):max(s - 30, p + 20)]
@@ -93,7 +103,8 @@ def table(windows):
 
 
 def accuracy(real, fake, names):
-    "Five-fold balanced accuracy of boosted trees, and the features that they lean on (None without scikit-learn)"
+    """Five-fold balanced accuracy of boosted trees, and the features that they lean on (None
+    without scikit-learn)"""
     try:
         from sklearn.ensemble import HistGradientBoostingClassifier
         from sklearn.inspection import permutation_importance
@@ -107,7 +118,8 @@ def accuracy(real, fake, names):
     order = np.random.default_rng(0).permutation(len(y))
     score = cross_val_score(model, x[order], y[order], cv=5, scoring='balanced_accuracy').mean()
     a, b, c, d = train_test_split(x, y, test_size=.4, random_state=0)
-    weight = permutation_importance(model.fit(a, c), b, d, n_repeats=10, random_state=0).importances_mean
+    weight = permutation_importance(model.fit(a, c), b, d, n_repeats=10,
+                                    random_state=0).importances_mean
     return score, [(names[i], weight[i]) for i in np.argsort(-weight)[:8]]
 
 
@@ -124,7 +136,8 @@ def main():
         q = [np.nanquantile(t[name], [.1, .5, .9]) for t in (real, fake)]
         print(f'{name:30s}{q[0][0]:10.2f}{q[0][1]:8.2f}{q[0][2]:8.2f}{q[1][0]:13.2f}{q[1][1]:8.2f}{q[1][2]:8.2f}')
     print(f"{len(real['S-P, s'])} real and {len(fake['S-P, s'])} synthetic windows")
-    for title, names in [('all', list(real)), ('without noise', [n for n in real if not n.startswith('noise')])]:
+    for title, names in [('all', list(real)),
+                         ('without noise', [n for n in real if not n.startswith('noise')])]:
         result = accuracy(real, fake, names)
         if result is None: return print('no classifier: scikit-learn is not installed')
         print(f'classifier ({title}): balanced accuracy {result[0]:.3f}; leans on '

@@ -236,10 +236,7 @@ def cells_to_mend(sources):
         before = 'export' if export else kind
 
 
-UNFINISHED = ('picking/',)   # chapters that still lack sentences
-
-
-@pytest.mark.parametrize('nb', [nb for nb in nbs if not name_of(nb).startswith(UNFINISHED)], ids=name_of)
+@pytest.mark.parametrize('nb', nbs, ids=name_of)
 def test_exported_cells_are_short_and_introduced(nb):
     "A sentence before each exported cell; at most 30 lines, unless a comment says why; at most 100 characters in a line"
     sources = [(c.cell_type, ''.join(line for line in c.source.splitlines(True) if line[:1] not in '%!')) for c in read_nb(nb).cells]

@@ -1,8 +1,8 @@
-"""Write pyproject.toml (and the version in seismodel/__init__.py) from settings.ini: `python tools/settings.py`.
+"""Write pyproject.toml (and the version in seismodel/__init__.py) from settings.ini: `python
+tools/settings.py`.
 
-nbdev's own converter lists only the top package, and no data; sub-packages and the models of the box would be missing from a wheel, so
-these lines are set here.
-"""
+nbdev's own converter lists only the top package, and no data; sub-packages and the models of the
+box would be missing from a wheel, so these lines are set here. """
 from pathlib import Path
 
 from nbdev.migrate import nbdev_migrate_config
@@ -19,11 +19,13 @@ seismodel = ["box/*/*"]"""      # folders of files, not of modules
 def write_pyproject(
     root: Path,  # the folder that holds settings.ini
 ):
-    "pyproject.toml as nbdev makes it, with every sub-package and the box in the wheel; raises `ValueError` where nbdev writes another line"
+    """pyproject.toml as nbdev makes it, with every sub-package and the box in the wheel; raises
+    `ValueError` where nbdev writes another line"""
     nbdev_migrate_config.__wrapped__(str(root))
     path = Path(root)/'pyproject.toml'
     text, line = path.read_text(encoding='utf-8'), 'include = ["seismodel"]'
-    if line not in text: raise ValueError(f"nbdev wrote no line '{line}' into {path}; look at what it writes now.")
+    if line not in text:
+        raise ValueError(f"nbdev wrote no line '{line}' into {path}; look at what it writes now.")
     path.write_text(text.replace(line, INCLUDE), encoding='utf-8')
 
 

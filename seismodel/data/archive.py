@@ -168,16 +168,21 @@ class Reader:
         last: int,    # sample after the last one
     ) -> np.ndarray:  # (last - first,) float64, NaN where nothing was recorded
         "Samples of a run; samples that disagree or are not numbers are cut out and noted"
-        margin = int(run.rate)                   # conflicts less than a second apart are joined
-        a, b = first - margin, last + margin
-        x, differ = np.full(b - a, np.nan), np.zeros(b - a, bool)
-        for sample, entry in run.between(a, b): _fill(self, run, sample, entry, a, x, differ)
-        x[~(np.abs(x) <= MOST)] = np.nan
-        if differ.any():
-            differ = closed(differ, margin)
-            _note(self.notes, run, differ, a, 'records that differ')
-            x[differ] = np.nan
-        return x[margin:len(x) - margin]
+        return _samples(self, run, first, last)
+
+# %% ../../nbs/data/01_archive.ipynb #66b29cfb
+def _samples(reader, run, first, last):
+    "Samples of a run without those that disagree or are not numbers"
+    margin = int(run.rate)                       # conflicts less than a second apart are joined
+    a, b = first - margin, last + margin
+    x, differ = np.full(b - a, np.nan), np.zeros(b - a, bool)
+    for sample, entry in run.between(a, b): _fill(reader, run, sample, entry, a, x, differ)
+    x[~(np.abs(x) <= MOST)] = np.nan
+    if differ.any():
+        differ = closed(differ, margin)
+        _note(reader.notes, run, differ, a, 'records that differ')
+        x[differ] = np.nan
+    return x[margin:len(x) - margin]
 
 # %% ../../nbs/data/01_archive.ipynb #51fa6a5e
 MOST = 1e18          # larger samples are not ground motion, and their squares overflow

@@ -25,6 +25,7 @@ import numpy as np
 
 from ..core import UserError, progress_bar
 from .archive import list_files
+from ..files import row_fault
 from .formats import code, first_format, format_of, printable
 from ..signals.records import reason
 
@@ -428,6 +429,7 @@ def read_any(
     "Read one file; raises an error where it cannot be read"
     if not Path(path).stat().st_size: raise UserError('is empty')
     if Path(path).suffix.lower() == '.csv':
+        if fault := row_fault(path): raise UserError(fault)
         with open(path, encoding='utf-8') as f: head = f.readline()
         if 'trace_name' in head: return read_seisbench_table(Path(path))
         return read_csv_picks(path, columns)
@@ -460,8 +462,11 @@ def read_catalogue(
         try: catalogue.add(read_any(file, columns))
         except Exception as e: catalogue.left_out[printable(file)] = reason(e)
     if catalogue.picks: return catalogue
-    first = next((f'; the first: {name} {why}' for name, why in catalogue.left_out.items()), '')
-    raise UserError(f"There is no pick in {', '.join(map(str, sources))}{first}.")
+    where = ', '.join(map(str, sources))
+    if catalogue.left_out:
+        name, why = next(iter(catalogue.left_out.items()))
+        raise UserError(f'No pick in {where} can be read; the first reason: {name} {why}.')
+    raise UserError(f'There is no pick in {where}.')
 
 # %% ../../nbs/data/09_catalogue.ipynb #005917cf
 def catalogue_to_obspy(

@@ -48,6 +48,7 @@ class Overview:
     name: str                                            # of the store or folder
     packed: Counter = field(default_factory=Counter)     # (source, split) -> usable traces
     bad: Counter = field(default_factory=Counter)  # (source, why) -> traces that are not usable
+    first: dict = field(default_factory=dict)      # (source, why) -> name of one of these
     rates: Counter = field(default_factory=Counter)      # Hz, at the origin -> traces
     records: list = field(default_factory=list)          # of Record, some of them
     complete: bool = True                                # the counts are of everything
@@ -85,22 +86,22 @@ def of_folder(
         source = stream.source
         o.packed.update((stream.name, str(s)) for s in source.splits)
         o.bad.update((stream.name, why) for why in source.why if why)
+        o.first = {(stream.name, why): names[0] for why, names in source.left_out.items()}
         o.rates.update(source.rate.tolist())
-        rows = source.rows[np.unique(np.linspace(0, len(source.rows) - 1, most).astype(int))]
-        items = [next(stream.items(int(row))) for row in rows]
+        chosen = np.unique(np.linspace(0, len(source.rows) - 1, most).astype(int))
+        items = [next(stream.items(int(row))) for row in source.rows[chosen]]
     else:
         items = list(islice(stream.items(), most))
+        used, o.complete = stream.archive.instruments, len(items) < most
         o.packed.update((stream.name, i.split) for i in items if i.record)
-        o.complete = len(items) < most
-        o.rates.update(run.rate for i in stream.archive.instruments for runs in i.runs.values()
-                       for run in runs)
-    for item in items:
-        if item.record: o.records.append(item.record)
-        else:
-            o.bad[stream.name, item.why] += 1
-            if not isinstance(stream, DatasetItems): continue
-            split = source.splits[np.searchsorted(source.rows, item.position - 1)]
-            o.packed[stream.name, str(split)] -= 1  # it had been counted as usable
+        o.rates.update(run.rate for i in used for runs in i.runs.values() for run in runs)
+    o.records = [i.record for i in items if i.record]
+    for item in (i for i in items if not i.record):
+        o.bad[stream.name, item.why] += 1
+        o.first.setdefault((stream.name, item.why), item.name)
+        if isinstance(stream, DatasetItems):               # it had been counted as usable
+            at = np.searchsorted(source.rows, item.position - 1)
+            o.packed[stream.name, str(source.splits[at])] -= 1
     return o
 
 # %% ../../nbs/data/08_inspection.ipynb #a1e8634e
@@ -113,6 +114,7 @@ def together(
         first.name, first.complete = f"{first.name}, {o.name}", first.complete and o.complete
         for mine, more in ((first.packed, o.packed), (first.bad, o.bad), (first.rates, o.rates)):
             mine.update(more)
+        first.first |= o.first
         first.records += o.records
     return first
 
@@ -158,7 +160,10 @@ def describe(
         rates = (f"{r:g} Hz ({k:,})" for r, k in o.rates.most_common(6))
         lines.append("rates at the origin: " + ", ".join(rates))
     lines.append(f"bad traces: {bad:,} of {total + bad:,} ({bad / max(total + bad, 1):.1%})")
-    lines += [f"  {k:,} {name}: {why}" for (name, why), k in o.bad.most_common(12)]
+    for (name, why), k in o.bad.most_common(12):
+        first = o.first.get((name, why))           # a store keeps them in left_out.csv
+        named = f" ({first}{', …' if k > 1 else ''})" if first else ""
+        lines.append(f"  {k:,} {name}: {why}{named}")
     return "\n".join(lines + describe_records(o.records))
 
 # %% ../../nbs/data/08_inspection.ipynb #9e20bf87

@@ -7,7 +7,7 @@ Docs: https://seismodel.github.io/seismodel/data/sources.html.md"""
 # %% auto #0
 __all__ = ['PHASES', 'NEEDED', 'SyntheticSource', 'onsets', 'statuses', 'later_events', 'table_arrivals', 'arrivals_of_record',
            'draw_split', 'split_column', 'unusable', 'trace_names', 'component_codes', 'of_split', 'refusals',
-           'make_quick', 'SeisBenchSource', 'check_files', 'open_folder', 'open_published', 'published',
+           'make_quick', 'SeisBenchSource', 'check_files', 'check_chunks', 'open_folder', 'open_published', 'published',
            'published_names', 'open_dataset', 'whole_path', 'means_files', 'parse_weights', 'open_source',
            'write_synthetic', 'open_records']
 
@@ -36,6 +36,7 @@ from ..signals.several_events import (ARRIVAL, arrivals_of, event_numbers, event
 from ..signals.resample import resample
 from ..signals.source import Source, digest
 from ..core import BadRecord, UserError, log
+from ..files import read_table
 
 # %% ../../nbs/data/02_sources.ipynb #01b4c195
 class SyntheticSource(Source):
@@ -388,26 +389,35 @@ NEEDED = {"trace_name": {"trace_name"},  # what is needed -> where it may stand
 def check_files(
     metadata:Path,  # metadata.csv, or metadata<chunk>.csv
     waveforms:Path, # the HDF5 file that belongs to it
+    cure:str="copy it again",  # what to do about a file that was cut short
 ) -> None:
-    "Raises `UserError` when a SeisBench file is missing, unreadable, empty or lacks a field"
-    import h5py, pandas as pd
+    "Raises `UserError` when a SeisBench file is missing, cut, unreadable, empty or lacks a field"
+    import h5py
     for file in (metadata, waveforms):
         if not file.is_file():
             raise UserError(f"{file} does not exist: a SeisBench data set needs it")
-    try: table = pd.read_csv(metadata, nrows=1)
-    except (OSError, ValueError) as e:
-        raise UserError(f"{metadata} cannot be read as a table: {reason(e)}") from None
+    table = read_table(metadata, cure=cure, nrows=1)      # all rows are counted field by field
     try:
         with h5py.File(waveforms) as f: groups, known = set(f), set(f.get("data_format", ()))
     except OSError:
-        raise UserError(f"{waveforms} is not a readable HDF5 file, perhaps it was cut short: copy "
-                        "it again") from None
+        raise UserError(f"{waveforms} is not a readable HDF5 file, perhaps it was cut short: "
+                        f"{cure}") from None
     if "data" not in groups:
         raise UserError(f"{waveforms} has no group 'data': it was not written by SeisBench")
     if not len(table): raise UserError(f"{metadata} lists no trace")
     for column, places in NEEDED.items():
         if not places & (known | set(table)):
             raise UserError(f"{metadata} has no column {column}: SeisBench needs it")
+
+# %% ../../nbs/data/02_sources.ipynb #5adc56df
+def check_chunks(
+    folder:Path,       # a SeisBench data set
+    chunks:list[str],  # such as "_001"; "" for the usual pair of files
+    cure:str="copy it again",  # what to do about a file that was cut short
+) -> None:
+    "Check each pair of files; see `check_files`"
+    for chunk in chunks:
+        check_files(folder/f"metadata{chunk}.csv", folder/f"waveforms{chunk}.hdf5", cure)
 
 # %% ../../nbs/data/02_sources.ipynb #898ec045
 def _seisbench():
@@ -431,7 +441,7 @@ def open_folder(
         raise UserError(f"{folder} holds no store and no SeisBench data set (metadata.csv and "
                                               "waveforms.hdf5); miniSEED or SAC files can be "
                                               "packed: seismodel pack") from None
-    for chunk in chunks: check_files(folder/f"metadata{chunk}.csv", folder/f"waveforms{chunk}.hdf5")
+    check_chunks(folder, chunks)
     try:
         data = WaveformDataset(folder, dimension_order="NCW", component_order=COMPONENTS,
                                sampling_rate=SAMPLING_RATE)
@@ -447,7 +457,7 @@ def open_published(
     cache = Path(seisbench.cache_data_root)/name.lower()
     existed, before = cache.exists(), set(cache.glob("*"))
     load = getattr(seisbench.data, name)
-    try: return load(dimension_order="NCW", component_order=COMPONENTS, sampling_rate=SAMPLING_RATE)
+    try: data = load(dimension_order="NCW", component_order=COMPONENTS, sampling_rate=SAMPLING_RATE)
     except BaseException as e:
         if not existed: rmtree(cache, ignore_errors=True)
         for file in set(cache.glob("*")) - before: file.unlink()
@@ -455,6 +465,8 @@ def open_published(
         raise UserError(f"SeisBench cannot provide {name} ({type(e).__name__}: {reason(e)[:150]}); "
                         "connect to the "
                         "network, or give the folder of a data set") from None
+    check_chunks(data.path, data.chunks, "remove it, and SeisBench downloads it again")
+    return data
 
 # %% ../../nbs/data/02_sources.ipynb #a8767eb3
 def published(

@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..core import UserError
+from ..core import UserError, log
 from .archive import TICK, open_archive, spans_of
+from .formats import printable
 from ..signals.records import COMPONENTS, SAMPLING_RATE, recorded_mean
 
 # %% ../../nbs/data/01a_waveform.ipynb #60981dca
@@ -58,6 +59,8 @@ def read_waveform(
         if name != str(path):
             why = f'it has no samples on a channel that ends in Z, N, E, 1 or 2 ({why})'
         raise UserError(f'{path} is not a waveform file that can be used: {why}')
+    for name, why in archive.left_out.items():
+        log.warning('%s: %s', name if printable(str(path)) in name else f'{name} in {path}', why)
     instrument, = archive.instruments
     x, start = _whole(instrument, path)
     there = ~np.isnan(x)                                                     # (L, 3)

@@ -73,7 +73,7 @@ def read_picks(
     path: Path,           # that `write_picks` wrote
 ):  # pandas.DataFrame; numbers as numbers, codes and times as text, clipped as bool
     "The table of picks, with locations such as 00 as they are"
-    text = dict.fromkeys((*CODES, 'channel', 'phase', 'time', 'clipped', 'begin', 'end', 'file'), str)
+    text = dict.fromkeys([c for c in PICK_COLUMNS if c not in NUMBERS], str)
     table = read_table(path, PICK_COLUMNS, NUMBERS, 'pick again', dtype=text, keep_default_na=False,
                        na_values=dict.fromkeys(NUMBERS, ['']))
     return table.assign(clipped=table['clipped'] == 'True')
@@ -138,9 +138,9 @@ COLORS = {'P': 'C0', 'S': 'C3', 'D': 'C2'}
 def around(
     stream: object,  # obspy.Stream
     picks: list,     # of SeisBench's Pick
-    longest:float=600., # seconds that are drawn whole
-    length:float=60.,   # seconds drawn of more
-)->tuple: # begin and end, obspy.UTCDateTime
+    longest: float = 600.,  # s that are drawn whole
+    length: float = 60.,    # s drawn of more
+) -> tuple:          # begin and end, obspy.UTCDateTime
     "What to draw of a stream"
     begin, end = min(tr.stats.starttime for tr in stream), max(tr.stats.endtime for tr in stream)
     if end - begin <= longest: return begin, end

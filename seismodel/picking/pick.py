@@ -23,7 +23,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Iterator
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -330,6 +329,14 @@ def _pick_on_device(model, device, archive, out, args, figures, inventory, part)
     where = f'{device}, {part[0] + 1} of {part[1]}'
     pick_each(net, archive, out, args, figures, inventory, part, where)
 
+# %% ../../nbs/picking/02_pick.ipynb #c0a1b2d3
+def _start(processes):
+    "Start processes; a script that calls `pick` is not run again by each of them"
+    main, sys.modules['__main__'] = sys.modules['__main__'], ModuleType('__main__')
+    try:
+        for process in processes: process.start()
+    finally: sys.modules['__main__'] = main
+
 # %% ../../nbs/picking/02_pick.ipynb #46a7590b
 def pick_side_by_side(
     model: str,           # as `pick` takes it
@@ -348,9 +355,7 @@ def pick_side_by_side(
     Process = get_context('spawn').Process
     processes = [Process(target=_pick_on_device, args=own(i)) for i in range(count)]
     try:
-        # a script that calls `pick` is not run again by each process
-        with patch.dict(sys.modules, {'__main__': ModuleType('__main__')}):
-            for process in processes: process.start()
+        _start(processes)
         _wait(processes, devices)
     finally:
         for process in processes:
@@ -426,9 +431,8 @@ def pick(
     args = _checked(p_threshold, s_threshold, strict, part, collect)
     formats, numbers = check_formats(format), parse_part(part)
     inventory, selection = selection.get('inventory'), Selection(**selection)
-    files = list_files(sources)                          # before torch and the picker are loaded
-    out, devices = _outside(Path(out), sources), pick_devices('cpu' if collect else device)
-    model = _named(model)
+    files, out = list_files(sources), _outside(Path(out), sources)   # before the picker is loaded
+    devices, model = pick_devices('cpu' if collect else device), _named(model)
     net, archive = _open(model, devices[0], files, selection, sources)
     settings = begin_picks(net, out, args)
     if collect: require_days(planned_days(net, archive, out, args, inventory), out)

@@ -130,6 +130,7 @@ def probability_curves(
         else: found.append(_stacked(parts, starts, window, (first + a, first + b), ends, s, model))
     return found
 
+# %% ../../nbs/picking/01a_pieces.ipynb #7d0884e9
 def _in_batches(model, samples, begins, window, s):
     "Probabilities of windows, a batch at a time, in halves of it where a GPU has no room"
     size, k = model._argdict_get_with_default(s.args, 'batch_size'), 0

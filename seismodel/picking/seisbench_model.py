@@ -84,6 +84,17 @@ ANNOTATE_ARGS = {**WaveformModel._annotate_args,     # option -> what it says, a
     'overlap': ('Share (below 1) or samples that neighbouring windows have in common', OVERLAP),
     'batch_size': (f'Windows at a time; on a GPU {GPU_BATCH} unless it is given', 2)}
 
+# %% ../../nbs/picking/01_seisbench_model.ipynb #3c3e9080
+def _fast_enough(stream):
+    "Traces of at least `SLOWEST` Hz, with a warning for each other one; all traces if none is fast"
+    fast = [trace for trace in stream if trace.stats.sampling_rate >= SLOWEST]
+    for trace in stream if fast else []:
+        rate = trace.stats.sampling_rate
+        if rate < SLOWEST:
+            log.warning('%s has %g Hz and is left out: a picker needs at least %g Hz', trace.id,
+                        rate, SLOWEST)
+    return fast or stream
+
 # %% ../../nbs/picking/01_seisbench_model.ipynb #4c02801e
 class StreamReader(WaveformModel):
     "From a stream to normalised windows"
@@ -98,13 +109,7 @@ class StreamReader(WaveformModel):
         "Clean every trace, in place, then filter it where `filter_args` says so"
         if not self._argdict_get_with_default(argdict, 'zerophase_resample'):
             raise UserError(CAUSAL)
-        fast = [trace for trace in stream if trace.stats.sampling_rate >= SLOWEST]
-        for trace in stream if fast else []:
-            rate = trace.stats.sampling_rate
-            if rate < SLOWEST:
-                log.warning('%s has %g Hz and is left out: a picker needs at least %g Hz', trace.id,
-                            rate, SLOWEST)
-        stream.traces = [piece for trace in fast or stream for piece in clean_trace(trace)]
+        stream.traces = [piece for trace in _fast_enough(stream) for piece in clean_trace(trace)]
         self._filter_stream(stream)
         return stream
 

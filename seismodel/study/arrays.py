@@ -104,11 +104,12 @@ def save_array(
         with open(part, 'wb') as f: np.save(f, array)
     write_atomically(file, write)
 
-# %% ../../nbs/study/06_arrays.ipynb #38ba5946
+# %% ../../nbs/study/06_arrays.ipynb #1a68e4ed
 CONTINUOUS_FIELDS = [('first', 'i8'), ('length', 'i8'), ('scale', 'f4', 3), ('start', 'i8'),
                      ('station', 'U16'), ('instrument', 'U32')]
 LARGEST_NUMBER = 2**30
 
+# %% ../../nbs/study/06_arrays.ipynb #38ba5946
 def write_continuous(
     folder:Path,       # that gets continuous-samples.npy, continuous-table.npy and analyst.json
     files:list[str],   # files, folders or patterns, see `seismodel pick`
@@ -117,7 +118,10 @@ def write_continuous(
     "Stretches of an archive at 100 Hz, and where an analyst picked"
     from seismodel.data.archive import open_archive
     rows, samples, first = [], [], 0
-    for instrument in open_archive(*files).instruments:
+    archive = open_archive(*files)
+    archive.require(', '.join(map(str, files)))
+    for name, why in archive.left_out.items(): log.warning('%s: %s', name, why)
+    for instrument in archive.instruments:
         for span in instrument.spans():
             x = instrument.read(span, 0, span.count)
             x = np.nan_to_num(x - centre(x))
@@ -157,7 +161,9 @@ def analyst_rows(
     "Picks of an analyst inside the stretches; raises `UserError` where none is"
     from seismodel.data.catalogue import read_catalogue
     found = []
-    for pick in read_catalogue([str(file)]).picks:
+    catalogue = read_catalogue([str(file)])
+    for name, why in catalogue.left_out.items(): log.warning('%s %s', name, why)
+    for pick in catalogue.picks:
         for k, row in enumerate(table):
             sample = (pick.time - int(row['start']))/10**7
             if row['station'] != f'{pick.network}.{pick.station}': continue

@@ -19,7 +19,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..core import UserError
-from ..files import write_atomically
+from ..files import read_table, write_atomically
 from .arms import Arm, FoldTrial, Grid, arm_trials
 from .paired import SHARES, arm_scores, compare, detection, read_onsets
 
@@ -129,12 +129,12 @@ def write_reports(
     grid:Grid,
 )->dict[str, pd.DataFrame]: # by the names of `REPORTS`
     "Write folds_NAME.csv for all reports"
-    onsets, picks = read_onsets(out/'onsets.csv.gz'), pd.read_csv(out/'picks.csv.gz')
+    onsets, picks = read_onsets(out/'onsets.csv.gz'), read_table(out/'picks.csv.gz')
     found = {'arms': progress_table(arms, grid, out), 'scores': arm_scores(onsets),
              'automatic': arm_scores(onsets, status='automatic'), 'stations': station_table(onsets),
              'gains': gain_table(onsets, arms), 'detection': detection_table(onsets),
-             'picks': pick_table(picks), 'continuous': hour_table(pd.read_csv(out/'stretches.csv')),
-             'analyst': analyst_table(pd.read_csv(out/'analyst.csv'))}
+             'picks': pick_table(picks), 'continuous': hour_table(read_table(out/'stretches.csv')),
+             'analyst': analyst_table(read_table(out/'analyst.csv'))}
     for name in REPORTS:
         table = found[name].round(5)
         if not len(table): continue                            # a page shows it as not run
@@ -161,7 +161,7 @@ def read_reports(
     files = {name: Path(folder)/f'folds_{name}.csv' for name in REPORTS}
     if not any(f.exists() for f in files.values()):
         raise UserError(f"'{folder}' holds no report of a study by folds.")
-    return {name: pd.read_csv(f) if f.exists() else pd.DataFrame() for name, f in files.items()}
+    return {name: read_table(f) if f.exists() else pd.DataFrame() for name, f in files.items()}
 
 # %% ../../nbs/study/11_fold_report.ipynb #5d45e875
 NOT_RUN = 'not run'

@@ -32,7 +32,7 @@ from torch import nn
 # %% ../../nbs/study/09_fold_trial.ipynb #36fad68f
 from ..core import UserError, pick_device
 from ..data.prefetch import amplitudes, to_model
-from ..files import write_atomically
+from ..files import read_json, read_rows, write_atomically
 from ..finetuning.heads import LABELS, Picker, batch_events, found, pick_loss, pick_targets
 from ..models.pretraining import Step, build, config_to_dict
 from ..signals.augment import Augmentation, fine_augment, pretrain_augment
@@ -77,8 +77,8 @@ def record_baseline(
     if not all(files):
         raise UserError(f"'{stem}' is no picker of SeisBench: {stem}.json and {stem}.pt are "
                         "needed.")
+    options = read_json(files[0][0]).get('model_args', {})
     try:
-        options = json.loads(files[0][0].read_text(encoding='utf-8')).get('model_args', {})
         model = PhaseNet(**options)
         model.load_state_dict(torch.load(files[1][0], weights_only=True, map_location='cpu'))
     except (TypeError, ValueError, AttributeError, RuntimeError, KeyError, UnpicklingError):
@@ -418,7 +418,8 @@ def fold_results(
     if not (s.data/'continuous-table.npy').exists(): return found
     device = records.first.device
     continuous, table = read_records(s.data, 'continuous', device)
-    analyst = json.loads((s.data/'analyst.json').read_text(encoding='utf-8'))
+    analyst = read_rows(s.data/'analyst.json', dict(row=int, phase=str, sample=float),
+                        'prepare the study again')
     return found | {'continuous': score_continuous(picker, continuous, table, analyst, thresholds)}
 
 # %% ../../nbs/study/09_fold_trial.ipynb #85ad29d5
