@@ -2,11 +2,11 @@
 
     python scripts/mutants.py [--count 300] [--seed 0] [--jobs 2] [--only models/masking …] [--again]
 
-Cosmic Ray makes the faults. Those of each module come in a random order, and the modules take turns, a
-long one more often: the first 100 are a sample of all modules, and the first 300 hold them. What came out
-is kept in build/mutants/results.jsonl, so that a second call goes on where the first one stopped; a fault
-is known by the text of its module. `--again` tries the survivors once more, after tests were added. What
-may live, and why, stands in tests/survivors.txt.
+Cosmic Ray makes the faults. Those of each module come in a random order, and the modules take
+turns, a long one more often: the first 100 are a sample of all modules, and the first 300 hold
+them. What came out is kept in build/mutants/results.jsonl, so that a second call goes on where the
+first one stopped; a fault is known by the text of its module. `--again` tries the survivors once
+more, after tests were added. What may live, and why, stands in tests/survivors.txt.
 """
 import argparse
 import ast
@@ -33,7 +33,8 @@ from cosmic_ray.plugins import get_operator, operator_names
 
 root = Path(__file__).resolve().parents[1]
 out = root/'build/mutants'
-# module -> the tests that are about it, the quick ones first: a mutant is dead at the first that fails
+# module -> the tests that are about it, the quick ones first: a mutant is dead at the first that
+# fails
 TESTS = {
     'kernels/choice': ['swiglu', 'quantizer'],
     'models/masking': ['masking', 'encoders'],
@@ -103,18 +104,22 @@ def module_file(module): return Path('seismodel')/f'{module}.py'
 
 
 def places(module):
-    """The mutants of a module by place: twelve ways to replace a `+` are one place. Left out are annotations, which
-    do nothing, functions that draw, which are for the eye, and `is` for `==`, which says the same of short texts"""
+    """The mutants of a module by place: twelve ways to replace a `+` are one place. Left out are
+    annotations, which do nothing, functions that draw, which are for the eye, and `is` for `==`,
+    which says the same of short texts"""
     text = (root/module_file(module)).read_text(encoding='utf-8')
     version, tree = sha1(text.encode()).hexdigest()[:10], get_ast(text)
     nodes = list(ast.walk(ast.parse(text)))
     quiet = [getattr(node, part, None) for node in nodes for part in ('annotation', 'returns')]
-    quiet += [node for node in nodes if isinstance(node, ast.FunctionDef) and node.name.startswith(('plot', 'draw'))]
-    spans = [(a.lineno, a.col_offset, a.end_lineno, a.end_col_offset) for a in quiet if isinstance(a, ast.AST)]
+    quiet += [node for node in nodes if isinstance(node, ast.FunctionDef)
+              and node.name.startswith(('plot', 'draw'))]
+    spans = [(a.lineno, a.col_offset, a.end_lineno, a.end_col_offset) for a in quiet
+             if isinstance(a, ast.AST)]
     found = {}
     for name in operator_names():
         if get_operator(name).arguments() or name.endswith(('_Eq_Is', '_NotEq_IsNot')): continue
-        starts = (at for node in ast_nodes(tree) for at, _ in get_operator(name)().mutation_positions(node))
+        starts = (at for node in ast_nodes(tree) for at,
+                  _ in get_operator(name)().mutation_positions(node))
         for k, at in enumerate(starts):
             if any((a, b) <= tuple(at) < (c, d) for a, b, c, d in spans): continue
             kind = name.split('/')[1].split('_')[0]
@@ -148,7 +153,8 @@ def copy(name):
     for part in ('seismodel', 'tests', 'benchmarks', 'nbs/runs'):
         shutil.rmtree(tree/part, ignore_errors=True)
         shutil.copytree(root/part, tree/part, ignore=shutil.ignore_patterns('__pycache__'))
-    for file in ('pytest.ini', 'README.md'): shutil.copy(root/file, tree)        # a test reads what the README says
+    # a test reads what the README says
+    for file in ('pytest.ini', 'README.md'): shutil.copy(root/file, tree)
     return tree
 
 
@@ -156,31 +162,38 @@ def run_tests(stems, tree, seconds):
     "Whether some tests pass (None: not in this time), the first that failed, and how long it took"
     shutil.rmtree(tree/'.hypothesis', ignore_errors=True)
     files = [f'tests/test_{stem}.py' for stem in stems]
-    command = [sys.executable, '-m', 'pytest', '-x', '-q', '-p', 'no:cacheprovider', '--hypothesis-seed=0', *files]
-    env = {**os.environ, 'PYTHONPATH': str(tree), 'PYTHONDONTWRITEBYTECODE': '1', 'SEISMODEL_DATA': str(tree)}
+    command = [sys.executable, '-m', 'pytest', '-x', '-q', '-p', 'no:cacheprovider',
+               '--hypothesis-seed=0', *files]
+    env = {**os.environ, 'PYTHONPATH': str(tree), 'PYTHONDONTWRITEBYTECODE': '1',
+           'SEISMODEL_DATA': str(tree)}
     since = monotonic()
     with open(tree/'output.txt', 'w', encoding='utf-8') as said:
-        process = subprocess.Popen(command, cwd=tree, env=env, stdout=said, stderr=said, start_new_session=True)
+        process = subprocess.Popen(command, cwd=tree, env=env, stdout=said, stderr=said,
+                                   start_new_session=True)
         try: passed = process.wait(seconds) == 0
         except subprocess.TimeoutExpired: passed = None
         finally:
             try: os.killpg(process.pid, signal.SIGKILL)      # a mutant may have left processes
             except ProcessLookupError: pass
             process.wait()
-    failed = re.search(r'^(?:FAILED|ERROR) tests/test_(\S+)', (tree/'output.txt').read_text(encoding='utf-8', errors='replace'), re.M)
+    failed = re.search(r'^(?:FAILED|ERROR) tests/test_(\S+)',
+                       (tree/'output.txt').read_text(encoding='utf-8', errors='replace'), re.M)
     return passed, failed[1] if failed else '', monotonic() - since
 
 
 def seconds_without(stems, tree):
-    "How long each file of tests takes without a mutant, known as long as package and tests stay; ends where one fails"
-    text = b''.join(f.read_bytes() for part in ('seismodel', 'tests') for f in sorted((tree/part).rglob('*.py')))
+    """How long each file of tests takes without a mutant, known as long as package and tests stay;
+    ends where one fails"""
+    text = b''.join(f.read_bytes() for part in ('seismodel', 'tests')
+                    for f in sorted((tree/part).rglob('*.py')))
     file, now = out/'seconds.json', sha1(text).hexdigest()
     known = json.loads(file.read_text(encoding='utf-8')) if file.exists() else {}
     if known.get('of') != now: known = {'of': now}
     for stem in stems:
         if stem in known: continue
         passed, failed, known[stem] = run_tests([stem], tree, 3600)
-        if not passed: sys.exit(f"The tests fail without any mutant, first {failed}; see {tree/'output.txt'}.")
+        if not passed:
+            sys.exit(f"The tests fail without any mutant, first {failed}; see {tree/'output.txt'}.")
         print(f'{known[stem]:4.0f} s for {stem}', flush=True)
         file.write_text(json.dumps(known), encoding='utf-8')
     return known
@@ -194,7 +207,8 @@ def try_mutant(mutant, tree, seconds):
     try: passed, failed, took = run_tests(TESTS[mutant.module], tree, 60 + 4*seconds)
     finally: shutil.copy(root/file, tree/file)
     outcome = {True: 'survived', False: 'killed', None: 'too slow'}[passed]
-    return {'key': mutant.key, 'module': mutant.module, 'line': line, 'operator': mutant.operator.split('/')[1],
+    return {'key': mutant.key, 'module': mutant.module, 'line': line,
+            'operator': mutant.operator.split('/')[1],
             'outcome': outcome, 'by': failed, 'seconds': round(took, 1), 'diff': diff}
 
 
@@ -225,10 +239,12 @@ def summary(chosen, results):
     for name, mutants in sorted(groups.items()):
         rs = [results[m.key] for m in mutants if m.key in results]
         living = [r for r in rs if r['outcome'] == 'survived']
-        lines.append(count(name, rs, len(living), sum(survivor(r) in whys for r in living), len(mutants) - len(rs)))
+        lines.append(count(name, rs, len(living), sum(survivor(r) in whys for r in living),
+                           len(mutants) - len(rs)))
         alive += living
     tried = [results[m.key] for m in chosen if m.key in results]
-    lines.append(count('together', tried, len(alive), sum(survivor(r) in whys for r in alive), len(chosen) - len(tried)))
+    lines.append(count('together', tried, len(alive), sum(survivor(r) in whys for r in alive),
+                       len(chosen) - len(tried)))
     if tried: lines.append(f'{1 - len(alive)/len(tried):.1%} of those tried are killed')
     alive.sort(key=lambda r: (survivor(r) in whys, r['module'], r['line']))
     return lines + [f'\n{survivor(r)}\nwhy: {whys.get(survivor(r), "")}' for r in alive]
@@ -239,16 +255,20 @@ def main():
     parser.add_argument('--count', type=int, default=300, help='mutants, of all modules together')
     parser.add_argument('--seed', type=int, default=0, help='of the sample')
     parser.add_argument('--jobs', type=int, default=2, help='mutants at a time')
-    parser.add_argument('--only', nargs='+', choices=TESTS, default=list(TESTS), help='these modules')
+    parser.add_argument('--only', nargs='+', choices=TESTS, default=list(TESTS),
+                        help='these modules')
     parser.add_argument('--again', action='store_true', help='try the survivors once more')
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)   # as Ctrl-C: mutants that are tried now are the last
+    # as Ctrl-C: mutants that are tried now are the last
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     out.mkdir(parents=True, exist_ok=True)
     chosen, results, lock = sample(args.only, args.seed)[:args.count], read_results(), Lock()
-    todo = [m for m in chosen if m.key not in results or args.again and results[m.key]['outcome'] == 'survived']
+    todo = [m for m in chosen if m.key not in results or args.again and results[m.key]['outcome']
+            == 'survived']
     trees = Queue()
     for k in range(args.jobs): trees.put(copy(f'tree{k}'))
-    seconds = seconds_without(dict.fromkeys(stem for m in todo for stem in TESTS[m.module]), out/'tree0')
+    seconds = seconds_without(dict.fromkeys(stem for m in todo for stem in TESTS[m.module]),
+                              out/'tree0')
 
     def one(mutant):
         tree = trees.get()
@@ -257,7 +277,8 @@ def main():
         with lock, open(out/'results.jsonl', 'a', encoding='utf-8') as f:
             results[mutant.key] = result
             f.write(json.dumps(result, ensure_ascii=False) + '\n')
-            print(f"{result['outcome']:8} {result['seconds']:5.0f} s  {result['module']}:{result['line']}  {result['by']}", flush=True)
+            print(f"{result['outcome']:8} {result['seconds']:5.0f} s  "
+                  f"{result['module']}:{result['line']}  {result['by']}", flush=True)
 
     with ThreadPoolExecutor(args.jobs) as pool: list(pool.map(one, todo))
     lines = summary(chosen, results)

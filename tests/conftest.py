@@ -1,4 +1,5 @@
-"Data for the tests: small SeisBench folders made on the spot, and the real ones where the machine has them"
+"""Data for the tests: small SeisBench folders made on the spot, and the real ones where the machine
+has them"""
 import io
 import os
 from contextlib import redirect_stderr
@@ -10,11 +11,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 root = Path(__file__).resolve().parents[1]
-nbs = sorted(p for p in (root/'nbs').rglob('*.ipynb') if p.name[0] not in '._' and p.parent.name[0] != '.')   # all chapters
-name_of = lambda nb: nb.relative_to(root/'nbs').with_suffix('').as_posix()                                    # such as models/02_masking
-# as many threads here as in the processes that tests start, or sums differ in the last digits; tensors here are small: one
+# all chapters
+nbs = sorted(p for p in (root/'nbs').rglob('*.ipynb') if p.name[0] not in '._'
+             and p.parent.name[0] != '.')
+# such as models/02_masking
+name_of = lambda nb: nb.relative_to(root/'nbs').with_suffix('').as_posix()
+# as many threads here as in the processes that tests start, or sums differ in the last digits;
+# tensors here are small: one
 torch.set_num_threads(int(os.environ.setdefault('OMP_NUM_THREADS', '1')))
-if not torch.cuda.is_available(): os.environ['TRITON_INTERPRET'] = '1'   # kernels run on the CPU; to be said before anyone imports Triton
+# kernels run on the CPU; to be said before anyone imports Triton
+if not torch.cuda.is_available(): os.environ['TRITON_INTERPRET'] = '1'
 
 
 def quake(k, samples=6000, amplitude=1.):
@@ -25,19 +31,23 @@ def quake(k, samples=6000, amplitude=1.):
     x = .05 * rng.standard_normal((3, samples))
     for onset, size in ((p, 1.), (s, 2.)):
         t = (np.arange(samples) - onset) / 100
-        x += size * np.where(t > 0, np.exp(-np.clip(t, 0, None) / 2), 0.) * rng.standard_normal((3, samples))
+        x += size * np.where(t > 0, np.exp(-np.clip(t, 0, None) / 2),
+                             0.) * rng.standard_normal((3, samples))
     return (amplitude * x).astype(np.float32), p, s
 
 
 def quakes(n=48, **extra):
-    "n records of n/2 events, 60 s, at amplitudes from 1e-12 to 1e6; every sixth is noise without picks"
+    """n records of n/2 events, 60 s, at amplitudes from 1e-12 to 1e6; every sixth is noise without
+    picks"""
     for k in range(n):
         x, p, s = quake(k, amplitude=10. ** (6 * (k % 4) - 12))
         noise = k % 6 == 5
-        if noise: x = x.std() * np.random.default_rng([18, k]).standard_normal(x.shape).astype(np.float32)
+        if noise:
+            x = x.std() * np.random.default_rng([18, k]).standard_normal(x.shape).astype(np.float32)
         yield {'trace_name': f'trace{k:03}', 'source_id': f'event{k // 2:03}',
                'split': ('train', 'train', 'dev', 'test')[k // 2 % 4],
-               'trace_sampling_rate_hz': 100., 'trace_npts': x.shape[1], 'trace_component_order': 'ZNE',
+               'trace_sampling_rate_hz': 100., 'trace_npts': x.shape[1],
+               'trace_component_order': 'ZNE',
                'trace_category': 'noise' if noise else 'earthquake', 'station_code': f'ST{k % 3}',
                'trace_p_arrival_sample': np.nan if noise else p,
                'trace_s_arrival_sample': np.nan if noise else s, **extra}, x
@@ -51,7 +61,8 @@ def quake_records():
 
 @pytest.fixture(scope='session')
 def write_dataset():
-    "A function that writes (metadata, waveform) pairs as a SeisBench folder, every trace under its own name"
+    """A function that writes (metadata, waveform) pairs as a SeisBench folder, every trace under
+    its own name"""
     def write(folder, records, blocks=False, **data_format):
         with redirect_stderr(io.StringIO()):                    # its progress bar
             from seisbench.data import WaveformDataWriter
@@ -71,9 +82,11 @@ def quakes_folder(tmp_path, write_dataset):
 
 @pytest.fixture(scope='session')
 def real_data():
-    "SeisBench folders with real data on this machine, perhaps none, in $SEISMODEL_DATA or ../shared/data"
+    """SeisBench folders with real data on this machine, perhaps none, in $SEISMODEL_DATA or
+    ../shared/data"""
     where = (root/os.environ.get('SEISMODEL_DATA', '../shared/data')).resolve()
-    return sorted(f.parent for f in where.glob('*/metadata.csv') if (f.parent/'waveforms.hdf5').is_file())
+    return sorted(f.parent for f in where.glob('*/metadata.csv')
+                  if (f.parent/'waveforms.hdf5').is_file())
 
 
 class Largest(TorchDispatchMode):

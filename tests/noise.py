@@ -1,4 +1,5 @@
-"Windows of noise, and what may happen when one is asked for; in a module that loader processes import quickly"
+"""Windows of noise, and what may happen when one is asked for; in a module that loader processes
+import quickly"""
 import numpy as np
 import torch
 from torch.utils.data import Dataset
@@ -7,7 +8,8 @@ from seismodel.core import UserError
 
 
 class Noise(Dataset):
-    "Windows of noise, item n a function of n alone; `at` maps the number of a window to what happens when it is asked for"
+    """Windows of noise, item n a function of n alone; `at` maps the number of a window to what
+    happens when it is asked for"""
     def __init__(self, length=48, at={}): self.length, self.at = length, at
     def __len__(self): return self.length
     def __getitem__(self, n):

@@ -1,4 +1,5 @@
-"Archives: any layout of files is the same record; gaps, conflicts, clocks, odd files, files that nobody should trust"
+"""Archives: any layout of files is the same record; gaps, conflicts, clocks, odd files, files that
+nobody should trust"""
 import os
 import pickle
 from pathlib import Path
@@ -20,7 +21,8 @@ def record(seconds=3600, channels='HHZ HHN HHE', rate=100., start=T0, seed=0):
     "Noise of one station, integers as a digitiser writes them"
     rng = np.random.default_rng(seed)
     head = dict(network='XX', station='ABC', location='00', sampling_rate=rate, starttime=start)
-    return Stream([Trace((1e3*rng.standard_normal(int(seconds*rate))).astype(np.int32), {**head, 'channel': c})
+    return Stream([Trace((1e3*rng.standard_normal(int(seconds*rate))).astype(np.int32),
+                         {**head, 'channel': c})
                    for c in channels.split()])
 
 
@@ -56,7 +58,8 @@ def write_sds(st, folder):
         for tr in day:
             s = tr.stats
             name = f'{tr.id}.D.{s.starttime.year}.{s.starttime.julday:03}'
-            save(Stream([tr]), folder/str(s.starttime.year)/s.network/s.station/f'{s.channel}.D'/name)
+            save(Stream([tr]),
+                 folder/str(s.starttime.year)/s.network/s.station/f'{s.channel}.D'/name)
 
 def write_eqtransformer(st, folder):
     for day in days(st):
@@ -78,7 +81,8 @@ def write_mixture(st, folder):
     save(st[1:2], folder/'n.sac', 'SAC')
     for k, day in enumerate(days(st[2:])): save(day, folder/f'e{k}')
 
-@pytest.mark.parametrize('write', [write_whole, write_sds, write_eqtransformer, write_sac, write_pieces, write_mixture])
+@pytest.mark.parametrize('write', [write_whole, write_sds, write_eqtransformer, write_sac,
+                                   write_pieces, write_mixture])
 def test_every_layout_is_the_same_record(tmp_path, write):
     st = record()
     if write is write_mixture:                           # GSE2 knows no locations, and pads
@@ -101,7 +105,8 @@ def test_pieces_are_the_whole(tmp_path, seconds):
     for span in instrument.spans():
         whole = instrument.read(span, 0, span.count)
         parts = [instrument.read(s, a, b) for s, a, b in instrument.pieces(seconds) if s == span]
-        np.testing.assert_allclose(np.concatenate(parts), whole, rtol=1e-9, atol=1e-6, equal_nan=True)
+        np.testing.assert_allclose(np.concatenate(parts), whole, rtol=1e-9, atol=1e-6,
+                                   equal_nan=True)
         assert np.isfinite(whole).all(0).any() and len(parts) >= span.count/100/seconds
 
 
@@ -112,21 +117,27 @@ def test_folders_patterns_files_and_selection(tmp_path):
     save(other, tmp_path/'b/2.mseed')
     names = lambda *s, **k: [i.name for i in open_archive(*s, selection=Selection(**k)).instruments]
     everything = ['XX.ABC.00.HH', 'XX.DEF.00.HH', 'XX.DEF.00.HN']
-    assert names(tmp_path) == names(tmp_path/'*/*.mseed') == names(tmp_path/'a', tmp_path/'b/2.mseed', tmp_path) == everything
+    assert (names(tmp_path) == names(tmp_path/'*/*.mseed')
+            == names(tmp_path/'a', tmp_path/'b/2.mseed', tmp_path) == everything)
     assert names(tmp_path, station='DEF', channel='HN?') == everything[2:]
-    assert names(tmp_path, station='A*,X?') == everything[:1] and names(tmp_path, location='--') == []
+    assert (names(tmp_path, station='A*,X?') == everything[:1]
+            and names(tmp_path, location='--') == [])
     assert names(tmp_path, end=str(T0)) == names(tmp_path, start=str(T0 + 60)) == []
     x, span, _ = only(tmp_path/'a', start=str(T0 + 10), end=str(T0 + 20.5))
     np.testing.assert_array_equal(x[:, 0], record(60)[0].data[1000:2050])
     with pytest.raises(UserError, match='no file or folder'): names(tmp_path/'c')
-    with pytest.raises(UserError, match='not before'): names(tmp_path, start='2024-03-01', end='2024-02-01')
+    with pytest.raises(UserError, match='not before'):
+        names(tmp_path, start='2024-03-01', end='2024-02-01')
     with pytest.raises(UserError, match='give a date'): names(tmp_path, start='yesterday')
 
 
 def test_a_day_of_an_sds_archive_that_reaches_into_the_next(tmp_path):
-    "Its name says 28 February; what it holds of the 29th is found too. Files of other days and stations are not opened"
+    """Its name says 28 February; what it holds of the 29th is found too. Files of other days and
+    stations are not opened"""
     st = record(3600, 'HHZ')                                                   # from 23:30 to 00:30
-    for name in ('XX.ABC.00.HHZ.D.2024.059', 'XX.ABC.00.HHZ.D.2024.050', 'XX.DEF.00.HHZ.D.2024.060'): save(st, tmp_path/name)
+    for name in ('XX.ABC.00.HHZ.D.2024.059', 'XX.ABC.00.HHZ.D.2024.050',
+                 'XX.DEF.00.HHZ.D.2024.060'):
+        save(st, tmp_path/name)
     x, span, archive = only(tmp_path, start='2024-02-29T00:10', station='ABC')
     assert [Path(f).name for f in archive.stamps] == ['XX.ABC.00.HHZ.D.2024.059']
     np.testing.assert_array_equal(x[:, 0], st[0].data[40*6000:])
@@ -138,11 +149,13 @@ def test_a_day_of_an_sds_archive_that_reaches_into_the_next(tmp_path):
 
 @pytest.mark.parametrize('rates', [(100., 100., 100.), (99.98, 200., 62.5), (50., 99.96, 1000.)])
 def test_components_side_by_side_at_their_true_time(tmp_path, rates):
-    "The same pulse on three components that start at different parts of a sample, at both ends of the record"
+    """The same pulse on three components that start at different parts of a sample, at both ends of
+    the record"""
     for c, rate, late in zip('ZNE', rates, (.0042, .0071, .01)):
         t = late + np.arange(int(1800*rate))/rate
         data = 1e6*(np.exp(-((t - 10.)/.1)**2) + np.exp(-((t - 1790.)/.1)**2))
-        head = dict(network='XX', station='ABC', channel=f'HH{c}', sampling_rate=rate, starttime=T0 + late)
+        head = dict(network='XX', station='ABC', channel=f'HH{c}', sampling_rate=rate,
+                    starttime=T0 + late)
         save(Stream([Trace(data.astype(np.float32), head)]), tmp_path/f'{c}.mseed')
     x, span, _ = only(tmp_path)
     t = (span.start - T0.ns)/1e9 + np.arange(span.count)/100
@@ -153,12 +166,14 @@ def test_components_side_by_side_at_their_true_time(tmp_path, rates):
 
 
 def test_a_clock_that_drifts(tmp_path):
-    "Files say 100 Hz, the clock runs at 99.996 Hz, each file starts at its true time: never more than half a sample off, no hole"
+    """Files say 100 Hz, the clock runs at 99.996 Hz, each file starts at its true time: never more
+    than half a sample off, no hole"""
     true = 99.996
     pulse = lambda t: 1e6*sum(np.exp(-((t - at)/.1)**2) for at in range(15, 3600, 30))
     for k in range(60):
         n = np.arange(6000*k, 6000*(k + 1))
-        head = dict(network='XX', station='ABC', channel='HHZ', sampling_rate=100., starttime=T0 + n[0]/true)
+        head = dict(network='XX', station='ABC', channel='HHZ', sampling_rate=100.,
+                    starttime=T0 + n[0]/true)
         save(Stream([Trace(pulse(n/true).astype(np.float32), head)]), tmp_path/f'{k:02}.mseed')
     x, span, archive = only(tmp_path)
     assert np.isfinite(x[:, 0]).all() and not notes(archive) and abs(span.count - 360_014) <= 1
@@ -169,7 +184,8 @@ def test_a_clock_that_drifts(tmp_path):
 def test_leap_second_and_midnight(tmp_path):
     "2016-12-31 ended with a leap second, which time in headers does not count: two day files join"
     st = record(120, start=UTCDateTime(2016, 12, 31, 23, 59))
-    for k, part in enumerate((st.slice(endtime=UTCDateTime(2017, 1, 1) - .005), st.slice(UTCDateTime(2017, 1, 1)))):
+    for k, part in enumerate((st.slice(endtime=UTCDateTime(2017, 1, 1) - .005),
+                              st.slice(UTCDateTime(2017, 1, 1)))):
         save(part, tmp_path/f'{k}')
     x, span, _ = only(tmp_path)
     np.testing.assert_array_equal(x[:, 0], st[0].data)
@@ -180,7 +196,8 @@ def test_leap_second_and_midnight(tmp_path):
 def test_gaps_stay_gaps(tmp_path):
     st = record(60)
     st[0] = Stream([st[0]]).cutout(T0 + 10, T0 + 20)[1]                       # Z begins 20 s late
-    pieces = Stream([st[1].slice(endtime=T0 + 29.99), st[1].slice(T0 + 30.01)])   # one sample of N is lost
+    # one sample of N is lost
+    pieces = Stream([st[1].slice(endtime=T0 + 29.99), st[1].slice(T0 + 30.01)])
     save(Stream([st[0], st[2]]) + pieces, tmp_path/'a.mseed')
     x, span, _ = only(tmp_path)
     assert span.count == 6000 and np.isnan(x[:2000, 0]).all() and np.isfinite(x[2000:, 0]).all()
@@ -212,7 +229,9 @@ def test_what_differs_is_cut_out_and_named(tmp_path, seconds):
     assert np.flatnonzero(np.isnan(x[:, 0])).tolist() == list(range(2900, 3001))
     np.testing.assert_array_equal(x[:, 1:].T, [tr.data for tr in st[1:]])
     sentence, = notes(archive)
-    assert sentence == f'XX.ABC.00.HHZ {T0 + 29} to {T0 + 30.01}: records that differ (left.mseed, right.mseed)'
+    assert (sentence
+            == f'XX.ABC.00.HHZ {T0 + 29} to {T0 + 30.01}: records that differ (left.mseed, '
+               f'right.mseed)')
 
 
 def test_records_at_two_rates_that_differ(tmp_path):
@@ -220,8 +239,10 @@ def test_records_at_two_rates_that_differ(tmp_path):
     save(record(60, 'HHZ'), tmp_path/'a.mseed')
     save(record(60, 'HHZ', 200., T0 + 50, seed=1), tmp_path/'b.mseed')
     x, span, archive = only(tmp_path)
-    assert span.count == 11_000 and np.isfinite(x[:4990, 0]).all() and np.isfinite(x[6010:, 0]).all()
-    assert np.isnan(x[5010:5990, 0]).all() and 'records that differ (a.mseed, b.mseed)' in notes(archive)[0]
+    assert (span.count == 11_000 and np.isfinite(x[:4990, 0]).all()
+            and np.isfinite(x[6010:, 0]).all())
+    assert (np.isnan(x[5010:5990, 0]).all()
+            and 'records that differ (a.mseed, b.mseed)' in notes(archive)[0])
 
 
 def test_rate_and_type_that_change_within_a_file(tmp_path):
@@ -237,14 +258,18 @@ def test_rate_and_type_that_change_within_a_file(tmp_path):
 
 def test_components():
     found = lambda letters, **k: map_components(letters, **k)[0]
-    assert found('ZNE') == {'Z': 'Z', 'N': 'N', 'E': 'E'} and found('12ZH') == {'1': 'N', '2': 'E', 'Z': 'Z'}
-    assert found('Z') == {'Z': 'Z'} and found('ZRT') == {} and found('ZRT', z_only=True) == {'Z': 'Z'}
+    assert (found('ZNE') == {'Z': 'Z', 'N': 'N', 'E': 'E'}
+            and found('12ZH') == {'1': 'N', '2': 'E', 'Z': 'Z'})
+    assert (found('Z') == {'Z': 'Z'} and found('ZRT') == {}
+            and found('ZRT', z_only=True) == {'Z': 'Z'})
     assert 'R, T' in map_components('ZRT')[1] and '--z-only' in map_components('ZRT')[1]
-    assert zne_order('12ZH') == 'NEZH' and zne_order('ZRT') == 'ZRT' and zne_order('312', {'3': 'Z', '1': 'N', '2': 'E'}) == 'ZNE'
+    assert (zne_order('12ZH') == 'NEZH' and zne_order('ZRT') == 'ZRT'
+            and zne_order('312', {'3': 'Z', '1': 'N', '2': 'E'}) == 'ZNE')
 
 
 @pytest.mark.parametrize('channels, selection, want', [
-    ('EHZ EH1 EH2', {}, 'ZNE'), ('BHZ BH1 BH2 BHH', {}, 'ZNE'), ('HHZ', {}, 'Z'), ('HHR HHT HHZ', {'z_only': True}, 'Z'),
+    ('EHZ EH1 EH2', {}, 'ZNE'), ('BHZ BH1 BH2 BHH', {}, 'ZNE'), ('HHZ', {}, 'Z'),
+    ('HHR HHT HHZ', {'z_only': True}, 'Z'),
     ('HH3 HH1 HH2', {'components': 'Z=3,N=1,E=2'}, 'ZNE')])
 def test_components_of_an_archive(tmp_path, channels, selection, want):
     st = record(30, channels)
@@ -254,13 +279,17 @@ def test_components_of_an_archive(tmp_path, channels, selection, want):
     assert archive.instruments[0].components == want
     for k, c in enumerate('ZNE'):
         if c not in want: assert np.isnan(x[:, k]).all()
-        else: np.testing.assert_array_equal(x[:, k], next(tr.data for tr in st if tr.stats.channel[-1] in letters[c]))
+        else:
+            np.testing.assert_array_equal(x[:, k],
+                                          next(tr.data for tr in st
+                                               if tr.stats.channel[-1] in letters[c]))
 
 
 def test_radial_and_transverse_are_refused_by_name(tmp_path):
     save(record(30, 'HHR HHT HHZ'), tmp_path/'a.mseed')
     archive = open_archive(tmp_path)
-    assert archive.instruments == [] and 'components R, T, Z cannot be mapped' in archive.left_out['XX.ABC.00.HH']
+    assert (archive.instruments == []
+            and 'components R, T, Z cannot be mapped' in archive.left_out['XX.ABC.00.HH'])
 
 
 def test_azimuths_of_an_inventory(tmp_path):
@@ -272,7 +301,8 @@ def test_azimuths_of_an_inventory(tmp_path):
         a, d = np.radians(pointing[tr.stats.channel[-1]])
         tr.data = (np.array([-np.sin(d), np.cos(d)*np.cos(a), np.cos(d)*np.sin(a)]) @ ground)
     save(st, tmp_path/'in/a.mseed')
-    channels = [Channel(f'BH{c}', '00', 1., 2., 0., 0., azimuth=a, dip=d) for c, (a, d) in pointing.items()]
+    channels = [Channel(f'BH{c}', '00', 1., 2., 0., 0., azimuth=a, dip=d) for c,
+                (a, d) in pointing.items()]
     station = Station('ABC', 1., 2., 0., channels=channels, site=Site('here'))
     Inventory([Network('XX', [station])]).write(str(tmp_path/'inv.xml'), format='STATIONXML')
     x, _, _ = only(tmp_path/'in', inventory=tmp_path/'inv.xml')
@@ -293,7 +323,8 @@ def test_a_pickle_is_never_opened(tmp_path):
     st = record(10)
     st.write(str(tmp_path/'stream.mseed'), format='PICKLE')
     archive = open_archive(tmp_path)
-    assert len(archive.left_out) == 4 and not archive.instruments and not (tmp_path/'went_off').exists()
+    assert (len(archive.left_out) == 4 and not archive.instruments
+            and not (tmp_path/'went_off').exists())
 
 
 def test_odd_files_are_named_and_the_rest_goes_on(tmp_path):
@@ -304,16 +335,20 @@ def test_odd_files_are_named_and_the_rest_goes_on(tmp_path):
     (tmp_path/'text.txt').write_text('battery changed', encoding='utf-8')
     (tmp_path/'stub.mseed').write_bytes(whole[:100])
     strange = record(60, 'HHZ', seed=2)
-    for station, change in (('ZERO', dict(sampling_rate=0.)), ('SLOW', dict(sampling_rate=1.)), ('LOG', dict(channel='LOG'))):
-        for tr in strange: tr.stats.update(dict(station=station, channel='HHZ', sampling_rate=100.) | change)
+    for station, change in (('ZERO', dict(sampling_rate=0.)), ('SLOW', dict(sampling_rate=1.)),
+                            ('LOG', dict(channel='LOG'))):
+        for tr in strange:
+            tr.stats.update(dict(station=station, channel='HHZ', sampling_rate=100.) | change)
         save(strange, tmp_path/f'{station}.mseed')
-    os.write(fd := os.open(os.fsencode(tmp_path) + b'/d\xe9j\xe0.mseed', os.O_CREAT | os.O_WRONLY), whole)
+    os.write(fd := os.open(os.fsencode(tmp_path) + b'/d\xe9j\xe0.mseed', os.O_CREAT | os.O_WRONLY),
+             whole)
     os.close(fd)
     x, _, archive = only(tmp_path)
     np.testing.assert_array_equal(x.T, [tr.data for tr in good])
     why = {Path(name.split(' in ')[-1]).name: reason for name, reason in archive.left_out.items()}
     assert why.pop('empty') == 'it is empty' and 'no waveform format' in why.pop('text.txt')
-    assert '0 Hz' in why.pop('ZERO.mseed') and '1 Hz' in why.pop('SLOW.mseed') and why.pop('stub.mseed')
+    assert ('0 Hz' in why.pop('ZERO.mseed') and '1 Hz' in why.pop('SLOW.mseed')
+            and why.pop('stub.mseed'))
     assert list(why) == ['XX.LOG.00.LO']
 
 
@@ -337,13 +372,15 @@ def test_long_files_are_read_in_blocks_and_damage_costs_little(tmp_path):
     np.testing.assert_array_equal(x[:, :2].T, [tr.data for tr in st])
     data = bytearray(path.read_bytes())
     middle = len(data)//4//4096*4096
-    data[middle + 56:middle + 4096] = os.urandom(4040)                         # samples of one record
+    # samples of one record
+    data[middle + 56:middle + 4096] = os.urandom(4040)
     path.write_bytes(data)
     y, _, archive = only(path)
     lost = np.flatnonzero(np.isnan(y[:, 0]) | (y[:, 0] != x[:, 0]))
     assert 0 < len(lost) < 6000 and np.ptp(lost) < 6000
     np.testing.assert_array_equal(y[:, 1], x[:, 1])
-    path.write_bytes(data[:middle + 1000])                                     # cut off in the middle of a record
+    # cut off in the middle of a record
+    path.write_bytes(data[:middle + 1000])
     z, span, _ = only(path)
     np.testing.assert_array_equal(z[:, 0], x[:span.count, 0])
 
@@ -360,11 +397,13 @@ def test_an_entry_joins_its_run():
     "Within 0.3 samples of the clock, at the latest one sample after the end"
     block = blocks_of.__globals__['Block']('f', 'MSEED', 0, -1)
     entries = lambda *starts: [Entry(block, 'XX.A..HHZ', round(s*TICK), 1000, 100.) for s in starts]
-    assert [len(runs_of(entries(0, s))) for s in (1000, 1000.2, 999.8, 500, 1000.5, 1001, 5000)] == [1, 1, 1, 1, 2, 2, 2]
+    assert ([len(runs_of(entries(0, s))) for s in (1000, 1000.2, 999.8, 500, 1000.5, 1001, 5000)]
+            == [1, 1, 1, 1, 2, 2, 2])
 
 
 def test_everything_that_obspy_tests_with(tmp_path):
-    "About 900 files of every format, many of them broken on purpose: no error but reasons, and all samples can be read"
+    """About 900 files of every format, many of them broken on purpose: no error but reasons, and
+    all samples can be read"""
     folder = Path(obspy.__file__).parent/'io'
     archive = open_archive(folder)
     assert len(archive.stamps) > 500 and len(archive.instruments) > 40

@@ -1,4 +1,5 @@
-"Two events at ten synthetic stations, written by our formats, associated by PyOcto and by GaMMA themselves: see scripts/associators.sh"
+"""Two events at ten synthetic stations, written by our formats, associated by PyOcto and by GaMMA
+themselves: see scripts/associators.sh"""
 import json
 import os
 import subprocess
@@ -14,7 +15,8 @@ from seismodel.picking.output import PICK_COLUMNS, write_picks
 
 FOLDER = Path(os.environ.get('SEISMODEL_ASSOCIATORS', Path.home()/'.cache/seismodel/associators'))
 SPEED = {'P': 6., 'S': 6./1.73}       # km/s, the same everywhere
-EVENTS = [(46.02, 7.03, 8., UTCDateTime('2024-02-29T23:59:40')), (45.93, 6.88, 12., UTCDateTime('2024-03-01T00:03:10'))]
+EVENTS = [(46.02, 7.03, 8., UTCDateTime('2024-02-29T23:59:40')),
+          (45.93, 6.88, 12., UTCDateTime('2024-03-01T00:03:10'))]
 
 PYOCTO = '''
 import json, sys
@@ -56,13 +58,17 @@ print(json.dumps(dict(time=[pd.Timestamp(e['time']).timestamp() for e in events]
 def network():
     "Ten stations within 30 km, as (code, latitude, longitude)"
     rng = np.random.default_rng(3)
-    return [(f'S{k:02}', 46 + .25*a, 7 + .35*b) for k, (a, b) in enumerate(rng.uniform(-1, 1, (10, 2)))]
+    return [(f'S{k:02}', 46 + .25*a, 7 + .35*b) for k,
+            (a, b) in enumerate(rng.uniform(-1, 1, (10, 2)))]
 
 
 def pick_of(code, phase, time, size):
-    codes = dict(network='XX', station=code, location='00', instrument='HH', channel='HHZ' if phase == 'P' else 'HHE')
-    numbers = dict(epoch=f'{time.timestamp:.6f}', probability=.9, uncertainty=.05, amplitude='900', velocity=f'{size:.6g}', wood_anderson='.2')
-    return {**dict.fromkeys(PICK_COLUMNS, ''), **codes, 'phase': phase, 'time': str(time), **numbers, 'clipped': False}
+    codes = dict(network='XX', station=code, location='00', instrument='HH',
+                 channel='HHZ' if phase == 'P' else 'HHE')
+    numbers = dict(epoch=f'{time.timestamp:.6f}', probability=.9, uncertainty=.05, amplitude='900',
+                   velocity=f'{size:.6g}', wood_anderson='.2')
+    return {**dict.fromkeys(PICK_COLUMNS, ''), **codes, 'phase': phase, 'time': str(time),
+            **numbers, 'clipped': False}
 
 
 def write_all(folder):
@@ -71,8 +77,10 @@ def write_all(folder):
     for lat, lon, depth, origin in EVENTS:
         for code, y, x in network():
             distance = np.hypot(np.hypot((y - lat)*km, (x - lon)*km*np.cos(np.radians(46))), depth)
-            rows += [pick_of(code, phase, origin + float(distance/SPEED[phase]), 1e-4/distance) for phase in 'PS']
-    stations = [Station(code, lat, lon, 0., channels=[Channel('HHZ', '00', lat, lon, 0., 0.)]) for code, lat, lon in network()]
+            rows += [pick_of(code, phase, origin + float(distance/SPEED[phase]), 1e-4/distance)
+                     for phase in 'PS']
+    stations = [Station(code, lat, lon, 0., channels=[Channel('HHZ', '00', lat, lon, 0., 0.)])
+                for code, lat, lon in network()]
     inventory = Inventory([Network('XX', stations)])
     rows.sort(key=lambda row: (row['station'], row['time']))
     write_picks(rows, folder/'picks.csv')
@@ -83,17 +91,23 @@ def write_all(folder):
 def associated(program, code, folder, how):
     "What a program makes of the files, or skip"
     python = FOLDER/program/'bin/python'
-    if not python.exists(): pytest.skip(f'{program} is not installed in {FOLDER.name}: scripts/associators.sh makes its environment')
-    done = subprocess.run([python, '-c', code, str(folder), how], capture_output=True, text=True, env={'PATH': os.environ['PATH']})
+    if not python.exists():
+        pytest.skip(f'{program} is not installed in {FOLDER.name}: scripts/associators.sh makes '
+                    f'its environment')
+    done = subprocess.run([python, '-c', code, str(folder), how], capture_output=True, text=True,
+                          env={'PATH': os.environ['PATH']})
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout[done.stdout.rindex('{'):])           # GaMMA prints dots before
 
 
-@pytest.mark.parametrize('program, code, how', [('pyocto', PYOCTO, 'csv'), ('pyocto', PYOCTO, 'real'), ('gamma', GAMMA, 'times'), ('gamma', GAMMA, 'amplitude')],
+@pytest.mark.parametrize('program, code, how', [('pyocto', PYOCTO, 'csv'), (
+    'pyocto', PYOCTO, 'real'), ('gamma', GAMMA, 'times'), ('gamma', GAMMA, 'amplitude')],
                          ids=['pyocto', 'pyocto reads REAL', 'gamma', 'gamma with amplitudes'])
 def test_both_events_with_all_picks(tmp_path, program, code, how):
     assert len(write_all(tmp_path)) == 40
     found = associated(program, code, tmp_path, how)
     assert found['picks'] == [20, 20]
-    for (lat, _, _, origin), time in zip(EVENTS, sorted(found['time'])): assert abs(time - origin.timestamp) < 1.
-    for (lat, *_), found_lat in zip(EVENTS, found.get('latitude', [])): assert abs(found_lat - lat) < .05
+    for (lat, _, _, origin), time in zip(EVENTS, sorted(found['time'])):
+        assert abs(time - origin.timestamp) < 1.
+    for (lat, *_), found_lat in zip(EVENTS, found.get('latitude', [])):
+        assert abs(found_lat - lat) < .05

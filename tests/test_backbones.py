@@ -1,11 +1,13 @@
-"Backbones: any length, float64 parity with the recurrence, padding, gradients, independence of the members of a batch"
+"""Backbones: any length, float64 parity with the recurrence, padding, gradients, independence of
+the members of a batch"""
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from seismodel.models.backbones import MLSTMSequential, MLSTMUNet, fold, pad_frames, stage_shapes, unfold
+from seismodel.models.backbones import (MLSTMSequential, MLSTMUNet, fold, pad_frames, stage_shapes,
+                                        unfold)
 from seismodel.models.blocks import MLSTMBlock
 from seismodel.kernels.mlstm import mlstm_recurrent, soft_cap
 
@@ -13,7 +15,8 @@ DIRECTIONS = ['per_head', 'shared', 'two_pass']
 
 
 def build(kind, direction='per_head', dropout=0., seed=0):
-    "A small backbone in float64, its gates moved off their initial values so that they depend on the input"
+    """A small backbone in float64, its gates moved off their initial values so that they depend on
+    the input"""
     torch.manual_seed(seed)
     if kind == 'unet': model = MLSTMUNet(8, 1, heads=2, ff=2., direction=direction, dropout=dropout)
     else: model = MLSTMSequential(8, 2, heads=2, ff=2., direction=direction, dropout=dropout)
@@ -28,7 +31,8 @@ def build(kind, direction='per_head', dropout=0., seed=0):
 
 def wave(rows, frames, seed=0):
     "Features (rows, frames, 8) in float64"
-    return torch.randn(rows, frames, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(rows, frames, 8, dtype=torch.float64,
+                       generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize('kind', ['unet', 'sequential'])
@@ -37,7 +41,8 @@ def test_any_length(kind, frames):
     model = build(kind)
     with torch.no_grad(): y = model(wave(1, frames))
     assert y.shape == (1, frames, 8) and y.isfinite().all()
-    torch.testing.assert_close(y.square().mean(-1), torch.ones(1, frames, dtype=torch.float64), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(y.square().mean(-1), torch.ones(1, frames, dtype=torch.float64),
+                               rtol=1e-3, atol=1e-3)
 
 
 @settings(max_examples=60, deadline=None)
@@ -94,7 +99,8 @@ def test_padding_leaves_whole_groups_alone_when_reading_forward(frames):
     whole = frames//16*16
     long, short = model(x)[:, :frames], model(x[:, :frames])
     torch.testing.assert_close(long[:, :whole], short[:, :whole])
-    if whole < frames: assert not torch.allclose(long[:, whole:], short[:, whole:])   # the incomplete group does change
+    # the incomplete group does change
+    if whole < frames: assert not torch.allclose(long[:, whole:], short[:, whole:])
 
 
 @pytest.mark.parametrize('start', [16, 48, 112])
@@ -107,7 +113,8 @@ def by_hand(model, x):
     "The U-Net written out for pooling (4, 4), frame by frame at the borders between levels"
     def down(x, linear):
         T = x.shape[1]
-        frames = [torch.cat([x[:, min(4*t + k, T - 1)] for k in range(4)], -1) for t in range(-(-T//4))]
+        frames = [torch.cat([x[:, min(4*t + k, T - 1)] for k in range(4)], -1)
+                  for t in range(-(-T//4))]
         return torch.stack(frames, 1) @ linear.weight.mT
     def up(x, linear, frames):
         y = x @ linear.weight.mT
@@ -128,7 +135,8 @@ def test_unet_written_out_by_hand(frames):
 
 
 def recurrent_block(block, x):
-    "`MLSTMBlock` with directions per head, by the step-by-step recurrence; backward heads by flipping"
+    """`MLSTMBlock` with directions per head, by the step-by-step recurrence; backward heads by
+    flipping"""
     rms = lambda z, norm: z*(z.square().mean(-1, keepdim=True) + 1e-6).rsqrt()*norm.weight
     layer, z = block.mlstm, rms(x, block.norm_mlstm)
     B, T, D = x.shape
@@ -141,7 +149,8 @@ def recurrent_block(block, x):
     h = torch.empty_like(v)
     h[:, forward] = mlstm_recurrent(*(y[:, forward] for y in (q, k, v, i, f)))
     h[:, backward] = mlstm_recurrent(*(y[:, backward].flip(2) for y in (q, k, v, i, f))).flip(2)
-    h = (h - h.mean(-1, keepdim=True))*(h.var(-1, unbiased=False, keepdim=True) + layer.norm.eps).rsqrt()
+    h = (h - h.mean(-1, keepdim=True))*(h.var(-1, unbiased=False, keepdim=True)
+                                        + layer.norm.eps).rsqrt()
     h = h.transpose(1, 2).reshape(B, T, D)*layer.norm.weight
     x = x + (torch.sigmoid(o)*h) @ layer.out.weight.mT
     a, b = (rms(x, block.norm_ff) @ block.up.weight.mT).chunk(2, -1)
@@ -162,7 +171,8 @@ def test_sequential_against_the_recurrence_in_float64(frames):
 def test_gradients_reach_every_parameter_and_every_input_frame(kind, direction):
     model, x = build(kind, direction), wave(2, 45).requires_grad_()
     (model(x)*wave(2, 45, seed=1)).sum().backward()
-    assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert not [name for name, p in model.named_parameters() if p.grad is None
+                or not p.grad.abs().sum() > 0]
     assert (x.grad.abs().sum(-1) > 0).all()
 
 
@@ -218,13 +228,15 @@ def test_every_stage_of_the_unet_adds_in_float32_under_autocast():
 @pytest.mark.parametrize('shape', [(2, 10), (2, 0, 8), (2, 10, 7), (1, 2, 10, 8)])
 @pytest.mark.parametrize('kind', ['unet', 'sequential'])
 def test_bad_features_are_named(kind, shape):
-    with pytest.raises(ValueError, match=r'features of shape \(B, T, 8\)'): build(kind)(torch.zeros(shape))
+    with pytest.raises(ValueError, match=r'features of shape \(B, T, 8\)'):
+        build(kind)(torch.zeros(shape))
 
 
 def test_base_sizes():
     "The presets' sizes: 19 M and 12 M parameters"
     count = lambda model: sum(p.numel() for p in model.parameters())
-    with torch.device('meta'): unet, sequential = MLSTMUNet(128, 3, ff=3.), MLSTMSequential(176, 24, ff=3.5)
+    with torch.device('meta'):
+        unet, sequential = MLSTMUNet(128, 3, ff=3.), MLSTMSequential(176, 24, ff=3.5)
     assert count(unet) == 19_244_536 and count(sequential) == 11_671_456
 
 

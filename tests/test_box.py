@@ -68,7 +68,8 @@ def test_each_opener_takes_names():
     assert not any(model.training for model in opened.values())
     ours, other = SeisModelPicker.from_pretrained('tiny-picker'), open_picker('tiny-picker')
     assert ours.default_args == other.default_args == read_config('tiny-picker')['default_args']
-    assert {'P_threshold', 'S_threshold', 'P_uncertainty', 'S_uncertainty'} == set(ours.default_args)
+    assert ({'P_threshold', 'S_threshold', 'P_uncertainty', 'S_uncertainty'}
+            == set(ours.default_args))
     wrong = ('tiny', 'seismodel finetune --from tiny'), ('huge', r'not in the box \(.*tiny-picker')
     for name, says in wrong:
         with pytest.raises(UserError, match=says): SeisModelPicker.from_pretrained(name)
@@ -100,7 +101,8 @@ def test_the_best_picker(monkeypatch):
 
 @pytest.mark.parametrize('name', PICKERS)
 def test_files_for_seisbench(name, tmp_path, monkeypatch):
-    "to_seisbench writes the pair that SeisBench finds in its cache by name, with weights and default arguments"
+    """to_seisbench writes the pair that SeisBench finds in its cache by name, with weights and
+    default arguments"""
     monkeypatch.setattr(seisbench, 'cache_model_root', tmp_path)
     monkeypatch.setattr(seisbench.util, 'ls_webdav', lambda *a: pytest.fail('asked the network'))
     net = SeisModelPicker.from_pretrained(name)
@@ -115,20 +117,24 @@ def test_files_for_seisbench(name, tmp_path, monkeypatch):
 def test_info_lists_the_box_and_shows_cards(capsys):
     assert main(['info']) == 0
     said = capsys.readouterr().out
-    for name in ('tiny', 'tiny-picker'): assert re.search(rf'^{name} +0\.\d+ M parameters', said, re.M)
+    for name in ('tiny', 'tiny-picker'):
+        assert re.search(rf'^{name} +0\.\d+ M parameters', said, re.M)
     assert 'contrastive-tiny' in said
     assert main(['info', 'tiny-picker', 'tiny']) == 0
     said = capsys.readouterr().out
-    parts = ('tiny-picker\n', 'ncedc_phasenet', 'left out:', 'swchina_tlpn', '95 % intervals', 'not for:')
+    parts = ('tiny-picker\n', 'ncedc_phasenet', 'left out:', 'swchina_tlpn', '95 % intervals',
+             'not for:')
     for part in parts: assert part in said, part
 
 
 @pytest.mark.parametrize('name', box_models())
 def test_cards(name):
-    "Every source has a licence and may be used, scores have intervals, and no file has a path in it"
+    """Every source has a licence and may be used, scores have intervals, and no file has a path in
+    it"""
     card, config = model_card(name), (BOX/name/'config.json').read_text(encoding='utf-8')
     used = [row for title, rows in card.items() if 'on, with' in title for row in rows]
-    for row in used: assert row['licence'] and 'none' not in row['licence'] and row['repository'], row
+    for row in used:
+        assert row['licence'] and 'none' not in row['licence'] and row['repository'], row
     left = {row['source'] for row in card['left out']}
     assert used and {'swchina_tlpn', 'ok_2013', 'sc_pnsn'} <= left - {row['source'] for row in used}
     assert not re.search(r'"/|/(home|root|tmp|work|mnt)/|_model_sample', config)

@@ -18,12 +18,19 @@ def curve(*peaks, samples=1000):
 
 def test_f1_counts_picks_half_a_second_around_a_label():
     one = curve((100, .88), (300, .42))[None]
-    assert c.f1_of(one, np.array([110.]), .3) == pytest.approx(2/3) and c.f1_of(one, np.array([110.]), .5) == 1
-    assert [c.f1_of(one, np.array([100. + away]), .5) for away in (-51, -50, 50, 51)] == [0, 1, 1, 0]
-    assert c.f1_of(np.stack([one[0], curve((5, .9))]), np.array([100., np.nan]), .5) == pytest.approx(2/3)   # a false pick in noise
-    assert c.f1_of(np.stack([one[0], curve()]), np.array([100., 200.]), .5) == pytest.approx(2/3)            # a label that is missed
-    assert c.f1_of(one, np.array([[100., 300.]]), .3) == 1 and c.f1_of(one, np.array([[100., 120.]]), .5) == pytest.approx(2/3)
-    assert c.f1_of(curve((100, .8), (120, .8))[None], np.array([110.]), .5) == pytest.approx(2/3)            # one of two is right
+    assert (c.f1_of(one, np.array([110.]), .3) == pytest.approx(2/3)
+            and c.f1_of(one, np.array([110.]), .5) == 1)
+    assert ([c.f1_of(one, np.array([100. + away]), .5) for away in (-51, -50, 50, 51)]
+            == [0, 1, 1, 0])
+    # a false pick in noise
+    assert (c.f1_of(np.stack([one[0], curve((5, .9))]), np.array([100., np.nan]), .5)
+            == pytest.approx(2/3))
+    # a label that is missed
+    assert c.f1_of(np.stack([one[0], curve()]), np.array([100., 200.]), .5) == pytest.approx(2/3)
+    assert (c.f1_of(one, np.array([[100., 300.]]), .3) == 1
+            and c.f1_of(one, np.array([[100., 120.]]), .5) == pytest.approx(2/3))
+    # one of two is right
+    assert c.f1_of(curve((100, .8), (120, .8))[None], np.array([110.]), .5) == pytest.approx(2/3)
 
 
 def test_of_equal_thresholds_the_middle_one():
@@ -41,10 +48,12 @@ def test_coverage_within_one_and_two_uncertainties():
 
 def test_one_pick_of_a_label_is_right():
     "The highest of those near the label; none in noise, and none where all are far away"
-    p = np.stack([curve((90, .6), (120, .8), (151, .9)), curve((10, .3), (40, .05)), curve((500, .7))])
+    p = np.stack([curve((90, .6), (120, .8), (151, .9)), curve((10, .3), (40, .05)),
+                  curve((500, .7))])
     rows = c.rated_peaks(p, np.array([100., np.nan, 400.]))
     assert rows.tolist() == [[0, .6, 0], [0, .8, 1], [0, .9, 0], [1, .3, 0], [2, .7, 0]]
-    assert c.rated_peaks(p[2:], np.array([450.])).tolist() == [[0, .7, 1]]                 # exactly half a second
+    # exactly half a second
+    assert c.rated_peaks(p[2:], np.array([450.])).tolist() == [[0, .7, 1]]
     assert c.rated_peaks(p[:1, :80], np.array([10.])).shape == (0, 3)
 
 
@@ -54,10 +63,13 @@ def test_reliability_has_the_interval_of_wilson():
     right = np.array([1.]*8 + [0.]*2 + [1.]*3)
     few, all_right = c.reliability(probability, right)
     assert (few['picks'], all_right['picks'], few['right'], all_right['right']) == (10, 3, .8, 1.)
-    assert few['probability'] == pytest.approx(.55) and all_right['probability'] == pytest.approx(2.92/3)
+    assert (few['probability'] == pytest.approx(.55)
+            and all_right['probability'] == pytest.approx(2.92/3))
     assert (few['low'], few['high']) == pytest.approx((.4902, .9433), abs=2e-4)
     assert (all_right['low'], all_right['high']) == pytest.approx((3/(3 + 1.96**2), 1.))
-    assert [r['picks'] for r in c.reliability(np.array([.1, .19, .21, .95]), np.ones(4))] == [2, 1, 1]       # each tenth is a bin
+    # each tenth is a bin
+    assert ([r['picks'] for r in c.reliability(np.array([.1, .19, .21, .95]), np.ones(4))]
+            == [2, 1, 1])
     assert [r['picks'] for r in c.reliability(np.array([.2, .95]), np.ones(2), bins=1)] == [2]
 
 
@@ -72,7 +84,8 @@ def test_the_temperature_of_a_picker_that_is_too_sure(factor):
     logit = rng.normal(0, 2, 20_000)
     right = rng.random(20_000) < 1/(1 + np.exp(-logit))
     assert c.fit_temperature(1/(1 + np.exp(-factor*logit)), right) == pytest.approx(factor, rel=.06)
-    assert c.fit_temperature(np.array([0., 1.]), np.array([False, True])) == pytest.approx(exp(-1.5), rel=.02)
+    assert (c.fit_temperature(np.array([0., 1.]), np.array([False, True]))
+            == pytest.approx(exp(-1.5), rel=.02))
 
 
 def test_a_temperature_divides_the_logits():
@@ -93,18 +106,22 @@ def test_where_silence_is_neither_right_nor_wrong():
 def gaussians(samples, late, width):
     "Peaks of a width in seconds, late by some samples"
     time = np.arange(4096)
-    return np.stack([.9*np.exp(-((time - at - by)/(100*w))**2/2) for at, by, w in zip(samples, late, width)])
+    return np.stack([.9*np.exp(-((time - at - by)/(100*w))**2/2) for at, by,
+                     w in zip(samples, late, width)])
 
 
 def test_residuals_are_picks_minus_labels():
     "Of each pick near a label: its width as the curve has it, how late it is, and its window"
-    p, onset = gaussians([500, 600, 700], [10, -20, 80], [.05, .1, .1]), np.array([[500., 3000.], [600., np.nan], [700., np.nan]])
+    p, onset = gaussians([500, 600, 700], [10, -20, 80],
+                         [.05, .1, .1]), np.array([[500., 3000.], [600., np.nan], [700., np.nan]])
     sigma, late, window = c._residuals(p, onset, .3)
-    assert window.tolist() == [0, 1] and np.allclose(late, [.1, -.2]) and np.allclose(sigma, [.05, .1], rtol=.25)
+    assert (window.tolist() == [0, 1] and np.allclose(late, [.1, -.2])
+            and np.allclose(sigma, [.05, .1], rtol=.25))
 
 
 def test_calibration_of_a_picker(monkeypatch):
-    "Residuals are normal with the width of their peaks; a phase without labels and one that is never found are left out"
+    """Residuals are normal with the width of their peaks; a phase without labels and one that is
+    never found are left out"""
     rng, n = np.random.default_rng(0), 240
     width, at = rng.uniform(.04, .12, n), rng.integers(500, 3500, n).astype(float)
     late = np.rint(100*width*rng.normal(size=n))
@@ -112,7 +129,8 @@ def test_calibration_of_a_picker(monkeypatch):
     found = {'P': (curves, at[:, None]), 'S': (curves[:4], np.full((4, 1), np.nan))}
     monkeypatch.setattr(c, 'labelled_curves', lambda picker, dev: found)
     args, how = c.calibrate(None, None)
-    assert sorted(args) == ['P_threshold', 'P_uncertainty'] and list(how) == ['P'] and .1 <= args['P_threshold'] < .9
+    assert (sorted(args) == ['P_threshold', 'P_uncertainty'] and list(how) == ['P']
+            and .1 <= args['P_threshold'] < .9)
     a, b = args['P_uncertainty']
     assert abs(a + b*.08 - .08) < .025 and how['P']['picks'] == n and how['P']['f1'] == 1
     half = how['P']['coverage']
@@ -126,4 +144,5 @@ def test_calibration_of_a_picker(monkeypatch):
 def test_the_width_of_a_peak():
     "A Gaussian of one second crosses half of the threshold where its width says"
     crossing = sqrt(2*np.log(.8/.15))
-    assert c.peak_sigma(2*crossing, .8, .3) == pytest.approx(1.) and c.peak_sigma(1., .2, .3) == pytest.approx(.5/sqrt(2*np.log(2)))
+    assert (c.peak_sigma(2*crossing, .8, .3) == pytest.approx(1.)
+            and c.peak_sigma(1., .2, .3) == pytest.approx(.5/sqrt(2*np.log(2))))

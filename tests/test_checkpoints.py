@@ -1,4 +1,5 @@
-"Damaged checkpoints: each is refused with one sentence, none runs code, the one before it still resumes"
+"""Damaged checkpoints: each is refused with one sentence, none runs code, the one before it still
+resumes"""
 import json
 import os
 import pickle
@@ -11,13 +12,15 @@ from hypothesis import given, settings, strategies as st
 from safetensors.torch import save
 
 from seismodel.files import BLANK, verify_checksum, write_checksum
-from seismodel.training.checkpoints import (FORMAT, checkpoint_files, differences, newest_checkpoint, read_checkpoint,
+from seismodel.training.checkpoints import (FORMAT, checkpoint_files, differences,
+                                            newest_checkpoint, read_checkpoint,
                                             restore, training_tensors, write_checkpoint)
 from seismodel.core import DamagedCheckpoint, UserError
 from seismodel.models.encoders import BidirAutoregConfig
 from seismodel.models.pretraining import ReconstructionConfig, build
 
-TENSORS = {'model.w': torch.randn(40, 5), 'optimizer.w.step': torch.tensor(3.), 'model.k': torch.arange(4)}
+TENSORS = {'model.w': torch.randn(40, 5), 'optimizer.w.step': torch.tensor(3.),
+           'model.k': torch.arange(4)}
 
 
 class Bomb:
@@ -29,7 +32,8 @@ class Bomb:
 @pytest.fixture
 def run(tmp_path):
     "A run's folder with the checkpoints of steps 1 and 2"
-    for step in (1, 2): write_checkpoint(tmp_path, {**TENSORS, 'model.w': TENSORS['model.w']*step}, {'step': step})
+    for step in (1, 2):
+        write_checkpoint(tmp_path, {**TENSORS, 'model.w': TENSORS['model.w']*step}, {'step': step})
     return tmp_path
 
 
@@ -46,7 +50,8 @@ def damages(whole, before, rng, bomb):
     yield 'longer', whole + rng.randbytes(rng.randrange(1, 9))
     yield 'bytes swapped', bytes(reversed(whole[:16])) + whole[16:]
     yield 'the one before', before
-    yield 'header of the one before', before[:a % 400] + whole[a % 400:] if before[:a % 400] != whole[:a % 400] else whole[1:]
+    yield 'header of the one before', before[:a % 400] + whole[a % 400:] if before[
+        :a % 400] != whole[:a % 400] else whole[1:]
     yield 'huge header', rng.randbytes(8) + whole[8:]
     yield 'another file', save(TENSORS)
     yield 'a pickle', pickle.dumps(bomb)
@@ -59,12 +64,15 @@ def test_two_hundred_damages_are_refused_and_the_one_before_is_taken(run, tmp_pa
     whole, before = newest.read_bytes(), old.read_bytes()
     torch.save({'step': 2, 'bomb': Bomb(exploded)}, kept)
     for k in range(18):
-        for name, damaged in [*damages(whole, before, rng, Bomb(exploded)), ('a pickle by torch', kept.read_bytes())]:
+        for name, damaged in [*damages(whole, before, rng, Bomb(exploded)),
+                              ('a pickle by torch', kept.read_bytes())]:
             newest.write_bytes(damaged)
             said = []
             found = newest_checkpoint(run, said.append)
-            assert found.path == old and found.state == {'step': 1} and torch.equal(found.tensors['model.w'], TENSORS['model.w']), name
-            assert len(said) == 1 and said[0].startswith(f"The checkpoint '{newest}' cannot be used: ") and '\n' not in said[0], (name, said)
+            assert found.path == old and found.state == {'step': 1} and torch.equal(
+                found.tensors['model.w'], TENSORS['model.w']), name
+            assert len(said) == 1 and said[0].startswith(
+                f"The checkpoint '{newest}' cannot be used: ") and '\n' not in said[0], (name, said)
             set_aside = newest.with_suffix('.damaged')
             assert set_aside.read_bytes() == damaged        # nothing is lost
             set_aside.unlink()
@@ -76,14 +84,18 @@ def test_every_single_bit_of_the_header_counts(run):
     blob = checkpoint_files(run)[0].read_bytes()
     end = 8 + int.from_bytes(blob[:8], 'little')
     for place in range(0, end + 8):
-        with pytest.raises(DamagedCheckpoint): verify_checksum(blob[:place] + bytes([blob[place] ^ 1 << place % 8]) + blob[place + 1:])
+        with pytest.raises(DamagedCheckpoint):
+            verify_checksum(blob[:place] + bytes([blob[place] ^ 1 << place % 8]) + blob[place + 1:])
 
 
 def test_a_newer_one_is_refused_and_stays_where_it_is(run):
     newest = checkpoint_files(run)[0]
-    blob = save(TENSORS, {'format': str(FORMAT + 1), 'version': '9.9', 'state': json.dumps({'step': 2}), 'sha256': 64*'0'})
+    blob = save(TENSORS, {'format': str(FORMAT + 1), 'version': '9.9',
+                          'state': json.dumps({'step': 2}), 'sha256': 64*'0'})
     newest.write_bytes(write_checksum(blob))
-    with pytest.raises(UserError, match='written by seismodel 9.9, which is newer.*update seismodel'): newest_checkpoint(run)
+    with pytest.raises(UserError,
+                       match='written by seismodel 9.9, which is newer.*update seismodel'):
+        newest_checkpoint(run)
     assert newest.exists()
 
 
@@ -98,7 +110,8 @@ def test_one_that_cannot_be_opened_is_not_called_damaged(run):
 def test_when_all_are_damaged_the_run_does_not_start_over(run):
     for path in checkpoint_files(run): path.write_bytes(b'')
     for _ in 'ab':
-        with pytest.raises(UserError, match='No checkpoint in .* can be used'): newest_checkpoint(run, lambda sentence: None)
+        with pytest.raises(UserError, match='No checkpoint in .* can be used'):
+            newest_checkpoint(run, lambda sentence: None)
 
 
 def test_no_checkpoint_was_ever_written(tmp_path):
@@ -119,13 +132,17 @@ def test_a_failed_write_leaves_the_others(run, monkeypatch):
         with open(self, 'wb') as f: f.write(data[:100])
         raise OSError(28, 'No space left on device')
     monkeypatch.setattr(type(run), 'write_bytes', full)
-    with pytest.raises(OSError, match='no space left in .* it needs'): write_checkpoint(run, TENSORS, {'step': 3}, keep=1)
+    with pytest.raises(OSError, match='no space left in .* it needs'):
+        write_checkpoint(run, TENSORS, {'step': 3}, keep=1)
     assert {p.name: p.read_bytes() for p in (run/'checkpoints').iterdir()} == before
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.dictionaries(st.text('abc.', min_size=1), st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.float64]), max_size=4),
-       st.recursive(st.none() | st.booleans() | st.integers(-9, 9) | st.floats(allow_nan=False) | st.text(), lambda v: st.lists(v) | st.dictionaries(st.text(), v), max_leaves=6))
+@given(st.dictionaries(st.text('abc.', min_size=1), st.sampled_from(
+    [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.float64]), max_size=4),
+       st.recursive(st.none() | st.booleans() | st.integers(-9, 9) | st.floats(allow_nan=False)
+                    | st.text(), lambda v: st.lists(v) | st.dictionaries(st.text(), v),
+                    max_leaves=6))
 def test_whatever_goes_in_comes_out(tmp_path_factory, dtypes, value):
     "Tensors of any kind, states with any text: even one that looks like the seal"
     run = tmp_path_factory.mktemp('run')
@@ -133,7 +150,8 @@ def test_whatever_goes_in_comes_out(tmp_path_factory, dtypes, value):
     state = {'step': 7, 'value': value, 'trap': BLANK.decode()}
     found = read_checkpoint(write_checkpoint(run, tensors, state))
     assert found.state == state and found.tensors.keys() == tensors.keys()
-    assert all(torch.equal(found.tensors[n], t) and found.tensors[n].dtype == t.dtype for n, t in tensors.items())
+    assert all(torch.equal(found.tensors[n], t) and found.tensors[n].dtype == t.dtype for n,
+               t in tensors.items())
     shutil.rmtree(run)
 
 
@@ -143,8 +161,10 @@ def test_moments_of_another_model_are_named():
         return model, torch.optim.AdamW(model.parameters(), fused=True)
     model, optimizer = fresh(8)
     tensors = training_tensors(model, optimizer)
-    with pytest.raises(UserError, match="'f': weight .* has shape"): restore(tensors, *fresh(16), 'f')
-    with pytest.raises(UserError, match="'f' has a moment of 'x'"): restore({**tensors, 'optimizer.x.step': torch.tensor(1.)}, model, optimizer, 'f')
+    with pytest.raises(UserError, match="'f': weight .* has shape"):
+        restore(tensors, *fresh(16), 'f')
+    with pytest.raises(UserError, match="'f' has a moment of 'x'"):
+        restore({**tensors, 'optimizer.x.step': torch.tensor(1.)}, model, optimizer, 'f')
 
 
 def test_none_and_missing_are_different_settings():

@@ -1,4 +1,5 @@
-"miniSEED files that are cut off inside a record: named with one sentence, wherever the cut is; whole files never"
+"""miniSEED files that are cut off inside a record: named with one sentence, wherever the cut is;
+whole files never"""
 import os
 from functools import lru_cache
 from glob import glob
@@ -12,10 +13,12 @@ from obspy import Stream, Trace, UTCDateTime
 
 from seismodel.cli import main
 from seismodel.data.archive import open_archive
-from seismodel.data.formats import BLOCK, Cut, blocks_of, cut_records, cut_sentence, format_of, record_length
+from seismodel.data.formats import (BLOCK, Cut, blocks_of, cut_records, cut_sentence, format_of,
+                                    record_length)
 
 T0 = UTCDateTime(2024, 2, 28, 23, 30)
-KINDS = [('STEIM1', np.int32), ('STEIM2', np.int32), ('INT32', np.int32), ('FLOAT32', np.float32), ('FLOAT64', np.float64)]
+KINDS = [('STEIM1', np.int32), ('STEIM2', np.int32), ('INT32', np.int32), ('FLOAT32', np.float32),
+         ('FLOAT64', np.float64)]
 LENGTHS = [256, 512, 1024, 4096]
 
 
@@ -25,7 +28,8 @@ def written(kind=1, length=512, order='>', seconds=60, later=0, seed=0):
     import io
     rng, (encoding, dtype) = np.random.default_rng(seed), KINDS[kind]
     stream = Stream([Trace((1e3*rng.standard_normal(seconds*100)).astype(dtype), dict(
-        network='XX', station='ABC', location='00', channel=f'HH{c}', sampling_rate=100., starttime=T0 + later)) for c in 'ZNE'])
+        network='XX', station='ABC', location='00', channel=f'HH{c}', sampling_rate=100.,
+        starttime=T0 + later)) for c in 'ZNE'])
     out = io.BytesIO()
     stream.write(out, format='MSEED', encoding=encoding, reclen=length, byteorder=order)
     return out.getvalue(), stream
@@ -58,8 +62,10 @@ def only_true_samples(path, streams):
 
 
 files = st.tuples(st.integers(0, len(KINDS) - 1), st.sampled_from(LENGTHS), st.sampled_from('><'))
-# bytes of the last record that are left: each part of its header, one by one, and anything behind it
-left = st.one_of(st.integers(1, 64), st.integers(65, 127), st.integers(128, 4095), st.sampled_from([-1, -8, -64]))
+# bytes of the last record that are left: each part of its header, one by one, and anything behind
+# it
+left = st.one_of(st.integers(1, 64), st.integers(65, 127), st.integers(128, 4095),
+                 st.sampled_from([-1, -8, -64]))
 
 
 @settings(max_examples=150, deadline=None)
@@ -82,7 +88,8 @@ def test_a_cut_inside_a_record_is_named(tmp_path_factory, how, part, before):
 
 @settings(max_examples=100, deadline=None)
 @given(files, files, left, st.integers(1, 5), st.booleans())
-def test_a_cut_with_more_behind_it_is_named_and_no_sample_is_made_up(tmp_path_factory, how, other, part, before, twice):
+def test_a_cut_with_more_behind_it_is_named_and_no_sample_is_made_up(tmp_path_factory, how, other,
+                                                                     part, before, twice):
     (a, first), (b, second) = written(*how), written(*other, later=60, seed=1)
     length, path = how[1], tmp_path_factory.mktemp('cut')/'day.mseed'
     part = part % length or 1
@@ -98,18 +105,22 @@ def test_a_cut_with_more_behind_it_is_named_and_no_sample_is_made_up(tmp_path_fa
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.tuples(files, st.sampled_from([0, 0, 1, 64, 128, 511, 512, 5000]), st.sampled_from([b'\0', b' '])), min_size=1, max_size=4))
+@given(st.lists(st.tuples(files, st.sampled_from([0, 0, 1, 64, 128, 511, 512, 5000]),
+                          st.sampled_from([b'\0', b' '])), min_size=1, max_size=4))
 def test_a_whole_file_is_never_named(tmp_path_factory, parts):
-    "Records of any lengths one after another, with zeros or blanks, or empty records, between them or at the end"
+    """Records of any lengths one after another, with zeros or blanks, or empty records, between
+    them or at the end"""
     path = tmp_path_factory.mktemp('whole')/'day.mseed'
-    path.write_bytes(b''.join(written(*how, later=60*k, seed=k)[0] + fill*n for k, (how, n, fill) in enumerate(parts)))
+    path.write_bytes(b''.join(written(*how, later=60*k, seed=k)[0] + fill*n for k,
+                              (how, n, fill) in enumerate(parts)))
     assert cut_records(path) == [] and open_archive(path).left_out == {}
 
 
 def test_records_of_obspy_are_not_named():
     "All but one, in which records do lie over one another"
     folder = Path(obspy.__file__).parent/'io/mseed/tests/data'
-    files = [f for f in map(Path, glob(f'{folder}/**', recursive=True)) if f.is_file() and format_of(f) == 'MSEED']
+    files = [f for f in map(Path, glob(f'{folder}/**', recursive=True)) if f.is_file()
+             and format_of(f) == 'MSEED']
     if not files: pytest.skip('ObsPy was installed without its test data')
     assert {f.name for f in files if cut_records(f)} <= {'infinite-loop.mseed'}
 
@@ -122,7 +133,8 @@ def test_records_of_obspy_that_are_cut_are_named(tmp_path):
         data = file.read_bytes()
         length = record_length(data[:128])
         if not length or len(data) % length or len(data) < 2*length: continue
-        if any(record_length(data[k:k + 128]) != length for k in range(0, len(data), length)): continue
+        if any(record_length(data[k:k + 128]) != length for k in range(0, len(data), length)):
+            continue
         for lost in (1, 64, length//2):
             path = tmp_path/'cut.mseed'
             path.write_bytes(data[:-lost])
@@ -143,7 +155,8 @@ def test_samples_that_look_like_a_header_are_none(tmp_path):
     x = np.zeros(6000, np.int32)
     x[1::2] = 0x4400
     path = tmp_path/'day.mseed'
-    Stream([Trace(x, dict(station='ABC', channel='HHZ', sampling_rate=100.))]).write(str(path), format='MSEED', encoding='INT32', reclen=512)
+    Stream([Trace(x, dict(station='ABC', channel='HHZ', sampling_rate=100.))]).write(
+        str(path), format='MSEED', encoding='INT32', reclen=512)
     size = path.stat().st_size
     os.truncate(path, size - 12)
     assert cut_records(path) == [Cut(size - 512, 500, 512)]
@@ -173,10 +186,12 @@ def test_a_small_file_is_one_block(tmp_path):
     for size, number in ((512, 1), (BLOCK - 512, 1), (BLOCK, 1), (BLOCK + 512, 2)):
         path.write_bytes((data*(size//len(data) + 1))[:size])
         blocks = blocks_of(str(path), 'MSEED')
-        assert len(blocks) == number and (blocks == [(str(path), 'MSEED', 0, -1)]) == (size <= BLOCK)
+        assert (len(blocks) == number
+                and (blocks == [(str(path), 'MSEED', 0, -1)]) == (size <= BLOCK))
 
 
-@pytest.mark.parametrize('size, says', [(300, 'its only record is cut off (300 of 512 bytes)'), (50, 'damaged MSEED'), (6, 'no waveform format')])
+@pytest.mark.parametrize('size, says', [(300, 'its only record is cut off (300 of 512 bytes)'),
+                                        (50, 'damaged MSEED'), (6, 'no waveform format')])
 def test_a_file_without_a_whole_record(size, says, tmp_path):
     path = tmp_path/'day.mseed'
     path.write_bytes(written()[0][:size])
@@ -193,12 +208,15 @@ def test_commands_say_it(tmp_path, capsys, monkeypatch):
     data = written(1, 512, '>', seconds=120)[0]
     Path('data/day.mseed').write_bytes(data[:-512 + 300])
     says = 'the last record is cut off (300 of 512 bytes); the samples before it are used'
-    build(ReconstructionConfig(BidirAutoregConfig(d_model=8), blocks=1, ff=1.)).save_pretrained('run')
+    build(ReconstructionConfig(BidirAutoregConfig(d_model=8), blocks=1, ff=1.)).save_pretrained(
+        'run')
     assert main(['inspect', 'data', '--out', 'page.png']) == 0 and says in capsys.readouterr().out
     assert main(['pack', 'data', '--out', 'store']) == 0
-    assert says in Path('store/left_out.csv').read_text(encoding='utf-8') and says in capsys.readouterr().out
+    assert (says in Path('store/left_out.csv').read_text(encoding='utf-8')
+            and says in capsys.readouterr().out)
     assert main(['embed', 'run', 'data', '--device', 'cpu', '--out', 'a.npz']) == 0
     assert f"left out: {Path('data/day.mseed')}: {says}" in capsys.readouterr().err
-    assert main(['pick', 'data', '--model', 'tiny-picker', '--device', 'cpu', '--out', 'picks']) == 0
+    assert (main(['pick', 'data', '--model', 'tiny-picker', '--device', 'cpu', '--out', 'picks'])
+            == 0)
     assert f"left out: {Path('data/day.mseed')}: {says}" in capsys.readouterr().err
     assert says in Path('picks/left_out.csv').read_text(encoding='utf-8')

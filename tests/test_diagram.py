@@ -5,14 +5,16 @@ from matplotlib.patches import FancyBboxPatch
 
 from seismodel.diagram import BOX_COLORS, Arrow, Box, draw_diagram
 
-BOXES = {'trace': Box(0, .5, 'trace\n(B, 4096, 3)', 'data'), 'frames': Box(1, .5, 'Conv1d\n(B, 1024, 256)'),
+BOXES = {'trace': Box(0, .5, 'trace\n(B, 4096, 3)', 'data'),
+         'frames': Box(1, .5, 'Conv1d\n(B, 1024, 256)'),
          'up': Box(2, 0, 'features'), 'down': Box(2, 1, 'x_normalized\n(B, 1024, 256)', 'target'),
          'loss': Box(5, 1, 'InfoNCE', 'loss')}
 
 
 @pytest.fixture
 def axes():
-    fig = draw_diagram(BOXES, [Arrow('trace', 'frames', 'strided'), Arrow('up', 'down', dashed=True)])
+    fig = draw_diagram(BOXES,
+                       [Arrow('trace', 'frames', 'strided'), Arrow('up', 'down', dashed=True)])
     fig.canvas.draw()
     yield fig.axes[0]
     plt.close(fig)
@@ -25,7 +27,9 @@ def test_each_text_fits_its_box_and_each_box_the_figure(axes):
     assert len(boxes_of(axes)) == len(BOXES)
     width, height = axes.figure.canvas.get_width_height()
     assert (width, height) == (803, 176)
-    for box, text in zip(boxes_of(axes), (t for t in axes.texts if t.get_text() in [b.text for b in BOXES.values()])):
+    for box, text in zip(boxes_of(axes),
+                         (t for t in axes.texts
+                          if t.get_text() in [b.text for b in BOXES.values()])):
         outer, inner = box.get_window_extent(), text.get_window_extent()
         assert outer.x0 < inner.x0 and inner.x1 < outer.x1 and outer.y0 < inner.y0 and inner.y1 < outer.y1, text.get_text()
         assert 0 < outer.x0 and outer.x1 < width and 0 < outer.y0 and outer.y1 < height

@@ -1,4 +1,5 @@
-"A full disk: every command that writes says which folder, what it needs and what is free, and leaves nothing half-written"
+"""A full disk: every command that writes says which folder, what it needs and what is free, and
+leaves nothing half-written"""
 import errno
 import json
 import re
@@ -25,7 +26,8 @@ def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp('home')
     write_synthetic(folder/'data', dict(train=3, dev=2), samples=3000)
     obspy.read().write(str(folder/'waves.mseed'), format='MSEED')
-    rows = ['event,network,station,phase,time', 'e,BW,RJOB,P,2009-08-24T00:20:08', 'e,BW,RJOB,S,2009-08-24T00:20:12', '']
+    rows = ['event,network,station,phase,time', 'e,BW,RJOB,P,2009-08-24T00:20:08',
+            'e,BW,RJOB,S,2009-08-24T00:20:12', '']
     (folder/'picks.csv').write_text('\n'.join(rows), encoding='utf-8')
     build(preset('contrastive-tiny').model).save_pretrained(folder/'model')
     Picker(build(preset('contrastive-tiny').model)).save_pretrained(folder/'picker')
@@ -38,19 +40,25 @@ def full(*_, **__): raise OSError(errno.ENOSPC, 'No space left on device')
 def said(words, capsys):
     "The one sentence that a call ends in"
     assert main(list(map(str, words))) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith('seismodel: ')]
+    lines = [line for line in capsys.readouterr().err.splitlines()
+             if line.startswith('seismodel: ')]
     assert len(lines) == 1, lines
     return lines[0]
 
 
-def written(folder): return sorted(f.relative_to(folder).as_posix() for f in folder.rglob('*') if f.is_file()) if folder.exists() else []
+def written(folder):
+    return (sorted(f.relative_to(folder).as_posix() for f in folder.rglob('*') if f.is_file())
+            if folder.exists() else [])
 
 
 @pytest.mark.parametrize('words, need, left', [
     ('embed model data --out OUT/x.npz', 'needs (more than )?[0-9.]+ (kB|MB)', []),
-    ('pick waves.mseed --model picker --out OUT', 'needs more than [0-9]+ bytes', ['settings.json']),
-    ('dataset picks.csv --waveforms waves.mseed --before 5 --after 16 --noise 0 --out OUT', 'needs [0-9.]+ kB', []),
-    ('pretrain --preset contrastive-tiny --steps 1 --device cpu --out OUT', 'needs more than [0-9.]+ kB', ['.lock']),
+    ('pick waves.mseed --model picker --out OUT', 'needs more than [0-9]+ bytes',
+     ['settings.json']),
+    ('dataset picks.csv --waveforms waves.mseed --before 5 --after 16 --noise 0 --out OUT',
+     'needs [0-9.]+ kB', []),
+    ('pretrain --preset contrastive-tiny --steps 1 --device cpu --out OUT',
+     'needs more than [0-9.]+ kB', ['.lock']),
     ('pack data --out OUT', 'needs up to [0-9.]+ kB', None)])
 def test_which_folder_and_how_much(words, need, left, home, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(home)
@@ -60,9 +68,11 @@ def test_which_folder_and_how_much(words, need, left, home, tmp_path, capsys, mo
     monkeypatch.setattr(h5py.File, 'flush', full)
     if words.startswith('dataset'): monkeypatch.setattr(h5py.Group, 'create_dataset', full)
     sentence = said([str(out) + w[3:] if w.startswith('OUT') else w for w in words.split()], capsys)
-    assert 'no space left' in sentence and f"'{out}" in sentence and re.search(need, sentence) and ' free' in sentence, sentence
+    assert 'no space left' in sentence and f"'{out}" in sentence and re.search(
+        need, sentence) and ' free' in sentence, sentence
     assert 'make room' in sentence and 'give the same command again' in sentence
-    assert not [f for f in written(out) if f.endswith('.part')] or words.startswith('pack')    # pack goes on with its own
+    # pack goes on with its own
+    assert not [f for f in written(out) if f.endswith('.part')] or words.startswith('pack')
     if left is not None: assert written(out) == left
 
 
@@ -72,17 +82,23 @@ def test_no_half_of_a_model_is_left(home, tmp_path, capsys, monkeypatch):
     real = files.force_out
     monkeypatch.setattr('seismodel.training.trainer.draw_run', lambda *a: None)
     with monkeypatch.context() as m:
-        m.setattr(files, 'force_out', lambda path: full() if path.name == '.model.safetensors.part' else real(path))
-        assert re.search(r"for model.safetensors: it needs (more than )?2\.\d MB", said(words.split(), capsys))
+        m.setattr(files, 'force_out', lambda path: full()
+                  if path.name == '.model.safetensors.part' else real(path))
+        assert re.search(r"for model.safetensors: it needs (more than )?2\.\d MB",
+                         said(words.split(), capsys))
     assert written(tmp_path/'run') == ['.lock']
     assert main(words.split()) == 0
 
 
 def test_a_trial_says_why_even_where_its_log_takes_no_words(home, tmp_path, monkeypatch):
-    trial, common = Trial(Candidate('a', 'random', str(home/'model')), 1., 0), StudyConfig((str(home/'data'),), steps=1)
+    trial, common = Trial(Candidate('a', 'random', str(home/'model')), 1.,
+                          0), StudyConfig((str(home/'data'),), steps=1)
     monkeypatch.setattr(files, 'force_out', full)
-    monkeypatch.setattr('seismodel.study.run.run_trial', lambda *a: files.write_atomically(tmp_path/'x', lambda p: p.write_bytes(b'12')))
-    assert re.fullmatch(r"no space left in '.*' for x: it needs more than 2 bytes, and .* are free", attempt(trial, common, tmp_path))
+    monkeypatch.setattr('seismodel.study.run.run_trial',
+                        lambda *a: files.write_atomically(tmp_path/'x',
+                                                          lambda p: p.write_bytes(b'12')))
+    assert re.fullmatch(r"no space left in '.*' for x: it needs more than 2 bytes, and .* are free",
+                        attempt(trial, common, tmp_path))
     monkeypatch.setattr('seismodel.study.run.run_trial', full)
     assert attempt(trial, common, tmp_path) == f"no space left in '{tmp_path/trial.name}.part'"
 

@@ -1,4 +1,5 @@
-"One rank against two, as torchrun starts them on CPUs: gradients, whole runs, resuming on another number, signals"
+"""One rank against two, as torchrun starts them on CPUs: gradients, whole runs, resuming on another
+number, signals"""
 import json
 import os
 import signal
@@ -19,15 +20,21 @@ from seismodel.models.pretraining import ContrastiveConfig, ReconstructionConfig
 from seismodel.training.runlog import read_metrics
 
 root = Path(__file__).resolve().parents[1]
-RUN = ('--window 512 --batch-size 4 --log-every 1 --validate-every 6 --validation-windows 4 --checkpoint-every 6 --device cpu --workers 0 --steps').split()
-needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason='PyTorch was built without Gloo')
+RUN = ('--window 512 --batch-size 4 --log-every 1 --validate-every 6 --validation-windows 4 '
+       '--checkpoint-every 6 --device cpu --workers 0 --steps').split()
+needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(),
+                                reason='PyTorch was built without Gloo')
 
 
 def start(ranks, *words, cwd):
     "A process that runs this Python with `words`, or torchrun over so many of them"
-    engine = [] if ranks == 1 else ['-m', 'torch.distributed.run', '--nproc-per-node', str(ranks), '--master-port', str(29500 + os.getpid() % 1000)]
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'agg', 'CUDA_VISIBLE_DEVICES': '', 'PYTHONPATH': str(root)}
-    return subprocess.Popen([sys.executable, *engine, *map(str, words)], cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    engine = ([]
+              if ranks == 1 else ['-m', 'torch.distributed.run', '--nproc-per-node', str(ranks),
+                                  '--master-port', str(29500 + os.getpid() % 1000)])
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'agg', 'CUDA_VISIBLE_DEVICES': '',
+           'PYTHONPATH': str(root)}
+    return subprocess.Popen([sys.executable, *engine, *map(str, words)], cwd=cwd, env=env,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def pretrain(ranks, *words, cwd):
@@ -46,28 +53,37 @@ def largest_difference(a, b, name='loss'):
 def first_difference(a, b): return abs(read_metrics(a)[0]['loss'] - read_metrics(b)[0]['loss'])
 
 
-MODELS = {'contrastive': ContrastiveConfig(ConvDownConfig(conv_features=16, out_features=16, codevector_dim=16, target_features=16, mask_mode='wav2vec2'), blocks=1, pooling=(4,)),
-          'reconstruction': ReconstructionConfig(BidirAutoregConfig(d_model=16, mask_mode='wav2vec2'), blocks=1, ff=2.)}
+MODELS = {'contrastive': ContrastiveConfig(ConvDownConfig(conv_features=16, out_features=16,
+                                                          codevector_dim=16, target_features=16,
+                                                          mask_mode='wav2vec2'), blocks=1,
+                                           pooling=(4,)),
+          'reconstruction': ReconstructionConfig(
+    BidirAutoregConfig(d_model=16, mask_mode='wav2vec2'), blocks=1, ff=2.)}
 
 
 def gradients(ranks):
-    "Loss, its measures and its gradient for six windows, as this process and its peers find them together; masks of different sizes"
+    """Loss, its measures and its gradient for six windows, as this process and its peers find them
+    together; masks of different sizes"""
     found = {}
     for name, config in MODELS.items():
         torch.manual_seed(0)
         model = build(config).double().train()
         x = torch.randn(6, 260, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         model.average, model.draws = ranks.average, ranks.draws
-        loss, measures = model(x.unflatten(0, (ranks.world, -1))[ranks.rank], torch.Generator().manual_seed(2))
+        loss, measures = model(x.unflatten(0, (ranks.world, -1))[ranks.rank],
+                               torch.Generator().manual_seed(2))
         loss.backward()
         ranks.average_gradients(model)
-        found[name] = {**{n: p.grad for n, p in model.named_parameters()}, 'loss': ranks.average(loss.detach()),
-                       **{n: ranks.average(m.double()) for n, m in measures.items() if 'variance' not in n and n != 'masked'}}
+        found[name] = {**{n: p.grad for n, p in model.named_parameters()},
+                       'loss': ranks.average(loss.detach()),
+                       **{n: ranks.average(m.double()) for n, m in measures.items()
+                          if 'variance' not in n and n != 'masked'}}
     return found
 
 
 def test_a_compiled_block_stays_whole_while_a_rank_draws():
-    "What the whole batch's draws catch must not reach the backbone: every function that is caught there breaks a graph"
+    """What the whole batch's draws catch must not reach the backbone: every function that is caught
+    there breaks a graph"""
     seen = CompileCounterWithBackend('eager')
     model = build(MODELS['reconstruction']).train()
     model.draws, x = Ranks(torch.device('cpu'), 0, 2).draws, torch.randn(2, 260, 3)
@@ -92,9 +108,12 @@ def scattered(ranks):
 
 @needs_gloo
 def test_losses_and_gradients_of_two_ranks_are_those_of_one(tmp_path):
-    code = (f"import sys, torch; sys.path.insert(0, {str(root/'tests')!r}); from test_distributed import gradients, scattered\n"
-            "from seismodel.training.distributed import join_ranks\nwith join_ranks('cpu') as r:\n    found = gradients(r)\n"
-            "    if r.rank == 0: torch.save(found, 'found.pt')\n    torch.save(scattered(r), f'{r.rank}.pt')")
+    code = (f"import sys, torch; sys.path.insert(0, {str(root/'tests')!r}); from test_distributed "
+            f"import gradients, scattered\n"
+            "from seismodel.training.distributed import join_ranks\nwith join_ranks('cpu') as "
+            "r:\n    found = gradients(r)\n"
+            "    if r.rank == 0: torch.save(found, 'found.pt')\n    torch.save(scattered(r), "
+            "f'{r.rank}.pt')")
     (tmp_path/'work.py').write_text(code, encoding='utf-8')
     process = start(2, 'work.py', cwd=tmp_path)
     said, _ = process.communicate(timeout=120)
@@ -103,13 +122,16 @@ def test_losses_and_gradients_of_two_ranks_are_those_of_one(tmp_path):
     for method in MODELS:
         assert two[method].keys() == one[method].keys()
         for name, value in one[method].items():
-            torch.testing.assert_close(two[method][name], value, rtol=1e-6, atol=1e-8, msg=lambda m: f'{method} {name}: {m}')
+            torch.testing.assert_close(two[method][name], value, rtol=1e-6, atol=1e-8,
+                                       msg=lambda m: f'{method} {name}: {m}')
     first, second = (torch.load(tmp_path/f'{rank}.pt') for rank in range(2))
-    assert first['running_var'].tolist() == [0., 0., 0.] and all(torch.equal(t, second[name]) for name, t in first.items())
+    assert (first['running_var'].tolist() == [0., 0., 0.]
+            and all(torch.equal(t, second[name]) for name, t in first.items()))
 
 
 def test_without_the_average_the_gradients_would_differ():
-    "The check above can fail: the plain mean of two halves is another number when their masks have different sizes"
+    """The check above can fail: the plain mean of two halves is another number when their masks
+    have different sizes"""
     torch.manual_seed(0)
     model = build(MODELS['contrastive']).double().train()
     x = torch.randn(6, 260, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -127,8 +149,9 @@ def test_without_the_average_the_gradients_would_differ():
 def test_a_run_on_one_rank_and_on_two_has_the_same_curve(method, tmp_path):
     """And begun on one it goes on on two, or the other way round
 
-    Twelve steps drift by rounding alone. Where a code is a draw between two, they drift further: one frame of 340 has another target.
-    Gradients that are not averaged make 0.08 of it, and 0.4 in their norm.
+    Twelve steps drift by rounding alone. Where a code is a draw between two, they drift further:
+    one frame of 340 has another target. Gradients that are not averaged make 0.08 of it, and 0.4 in
+    their norm.
     """
     drift = {'contrastive': .02, 'reconstruction': 1e-4}[method]
     words = ['--preset', f'{method}-tiny', *RUN, 12]
@@ -139,7 +162,8 @@ def test_a_run_on_one_rank_and_on_two_has_the_same_curve(method, tmp_path):
     assert largest_difference(tmp_path/'one', tmp_path/'two', 'grad_norm') < 10*drift
     run, ranks = ('one', 2) if method == 'contrastive' else ('two', 1)
     kept = read_metrics(tmp_path/run)
-    checkpoint_files(tmp_path/run)[0].unlink()                       # as if it had been killed before step 12
+    # as if it had been killed before step 12
+    checkpoint_files(tmp_path/run)[0].unlink()
     assert 'Going on from step 6' in pretrain(ranks, '--resume', run, cwd=tmp_path)
     again = read_metrics(tmp_path/run)
     assert [r['step'] for r in again] == [r['step'] for r in kept]
@@ -148,14 +172,16 @@ def test_a_run_on_one_rank_and_on_two_has_the_same_curve(method, tmp_path):
 
 @needs_gloo
 def test_ranks_agree_where_to_stop(tmp_path):
-    process = start(2, '-m', 'seismodel', 'pretrain', '--preset', 'reconstruction-tiny', *RUN, 4000, '--out', 'run', cwd=tmp_path)
+    process = start(2, '-m', 'seismodel', 'pretrain', '--preset', 'reconstruction-tiny', *RUN, 4000,
+                    '--out', 'run', cwd=tmp_path)
     while process.poll() is None and not (tmp_path/'run/metrics.jsonl').exists(): time.sleep(.1)
     time.sleep(1)
     process.send_signal(signal.SIGTERM)                              # torchrun hands it to both
     said, _ = process.communicate(timeout=60)
     assert said.count('Stopped by') == 2 and 'is safe. Go on with --resume run' in said, said
     newest = int(checkpoint_files(tmp_path/'run')[0].stem[5:])
-    assert said.count(f'after step {newest} of 4000; the checkpoint of step {newest} is safe') == 2, said
+    assert said.count(
+        f'after step {newest} of 4000; the checkpoint of step {newest} is safe') == 2, said
 
 
 HUNG = """
@@ -170,12 +196,19 @@ sys.exit(main(['pretrain', *sys.argv[1:]]))
 @needs_gloo
 @pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGSTOP])
 def test_who_is_left_says_so_when_a_rank_is_lost(number, tmp_path):
-    "A rank that is killed, which Gloo notices; and one that stands still, as NCCL has it with one that is killed: nothing is noticed, until SIGTERM comes"
+    """A rank that is killed, which Gloo notices; and one that stands still, as NCCL has it with one
+    that is killed: nothing is noticed, until SIGTERM comes"""
     (tmp_path/'work.py').write_text(HUNG, encoding='utf-8')
-    both = [subprocess.Popen([sys.executable, 'work.py', '--preset', 'reconstruction-tiny', *RUN, '4000', '--out', 'run'], cwd=tmp_path,
-                             env={**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'agg', 'CUDA_VISIBLE_DEVICES': '', 'PYTHONPATH': str(root), 'RANK': str(rank),
-                                  'LOCAL_RANK': str(rank), 'WORLD_SIZE': '2', 'MASTER_ADDR': 'localhost', 'MASTER_PORT': str(33500 + os.getpid() % 1000)},
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank in range(2)]
+    both = [subprocess.Popen([sys.executable, 'work.py', '--preset', 'reconstruction-tiny', *RUN,
+                              '4000', '--out', 'run'], cwd=tmp_path,
+                             env={**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'agg',
+                                  'CUDA_VISIBLE_DEVICES': '', 'PYTHONPATH': str(root),
+                                  'RANK': str(rank),
+                                  'LOCAL_RANK': str(rank), 'WORLD_SIZE': '2',
+                                  'MASTER_ADDR': 'localhost',
+                                  'MASTER_PORT': str(33500 + os.getpid() % 1000)},
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            for rank in range(2)]
     try:
         while both[0].poll() is None and not checkpoint_files(tmp_path/'run'): time.sleep(.1)
         both[1].send_signal(number)
@@ -186,7 +219,8 @@ def test_who_is_left_says_so_when_a_rank_is_lost(number, tmp_path):
     finally:
         for p in both: p.kill()
     assert both[0].returncode == 1 and 'Traceback' not in said, said
-    assert ('Another rank is lost' if number == signal.SIGKILL else 'no step ended in 1 s: another rank is lost') in said
+    assert ('Another rank is lost'
+            if number == signal.SIGKILL else 'no step ended in 1 s: another rank is lost') in said
     assert said.count('go on with --resume run') == 1
     kept = read_checkpoint(checkpoint_files(tmp_path/'run')[0])
     assert kept.state['step'] >= 6 and all(t.isfinite().all() for t in kept.tensors.values())
@@ -217,28 +251,40 @@ for name, more in (('stopped', []), ('skipped', ['--skip-nonfinite', '1'])):
 
 @needs_gloo
 def test_a_nan_on_one_rank_stops_both_or_is_skipped_by_both(tmp_path):
-    "Two processes, without torchrun, which would end the other one at once: each comes to its end by itself"
+    """Two processes, without torchrun, which would end the other one at once: each comes to its end
+    by itself"""
     (tmp_path/'work.py').write_text(POISONED, encoding='utf-8')
     port, both = 31500 + os.getpid() % 1000, []
     for rank in range(2):
-        env = {**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'agg', 'CUDA_VISIBLE_DEVICES': '', 'PYTHONPATH': str(root), 'RANK': str(rank), 'LOCAL_RANK': str(rank),
+        env = {**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'agg',
+               'CUDA_VISIBLE_DEVICES': '', 'PYTHONPATH': str(root), 'RANK': str(rank),
+               'LOCAL_RANK': str(rank),
                'WORLD_SIZE': '2', 'MASTER_ADDR': 'localhost', 'MASTER_PORT': str(port)}
-        both.append(subprocess.Popen([sys.executable, 'work.py', '--preset', 'reconstruction-tiny', *RUN, '12'], cwd=tmp_path, env=env,
+        both.append(subprocess.Popen([sys.executable, 'work.py', '--preset', 'reconstruction-tiny',
+                                      *RUN, '12'], cwd=tmp_path, env=env,
                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
     try: said = [p.communicate(timeout=120) for p in both]
     finally:
         for p in both: p.kill()
-    assert [[line for line in out.splitlines() if line.startswith('exit')] for out, _ in said] == [['exit 1', 'exit 0']]*2, said
-    sentence = ('The loss is nan and the norm of its gradient nan at step 8, with windows 28 to 31; the update was withheld. Lower the learning rate, or look at these windows '
+    assert [[line for line in out.splitlines() if line.startswith('exit')] for out,
+            _ in said] == [['exit 1', 'exit 0']]*2, said
+    sentence = ('The loss is nan and the norm of its gradient nan at step 8, with windows 28 to '
+                '31; the update was withheld. Lower the learning rate, or look at these windows '
                 "(they are listed in 'stopped/nonfinite.jsonl').")
-    for (_, errors), who in zip(said, ('seismodel: ', 'seismodel, rank 1: ')): assert errors.count(who + sentence) == 1 and errors.count('The loss is') == 1
+    for (_, errors), who in zip(said, ('seismodel: ', 'seismodel, rank 1: ')):
+        assert errors.count(who + sentence) == 1 and errors.count('The loss is') == 1
     digests = [[line for line in out.splitlines() if line.startswith('digest')] for out, _ in said]
-    assert digests[0] == digests[1] and digests[0][0] != digests[0][1]     # those of step 7 and of step 12, the same on both ranks
+    # those of step 7 and of step 12, the same on both ranks
+    assert digests[0] == digests[1] and digests[0][0] != digests[0][1]
     kept = read_checkpoint(checkpoint_files(tmp_path/'stopped')[0])
     assert kept.state['step'] == 6 and all(t.isfinite().all() for t in kept.tensors.values())
     assert [r['step'] for r in read_metrics(tmp_path/'stopped')] == list(range(1, 8))
-    assert [r['loss'] is None for r in read_metrics(tmp_path/'skipped')] == [step == 8 for step in range(1, 13)]
-    for name in ('stopped', 'skipped'): assert [json.loads(line)['windows'] for line in open(tmp_path/name/'nonfinite.jsonl', encoding='utf-8')] == [[28, 29, 30, 31]]
+    assert ([r['loss'] is None for r in read_metrics(tmp_path/'skipped')]
+            == [step == 8 for step in range(1, 13)])
+    for name in ('stopped', 'skipped'):
+        assert [json.loads(line)['windows']
+                for line in open(tmp_path/name/'nonfinite.jsonl', encoding='utf-8')] == [
+                    [28, 29, 30, 31]]
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused(tmp_path):
@@ -246,4 +292,5 @@ def test_a_batch_that_ranks_cannot_share_is_refused(tmp_path):
     from seismodel.training.trainer import check_fit
     from seismodel.core import UserError
     with pytest.raises(UserError, match='batch size is 4, which 3 ranks cannot share'):
-        check_fit(TrainConfig(steps=1, batch_size=4), range(4), tmp_path/'run', False, Ranks(torch.device('cpu'), 0, 3))
+        check_fit(TrainConfig(steps=1, batch_size=4), range(4), tmp_path/'run', False,
+                  Ranks(torch.device('cpu'), 0, 3))

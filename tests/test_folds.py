@@ -1,4 +1,5 @@
-"The study by folds: its plan, its folds, its arrays and windows, what a trial leaves, what is run again and what is not, and its bundles"
+"""The study by folds: its plan, its folds, its arrays and windows, what a trial leaves, what is run
+again and what is not, and its bundles"""
 import importlib.util
 import json
 import sys
@@ -20,12 +21,17 @@ from seismodel.core import UserError
 from seismodel.data.pack import pack
 from seismodel.data.sources import write_synthetic
 from seismodel.signals.records import STATUS
-from seismodel.study.arms import AS_IT_IS, FoldTrial, Grid, Start, Way, choose_arms, plan_folds, study_arms, study_variants
-from seismodel.study.arrays import open_splits, pack_arrays, sample_planes, samples_of_planes, unpack_arrays, write_continuous, write_records
-from seismodel.study.device_records import DeviceEvents, DeviceRecords, events_part, read_records, scramble_phases
+from seismodel.study.arms import (AS_IT_IS, FoldTrial, Grid, Start, Way, choose_arms, plan_folds,
+                                  study_arms, study_variants)
+from seismodel.study.arrays import (open_splits, pack_arrays, sample_planes, samples_of_planes,
+                                    unpack_arrays, write_continuous, write_records)
+from seismodel.study.device_records import (DeviceEvents, DeviceRecords, events_part, read_records,
+                                            scramble_phases)
 from seismodel.study.fold_run import bring_bundles, run_fold_trials, take_bundles
-from seismodel.study.fold_scores import ABSENT, AUTOMATIC, MANUAL, Labels, onset_summary, score_continuous, score_onsets, window_rows
-from seismodel.study.fold_trial import FoldStudy, dev_batches, fine_windows, finetune_fold, pretraining_windows
+from seismodel.study.fold_scores import (ABSENT, AUTOMATIC, MANUAL, Labels, onset_summary,
+                                         score_continuous, score_onsets, window_rows)
+from seismodel.study.fold_trial import (FoldStudy, dev_batches, fine_windows, finetune_fold,
+                                        pretraining_windows)
 from seismodel.study.folds import event_parts, fold_sides
 
 root = Path(__file__).resolve().parents[1]
@@ -44,10 +50,12 @@ def test_a_plan_in_own_words_is_worked_off_in_its_order():
     assert names[-1] == 'spectrum-480k-s0--plain--0.1--1'
     assert all(t.pretraining in trials for t in trials if t.way and t.start.windows)
     again = objectives.trials_of(['random | plain | .1 | 0 | 0 2', 'spectrum:1:2 | | |'], 'tiny')
-    assert [t.name for t in again] == ['random--plain--0.1--0', 'random--plain--0.1--0--2', 'spectrum-1k-s2']
+    assert ([t.name for t in again]
+            == ['random--plain--0.1--0', 'random--plain--0.1--0--2', 'spectrum-1k-s2'])
     default = objectives.trials_of(objectives.PLAN, 'tiny')
     assert len({t.name for t in default}) == len(default) == 200
-    for line in ('spectrum:480 | plain | .1', 'huge:480 | plain | .1 | 0', 'random:3 | plain | .1 | 0',
+    for line in ('spectrum:480 | plain | .1', 'huge:480 | plain | .1 | 0',
+                 'random:3 | plain | .1 | 0',
                  'random | some | .1 | 0'):
         with pytest.raises(SystemExit, match='is no'): objectives.trials_of([line], 'tiny')
 
@@ -61,24 +69,35 @@ def test_the_readme_says_what_the_reports_say():
     assert f"{points[.1, 'p']} percentage points more P and {points[.1, 's']} more S" in said
     assert f"{points[1, 'p']} and {points[1, 's']} where it learns from all of them" in said
     verdicts = {(row.fraction, row.phase): row.verdict for row in gains.itertuples()}
-    assert verdicts == {(.1, 'p'): 'ahead', (.1, 's'): 'ahead', (1, 'p'): 'ahead', (1, 's'): 'level'}
+    assert (verdicts
+            == {(.1, 'p'): 'ahead', (.1, 's'): 'ahead', (1, 'p'): 'ahead', (1, 's'): 'level'})
 
 
 def test_the_study_has_its_arms_folds_and_seeds():
-    "The arms that were said beforehand, each pretraining once for all folds, all labels with one seed"
+    """The arms that were said beforehand, each pretraining once for all folds, all labels with one
+    seed"""
     arms = study_arms('tiny', 1000, ('volpick',))
-    assert {'best', 'contrastive', 'reconstruction', 'random', 'synthetic', 'random-3x', 'volpick', 'volpick-finetuned',
+    assert {'best', 'contrastive', 'reconstruction', 'random', 'synthetic', 'random-3x', 'volpick',
+            'volpick-finetuned',
             'placebo', 'best+synthetic', 'random+synthetic'} <= {a.name for a in arms}
     trials = plan_folds(arms)
     before = [t for t in trials if not t.way]
-    assert trials[:len(before)] == before and len(before) == 3 + 5                     # three seeds of the best
-    of = lambda name, fraction: [t for t in trials if t.way and t.method == next(a for a in arms if a.name == name).method and t.fraction == fraction]
-    assert all({(t.fold, t.seed) for t in of(name, .1)} == {(f, s) for f in range(5) for s in range(3)} for name in ('best', 'random', 'placebo'))
-    assert {(t.fold, t.seed) for t in of('best', 1.)} == {(f, 0) for f in range(5)} and not of('placebo', 1.)
-    assert of('volpick', .1) == [] and len(of('volpick', 1.)) == 5 and len(of('best-probe', 1.)) == 1
+    # three seeds of the best
+    assert trials[:len(before)] == before and len(before) == 3 + 5
+    of = lambda name, fraction: [t for t in trials if t.way and t.method
+                                 == next(a for a in arms if a.name == name).method
+                                 and t.fraction == fraction]
+    assert all({(t.fold, t.seed) for t in of(name, .1)}
+               == {(f, s) for f in range(5) for s in range(3)}
+               for name in ('best', 'random', 'placebo'))
+    assert ({(t.fold, t.seed) for t in of('best', 1.)} == {(f, 0) for f in range(5)}
+            and not of('placebo', 1.))
+    assert (of('volpick', .1) == [] and len(of('volpick', 1.)) == 5
+            and len(of('best-probe', 1.)) == 1)
     whole = {a.name for a in arms if a.whole and a.folds > 1}
     assert {'best', 'contrastive', 'reconstruction', 'random', 'synthetic'} <= whole
-    assert next(t for t in of('random-3x', .1)).way.budget == 3 and next(t for t in of('best+synthetic', .1)).way.synthetic == .25
+    assert (next(t for t in of('random-3x', .1)).way.budget == 3
+            and next(t for t in of('best+synthetic', .1)).way.synthetic == .25)
 
 
 def test_events_stay_together_and_datasets_are_spread():
@@ -89,9 +108,11 @@ def test_events_stay_together_and_datasets_are_spread():
     assert part.shape == (300,) and set(part) == set(range(10))
     assert all(len({p for p, e in zip(part, events) if e == one}) == 1 for one in set(events))
     for which, most in (('a', 40), ('b', 20)):
-        counts = [len({e for e, d, p in zip(events, datasets, part) if d == which and p % 5 == k}) for k in range(5)]
+        counts = [len({e for e, d, p in zip(events, datasets, part) if d == which and p % 5 == k})
+                  for k in range(5)]
         assert sum(counts) == most and max(counts) - min(counts) <= 1
-    order = rng.permutation(300)                                     # nor does the order of the records matter
+    # nor does the order of the records matter
+    order = rng.permutation(300)
     again = event_parts([events[i] for i in order], [datasets[i] for i in order], 5)
     assert (again == part[order]).all()
 
@@ -114,7 +135,8 @@ def test_no_event_learns_chooses_and_scores(folds):
 
 @pytest.fixture(scope='module')
 def arrays(tmp_path_factory):
-    "40 synthetic records as the study has them; a third of the P onsets automatic, S weak alone, ten stations"
+    """40 synthetic records as the study has them; a third of the P onsets automatic, S weak alone,
+    ten stations"""
     at = tmp_path_factory.mktemp('study')
     write_synthetic(at/'data', dict(train=24, dev=8, test=8), samples=5000)
     table = write_records(at, 'labelled', open_splits([str(at/'data')]))
@@ -128,7 +150,8 @@ def arrays(tmp_path_factory):
     np.save(at/'labelled-table.npy', table)
     out = at/'out'
     out.mkdir()
-    for name, part in zip(('waves', 'onsets'), events_part(0)): np.save(out/f'events-{name}.npy', part)
+    for name, part in zip(('waves', 'onsets'), events_part(0)):
+        np.save(out/f'events-{name}.npy', part)
     return at
 
 
@@ -145,8 +168,11 @@ def test_a_store_and_its_folder_make_the_same_arrays(arrays, tmp_path):
 
 
 def test_splits_that_are_not_asked_for_stay_behind(arrays, tmp_path):
-    objectives.prepare(SimpleNamespace(labelled=str(arrays/'data'), unlabelled=str(other_events(tmp_path)), out=tmp_path/'arrays'))
-    assert len(np.load(tmp_path/'arrays/labelled-table.npy')) == 32                       # train and dev
+    objectives.prepare(SimpleNamespace(labelled=str(arrays/'data'),
+                                       unlabelled=str(other_events(tmp_path)),
+                                       out=tmp_path/'arrays'))
+    # train and dev
+    assert len(np.load(tmp_path/'arrays/labelled-table.npy')) == 32
     assert len(np.load(tmp_path/'arrays/unlabelled-table.npy')) == 5
 
 
@@ -165,7 +191,8 @@ def test_scrambled_windows_keep_their_spectra_and_lose_their_onsets():
     assert y.shape == x.shape and torch.equal(y, z) and not torch.allclose(y, other, atol=.1)
     a, b = torch.fft.rfft(x, dim=1), torch.fft.rfft(y, dim=1)
     torch.testing.assert_close(a[:, 1:-1].abs(), b[:, 1:-1].abs(), rtol=1e-3, atol=1e-3)
-    cross = lambda f: (f[..., :1]*f[..., 1:].conj())[:, 1:-1]                    # components stay related as they were
+    # components stay related as they were
+    cross = lambda f: (f[..., :1]*f[..., 1:].conj())[:, 1:-1]
     torch.testing.assert_close(cross(a), cross(b), rtol=1e-3, atol=2e-2)
     loudest = lambda v: v.square().unfold(1, 256, 256).mean(-1).amax(1)/v.square().mean(1)
     assert (loudest(x) > 10).all() and (loudest(y) < 4).all()
@@ -187,7 +214,8 @@ def test_events_in_noise_lie_at_their_onsets(tmp_path):
 
 
 class NothingFromTheHost(TorchDispatchMode):
-    "Fails where a recording of a step on a GPU would: at numbers of Python made into tensors, and at tensors that Python reads"
+    """Fails where a recording of a step on a GPU would: at numbers of Python made into tensors, and
+    at tensors that Python reads"""
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.name()
         assert name not in ('aten::lift_fresh', 'aten::_local_scalar_dense', 'aten::nonzero'), name
@@ -200,7 +228,8 @@ def draws_of(arrays):
     if not (generated/'synthetic-table.npy').exists(): fold_run.make_generated(generated, 50, 0, 1)
     s, cpu = FoldStudy(arrays, generated, steps=4, batch_size=8, device='cpu'), torch.device('cpu')
     records, table = read_records(arrays, 'labelled', cpu)
-    trial = FoldTrial(Start('random', study_variants('tiny')['spectrum']), Way('mixed', synthetic=.25))
+    trial = FoldTrial(Start('random', study_variants('tiny')['spectrum']),
+                      Way('mixed', synthetic=.25))
     draws = {'fine-tuning': fine_windows(trial, s, records, np.arange(24))}
     for name, variant in study_variants('tiny').items():
         draws[name] = pretraining_windows(Start(name, variant, 32), s, 8, cpu)
@@ -211,32 +240,44 @@ def draws_of(arrays):
 def test_a_step_that_is_recorded_draws_its_windows_on_the_device(arrays):
     for name, draw in draws_of(arrays).items():
         generator = torch.Generator().manual_seed(0)
-        first = draw(generator)                                                 # a step is recorded after it was taken
+        # a step is recorded after it was taken
+        first = draw(generator)
         with NothingFromTheHost(): second = draw(generator)
         x = [b['x'] if isinstance(b, dict) else b for b in (first, second)]
         assert x[0].shape == x[1].shape == (8, 4096, 3) and not torch.equal(*x), name
-    with pytest.raises(AssertionError, match='lift_fresh'), NothingFromTheHost(): torch.tensor([0, 4096])
-    with pytest.raises(AssertionError, match='_local_scalar_dense'), NothingFromTheHost(): torch.zeros(1).item()
+    with pytest.raises(AssertionError, match='lift_fresh'), NothingFromTheHost():
+        torch.tensor([0, 4096])
+    with pytest.raises(AssertionError, match='_local_scalar_dense'), NothingFromTheHost():
+        torch.zeros(1).item()
 
 
 def test_a_trial_scores_manual_onsets_apart_from_automatic_ones(arrays):
-    "Weak ones never; a dev event chooses the step; the same windows for every picker; whether a station was known"
+    """Weak ones never; a dev event chooses the step; the same windows for every picker; whether a
+    station was known"""
     s = FoldStudy(arrays, arrays/'out', steps=4, batch_size=4, device='cpu')
     start = study_arms('tiny')[0].start
-    said = [finetune_fold(FoldTrial(start, way, .2, 1), s, torch.device('cpu')) for way in (Way('some', synthetic=.25), AS_IT_IS)]
+    said = [finetune_fold(FoldTrial(start, way, .2, 1), s, torch.device('cpu'))
+            for way in (Way('some', synthetic=.25), AS_IT_IS)]
     table, rows = np.load(arrays/'labelled-table.npy'), said[0]['onsets']
-    sides = fold_sides(table['event'].tolist(), event_parts(table['event'].tolist(), table['dataset'].tolist()), 1, .2)
+    sides = fold_sides(table['event'].tolist(),
+                       event_parts(table['event'].tolist(), table['dataset'].tolist()), 1, .2)
     held = np.isin(np.arange(40), sides.test)
-    expected = [('p', i, STATUS[table['status'][i, 0]]) for i in np.flatnonzero(held & np.isfinite(table['onset'][:, 0]))]
+    expected = [('p', i, STATUS[table['status'][i, 0]])
+                for i in np.flatnonzero(held & np.isfinite(table['onset'][:, 0]))]
     assert [(r[0], r[1], r[3]) for r in rows if r[0] == 'p'] == expected
-    assert {r[3] for r in rows if r[0] == 'p'} == {'manual', 'automatic'} and not any(r[0] == 's' for r in rows)
+    assert ({r[3] for r in rows if r[0] == 'p'} == {'manual', 'automatic'}
+            and not any(r[0] == 's' for r in rows))
     known = set(table['station'][sides.train])
-    assert all(r[4] == (table['station'][r[1]] in known) for r in rows) and {r[4] for r in rows} == {0, 1}
-    assert said[0]['p_n'] == (held & (table['status'][:, 0] == MANUAL)).sum() and said[0]['s_n'] == 0
-    assert 0 < said[0]['best_step'] <= 4 and np.isfinite(said[0]['dev_loss']) and said[1]['dev_loss'] is None
+    assert (all(r[4] == (table['station'][r[1]] in known) for r in rows)
+            and {r[4] for r in rows} == {0, 1})
+    assert (said[0]['p_n'] == (held & (table['status'][:, 0] == MANUAL)).sum()
+            and said[0]['s_n'] == 0)
+    assert (0 < said[0]['best_step'] <= 4 and np.isfinite(said[0]['dev_loss'])
+            and said[1]['dev_loss'] is None)
     assert [r[:5] for r in rows] == [r[:5] for r in said[1]['onsets']]
     assert sorted((r[0], r[1], r[3]) for r in said[0]['picks'] if r[0] == 'p') == sorted(expected)
-    assert len({(r[0], r[1]) for r in said[0]['picks']}) == len(said[0]['picks']) and said[0]['steps'] == 4
+    assert (len({(r[0], r[1]) for r in said[0]['picks']}) == len(said[0]['picks'])
+            and said[0]['steps'] == 4)
 
 
 def test_a_weak_onset_never_scores(arrays, monkeypatch):
@@ -245,7 +286,8 @@ def test_a_weak_onset_never_scores(arrays, monkeypatch):
     real = np.load
     def no_status(path, *args, **kwargs):
         table = real(path, *args, **kwargs)
-        if str(path).endswith('labelled-table.npy'): table['status'], table['onset'][:, :2] = 0, table['onset'][:, 2:]
+        if str(path).endswith('labelled-table.npy'):
+            table['status'], table['onset'][:, :2] = 0, table['onset'][:, 2:]
         return table
     monkeypatch.setattr(np, 'load', no_status)
     assert finetune_fold(FoldTrial(start, AS_IT_IS), s, torch.device('cpu'))['onsets'] == []
@@ -260,24 +302,34 @@ class Burst:
 
 
 def test_picks_an_hour_and_analyst_picks_of_a_stream(tmp_path):
-    "Three bursts in half an hour, one of them picked by an analyst; a gap and a missing component do not matter"
+    """Three bursts in half an hour, one of them picked by an analyst; a gap and a missing component
+    do not matter"""
     t0, rng = obspy.UTCDateTime('2024-02-28T02:00:00'), np.random.default_rng(0)
     x = rng.normal(0, 20, (2, 180_000))
     for at in (30_000, 90_000, 150_000): x[:, at:at + 30] += 4000
     head = dict(network='XX', station='ABC', sampling_rate=100., starttime=t0)
-    stream = obspy.Stream([obspy.Trace(v.round().astype(np.int32), {**head, 'channel': f'HH{c}'}) for v, c in zip(x, 'ZN')])
+    stream = obspy.Stream([obspy.Trace(v.round().astype(np.int32), {**head, 'channel': f'HH{c}'})
+                           for v, c in zip(x, 'ZN')])
     stream = stream.slice(t0, t0 + 1200) + stream.slice(t0 + 1201)
     stream.write(str(tmp_path/'day.mseed'), format='MSEED')
-    (tmp_path/'picks.csv').write_text(f'network,station,channel,phase,time\nXX,ABC,HHZ,P,{t0 + 900}\nXX,ABC,HHZ,S,{t0 + 903}\n', encoding='utf-8')
+    (tmp_path/'picks.csv').write_text(
+        f'network,station,channel,phase,time\nXX,ABC,HHZ,P,{t0 + 900}\nXX,ABC,HHZ,S,{t0 + 903}\n',
+        encoding='utf-8')
     table = write_continuous(tmp_path, [str(tmp_path/'day.mseed')], tmp_path/'picks.csv')
     assert table['length'].tolist() == [120_001, 59_900] and table['scale'][:, 2].tolist() == [0, 0]
     records, table = read_records(tmp_path, 'continuous')
-    found = score_continuous(Burst(), records, table, json.loads((tmp_path/'analyst.json').read_text(encoding='utf-8')), {'p': .5, 's': .5})
-    assert [(r['p_picks'], r['p_unconfirmed'], r['s_picks']) for r in found['stretches']] == [(2, 1, 0), (1, 1, 0)]
+    found = score_continuous(Burst(), records, table,
+                             json.loads((tmp_path/'analyst.json').read_text(encoding='utf-8')),
+                             {'p': .5, 's': .5})
+    assert ([(r['p_picks'], r['p_unconfirmed'], r['s_picks']) for r in found['stretches']]
+            == [(2, 1, 0), (1, 1, 0)])
     (station, phase, _, late, top), s_row = found['analyst']
-    assert (station, phase) == ('XX.ABC', 'p') and abs(late) < .3 and abs(top) < .3 and s_row[1] == 's' and s_row[3] is None
-    (tmp_path/'picks.csv').write_text(f'network,station,channel,phase,time\nXX,OLD,HHZ,P,{t0 + 900}\n', encoding='utf-8')
-    with pytest.raises(UserError, match='No pick of'): write_continuous(tmp_path, [str(tmp_path/'day.mseed')], tmp_path/'picks.csv')
+    assert ((station, phase) == ('XX.ABC', 'p') and abs(late) < .3 and abs(top) < .3
+            and s_row[1] == 's' and s_row[3] is None)
+    (tmp_path/'picks.csv').write_text(
+        f'network,station,channel,phase,time\nXX,OLD,HHZ,P,{t0 + 900}\n', encoding='utf-8')
+    with pytest.raises(UserError, match='No pick of'):
+        write_continuous(tmp_path, [str(tmp_path/'day.mseed')], tmp_path/'picks.csv')
 
 
 class Ended:
@@ -312,7 +364,8 @@ def here(monkeypatch):
     return Here
 
 
-def few(out): return choose_arms(study_arms('tiny', 1000), 'random,best'), FoldStudy(out, out, device='cpu')
+def few(out):
+    return choose_arms(study_arms('tiny', 1000), 'random,best'), FoldStudy(out, out, device='cpu')
 
 
 def test_a_trial_is_tried_twice_and_the_others_go_on(here, tmp_path, capsys):
@@ -321,10 +374,12 @@ def test_a_trial_is_tried_twice_and_the_others_go_on(here, tmp_path, capsys):
     lost = trials[1].name
     here.fails[lost] = 5
     plan = run_fold_trials(trials, s)
-    assert [t.name for t in plan.failed] == [lost] and here.ran.count(lost) == 2 and len(plan.done) == len(trials) - 1
+    assert ([t.name for t in plan.failed] == [lost] and here.ran.count(lost) == 2
+            and len(plan.done) == len(trials) - 1)
     here.ran.clear()
     here.fails.clear()
-    plan = run_fold_trials(trials, s)                                   # again: the one that failed, and no other
+    # again: the one that failed, and no other
+    plan = run_fold_trials(trials, s)
     assert here.ran == [lost] and len(plan.done) == len(trials)
     assert '1 trials to do' in capsys.readouterr().out
 
@@ -334,7 +389,8 @@ def test_what_waits_for_a_pretraining_that_fails_is_left(here, tmp_path):
     trials = plan_folds(arms, Grid(2, (.1,), (0,)))
     here.fails[trials[0].name] = 5
     plan = run_fold_trials(trials, s)
-    assert {t.name for t in plan.todo} == {t.name for t in trials if t.pretraining} and len(plan.failed) == 1
+    assert ({t.name for t in plan.todo} == {t.name for t in trials if t.pretraining}
+            and len(plan.failed) == 1)
     assert len(plan.done) == 2                                          # the random ones
 
 
@@ -347,22 +403,29 @@ def test_results_go_home_in_bundles_and_come_back(tmp_path, monkeypatch):
     monkeypatch.setattr(fold_run, 'BUNDLES', 2)
     bring_bundles(out, tmp_path/'home', set())
     (out/'pickers/p.safetensors').write_bytes(b'p'*400)
-    bring_bundles(out, tmp_path/'home', set())                                   # again: only what is new
+    # again: only what is new
+    bring_bundles(out, tmp_path/'home', set())
     files = sorted(f.name for f in (tmp_path/'home').iterdir())
     assert len(files) == 3 and files[0] == 'results.zip'
     assert all(f.stat().st_size <= 1400 for f in (tmp_path/'home').iterdir())
     names = take_bundles(tmp_path/'home', tmp_path/'new')
     assert names == {'pickers/p.safetensors', *(f'pretrained/s-{k}.safetensors' for k in range(3))}
-    assert {f.relative_to(tmp_path/'new'): f.read_bytes() for f in (tmp_path/'new').rglob('*.*')} == {
+    assert {f.relative_to(tmp_path/'new'): f.read_bytes()
+            for f in (tmp_path/'new').rglob('*.*')} == {
         f.relative_to(out): f.read_bytes() for f in out.rglob('*.*')}
     (tmp_path/'few').mkdir()
-    (tmp_path/'home/results.zip').rename(tmp_path/'few/results.zip')             # the weights stay at home
-    assert take_bundles(tmp_path/'few', tmp_path/'newer') == names and not (tmp_path/'newer/pretrained').exists()
-    bring_bundles(tmp_path/'new', tmp_path/'elsewhere', names)                   # nothing that is at home already
+    # the weights stay at home
+    (tmp_path/'home/results.zip').rename(tmp_path/'few/results.zip')
+    assert (take_bundles(tmp_path/'few', tmp_path/'newer') == names
+            and not (tmp_path/'newer/pretrained').exists())
+    # nothing that is at home already
+    bring_bundles(tmp_path/'new', tmp_path/'elsewhere', names)
     assert [f.name for f in (tmp_path/'elsewhere').iterdir()] == ['results.zip']
     (tmp_path/'new/pretrained/t.safetensors').write_bytes(b't')
-    bring_bundles(tmp_path/'new', tmp_path/'elsewhere', names)                   # under a name that no earlier call used
-    assert {f.name for f in (tmp_path/'elsewhere').iterdir()} - {'results.zip'} != set() and not {f.name for f in (tmp_path/'elsewhere').glob('w*')} & set(files)
+    # under a name that no earlier call used
+    bring_bundles(tmp_path/'new', tmp_path/'elsewhere', names)
+    assert ({f.name for f in (tmp_path/'elsewhere').iterdir()} - {'results.zip'} != set()
+            and not {f.name for f in (tmp_path/'elsewhere').glob('w*')} & set(files))
     for k in range(3, 9): (out/f'pretrained/s-{k}.safetensors').write_bytes(bytes([k])*400)
     bring_bundles(out, tmp_path/'more', names)
     assert len(list((tmp_path/'more').glob('weights-*.zip'))) == 2               # no more than fit
@@ -370,10 +433,14 @@ def test_results_go_home_in_bundles_and_come_back(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('words, said', [
-    (['--folds', '1', '--out', 'x'], '--folds is 1'), (['--folds', '5'], '--out FOLDER'), (['--arms', 'best'], '--arms does nothing without --folds'),
-    (['--folds', '5', '--from', 'a=b', '--out', 'x'], '--from does nothing with --folds'), (['--folds', '5', '--only', 'all', '--out', 'x'], "--only is 'all'"),
-    (['--folds', '5', '--baseline', 'PhaseNet', '--out', 'x'], 'NAME=FILES'), (['--folds', '5', '--out', 'x'], 'holds no arrays yet'),
-    (['--folds', '5', '--fractions', '2', '--out', 'x'], '--fractions is'), (['--folds', '5', '--arrays', 'no/such', '--out', 'x'], 'no folder of arrays')])
+    (['--folds', '1', '--out', 'x'], '--folds is 1'), (['--folds', '5'], '--out FOLDER'),
+    (['--arms', 'best'], '--arms does nothing without --folds'),
+    (['--folds', '5', '--from', 'a=b', '--out', 'x'], '--from does nothing with --folds'),
+    (['--folds', '5', '--only', 'all', '--out', 'x'], "--only is 'all'"),
+    (['--folds', '5', '--baseline', 'PhaseNet', '--out', 'x'], 'NAME=FILES'),
+    (['--folds', '5', '--out', 'x'], 'holds no arrays yet'),
+    (['--folds', '5', '--fractions', '2', '--out', 'x'], '--fractions is'),
+    (['--folds', '5', '--arrays', 'no/such', '--out', 'x'], 'no folder of arrays')])
 def test_mistakes_are_one_sentence(words, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(['study', *words]) == 2
@@ -387,7 +454,8 @@ def bursts(onsets, samples=9000, device='cpu'):
     x = rng.normal(0, 20, (len(onsets), samples, 3))
     for k, at in enumerate(onsets):
         if np.isfinite(at): x[k, int(at):int(at) + 30, 0] += 4000
-    table = np.zeros(len(onsets), [('first', 'i8'), ('length', 'i8'), ('scale', 'f4', 3), ('onset', 'f8', 4), ('status', 'i1', 2)])
+    table = np.zeros(len(onsets), [('first', 'i8'), ('length', 'i8'), ('scale', 'f4', 3),
+                                   ('onset', 'f8', 4), ('status', 'i1', 2)])
     table['first'], table['length'], table['scale'] = np.arange(len(onsets))*samples, samples, 1.
     table['onset'], table['status'] = np.nan, ABSENT
     table['onset'][:, 0] = onsets
@@ -396,36 +464,47 @@ def bursts(onsets, samples=9000, device='cpu'):
 
 
 def test_windows_around_onsets_have_residuals_and_probabilities():
-    "By a picker that is some samples early, or late where the label is wrong by half a second; noise has probabilities alone"
+    """By a picker that is some samples early, or late where the label is wrong by half a second;
+    noise has probabilities alone"""
     records, table = bursts([3000., 4500., np.nan])
-    table['onset'][1, 0] += 50                                                    # picked half a second before its label
+    # picked half a second before its label
+    table['onset'][1, 0] += 50
     said = window_rows(Burst(), records, np.array([0, 1]), 0, table['onset'])
-    assert said.shape == (2, 3, 4) and np.allclose(said[0, :, 0], -.2, atol=.01) and np.allclose(said[1, :, 0], -.7, atol=.01)
-    assert (said[..., 1] > .9).all() and (said[..., 2] < .1).all() and np.allclose(said[..., 3], said[..., 1], atol=.01)
+    assert (said.shape == (2, 3, 4) and np.allclose(said[0, :, 0], -.2, atol=.01)
+            and np.allclose(said[1, :, 0], -.7, atol=.01))
+    assert ((said[..., 1] > .9).all() and (said[..., 2] < .1).all()
+            and np.allclose(said[..., 3], said[..., 1], atol=.01))
     quiet = window_rows(Burst(), records, np.array([2]), 2, table['onset'])
     assert np.isnan(quiet[..., 0]).all() and (quiet[..., 1:] < .1).all()
-    labels = Labels(table['onset'], table['status'], np.array([7, 8, 9]), np.array([True, False, False]))
+    labels = Labels(table['onset'], table['status'], np.array([7, 8, 9]),
+                    np.array([True, False, False]))
     rows = score_onsets(Burst(), records, labels, np.arange(3))
-    assert [row[:5] for row in rows] == [['p', 0, 7, 'manual', 1], ['p', 1, 8, 'manual', 0], ['n', 2, 9, 'absent', 0]]
+    assert ([row[:5] for row in rows]
+            == [['p', 0, 7, 'manual', 1], ['p', 1, 8, 'manual', 0], ['n', 2, 9, 'absent', 0]])
     summed = onset_summary(rows)
-    assert (summed['p0.1'], summed['p0.3'], summed['p0.5'], summed['p_n'], summed['p_auc'], summed['s_n'], summed['s0.3']) == (0, .5, .5, 2, 1., 0, None)
+    assert (summed['p0.1'], summed['p0.3'], summed['p0.5'], summed['p_n'], summed['p_auc'],
+            summed['s_n'], summed['s0.3']) == (0, .5, .5, 2, 1., 0, None)
     assert abs(summed['p_mae'] - .45) < .02 and abs(summed['p_mae0.5'] - .35) < .02
 
 
 def test_a_summary_counts_manual_onsets_of_its_phase():
     window = lambda late, p: [late, p, .1, p]
-    rows = [['p', 0, 0, 'manual', 1, [window(.1, .9), window(-.4, .8)]], ['p', 1, 0, 'automatic', 1, [window(5., .9)]*2],
-            ['s', 0, 0, 'manual', 1, [window(-3., .2)]*2], ['n', 2, 1, 'absent', 0, [[None, .85, .1, .85]]*2]]
+    rows = [['p', 0, 0, 'manual', 1, [window(.1, .9), window(-.4, .8)]],
+            ['p', 1, 0, 'automatic', 1, [window(5., .9)]*2],
+            ['s', 0, 0, 'manual', 1, [window(-3., .2)]*2],
+            ['n', 2, 1, 'absent', 0, [[None, .85, .1, .85]]*2]]
     said = onset_summary(rows)
     assert said == {'p0.1': .5, 'p0.3': .5, 'p0.5': 1., 'p_mae': .25, 'p_mae0.5': .25, 'p_n': 1,
-                    's0.1': 0., 's0.3': 0., 's0.5': 0., 's_mae': 2., 's_mae0.5': .5, 's_n': 1, 'p_auc': .5}
+                    's0.1': 0., 's0.3': 0., 's0.5': 0., 's_mae': 2., 's_mae0.5': .5, 's_n': 1,
+                    'p_auc': .5}
 
 
 def test_dev_batches_are_the_same_at_every_look(arrays):
     records, table = read_records(arrays, 'labelled')
     for count, sizes in ((70, [32, 32, 6]), (64, [32, 32])):
         parts = dev_batches(records, np.arange(4), count, 3)
-        assert [len(part['x']) for part in parts] == sizes and all(len(v) == len(part['x']) for part in parts for v in part.values())
+        assert ([len(part['x']) for part in parts] == sizes
+                and all(len(v) == len(part['x']) for part in parts for v in part.values()))
         whole = torch.cat([part['x'] for part in parts])
         again = torch.cat([part['x'] for part in dev_batches(records, np.arange(4), count, 3)])
         assert torch.equal(whole, again)
@@ -440,21 +519,26 @@ def test_the_slowest_trial_of_each_kind_is_known_when_a_study_goes_on(here, tmp_
         trial.file(tmp_path).write_text(json.dumps({'process_seconds': took}), encoding='utf-8')
     plan = fold_run.TrialProgress(trials, s, 60.)
     longest = lambda tuned: max(k for k, t in enumerate(trials, 1) if bool(t.way) == tuned)
-    assert dict(plan.slowest) == {tuned: longest(tuned) for tuned in (False, True)} and not plan.todo
+    assert (dict(plan.slowest) == {tuned: longest(tuned) for tuned in (False, True)}
+            and not plan.todo)
 
 
 def test_records_of_the_generator_are_made_once(tmp_path):
     fold_run.make_generated(tmp_path, 6, 50)
     files = sorted(tmp_path.iterdir())
-    assert [f.name for f in files] == ['events-onsets.npy', 'events-waves.npy', 'synthetic-samples.npy', 'synthetic-table.npy']
+    assert ([f.name for f in files]
+            == ['events-onsets.npy', 'events-waves.npy', 'synthetic-samples.npy',
+                'synthetic-table.npy'])
     before = [f.stat().st_mtime_ns for f in files]
     fold_run.make_generated(tmp_path, 6, 50)
     assert [f.stat().st_mtime_ns for f in files] == before
     (tmp_path/'few').mkdir()
     fold_run.make_generated(tmp_path/'few', 6, 0)
-    assert sorted(f.name for f in (tmp_path/'few').iterdir()) == ['synthetic-samples.npy', 'synthetic-table.npy']
+    assert (sorted(f.name for f in (tmp_path/'few').iterdir())
+            == ['synthetic-samples.npy', 'synthetic-table.npy'])
     records, table = read_records(tmp_path, 'synthetic')
-    assert len(records) == 6 and (table['length'] == 6144).all() and table['first'].tolist() == [6144*k for k in range(6)]
+    assert (len(records) == 6 and (table['length'] == 6144).all()
+            and table['first'].tolist() == [6144*k for k in range(6)])
 
 
 @settings(max_examples=60, deadline=None)
@@ -462,7 +546,9 @@ def test_records_of_the_generator_are_made_once(tmp_path):
 def test_packed_samples_are_the_same_to_the_bit(dtype, data):
     "Also steps from the lowest to the highest number, which come round"
     ends = np.iinfo(dtype)
-    x = np.array(data.draw(st.lists(st.one_of(st.integers(ends.min, ends.max), st.sampled_from([ends.min, ends.max, 0, -1, 1])), max_size=20)), dtype)
+    x = np.array(data.draw(st.lists(st.one_of(st.integers(ends.min, ends.max),
+                                              st.sampled_from([ends.min, ends.max, 0, -1, 1])),
+                                    max_size=20)), dtype)
     planes = sample_planes(x)
     assert planes.shape == (x.itemsize, len(x)) and planes.dtype == np.uint8
     back = samples_of_planes(planes)
@@ -470,18 +556,22 @@ def test_packed_samples_are_the_same_to_the_bit(dtype, data):
 
 
 def test_small_steps_need_the_low_byte_alone():
-    assert sample_planes(np.array([0, -1, 0, -2, 0, 127], np.int16)).tolist() == [[0]*6, [0, 1, 2, 3, 4, 254]]
+    assert (sample_planes(np.array([0, -1, 0, -2, 0, 127], np.int16)).tolist()
+            == [[0]*6, [0, 1, 2, 3, 4, 254]])
 
 
 def test_packed_arrays_come_back(arrays, tmp_path):
     "Samples, tables and texts; what is there already stays"
     (tmp_path/'in').mkdir()
-    for name in ('labelled-samples.npy', 'labelled-table.npy'): (tmp_path/'in'/name).write_bytes((arrays/name).read_bytes())
+    for name in ('labelled-samples.npy', 'labelled-table.npy'):
+        (tmp_path/'in'/name).write_bytes((arrays/name).read_bytes())
     (tmp_path/'in/analyst.json').write_text('[1]', encoding='utf-8')
     (tmp_path/'in/other.txt').write_text('stays at home', encoding='utf-8')
     size = pack_arrays(tmp_path/'in', tmp_path/'packed')
     files = sorted((tmp_path/'packed').iterdir())
-    assert len(files) == 3 and size == sum(f.stat().st_size for f in files) < .8*(arrays/'labelled-samples.npy').stat().st_size
+    assert (len(files) == 3
+            and size == sum(f.stat().st_size
+                            for f in files) < .8*(arrays/'labelled-samples.npy').stat().st_size)
     (tmp_path/'out').mkdir()
     (tmp_path/'out/analyst.json').write_text('[2]', encoding='utf-8')
     unpack_arrays(tmp_path/'packed', tmp_path/'out')

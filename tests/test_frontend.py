@@ -1,4 +1,5 @@
-"The convolutional front ends: lengths and fields by properties, the layers against plain loops, costs against formulas"
+"""The convolutional front ends: lengths and fields by properties, the layers against plain loops,
+costs against formulas"""
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -19,10 +20,13 @@ def output(module, x):
 
 
 @few
-@given(st.integers(1, 3000), st.sampled_from([1, 3, 5, 7]), st.integers(1, 4), st.sampled_from([(2,), (2, 2), (4,), (3, 2), (2, 2, 2)]))
+@given(st.integers(1, 3000), st.sampled_from([1, 3, 5, 7]), st.integers(1, 4),
+       st.sampled_from([(2,), (2, 2), (4,), (3, 2), (2, 2, 2)]))
 def test_frames_is_what_centred_convolutions_return(samples, kernel_size, dilation, strides):
     x = torch.zeros(1, samples, 1)
-    for s in strides: x = convolve(nn.Conv1d(1, 1, kernel_size, s, same_padding(kernel_size, dilation), dilation), x)
+    for s in strides:
+        x = convolve(nn.Conv1d(1, 1, kernel_size, s, same_padding(kernel_size, dilation),
+                               dilation), x)
     assert x.shape == (1, frames(samples, strides), 1)
 
 
@@ -32,7 +36,8 @@ def test_any_length_works(samples, kernel_size, dilation, batch):
     x = torch.zeros(batch, samples, 3)
     y = ConvDownFrontend(3, 8, kernel_size, dilation)(x)
     features, tokens = Conv1dSubsampling(3, 8, kernel_size)(x)
-    for out in (y, features, tokens): assert out.shape == (batch, -(-samples//4), 8) and out.isfinite().all()
+    for out in (y, features, tokens):
+        assert out.shape == (batch, -(-samples//4), 8) and out.isfinite().all()
 
 
 @pytest.mark.parametrize("kernel_size,dilation", [(3, 1), (3, 2), (5, 1), (5, 2), (7, 1), (1, 1)])
@@ -41,7 +46,8 @@ def test_a_frame_sees_its_field_and_nothing_else(kind, kernel_size, dilation):
     "By gradients, and by changing samples outside"
     if kind is Conv1dSubsampling and dilation > 1: pytest.skip("no dilation there")
     torch.manual_seed(0)
-    module = kind(3, 32, kernel_size, dilation) if kind is ConvDownFrontend else kind(3, 32, kernel_size)
+    module = (kind(3, 32, kernel_size, dilation)
+              if kind is ConvDownFrontend else kind(3, 32, kernel_size))
     t, half = 24, receptive_field(kernel_size, dilation=dilation)//2
     x = torch.randn(1, 200, 3, requires_grad=True)
     (output(module, x)[0, t] @ torch.randn(32)).backward()
@@ -69,9 +75,12 @@ def test_convdown_against_plain_arithmetic():
     def conv(layer, x):                                                       # (L, C)
         padded = torch.cat([x.new_zeros(1, x.shape[1]), x, x.new_zeros(1, x.shape[1])])
         steps = range((len(x) + 1)//2)
-        return torch.stack([sum(layer.weight[:, :, k] @ padded[2*t + k] for k in range(3)) + layer.bias for t in steps])
+        return torch.stack([sum(layer.weight[:, :, k] @ padded[2*t + k] for k in range(3))
+                            + layer.bias for t in steps])
 
-    def norm(layer, x): return (x - x.mean(-1, keepdim=True))/(x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()*layer.weight + layer.bias
+    def norm(layer, x):
+        return (x - x.mean(-1, keepdim=True))/(x.var(-1, correction=0, keepdim=True)
+                                               + 1e-5).sqrt()*layer.weight + layer.bias
     def gelu(x): return x*torch.special.ndtr(x)
 
     x = torch.randn(2, 21, 3, dtype=torch.double)
@@ -86,7 +95,8 @@ def test_subsampling_against_plain_arithmetic():
     module = Conv1dSubsampling(3, 5)
     x = torch.randn(2, 33, 3)
     h = x.transpose(1, 2)
-    for layer in (module.conv1, module.conv2): h = F.relu(F.conv1d(h, layer.weight, layer.bias, stride=2, padding=1))
+    for layer in (module.conv1, module.conv2):
+        h = F.relu(F.conv1d(h, layer.weight, layer.bias, stride=2, padding=1))
     features, tokens = module(x)
     assert_close(features, h.transpose(1, 2))
     assert torch.equal(features, tokens)
@@ -118,7 +128,8 @@ def test_windows_do_not_meet():
 def test_zeros_and_huge_values_stay_finite():
     torch.manual_seed(4)
     module = ConvDownFrontend(3, 16)
-    for x in (torch.zeros(2, 40, 3), torch.cat([torch.zeros(1, 40, 3), torch.randn(1, 40, 3)]), 1e6*torch.randn(2, 40, 3)):
+    for x in (torch.zeros(2, 40, 3), torch.cat([torch.zeros(1, 40, 3), torch.randn(1, 40, 3)]),
+              1e6*torch.randn(2, 40, 3)):
         x.requires_grad_()
         module.zero_grad()
         module(x).square().sum().backward()
@@ -135,6 +146,7 @@ def test_bfloat16_autocast_stays_close():
 
 @pytest.mark.parametrize("kernel_size", [2, 4])
 def test_even_kernels_are_refused(kernel_size):
-    for make in (lambda: ConvDownFrontend(kernel_size=kernel_size), lambda: Conv1dSubsampling(kernel_size=kernel_size)):
+    for make in (lambda: ConvDownFrontend(kernel_size=kernel_size),
+                 lambda: Conv1dSubsampling(kernel_size=kernel_size)):
         with pytest.raises(ValueError, match="odd size"): make()
     assert same_padding(kernel_size, 2) == kernel_size - 1   # an even reach has a middle

@@ -20,8 +20,10 @@ def test_no_call_ends_in_a_traceback(world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path/'world')
     files = files_of(tmp_path/'world')
 
-    @settings(max_examples=25, deadline=None, database=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
-    @given(calls([words for words in GOOD if not words.startswith('study')]), damages())   # which takes seconds
+    @settings(max_examples=25, deadline=None, database=None, derandomize=True,
+              phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+    # which takes seconds
+    @given(calls([words for words in GOOD if not words.startswith('study')]), damages())
     def attack(words, how):
         error = call(tmp_path/'world', files, words, how)
         assert error is None, f'seismodel {words}, damaged by {how}:\n{error}'

@@ -11,7 +11,8 @@ from transformers.modeling_outputs import ModelOutput
 
 from conftest import Largest
 from seismodel.models import infonce as module
-from seismodel.models.infonce import duplicate_negatives, contrastive_loss, diversity, gather_frames, info_nce, masked_frames, negatives
+from seismodel.models.infonce import (duplicate_negatives, contrastive_loss, diversity,
+                                      gather_frames, info_nce, masked_frames, negatives)
 from seismodel.models.quantizer import Quantized, soft_perplexity
 
 def our_loss(predictions, targets, mask, codes, logits, **settings):
@@ -35,11 +36,13 @@ def example(B=3, T=26, D=16, G=2, V=3, ratio=.6, seed=0, dtype=torch.float32):
 
 
 def oracle(predictions, targets, mask, logits, frame_numbers):
-    "Steps 3 to 8 of Wav2Vec2ForPreTraining.forward for given negatives (B, T, K): two sums and the number of frames"
+    """Steps 3 to 8 of Wav2Vec2ForPreTraining.forward for given negatives (B, T, K): two sums and
+    the number of frames"""
     B, T, D = predictions.shape
     rows = frame_numbers + torch.arange(B).view(B, 1, 1) * T
     wrong = targets.view(-1, D)[rows.flatten()].view(B, T, -1, D).permute(2, 0, 1, 3)
-    scores = Wav2Vec2ForPreTraining.compute_contrastive_logits(targets[None], wrong, predictions, .1)
+    scores = Wav2Vec2ForPreTraining.compute_contrastive_logits(targets[None], wrong,
+                                                               predictions, .1)
     same = (targets == wrong).all(-1)
     if same.any(): scores[1:][same] = float('-inf')
     scores = scores.transpose(0, 2).reshape(-1, scores.size(0))
@@ -75,33 +78,41 @@ def test_loss_and_gradients_agree_with_transformers(V):
         loss.backward()
         grads.append((loss, *parts, *(t.grad for t in inputs)))
     assert (out.collided > .02) == (V == 3)
-    assert not duplicate_negatives(codes, torch.arange(26).expand(3, 26, 26)).all(-1).any()     # no frame is left out here
+    # no frame is left out here
+    assert not duplicate_negatives(codes, torch.arange(26).expand(3, 26, 26)).all(-1).any()
     for mine, other in zip(*grads): torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
 
 
 def test_agrees_with_the_whole_forward_of_transformers(monkeypatch):
     "Wav2Vec2ForPreTraining.forward itself, its network replaced by given tensors"
     B, T, D, K = 2, 40, 16, 9
-    config = Wav2Vec2Config(hidden_size=D, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
-                            conv_dim=(D,), conv_stride=(2,), conv_kernel=(3,), num_feat_extract_layers=1,
+    config = Wav2Vec2Config(hidden_size=D, num_hidden_layers=1, num_attention_heads=2,
+                            intermediate_size=16,
+                            conv_dim=(D,), conv_stride=(2,), conv_kernel=(3,),
+                            num_feat_extract_layers=1,
                             num_codevectors_per_group=12, num_codevector_groups=2, codevector_dim=D,
-                            proj_codevector_dim=D, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+                            proj_codevector_dim=D, num_conv_pos_embeddings=4,
+                            num_conv_pos_embedding_groups=2,
                             feat_quantizer_dropout=0.)
     torch.manual_seed(0)
     model = Wav2Vec2ForPreTraining(config).eval()
     model.quantizer.weight_proj.weight.data.normal_()
     hidden, frames = torch.randn(B, T, D), torch.randn(B, T, D)
     mask = torch.rand(B, T) < .6
-    given_out = ModelOutput(last_hidden_state=hidden, extract_features=frames, hidden_states=None, attentions=None)
+    given_out = ModelOutput(last_hidden_state=hidden, extract_features=frames, hidden_states=None,
+                            attentions=None)
     monkeypatch.setattr(model.wav2vec2, 'forward', lambda *args, **kwargs: given_out)
     numbers = drawn(mask, K, 3) + torch.arange(B).view(B, 1, 1) * T
     theirs = model(torch.zeros(B, 99), mask_time_indices=mask, sampled_negative_indices=numbers)
     codes = model.quantizer.weight_proj(frames).view(B, T, 2, 12).argmax(-1)
-    hard = 1e4 * F.one_hot(codes, 12).float()          # in evaluation their perplexity is that of the hard choice
+    # in evaluation their perplexity is that of the hard choice
+    hard = 1e4 * F.one_hot(codes, 12).float()
     ours = our_loss(theirs.projected_states, theirs.projected_quantized_states, mask, codes, hard,
                             n_negatives=K, generator=torch.Generator().manual_seed(3))
-    torch.testing.assert_close(ours.contrastive, theirs.contrastive_loss / mask.sum(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(ours.diversity, theirs.diversity_loss / mask.sum(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.contrastive, theirs.contrastive_loss / mask.sum(), rtol=1e-5,
+                               atol=1e-5)
+    torch.testing.assert_close(ours.diversity, theirs.diversity_loss / mask.sum(), rtol=1e-5,
+                               atol=1e-5)
     torch.testing.assert_close(ours.loss, theirs.loss / mask.sum(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours.perplexity, theirs.codevector_perplexity, rtol=1e-5, atol=1e-5)
 
@@ -110,8 +121,10 @@ def loop(predictions, targets, picks, collided, valid, tau=.1):
     "InfoNCE in float64, one frame after the other"
     losses, hits = [], []
     for b, i in valid.nonzero().tolist():
-        cos = lambda j: F.cosine_similarity(predictions[b, i].double(), targets[b, j].double(), dim=0).item() / tau
-        wrong = [cos(j) for j, gone in zip(picks[b, i].tolist(), collided[b, i].tolist()) if not gone]
+        cos = lambda j: F.cosine_similarity(predictions[b, i].double(), targets[b, j].double(),
+                                            dim=0).item() / tau
+        wrong = [cos(j) for j, gone in zip(picks[b, i].tolist(), collided[b, i].tolist())
+                 if not gone]
         if not wrong: continue
         losses.append(math.log(sum(math.exp(w) for w in [cos(i), *wrong])) - cos(i))
         hits.append(cos(i) > max(wrong))
@@ -119,7 +132,8 @@ def loop(predictions, targets, picks, collided, valid, tau=.1):
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(1, 3), st.integers(2, 8), st.integers(1, 4), st.integers(1, 2), st.integers(0, 10_000))
+@given(st.integers(1, 3), st.integers(2, 8), st.integers(1, 4), st.integers(1, 2),
+       st.integers(0, 10_000))
 def test_agrees_with_a_loop(B, T, K, V, seed):
     "Small codebooks, so that some frames lose all of their negatives"
     predictions, targets, mask, codes, _ = example(B, T, 4, 2, V, .5, seed)
@@ -143,7 +157,8 @@ def test_negatives_are_other_masked_frames_of_the_row(rows, seed):
     mask = torch.tensor(rows)
     indices, valid = masked_frames(mask)
     assert torch.equal(valid.sum(1), mask.sum(1))
-    assert [p[v].tolist() for p, v in zip(indices, valid)] == [row.nonzero().flatten().tolist() for row in mask]
+    assert ([p[v].tolist() for p, v in zip(indices, valid)]
+            == [row.nonzero().flatten().tolist() for row in mask])
     picks = negatives(valid, 9, torch.Generator().manual_seed(seed))
     assert picks.min() >= 0 and picks.max() < mask.shape[1]
     enough = valid & (valid.sum(1, keepdim=True) > 1)
@@ -166,12 +181,14 @@ def test_any_mask_gives_finite_loss_and_gradient(rows, V, seed):
     for t in inputs:
         assert t.grad.isfinite().all() and not t.grad[~mask].any()
         assert not t.grad[mask.sum(1) < 2].any()
-    assert 0 <= out.accuracy <= 1 and 0 <= out.collided <= 1 and out.contrastive >= 0 and out.loss.isfinite()
+    assert (0 <= out.accuracy <= 1 and 0 <= out.collided <= 1 and out.contrastive >= 0
+            and out.loss.isfinite())
     if (mask.sum(1) < 2).all(): assert out.loss == 0
 
 
 def test_uniform_draw():
-    "Each other masked frame is as likely as the next, in rows of 12 and of 5: chi square, limit at one in ten thousand"
+    """Each other masked frame is as likely as the next, in rows of 12 and of 5: chi square, limit
+    at one in ten thousand"""
     valid = torch.ones(2, 12, dtype=torch.bool)
     valid[1, 5:] = False
     picks = negatives(valid, 30_000, torch.Generator().manual_seed(0))
@@ -209,10 +226,12 @@ def test_static_bound_changes_nothing():
 
 
 def test_rule_is_by_codes_not_by_vectors():
-    "Different codes with the same vector stay negatives; the same codes with different vectors do not"
+    """Different codes with the same vector stay negatives; the same codes with different vectors do
+    not"""
     codes = torch.tensor([[[0, 0], [0, 1], [0, 0]]])
     picks = torch.tensor([[[1, 2], [0, 2], [0, 1]]])
-    assert duplicate_negatives(codes, picks).tolist() == [[[False, True], [False, False], [True, False]]]
+    assert (duplicate_negatives(codes, picks).tolist()
+            == [[[False, True], [False, False], [True, False]]])
 
 
 def test_a_tie_is_no_hit():
@@ -220,7 +239,8 @@ def test_a_tie_is_no_hit():
     q = torch.ones(1, 2, 3)
     valid = torch.ones(1, 2, dtype=torch.bool)
     picks = torch.tensor([[[1], [0]]])
-    loss, accuracy = info_nce(torch.randn(1, 2, 3), q, picks, torch.zeros_like(picks, dtype=torch.bool), valid)
+    loss, accuracy = info_nce(torch.randn(1, 2, 3), q, picks,
+                              torch.zeros_like(picks, dtype=torch.bool), valid)
     assert accuracy == 0 and loss.item() == pytest.approx(math.log(2))
 
 
@@ -246,7 +266,8 @@ def test_gradients_in_float64():
     inputs = [t.requires_grad_() for t in (predictions, targets, logits)]
 
     def loss(c, q, l):
-        return our_loss(c, q, mask, codes, l, n_negatives=4, generator=torch.Generator().manual_seed(0)).loss
+        return our_loss(c, q, mask, codes, l, n_negatives=4,
+                        generator=torch.Generator().manual_seed(0)).loss
     assert loss(*inputs).dtype == torch.float64
     assert torch.autograd.gradcheck(loss, inputs)
 
@@ -276,7 +297,8 @@ def test_negatives_are_never_gathered():
 
 
 def test_nothing_is_read_back_from_the_device():
-    "Forward and backward run on shapes alone: fake tensors raise where a value would have to be read"
+    """Forward and backward run on shapes alone: fake tensors raise where a value would have to be
+    read"""
     B, T, D = 2, 30, 8
     with FakeTensorMode():
         predictions, targets = torch.zeros(B, T, D, requires_grad=True), torch.zeros(B, T, D)
@@ -300,10 +322,14 @@ def test_diversity_agrees_with_its_formula():
 def test_bad_input_is_refused():
     predictions, targets, mask, codes, logits = example()
     rest = mask, codes, logits
-    with pytest.raises(ValueError, match='shapes differ'): our_loss(predictions[:, 1:], targets, *rest)
-    with pytest.raises(ValueError, match='shapes differ'): our_loss(predictions, targets, mask[:1], *rest[1:])
-    with pytest.raises(ValueError, match='at least 1'): our_loss(predictions, targets, *rest, n_negatives=0)
-    with pytest.raises(ValueError, match='above 0'): our_loss(predictions, targets, *rest, temperature=0.)
+    with pytest.raises(ValueError, match='shapes differ'):
+        our_loss(predictions[:, 1:], targets, *rest)
+    with pytest.raises(ValueError, match='shapes differ'):
+        our_loss(predictions, targets, mask[:1], *rest[1:])
+    with pytest.raises(ValueError, match='at least 1'):
+        our_loss(predictions, targets, *rest, n_negatives=0)
+    with pytest.raises(ValueError, match='above 0'):
+        our_loss(predictions, targets, *rest, temperature=0.)
 
 
 def test_the_generator_decides():
@@ -313,4 +339,5 @@ def test_the_generator_decides():
     a, b, c = (our_loss(*args, generator=torch.Generator().manual_seed(s)).loss for s in (1, 1, 2))
     assert a == b != c
     assert torch.equal(before, torch.get_rng_state())
-    assert module.negatives(masked_frames(args[2])[1], 3).shape == (3, 26, 3)      # without a generator: the global one
+    # without a generator: the global one
+    assert module.negatives(masked_frames(args[2])[1], 3).shape == (3, 26, 3)

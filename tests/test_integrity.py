@@ -1,4 +1,5 @@
-"Damage is seen: a bit that flipped in weights, a store or a table is refused in a sentence, and a kill leaves what can be used"
+"""Damage is seen: a bit that flipped in weights, a store or a table is refused in a sentence, and a
+kill leaves what can be used"""
 import json
 import logging
 import pickle
@@ -45,7 +46,8 @@ def test_exponent_bits_of_weights_are_refused(tmp_path):
     blob = file.read_bytes()
     numbers = sum(w.numel() for w in load(blob).values())
     for k in np.random.default_rng(0).integers(1, numbers, 20):
-        file.write_bytes(flipped(blob, 8*len(blob) - 32*int(k) + 30))    # the highest bit of an exponent
+        # the highest bit of an exponent
+        file.write_bytes(flipped(blob, 8*len(blob) - 32*int(k) + 30))
         with pytest.raises(UserError, match='checksum does not match'): from_pretrained(tmp_path)
 
 
@@ -94,8 +96,10 @@ def test_weights_of_0_1_still_load(tmp_path):
     model = build(SMALL)
     model.save_pretrained(tmp_path)
     file = tmp_path/'model.safetensors'
-    file.write_bytes(save(load(file.read_bytes())))                      # no checksum, no configuration
-    assert all(torch.equal(w, model.state_dict()[n]) for n, w in from_pretrained(tmp_path).state_dict().items())
+    # no checksum, no configuration
+    file.write_bytes(save(load(file.read_bytes())))
+    assert all(torch.equal(w, model.state_dict()[n]) for n,
+               w in from_pretrained(tmp_path).state_dict().items())
 
 
 # stores
@@ -103,16 +107,19 @@ def test_weights_of_0_1_still_load(tmp_path):
 def trace(k):
     "Noise, with an onset"
     x = np.random.default_rng(k).standard_normal((700 + 100*k, 3)).astype(np.float32)
-    return Record(x, 300. + k, np.nan, f'trace{k}', STATUS.index('manual'), STATUS.index('unlabelled'))
+    return Record(x, 300. + k, np.nan, f'trace{k}', STATUS.index('manual'),
+                  STATUS.index('unlabelled'))
 
 
 @pytest.fixture(scope='module')
 def packed(tmp_path_factory):
     "A store of six traces in three files"
     folder = tmp_path_factory.mktemp('packed')/'store'
-    plan = dict(dtype='int16', window=512, shard_samples=2400, sources=[dict(name='quakes', where='', weight=None, files=[])])
+    plan = dict(dtype='int16', window=512, shard_samples=2400,
+                sources=[dict(name='quakes', where='', weight=None, files=[])])
     with StoreWriter(folder, plan) as writer:
-        for k in range(6): writer.add(0, trace(k), ('train', 'dev')[k == 5], {'station_code': 'KIEV'}, k + 1)
+        for k in range(6):
+            writer.add(0, trace(k), ('train', 'dev')[k == 5], {'station_code': 'KIEV'}, k + 1)
         finish(writer)
     return folder
 
@@ -129,7 +136,8 @@ def everything(folder):
 
 
 def test_bits_of_a_store_are_never_used_silently(packed, tmp_path):
-    "132 flips in all of its files: each ends in a sentence, at opening or at the first reading, and none in a traceback"
+    """132 flips in all of its files: each ends in a sentence, at opening or at the first reading,
+    and none in a traceback"""
     rng, seen = np.random.default_rng(1), 0
     files = sorted(f.name for f in packed.iterdir() if f.name != '.lock')
     assert len(files) == 7
@@ -137,7 +145,8 @@ def test_bits_of_a_store_are_never_used_silently(packed, tmp_path):
     for k in range(132):
         file = tmp_path/'store'/files[k % len(files)]
         whole = file.read_bytes()
-        low, high = (0, 128) if k % 3 == 0 else (0, len(whole))     # headers are small and would be missed
+        # headers are small and would be missed
+        low, high = (0, 128) if k % 3 == 0 else (0, len(whole))
         file.write_bytes(flipped(whole, int(rng.integers(8*low, 8*min(high, len(whole))))))
         with pytest.raises(UserError) as e: everything(tmp_path/'store')
         assert '\n' not in str(e.value) and 'store' in str(e.value)
@@ -155,7 +164,8 @@ def test_a_good_trace_of_a_damaged_file_is_read(packed, tmp_path):
     store = Store(tmp_path/'store')
     assert store.record(0).waveform.shape == (700, 3)
     with pytest.raises(UserError, match='trace trace1 is damaged'): store.record(1)
-    with pytest.raises(UserError, match='trace trace1 is damaged'): pickle.loads(pickle.dumps(store)).record(1)
+    with pytest.raises(UserError, match='trace trace1 is damaged'):
+        pickle.loads(pickle.dumps(store)).record(1)
 
 
 def test_verify(packed, tmp_path, capsys):
@@ -168,7 +178,8 @@ def test_verify(packed, tmp_path, capsys):
         file.write_bytes(flipped(file.read_bytes(), 8*file.stat().st_size - 9))
     assert main(['verify', *paths]) == 2
     out = capsys.readouterr()
-    assert out.out.count('DAMAGED') == 3 and 'samples-00002.npy' in out.out and '3 of the parts' in out.err
+    assert (out.out.count('DAMAGED') == 3 and 'samples-00002.npy' in out.out
+            and '3 of the parts' in out.err)
     assert main(['verify', 'tiny', 'tiny-picker']) == 0
     assert capsys.readouterr().out.count('good') == 2
     (tmp_path/'empty').mkdir()
@@ -195,12 +206,14 @@ def resumed(run, change):
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp('run')/'run'
     with patch('seismodel.training.trainer.draw_run'):
-        pretrain('contrastive-tiny', window=512, steps=1, batch_size=2, validation_windows=2, device='cpu', out=folder)
+        pretrain('contrastive-tiny', window=512, steps=1, batch_size=2, validation_windows=2,
+                 device='cpu', out=folder)
     return folder
 
 
 @pytest.mark.parametrize('path, value, says', [
-    ('window', 0, 'window'), ('model.pooling', [0, 4], 'pooling'), ('train.betas', [.9], 'betas'), ('train.betas', [.9, 1.], 'betas'), ('data', 3, 'data'),
+    ('window', 0, 'window'), ('model.pooling', [0, 4], 'pooling'), ('train.betas', [.9], 'betas'),
+    ('train.betas', [.9, 1.], 'betas'), ('data', 3, 'data'),
     ('model.blocks', 0, 'blocks'), ('train.steps', 'x', 'steps')])
 def test_a_field_that_cannot_be(path, value, says, run):
     def change(config):
@@ -212,7 +225,8 @@ def test_a_field_that_cannot_be(path, value, says, run):
 
 @pytest.mark.parametrize('content', [b'[1, 2]', b'\xff\xfe', b'{', b'['*20_000])
 def test_files_that_hold_something_else(content, run, tmp_path):
-    for name, read in (('config.json', read_model), ('config.json', lambda f: pretrain(resume=f)), ('metrics.jsonl', read_metrics)):
+    for name, read in (('config.json', read_model), ('config.json', lambda f: pretrain(resume=f)),
+                       ('metrics.jsonl', read_metrics)):
         shutil.copytree(run, tmp_path/'run', dirs_exist_ok=True)
         (tmp_path/'run'/name).write_bytes(content + b'\n')
         with pytest.raises(UserError, match=name): read(tmp_path/'run')
@@ -220,7 +234,8 @@ def test_files_that_hold_something_else(content, run, tmp_path):
 
 def test_damaged_settings_of_picks(tmp_path):
     (tmp_path/'settings.json').write_bytes(b'\xff')
-    with pytest.raises(UserError, match='settings.json.*is not valid JSON'): check_settings({'model': 'a'}, tmp_path)
+    with pytest.raises(UserError, match='settings.json.*is not valid JSON'):
+        check_settings({'model': 'a'}, tmp_path)
 
 
 def test_who_is_refused_a_folder_has_written_nothing(run):
@@ -228,14 +243,18 @@ def test_who_is_refused_a_folder_has_written_nothing(run):
     lock = lock_run(run)
     try:
         with pytest.raises(UserError, match='Another process is training'): pretrain(resume=run)
-        (run/'config.json').rename(run/'aside')             # a new run into the same folder, before the other has written its config.json
+        # a new run into the same folder, before the other has written its config.json
+        (run/'config.json').rename(run/'aside')
         with pytest.raises(UserError, match='Another process is training'):
-            train(build(SMALL), WindowDataset([SyntheticSource(0)], 99, window=512), WindowDataset([SyntheticSource(1)], 2, window=512), TrainConfig(steps=1, batch_size=2, device='cpu'), run)
+            train(build(SMALL), WindowDataset([SyntheticSource(0)], 99, window=512),
+                  WindowDataset([SyntheticSource(1)], 2, window=512),
+                  TrainConfig(steps=1, batch_size=2, device='cpu'), run)
         assert not (run/'config.json').exists()
     finally:
         lock.release()
         if (run/'aside').exists(): (run/'aside').rename(run/'config.json')
-    assert before == {f: f.read_bytes() for f in run.rglob('*') if f.is_file() and f.name != '.lock'}
+    assert (before
+            == {f: f.read_bytes() for f in run.rglob('*') if f.is_file() and f.name != '.lock'})
 
 
 def test_another_machine_is_named(run, capsys):

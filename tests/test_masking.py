@@ -5,7 +5,9 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch.testing import assert_close
 
-from seismodel.models.masking import (MODES, apply_mask, channel_mask, sample_without_replacement, cover, exact_starts, ensure_two_visible, max_masked, plan_spans,
+from seismodel.models.masking import (MODES, apply_mask, channel_mask, sample_without_replacement,
+                                      cover, exact_starts, ensure_two_visible, max_masked,
+                                      plan_spans,
                                spec_starts, span_mask, wav2vec2_starts)
 
 masks = settings(max_examples=150, deadline=None)
@@ -33,7 +35,8 @@ def test_two_masked_two_visible_and_never_above_the_bound(rows, frames, ratio, s
     assert mask.shape == (rows, frames) and mask.dtype == torch.bool and mask.is_contiguous()
     assert (mask.sum(1) >= 2).all() and ((~mask).sum(1) >= 2).all()
     assert (mask.sum(1) <= max_masked(frames, ratio, span, mode)).all()
-    assert isinstance(max_masked(frames, ratio, span, mode), int) and max_masked(frames, ratio, span, mode) <= frames - 2
+    assert (isinstance(max_masked(frames, ratio, span, mode), int)
+            and max_masked(frames, ratio, span, mode) <= frames - 2)
 
 
 @masks
@@ -51,14 +54,16 @@ def test_exact_share_is_within_one_span_of_the_ratio(frames, ratio, span, seed):
 def test_exact_is_made_of_whole_spans(frames, ratio, span, seed):
     "Spans may touch, so every run of masked frames is a multiple of the span"
     span = min(span, frames - 2)
-    for row in span_mask(3, frames, ratio, span, generator=generator(seed)): assert (runs(row) % span == 0).all()
+    for row in span_mask(3, frames, ratio, span, generator=generator(seed)):
+        assert (runs(row) % span == 0).all()
 
 
 @masks
 @given(frames_, ratios, spans_, seeds)
 def test_wav2vec2_has_no_run_below_a_span(frames, ratio, span, seed):
     span = min(span, frames - 2)
-    for row in span_mask(3, frames, ratio, span, "wav2vec2", generator=generator(seed)): assert (runs(row) >= span).all()
+    for row in span_mask(3, frames, ratio, span, "wav2vec2", generator=generator(seed)):
+        assert (runs(row) >= span).all()
 
 
 @masks
@@ -68,7 +73,8 @@ def test_same_generator_same_mask_and_the_global_state_rests(rows, frames, ratio
     before = torch.get_rng_state()
     a = span_mask(rows, frames, ratio, span, mode, generator=generator(seed))
     assert torch.equal(before, torch.get_rng_state())
-    torch.rand(3)                                         # the global state moves; the mask does not care
+    # the global state moves; the mask does not care
+    torch.rand(3)
     np.random.seed(1)
     assert torch.equal(a, span_mask(rows, frames, ratio, span, mode, generator=generator(seed)))
 
@@ -95,16 +101,20 @@ def test_nothing_is_read_back_from_the_device(mode):
     assert apply_mask(x, mask, torch.empty(16, device="meta")).shape == x.shape
 
 
-@pytest.mark.parametrize("ratio,span,frames", [(.65, 10, 1024), (.065, 10, 1024), (.75, 10, 300), (.4, 3, 77)])
+@pytest.mark.parametrize("ratio,span,frames",
+                         [(.65, 10, 1024), (.065, 10, 1024), (.75, 10, 300), (.4, 3, 77)])
 def test_wav2vec2_statistics_agree_with_transformers(ratio, span, frames):
-    "Share hidden, its spread between rows, chance of each frame and run lengths: two samplers, one distribution"
+    """Share hidden, its spread between rows, chance of each frame and run lengths: two samplers,
+    one distribution"""
     from transformers.models.wav2vec2.modeling_wav2vec2 import _compute_mask_indices
     np.random.seed(0)
     rows = 4000
-    theirs = torch.cat([torch.from_numpy(_compute_mask_indices((10, frames), ratio, span)) for _ in range(rows//10)])
+    theirs = torch.cat([torch.from_numpy(_compute_mask_indices((10, frames), ratio, span))
+                        for _ in range(rows//10)])
     ours = span_mask(rows, frames, ratio, span, "wav2vec2", generator=generator(0))
     a, b = ours.float().mean(1), theirs.float().mean(1)
-    error = (a.var()/rows + b.var()/(rows/10)).sqrt()     # their ten rows of a call round alike: 400 independent calls at worst
+    # their ten rows of a call round alike: 400 independent calls at worst
+    error = (a.var()/rows + b.var()/(rows/10)).sqrt()
     assert (a.mean() - b.mean()).abs() < 5*error
     assert abs(a.std()/b.std() - 1) < .1
     p, q = ours.float().mean(0), theirs.float().mean(0)   # (frames,)
@@ -119,12 +129,14 @@ def test_wav2vec2_hides_49_percent():
 
 
 def test_wav2vec2_rounds_the_number_of_spans_by_chance():
-    starts = wav2vec2_starts(4000, 1024, plan_spans(1024, .65, 10, "wav2vec2"), generator=generator(1))
+    starts = wav2vec2_starts(4000, 1024, plan_spans(1024, .65, 10, "wav2vec2"),
+                             generator=generator(1))
     used = starts < 1024
     assert sorted(used.sum(1).unique().tolist()) == [66, 67]
     assert abs(used.sum(1).float().mean() - 66.56) < 5*.5/4000**.5
     assert starts[used].max() == 1014 and starts.min() == 0
-    for row, use in zip(starts[:50], used[:50]): assert len(row[use].unique()) == use.sum()   # no start twice
+    # no start twice
+    for row, use in zip(starts[:50], used[:50]): assert len(row[use].unique()) == use.sum()
 
 
 def test_exact_draws_each_arrangement_equally_often():
@@ -145,7 +157,8 @@ def test_choose_has_no_repeats():
 
 def test_cover_matches_a_loop():
     g = generator(4)
-    starts = torch.randint(0, 31, (20, 5), generator=g)      # 30 = unused; late ones run over the end
+    # 30 = unused; late ones run over the end
+    starts = torch.randint(0, 31, (20, 5), generator=g)
     expected = torch.zeros(20, 30, dtype=torch.bool)
     for row, ss in zip(expected, starts.tolist()):
         for s in ss: row[s:s + 4] = True
@@ -153,7 +166,8 @@ def test_cover_matches_a_loop():
 
 
 def test_the_literal_formula_before_and_after_the_promise():
-    "760 spans drawn with replacement: 99.8 % hidden, one row in five wholly masked; then 2 visible frames at least"
+    """760 spans drawn with replacement: 99.8 % hidden, one row in five wholly masked; then 2
+    visible frames at least"""
     plan = plan_spans(1024, .75, 10, "spec")
     assert plan.many == int(.75*(1024 - 10)) == 760
     raw = cover(spec_starts(3000, 1024, plan.many, plan.span, generator=generator(5)), 10, 1024)
@@ -179,19 +193,25 @@ def test_keep_two_spreads_over_the_row():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_ratio_zero_hides_nothing_at_any_length(mode):
-    for frames in (0, 1, 3, 4, 50): assert not span_mask(2, frames, 0., 10, mode).any() and max_masked(frames, 0., 10, mode) == 0
+    for frames in (0, 1, 3, 4, 50):
+        assert (not span_mask(2, frames, 0., 10, mode).any()
+                and max_masked(frames, 0., 10, mode) == 0)
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("change,sentence", [(dict(frames=3), "4 at least"), (dict(ratio=-.1), "between 0 and 1"),
-                                             (dict(ratio=1.1), "between 0 and 1"), (dict(ratio=float("nan")), "between 0 and 1"),
-                                             (dict(span=0), "at least 1"), (dict(mode="half"), "must be one of")])
+@pytest.mark.parametrize("change,sentence",
+                         [(dict(frames=3), "4 at least"), (dict(ratio=-.1), "between 0 and 1"),
+                                             (dict(ratio=1.1), "between 0 and 1"),
+                          (dict(ratio=float("nan")), "between 0 and 1"),
+                                             (dict(span=0), "at least 1"),
+                          (dict(mode="half"), "must be one of")])
 def test_bad_input_is_refused_with_one_sentence(mode, change, sentence):
     good = dict(frames=100, ratio=.5, span=10, mode=mode)
     with pytest.raises(ValueError, match=sentence): span_mask(2, **(good | change))
     with pytest.raises(ValueError, match=sentence): max_masked(**(good | change))
     if "frames" not in change:
-        with pytest.raises(ValueError, match=sentence): span_mask(2, **(good | change | dict(frames=4096)))
+        with pytest.raises(ValueError, match=sentence):
+            span_mask(2, **(good | change | dict(frames=4096)))
 
 
 def test_channel_mask_hides_whole_channels():
@@ -202,7 +222,8 @@ def test_channel_mask_hides_whole_channels():
 
 def test_apply_mask_values_gradients_and_dtypes():
     g = generator(0)
-    x, value = torch.randn(3, 20, 4, generator=g).double().requires_grad_(), torch.randn(4, generator=g).double().requires_grad_()
+    x, value = torch.randn(3, 20, 4, generator=g).double().requires_grad_(), torch.randn(
+        4, generator=g).double().requires_grad_()
     mask = span_mask(3, 20, .5, 3, generator=g)
     y = apply_mask(x, mask, value)
     assert_close(y, torch.where(mask[..., None], value.expand_as(x), x))
@@ -229,6 +250,8 @@ def test_no_wait_for_the_gpu(mode):
         mask = span_mask(8, 1024, .65, 10, mode, generator=g)
         apply_mask(x, mask, value), apply_mask(x, mask)
     finally: torch.cuda.set_sync_debug_mode("default")
-    assert mask.is_cuda and (mask.sum(1) >= 2).all() and (mask.sum(1) <= max_masked(1024, .65, 10, mode)).all()
-    a, b = (span_mask(8, 1024, .65, 10, mode, generator=torch.Generator("cuda").manual_seed(1)) for _ in range(2))
+    assert (mask.is_cuda and (mask.sum(1) >= 2).all()
+            and (mask.sum(1) <= max_masked(1024, .65, 10, mode)).all())
+    a, b = (span_mask(8, 1024, .65, 10, mode, generator=torch.Generator("cuda").manual_seed(1))
+            for _ in range(2))
     assert torch.equal(a, b)

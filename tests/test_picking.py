@@ -1,4 +1,5 @@
-"SeisModelPicker among SeisBench's models: the same numbers on both sides, files, and streams as they come"
+"""SeisModelPicker among SeisBench's models: the same numbers on both sides, files, and streams as
+they come"""
 import json
 import logging
 import subprocess
@@ -34,14 +35,19 @@ def lively(name=TINY[0], seed=0):
 def model(): return lively()
 
 
-def stream_of(x, start='2020-01-01T00:00:00', rate=100., channels=('HHZ', 'HHN', 'HHE'), station='ABC'):
+def stream_of(x, start='2020-01-01T00:00:00', rate=100., channels=('HHZ', 'HHN', 'HHE'),
+              station='ABC'):
     "A stream of one station from (samples, components)"
-    stats = dict(network='XX', station=station, location='', starttime=obspy.UTCDateTime(start), sampling_rate=rate)
-    return obspy.Stream([obspy.Trace(c.copy(), {**stats, 'channel': channel}) for c, channel in zip(x.T, channels)])
+    stats = dict(network='XX', station=station, location='', starttime=obspy.UTCDateTime(start),
+                 sampling_rate=rate)
+    return obspy.Stream([obspy.Trace(c.copy(), {**stats, 'channel': channel}) for c,
+                         channel in zip(x.T, channels)])
 
 
 @pytest.fixture
-def waveform(quake_records): return np.concatenate([x.T for _, x in quake_records(2)], 0).astype(float)*1e6 + 500.     # (12000, 3)
+# (12000, 3)
+def waveform(quake_records):
+    return np.concatenate([x.T for _, x in quake_records(2)], 0).astype(float)*1e6 + 500.
 
 
 def array(annotations): return np.stack([tr.data for tr in annotations], -1)
@@ -49,7 +55,8 @@ def array(annotations): return np.stack([tr.data for tr in annotations], -1)
 
 @pytest.mark.parametrize('name', TINY)
 def test_annotate_is_what_training_sees(name, waveform):
-    "Window by window: the probabilities that training-time code computes, cut, normalised and stacked by hand"
+    """Window by window: the probabilities that training-time code computes, cut, normalised and
+    stacked by hand"""
     model, L = lively(name), 4096
     model.window = L
     got = model.annotate(stream_of(waveform), blinding=(0, 0), overlap=2048, stacking='max')
@@ -57,7 +64,9 @@ def test_annotate_is_what_training_sees(name, waveform):
     x = torch.tensor(waveform - waveform.mean(0)).float()
     starts = [*range(0, len(x) - L + 1, 2048), len(x) - L]
     want = np.zeros((len(x), 3), np.float32)
-    with torch.no_grad(): p = model.picker.logits(normalize(torch.stack([x[s:s + L] for s in starts]))).softmax(-1).numpy()
+    with torch.no_grad():
+        p = model.picker.logits(normalize(torch.stack([x[s:s + L] for s in starts]))).softmax(
+            -1).numpy()
     for s, q in zip(starts, p): want[s:s + L] = np.maximum(want[s:s + L], q)
     assert array(got).shape == want.shape
     np.testing.assert_allclose(array(got), want, atol=2e-4)
@@ -66,29 +75,38 @@ def test_annotate_is_what_training_sees(name, waveform):
 def test_picks_are_those_of_the_training_code(model, waveform):
     "Same weights, same picks: trigger on the probabilities of the training code"
     window = waveform[:4096]
-    x = normalize(torch.tensor(window - window.mean(0)).float())      # float32 would eat this amplitude beside its offset
+    # float32 would eat this amplitude beside its offset
+    x = normalize(torch.tensor(window - window.mean(0)).float())
     with torch.no_grad(): p = model.picker.logits(x[None])[0].softmax(-1).numpy()
     far, options = {}, {}
-    for k, phase in ((1, 'P'), (2, 'S')):                             # a threshold that no rounding moves a peak or a trough across
+    # a threshold that no rounding moves a peak or a trough across
+    for k, phase in ((1, 'P'), (2, 'S')):
         turns = p[1:-1, k][np.diff(np.sign(np.diff(p[:, k]))) != 0]
         distance = lambda t: min(np.abs(turns - t).min(), np.abs(turns - t/2).min())
         options[phase] = max(np.arange(.25, .35, .001), key=distance)
         far[phase] = distance(options[phase])
-    want = sorted((phase, s0, s1) for k, phase in ((1, 'P'), (2, 'S')) for s0, s1 in trigger_onset(p[:, k], options[phase], options[phase]/2))
-    picks = model.classify(stream_of(window), **{f'{phase}_threshold': t for phase, t in options.items()}).picks
+    want = sorted((phase, s0, s1) for k, phase in ((1, 'P'), (2, 'S')) for s0,
+                  s1 in trigger_onset(p[:, k], options[phase], options[phase]/2))
+    picks = model.classify(stream_of(window),
+                           **{f'{phase}_threshold': t for phase, t in options.items()}).picks
     start = obspy.UTCDateTime('2020-01-01')
-    got = sorted((pick.phase, round((pick.peak_time - start)*100), pick.peak_value) for pick in picks)
+    got = sorted((pick.phase, round((pick.peak_time - start)*100), pick.peak_value)
+                 for pick in picks)
     assert min(far.values()) > 1e-4 and len(got) > 5 and [g[0] for g in got] == [w[0] for w in want]
-    for (phase, peak, value), (_, s0, s1) in zip(got, want):          # at the highest sample, or at one as high
+    # at the highest sample, or at one as high
+    for (phase, peak, value), (_, s0, s1) in zip(got, want):
         here = p[:, 'NPS'.index(phase)]
-        assert s0 <= peak <= s1 and here[peak] > here[s0:s1 + 1].max() - 1e-4 and abs(value - here[peak]) < 1e-4
+        assert (s0 <= peak <= s1 and here[peak] > here[s0:s1 + 1].max() - 1e-4
+                and abs(value - here[peak]) < 1e-4)
     times = [pick.peak_time for pick in picks]
     assert times == sorted(times)
 
 
 def test_thresholds(model, waveform):
     stream = stream_of(waveform[:5000])
-    count = lambda **kwargs: {phase: sum(p.phase == phase for p in model.classify(stream, **kwargs).picks) for phase in 'PS'}
+    count = lambda **kwargs: {phase: sum(p.phase == phase
+                                         for p in model.classify(stream, **kwargs).picks)
+                              for phase in 'PS'}
     low, high = count(P_threshold=.3, S_threshold=.3), count(P_threshold=.99999, S_threshold=.3)
     assert low == count() and high['P'] < low['P'] and high['S'] == low['S']
 
@@ -96,7 +114,8 @@ def test_thresholds(model, waveform):
 def test_overlap_blinding_and_any_length(model):
     "Every sample has a probability, whatever the length"
     rng = np.random.default_rng(0)
-    for n in (SHORTEST, 700, 1023, 1024, 1025, 4095, 4096, 4097, 9001, READ_WINDOW - 1, READ_WINDOW, READ_WINDOW + 1):
+    for n in (SHORTEST, 700, 1023, 1024, 1025, 4095, 4096, 4097, 9001, READ_WINDOW - 1, READ_WINDOW,
+              READ_WINDOW + 1):
         annotations = model.annotate(stream_of(rng.standard_normal((n, 3))))
         assert [len(tr) for tr in annotations] == [n]*3, n
         assert all(np.isfinite(tr.data).all() for tr in annotations)
@@ -105,10 +124,13 @@ def test_overlap_blinding_and_any_length(model):
 
 
 def test_blinding_leaves_the_ends_of_windows_to_their_neighbours(model, waveform):
-    "Two windows that overlap by 2048: each half of the overlap from the window that knows it better"
+    """Two windows that overlap by 2048: each half of the overlap from the window that knows it
+    better"""
     model = SeisModelPicker.of(model.picker, window=4096)
     n, x = 4096 + 2048, waveform[2000:8144] - waveform[2000:8144].mean(0)
-    with torch.no_grad(): p = model.picker.logits(normalize(torch.tensor(np.stack([x[:4096], x[2048:]])).float())).softmax(-1).numpy()
+    with torch.no_grad():
+        p = model.picker.logits(
+            normalize(torch.tensor(np.stack([x[:4096], x[2048:]])).float())).softmax(-1).numpy()
     want = np.concatenate([p[0, :3072], p[1, 1024:]])
     got = array(model.annotate(stream_of(waveform[2000:8144]), overlap=2048, blinding=(1024, 1024)))
     assert got.shape == (n, 3)
@@ -120,7 +142,9 @@ def test_an_hour_in_one_pass(model):
     hour = SeisModelPicker.of(model.picker, window=None)
     x = np.random.default_rng(0).standard_normal((60_000, 3))
     annotations = hour.annotate(stream_of(x))
-    with torch.no_grad(): want = model.picker.logits(normalize(torch.tensor(x - x.mean(0)).float())[None])[0].softmax(-1)
+    with torch.no_grad():
+        want = model.picker.logits(normalize(torch.tensor(x - x.mean(0)).float())[None])[0].softmax(
+            -1)
     np.testing.assert_allclose(array(annotations), want, atol=1e-4)
     assert hour.get_model_args()['window'] is None
 
@@ -155,12 +179,14 @@ def test_strict(model, waveform):
     assert len(model.annotate(two, strict=True)) == 0
     zeros = waveform[:5000].copy()
     zeros[:, 2] = 0
-    np.testing.assert_allclose(array(model.annotate(two)), array(model.annotate(stream_of(zeros))), atol=1e-6)
+    np.testing.assert_allclose(array(model.annotate(two)), array(model.annotate(stream_of(zeros))),
+                               atol=1e-6)
 
 
 @pytest.mark.parametrize('rate', [1., 9.9, .01])
 def test_too_slow(model, rate):
-    with pytest.raises(UserError, match='XX.ABC..HH[ZNE] has .* Hz, and a picker needs at least 10 Hz'):
+    with pytest.raises(UserError,
+                       match='XX.ABC..HH[ZNE] has .* Hz, and a picker needs at least 10 Hz'):
         model.annotate(stream_of(np.random.default_rng(0).standard_normal((5000, 3)), rate=rate))
 
 
@@ -191,17 +217,20 @@ def test_nothing_moves(model):
 def test_horizontals_one_and_two(model, waveform):
     x = waveform[:5000]
     want = array(model.annotate(stream_of(x)))
-    np.testing.assert_array_equal(array(model.annotate(stream_of(x, channels=('EHZ', 'EH1', 'EH2')))), want)
+    np.testing.assert_array_equal(
+        array(model.annotate(stream_of(x, channels=('EHZ', 'EH1', 'EH2')))), want)
     shuffled = stream_of(x)[::-1]
     np.testing.assert_array_equal(array(model.annotate(obspy.Stream(shuffled))), want)
 
 
 def test_two_instruments_and_two_stations_stay_apart(model, waveform):
-    parts = [stream_of(waveform[:5000]), stream_of(waveform[5000:10000], channels=('HNZ', 'HNN', 'HNE')), stream_of(waveform[3000:8000], station='DEF')]
+    parts = [stream_of(waveform[:5000]), stream_of(waveform[5000:10000], channels=(
+        'HNZ', 'HNN', 'HNE')), stream_of(waveform[3000:8000], station='DEF')]
     alone = [array(model.annotate(st)) for st in parts]
     together = model.annotate(sum(parts, obspy.Stream()))
     assert len(together) == 9
-    for want in alone: assert any(np.allclose(array(together[k:k + 3]), want, atol=1e-3) for k in (0, 3, 6))
+    for want in alone:
+        assert any(np.allclose(array(together[k:k + 3]), want, atol=1e-3) for k in (0, 3, 6))
     assert {tr.stats.station for tr in together} == {'ABC', 'DEF'}
 
 
@@ -223,7 +252,8 @@ def test_seisbench_cache(model, tmp_path, monkeypatch, waveform):
     assert again.weights_docstring == 'a test' and not again.training
     stream = stream_of(waveform[:5000])
     np.testing.assert_array_equal(array(again.annotate(stream)), array(model.annotate(stream)))
-    with pytest.raises(UserError, match="no picker 'andes'"): SeisModelPicker.from_pretrained('andes')
+    with pytest.raises(UserError, match="no picker 'andes'"):
+        SeisModelPicker.from_pretrained('andes')
 
 
 @pytest.mark.parametrize('name', TINY)
@@ -233,17 +263,21 @@ def test_files_open_in_another_process(name, tmp_path):
     model.save(tmp_path/'model')
     args = json.loads((tmp_path/'model.json').read_text(encoding='utf-8'))['model_args']
     assert set(args) == {'model', 'width', 'dropout', 'raw', 'at', 'window'}
-    code = ('import sys, torch; from seismodel.picking.seisbench_model import SeisModelPicker; m = SeisModelPicker.load(sys.argv[1]); '
-            'x = torch.sin(torch.arange(3*600.)).view(1, 3, 600); torch.save([m.state_dict(), m(x).detach()], sys.argv[2])')
+    code = ('import sys, torch; from seismodel.picking.seisbench_model import SeisModelPicker; m '
+            '= SeisModelPicker.load(sys.argv[1]); '
+            'x = torch.sin(torch.arange(3*600.)).view(1, 3, 600); torch.save([m.state_dict(), '
+            'm(x).detach()], sys.argv[2])')
     subprocess.run([sys.executable, '-c', code, tmp_path/'model', tmp_path/'there.pt'], check=True)
     weights, p = torch.load(tmp_path/'there.pt')
-    assert weights.keys() == model.state_dict().keys() and all(torch.equal(w, weights[k]) for k, w in model.state_dict().items())
+    assert (weights.keys() == model.state_dict().keys()
+            and all(torch.equal(w, weights[k]) for k, w in model.state_dict().items()))
     with torch.no_grad(): want = model(torch.sin(torch.arange(3*600.)).view(1, 3, 600))
     torch.testing.assert_close(p, want, rtol=0, atol=1e-4)
 
 
 def test_folders_that_hold_no_picker(tmp_path, model):
-    with pytest.raises(UserError, match='config.json is missing'): SeisModelPicker.from_pretrained(tmp_path)
+    with pytest.raises(UserError, match='config.json is missing'):
+        SeisModelPicker.from_pretrained(tmp_path)
     model.save(tmp_path/'half')
     (tmp_path/'half.pt').unlink()
     with pytest.raises(UserError, match='half.pt is missing'): SeisModelPicker.load(tmp_path/'half')

@@ -1,4 +1,5 @@
-"Picking in pieces: the picks of the whole, to the sample, at the seams, for every kind of picker, in constant memory"
+"""Picking in pieces: the picks of the whole, to the sample, at the seams, for every kind of picker,
+in constant memory"""
 import os
 import subprocess
 import sys
@@ -18,7 +19,8 @@ from seismodel.models.pretraining import build, preset
 from seismodel.picking.output import read_picks
 from seismodel.picking import pick as picking
 from seismodel.picking.pick import pick, pick_archive, pick_day, processes_on
-from seismodel.picking.pieces import AROUND, Curve, Settings, _stacked, joined_pieces, pick_piece, settings_of, window_starts
+from seismodel.picking.pieces import (AROUND, Curve, Settings, _stacked, joined_pieces, pick_piece,
+                                      settings_of, window_starts)
 from seismodel.picking.seisbench_model import GPU_BATCH
 
 ARGS = {'P_threshold': .8, 'S_threshold': .8}        # an eager picker finds enough above these
@@ -34,7 +36,8 @@ def record(seconds, seed=0, start=T0, channels='HHZ HHN HHE', rate=100.):
     rng, n = np.random.default_rng(seed), int(seconds*rate)
     size = 1 + 30*np.exp(-(np.arange(n)/rate % 47)/3)
     head = dict(network='XX', station='ABC', location='00', sampling_rate=rate, starttime=start)
-    return Stream([Trace((100*size*rng.standard_normal(n)).astype(np.int32), {**head, 'channel': c}) for c in channels.split()])
+    return Stream([Trace((100*size*rng.standard_normal(n)).astype(np.int32), {**head, 'channel': c})
+                   for c in channels.split()])
 
 
 def save(stream, path, kind='MSEED'):
@@ -42,7 +45,8 @@ def save(stream, path, kind='MSEED'):
     stream.write(str(path), format=kind)
 
 
-def found(picks): return sorted((p.phase, p.peak_time.ns, p.start_time.ns, p.end_time.ns) for p in picks)
+def found(picks):
+    return sorted((p.phase, p.peak_time.ns, p.start_time.ns, p.end_time.ns) for p in picks)
 
 
 def picks_of(model, folder, seconds, args=ARGS):
@@ -57,9 +61,11 @@ def picks_of(model, folder, seconds, args=ARGS):
 
 # windows
 
-@pytest.mark.parametrize('first, last, window, step', [(1003, 9001, 2000, 500), (0, 4096, 4096, 2048), (7, 100_007, 4096, 1024)])
+@pytest.mark.parametrize('first, last, window, step',
+                         [(1003, 9001, 2000, 500), (0, 4096, 4096, 2048), (7, 100_007, 4096, 1024)])
 def test_windows_of_pieces_are_those_of_the_whole(first, last, window, step):
-    "Every window of the whole lies in some piece that reads one window beyond its ends, and no piece has another one"
+    """Every window of the whole lies in some piece that reads one window beyond its ends, and no
+    piece has another one"""
     whole = set(window_starts(first, last, window, step))
     assert min(whole) == first and max(whole) == last - window
     for size in (window, 3*window + 1):
@@ -76,7 +82,8 @@ def test_windows_of_pieces_are_those_of_the_whole(first, last, window, step):
 
 @pytest.mark.parametrize('seconds', [60, 300, 3600])
 def test_picks_in_pieces_are_the_picks_of_the_whole(model, tmp_path, seconds):
-    "Forty minutes with a gap and a component that is missing for a while, over midnight, also at the seams"
+    """Forty minutes with a gap and a component that is missing for a while, over midnight, also at
+    the seams"""
     st = record(2400)
     st[1].trim(T0 + 250)
     st = st.cutout(T0 + 700, T0 + 733.33)
@@ -97,9 +104,11 @@ def test_a_pick_across_a_seam_is_found_once(model, tmp_path, monkeypatch):
     instrument, = open_archive(tmp_path).instruments
     span, = instrument.spans()
     # the last but one begins a third of a second after a full minute, the last at it
-    bumps = [(3000, 6200), (12_010, 12_020), (17_950, 18_300), (23_990, 24_001), (30_000, 30_002), (36_500, 41_900), (48_100, 48_102), (54_067, 54_069)]
+    bumps = [(3000, 6200), (12_010, 12_020), (17_950, 18_300), (23_990, 24_001), (30_000, 30_002),
+             (36_500, 41_900), (48_100, 48_102), (54_067, 54_069)]
 
-    def curves(model, x, first, s, cut):                     # the answer of a picker, bumps of 3 s around (begin + end)/2
+    # the answer of a picker, bumps of 3 s around (begin + end)/2
+    def curves(model, x, first, s, cut):
         t = first + np.arange(len(x)) - span.start//TICK
         p = sum(.9*np.exp(-((t - (a + b)/2)/max(50., (b - a)/2.5))**2) for a, b in bumps)
         return [Curve(first, 1, np.stack([1 - p, p, 0*p], -1).astype(np.float32))]
@@ -110,7 +119,8 @@ def test_a_pick_across_a_seam_is_found_once(model, tmp_path, monkeypatch):
     assert len(whole) == len(bumps) and {p.phase for p in whole} == {'P'}
     for size in (6000, 1000, 777):
         parts = [p for a in range(0, span.count, size)
-                 for p in pick_piece(model, instrument, span, a, min(a + size, span.count), s).picks]
+                 for p in pick_piece(model, instrument, span, a, min(a + size, span.count),
+                                     s).picks]
         assert found(parts) == found(whole), size
 
 
@@ -143,40 +153,50 @@ def test_annotations_are_those_of_seisbench(model, tmp_path):
     save(st, tmp_path/'a.mseed')
     instrument, = open_archive(tmp_path).instruments
     span, = instrument.spans()
-    ours, theirs = pick_piece(model, instrument, span, 0, span.count, settings_of(model, ARGS)).stream, model.annotate(st, **ARGS)
+    ours, theirs = pick_piece(model, instrument, span, 0, span.count,
+                              settings_of(model, ARGS)).stream, model.annotate(st, **ARGS)
     assert [tr.id for tr in ours] == [tr.id for tr in theirs]
     for a, b in zip(ours, theirs):
         assert len(a) == len(b) == 10_000 and a.stats.starttime == b.stats.starttime
         np.testing.assert_allclose(a.data, b.data, atol=2e-4)
 
 
-@pytest.mark.parametrize('change, words', [(dict(sampling_rate=50), '50 Hz; choose a picker that reads 100 Hz'),
-                                           (dict(component_order='Z12H'), 'reads the component 1, 2, H'),
-                                           (dict(filter_args=('highpass',)), 'Other filters its stream first')])
+@pytest.mark.parametrize('change, words',
+                         [(dict(sampling_rate=50), '50 Hz; choose a picker that reads 100 Hz'),
+                                           (dict(component_order='Z12H'),
+                                            'reads the component 1, 2, H'),
+                                           (dict(filter_args=('highpass',)),
+                                            'Other filters its stream first')])
 def test_pickers_that_read_something_else(change, words):
-    other = SimpleNamespace(**dict(name='Other', sampling_rate=100., component_order='ZNE', filter_args=None, filter_kwargs=None) | change)
+    other = SimpleNamespace(**dict(name='Other', sampling_rate=100., component_order='ZNE',
+                                   filter_args=None, filter_kwargs=None) | change)
     with pytest.raises(UserError, match=words): settings_of(other, {})
 
 
 @pytest.mark.parametrize('seconds', [30, 100])
 def test_picks_are_those_of_seisbench(model, tmp_path, seconds):
-    "ObsPy's own record and a synthetic one: `pick` has its own path, and finds what `classify` finds"
+    """ObsPy's own record and a synthetic one: `pick` has its own path, and finds what `classify`
+    finds"""
     st = obspy.read() if seconds == 30 else record(seconds)
     save(st, tmp_path/'a.mseed')
     ours, _ = picks_of(model, tmp_path, 3600)
     theirs = model.classify(st, **ARGS).picks
     near = [(p.phase, round((p.peak_time - st[0].stats.starttime)*100)) for p in theirs]
-    assert len(ours) > 10 and sorted(near) == sorted((p.phase, round((p.peak_time - st[0].stats.starttime)*100)) for p in ours)
+    assert (len(ours) > 10
+            and sorted(near) == sorted((p.phase, round((p.peak_time - st[0].stats.starttime)*100))
+                                       for p in ours))
 
 
 @pytest.mark.parametrize('stacking', ['avg', 'max'])
 def test_the_mean_is_over_windows_that_have_a_value(stacking):
-    "Three windows whose ends a picker leaves empty, with one probability each: the mean of those that are there, or the highest"
+    """Three windows whose ends a picker leaves empty, with one probability each: the mean of those
+    that are there, or the highest"""
     p = torch.stack([torch.full((10, 3), v) for v in (.2, .4, .9)])
     p[:, :2], p[:, 8:] = torch.nan, torch.nan
     model = SimpleNamespace(_argdict_get_with_default=lambda args, key: args[key])
     s = Settings(10, 4, 10, (0, 0), {'stacking': stacking})
-    curve = _stacked(iter([p[:2], p[2:]]), [100, 104, 108], 10, (100, 118), (False, False), s, model)
+    curve = _stacked(iter([p[:2], p[2:]]), [100, 104, 108], 10, (100, 118), (False, False),
+                     s, model)
     both = {'avg': ((.2 + .4)/2, (.4 + .9)/2), 'max': (.4, .9)}[stacking]
     want = [.2]*4 + [both[0]]*2 + [.4]*2 + [both[1]]*2 + [.9]*4
     assert (curve.first, curve.every, curve.values.dtype) == (102, 1, np.float32)
@@ -196,7 +216,8 @@ def test_a_batch_of_any_size_finds_the_same_picks(model, tmp_path):
     "Pieces are joined to the length of a batch, never across a gap"
     st = record(1500).cutout(T0 + 700, T0 + 733)
     save(st, tmp_path/'a.mseed')
-    few, many = rows_of_day(model, tmp_path, {**ARGS, 'batch_size': 1}), rows_of_day(model, tmp_path, {**ARGS, 'batch_size': 128})
+    few, many = rows_of_day(model, tmp_path, {**ARGS, 'batch_size': 1}), rows_of_day(
+        model, tmp_path, {**ARGS, 'batch_size': 128})
     assert few[1] > many[1] == 2 and few[0]['samples'] == many[0]['samples'] > 140_000
     assert len(few[0]['picks']) > 100
     for a, b in zip(few[0]['picks'], many[0]['picks'], strict=True):
@@ -214,7 +235,8 @@ def test_a_gpu_without_room_gets_smaller_batches(model, tmp_path, monkeypatch, c
         return forward(x)
 
     monkeypatch.setattr(model, 'forward', cramped)
-    assert rows_of_day(model, tmp_path, args) == want and sizes[:4] == [4, 2, 1, 1] and 'no room for the batch' in caplog.text
+    assert (rows_of_day(model, tmp_path, args) == want and sizes[:4] == [4, 2, 1, 1]
+            and 'no room for the batch' in caplog.text)
     monkeypatch.setattr(model, 'forward', lambda x: cramped(x, 0))
     with pytest.raises(torch.cuda.OutOfMemoryError): rows_of_day(model, tmp_path, args)
 
@@ -231,7 +253,8 @@ def test_a_gpu_is_shared_by_processes(monkeypatch):
     "Four with enough cores and station-days, one for a few; a CPU is not shared"
     gpus, cpu = [torch.device('cuda:0'), torch.device('cuda:1')], torch.device('cpu')
     monkeypatch.setattr(picking, 'cores', lambda: 16)
-    for devices, days, want in ((gpus[:1], 15, 1), (gpus[:1], 16, 2), (gpus[:1], 1000, 4), (gpus, 1000, 8), (gpus, 3, 2)):
+    for devices, days, want in ((gpus[:1], 15, 1), (gpus[:1], 16, 2), (gpus[:1], 1000, 4),
+                                (gpus, 1000, 8), (gpus, 3, 2)):
         found = processes_on(devices, days)
         assert len(found) == want and set(found) == set(devices)
     monkeypatch.setattr(picking, 'cores', lambda: 2)
@@ -259,17 +282,20 @@ def test_a_script_that_picks_in_processes_runs_once(model, tmp_path):
         for tr in st: tr.stats.station = f'S{k}'
         save(st, tmp_path/f'in/{k}.mseed')
     (tmp_path/'script.py').write_text(SCRIPT, encoding='utf-8')
-    done = subprocess.run([sys.executable, 'script.py'], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run([sys.executable, 'script.py'], capture_output=True, text=True,
+                          cwd=tmp_path)
     assert done.stdout.split('\n')[:2] == ['the script runs', '2'], done.stderr
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 def test_a_gpu_finds_the_picks_of_the_cpu(tmp_path):
-    "Times within a sample; a pick is alone only where its probability lies within 0.01 of the threshold"
+    """Times within a sample; a pick is alone only where its probability lies within 0.01 of the
+    threshold"""
     save(record(7200), tmp_path/'in/a.mseed')
     found = {}
     for device in ('cpu', 'cuda'):
-        rows = read_picks(pick([tmp_path/'in'], 'tiny-picker', tmp_path/device, p_threshold=.3, s_threshold=.3, device=device))
+        rows = read_picks(pick([tmp_path/'in'], 'tiny-picker', tmp_path/device, p_threshold=.3,
+                               s_threshold=.3, device=device))
         found[device] = [(r.phase, r.epoch, r.probability) for r in rows.itertuples()]
     for one, other in (('cpu', 'cuda'), ('cuda', 'cpu')):
         for phase, time, p in found[one]:
@@ -286,12 +312,14 @@ def by_channel(st, folder):
 def by_10_minutes(st, folder):
     start, end = min(tr.stats.starttime for tr in st), max(tr.stats.endtime for tr in st)
     for k in range(int((end - start)//600) + 1):
-        for tr in st.slice(start + 600*k, start + 600*(k + 1) - .001): save(Stream([tr]), folder/str(k)/f'{tr.id}.{tr.stats.starttime.ns}')
+        for tr in st.slice(start + 600*k, start + 600*(k + 1) - .001):
+            save(Stream([tr]), folder/str(k)/f'{tr.id}.{tr.stats.starttime.ns}')
 
 def as_sac(st, folder):
     for k, tr in enumerate(st): save(Stream([tr]), folder/f'{k}.{tr.id}.SAC', 'SAC')
 
-LAYOUTS = {'whole': lambda st, folder: save(st, folder/'all.mseed'), 'by channel': by_channel, 'by 10 minutes': by_10_minutes, 'SAC': as_sac}
+LAYOUTS = {'whole': lambda st, folder: save(st, folder/'all.mseed'), 'by channel': by_channel,
+           'by 10 minutes': by_10_minutes, 'SAC': as_sac}
 
 
 def same_in_every_layout(model, st, folder):
@@ -300,7 +328,9 @@ def same_in_every_layout(model, st, folder):
     for name, write in LAYOUTS.items():
         write(st, folder/name)
         pick_archive(model, open_archive(folder/name), folder/f'{name} out', ARGS)
-        rows[name] = [{k: v for k, v in row.items() if k not in ('file', 'probability')} for row in read_picks(folder/f'{name} out/picks.csv').fillna('').to_dict('records')]
+        rows[name] = [{k: v for k, v in row.items() if k not in ('file', 'probability')}
+                      for row in read_picks(folder/f'{name} out/picks.csv').fillna('').to_dict(
+            'records')]
     for name in rows: assert rows[name] == rows['whole'], name
     return rows['whole']
 
@@ -316,7 +346,8 @@ def test_every_layout_of_a_real_record_gives_the_same_picks(model, tmp_path, rea
     files = sorted(folder.glob('*B917*.mseed')) if folder and folder.is_dir() else []
     if not files: pytest.skip('no continuous records here')
     st = obspy.read(str(files[0]))
-    st.trim(st[0].stats.starttime, st[0].stats.starttime + 700)             # across a file of 10 minutes
+    # across a file of 10 minutes
+    st.trim(st[0].stats.starttime, st[0].stats.starttime + 700)
     assert len(same_in_every_layout(model, st, tmp_path)) > 200
 
 
@@ -332,8 +363,10 @@ sys.exit(code)
 '''
 
 def peak(*words):
-    "Peak memory of a command in a process of its own, in kB; rusage would count that of the parent too"
-    done = subprocess.run([sys.executable, '-c', MEMORY, *map(str, words)], capture_output=True, text=True,
+    """Peak memory of a command in a process of its own, in kB; rusage would count that of the
+    parent too"""
+    done = subprocess.run([sys.executable, '-c', MEMORY, *map(str, words)], capture_output=True,
+                          text=True,
                           env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert done.returncode == 0, done.stderr
     return int(done.stdout.rsplit('peak', 1)[1])
@@ -341,9 +374,13 @@ def peak(*words):
 
 @pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='memory is read from /proc')
 def test_memory_does_not_grow_with_the_record(tmp_path):
-    "10 h need hardly more than 3 h, in pick and in pack; a picker that finds nothing, since picks take room"
+    """10 h need hardly more than 3 h, in pick and in pack; a picker that finds nothing, since picks
+    take room"""
     Picker(build(preset('contrastive-tiny').model)).save_pretrained(tmp_path/'run')
     for hours in (3, 10): save(record(3600*hours), tmp_path/str(hours)/'all.mseed')
-    for command in (('pick', '--model', tmp_path/'run', '--device', 'cpu', '--p-threshold', '.99', '--s-threshold', '.99'), ('pack',)):
-        few, many = (peak(command[0], tmp_path/str(hours), *command[1:], '--out', tmp_path/f'{command[0]}{hours}') for hours in (3, 10))
-        assert many < few + 22_000, (command[0], few, many)         # kB; the samples of seven hours are 30 MB, one copy of them
+    for command in (('pick', '--model', tmp_path/'run', '--device', 'cpu', '--p-threshold', '.99',
+                     '--s-threshold', '.99'), ('pack',)):
+        few, many = (peak(command[0], tmp_path/str(hours), *command[1:], '--out',
+                          tmp_path/f'{command[0]}{hours}') for hours in (3, 10))
+        # kB; the samples of seven hours are 30 MB, one copy of them
+        assert many < few + 22_000, (command[0], few, many)

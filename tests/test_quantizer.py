@@ -15,8 +15,10 @@ from seismodel.kernels import fused
 from seismodel.kernels.choice import loss_kernels
 from seismodel.models import quantizer as module
 from seismodel.models.infonce import masked_frames
-from seismodel.models.quantizer import (GumbelVectorQuantizer, code_usage, dead_codes, entropy_perplexity, gather_frames, gumbel_noise,
-                                 hard_perplexity, look_up, quantize_masked, soft_perplexity, soft_usage, straight_through,
+from seismodel.models.quantizer import (GumbelVectorQuantizer, code_usage, dead_codes,
+                                        entropy_perplexity, gather_frames, gumbel_noise,
+                                 hard_perplexity, look_up, quantize_masked, soft_perplexity,
+                                        soft_usage, straight_through,
                                  temperature_at)
 
 quick = settings(max_examples=40, deadline=None)
@@ -26,11 +28,14 @@ def pair(groups=2, codes=20, width=24, dim=32, seed=0):
     "Our quantizer and the one of transformers with the same weights"
     torch.manual_seed(seed)
     ours = GumbelVectorQuantizer(width, groups, codes, dim, scale_logits=False)
-    config = Wav2Vec2Config(num_codevector_groups=groups, num_codevectors_per_group=codes, codevector_dim=dim,
+    config = Wav2Vec2Config(num_codevector_groups=groups, num_codevectors_per_group=codes,
+                            codevector_dim=dim,
                             conv_dim=(width,), conv_stride=(2,), conv_kernel=(3,))
     theirs = Wav2Vec2GumbelVectorQuantizer(config)
-    theirs.load_state_dict({name: value for name, value in ours.state_dict().items() if name != 'temperature'})
-    ours.weight_proj.weight.data /= 4       # logits of order one, or the softmax has next to no gradient
+    theirs.load_state_dict({name: value for name, value in ours.state_dict().items()
+                            if name != 'temperature'})
+    # logits of order one, or the softmax has next to no gradient
+    ours.weight_proj.weight.data /= 4
     theirs.weight_proj.weight.data /= 4
     return ours, theirs
 
@@ -67,7 +72,8 @@ def test_training_agrees_with_transformers(same_noise, tau, groups):
             vectors, perplexity = out.vectors, soft_perplexity(out.logits, mask)
         else: vectors, perplexity = vq(a, mask)
         ((vectors * weight).sum() + perplexity).backward()
-        results.append((vectors, perplexity, a.grad, *(p.grad for _, p in sorted(vq.named_parameters()))))
+        results.append((vectors, perplexity, a.grad,
+                        *(p.grad for _, p in sorted(vq.named_parameters()))))
     assert results[0][2].abs().max() > 1e-2       # there is a gradient to compare
     for mine, other in zip(*results): torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
 
@@ -79,12 +85,14 @@ def test_evaluation_agrees_with_transformers():
     out = ours(x)
     vectors, perplexity = theirs(x, mask)
     torch.testing.assert_close(out.vectors, vectors, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(hard_perplexity(out.codes, 20, mask), perplexity, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(hard_perplexity(out.codes, 20, mask), perplexity, rtol=1e-5,
+                               atol=1e-5)
     assert torch.equal(out.codes, out.logits.argmax(-1))
 
 
 def test_the_noise_is_that_of_torch():
-    "Seeded alike, gumbel_softmax of torch and our sample are the same choice and the same soft sample"
+    """Seeded alike, gumbel_softmax of torch and our sample are the same choice and the same soft
+    sample"""
     logits = torch.randn(50, 30)
     torch.manual_seed(7)
     soft = F.gumbel_softmax(logits, tau=.7)
@@ -111,13 +119,15 @@ def test_no_expanded_codebook():
 
 
 def test_nothing_is_read_back_from_the_device():
-    "Quantizer, perplexities and usage run on shapes alone: fake tensors raise where a value would have to be read"
+    """Quantizer, perplexities and usage run on shapes alone: fake tensors raise where a value would
+    have to be read"""
     with FakeTensorMode():
         vq = GumbelVectorQuantizer(8, 2, 10, 6)
         x, mask = torch.zeros(2, 5, 8, requires_grad=True), torch.zeros(2, 5, dtype=torch.bool)
         out = vq(x)
         (out.vectors.sum() + soft_perplexity(out.logits, mask)).backward()
-        assert hard_perplexity(out.codes, 10, mask).shape == dead_codes(code_usage(out.codes, 10, mask)).shape == ()
+        assert (hard_perplexity(out.codes, 10, mask).shape
+                == dead_codes(code_usage(out.codes, 10, mask)).shape == ())
         assert x.grad.shape == x.shape
 
 
@@ -159,7 +169,8 @@ def test_generator_decides_and_global_state_is_left_alone():
 
 
 def test_choices_follow_the_softmax():
-    "Over many draws the codes of a frame have the frequencies of the softmax of its logits, whatever the temperature"
+    """Over many draws the codes of a frame have the frequencies of the softmax of its logits,
+    whatever the temperature"""
     torch.manual_seed(0)
     vq = GumbelVectorQuantizer(8, 1, 5, 4, temperature=.3)
     out = vq(torch.randn(1, 1, 8).expand(1, 40_000, 8), torch.Generator().manual_seed(0))
@@ -184,7 +195,8 @@ def test_gradients_in_float64():
     soft = lambda logits: ((logits + noise) / .7).softmax(-1)
     assert torch.autograd.gradcheck(lambda l, b: look_up(soft(l), b), (logits, book))
     assert torch.autograd.gradcheck(lambda l: soft_perplexity(l, mask), logits)
-    assert torch.autograd.gradcheck(lambda b: look_up(straight_through(soft(logits.detach()))[0], b), book)
+    assert torch.autograd.gradcheck(lambda b: look_up(straight_through(soft(logits.detach()))[0],
+                                                      b), book)
 
 
 @pytest.mark.parametrize('scale', [1., 1e3, 1e6])
@@ -203,7 +215,8 @@ def test_no_masked_frame():
     assert hard_perplexity(torch.zeros(2, 6, 2, dtype=torch.long), 50, none) == 2
 
 
-shapes = st.tuples(st.integers(1, 3), st.integers(1, 12), st.integers(1, 3), st.integers(1, 9), st.integers(0, 10_000))
+shapes = st.tuples(st.integers(1, 3), st.integers(1, 12), st.integers(1, 3), st.integers(1, 9),
+                   st.integers(0, 10_000))
 
 
 @quick
@@ -257,7 +270,8 @@ def test_vectors_are_rows_of_the_codebook(shape):
 
 
 @quick
-@given(st.integers(1, 2_000_000), st.floats(.6, 5), st.floats(.01, .5), st.sampled_from(['cosine', 'exponential']))
+@given(st.integers(1, 2_000_000), st.floats(.6, 5), st.floats(.01, .5),
+       st.sampled_from(['cosine', 'exponential']))
 def test_temperature_falls_between_its_ends(steps, start, end, schedule):
     at = [temperature_at(steps*k//20, steps, start, end, schedule) for k in range(21)]
     assert at[0] == pytest.approx(start) and all(end - 1e-9 <= t <= start + 1e-9 for t in at)
@@ -273,22 +287,26 @@ def test_exponential_is_the_published_product():
 
 
 def test_bad_settings_are_refused():
-    with pytest.raises(ValueError, match='multiple of groups'): GumbelVectorQuantizer(codevector_dim=255)
+    with pytest.raises(ValueError, match='multiple of groups'):
+        GumbelVectorQuantizer(codevector_dim=255)
     with pytest.raises(ValueError, match='above 0'): GumbelVectorQuantizer(temperature=0.)
     with pytest.raises(ValueError, match='schedule'): temperature_at(0, 10, schedule='linear')
     with pytest.raises(ValueError, match='at least 1'): temperature_at(0, 0)
-    with pytest.raises((RuntimeError, IndexError)): code_usage(torch.full((4, 2), 7), 5)      # a code outside the book
+    # a code outside the book
+    with pytest.raises((RuntimeError, IndexError)): code_usage(torch.full((4, 2), 7), 5)
 
 
 def test_entropy_perplexity_reference():
     "Against the definition in float64"
     p = torch.rand(3, 11, dtype=torch.float64)
     p /= p.sum(-1, keepdim=True)
-    torch.testing.assert_close(entropy_perplexity(p), torch.distributions.Categorical(p).entropy().exp().sum())
+    torch.testing.assert_close(entropy_perplexity(p),
+                               torch.distributions.Categorical(p).entropy().exp().sum())
 
 
 def test_masked_frames_alone_give_the_same():
-    "In evaluation, where nothing is drawn: vectors, codes and usage are those of the whole at the given indices"
+    """In evaluation, where nothing is drawn: vectors, codes and usage are those of the whole at the
+    given indices"""
     torch.manual_seed(0)
     vq = GumbelVectorQuantizer(32, codes=40, codevector_dim=64).eval()
     x, mask = torch.randn(3, 30, 32), torch.rand(3, 30) < .5
@@ -308,7 +326,8 @@ def no_verdicts():
 
 
 def test_kernels_that_compute_wrongly_are_not_used(no_verdicts, monkeypatch, caplog):
-    "A gradient of the codebook with a wrong sign is found at first use, said once, and the plain form runs"
+    """A gradient of the codebook with a wrong sign is found at first use, said once, and the plain
+    form runs"""
     from seismodel.kernels import triton_infonce
     right, device = triton_infonce.Quantize.backward, no_verdicts
     def wrong(ctx, *upstream):
@@ -327,7 +346,9 @@ def test_kernels_that_compute_wrongly_are_not_used(no_verdicts, monkeypatch, cap
 def test_a_missing_triton_is_said_once(no_verdicts, monkeypatch, caplog, lost):
     if lost == 'Triton': monkeypatch.setattr(fused, 'find_spec', lambda name: None)
     else:
-        monkeypatch.setitem(sys.modules, 'seismodel.kernels.triton_infonce', None)      # importing it now fails
+        # importing it now fails
+        monkeypatch.setitem(sys.modules, 'seismodel.kernels.triton_infonce', None)
         monkeypatch.delattr(seismodel.kernels, 'triton_infonce', raising=False)
     assert [loss_kernels(torch.device('cpu')) for _ in range(3)] == [None]*3
-    assert [r.levelname for r in caplog.records] == ['WARNING'] and ('not installed' in caplog.text) == (lost == 'Triton')
+    assert ([r.levelname for r in caplog.records] == ['WARNING']
+            and ('not installed' in caplog.text) == (lost == 'Triton'))

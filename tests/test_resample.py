@@ -5,7 +5,8 @@ import pytest
 from seismodel.data.archive import TICK, Reader, Run, on_grid
 from seismodel.signals.resample import half_width, low_pass, nominal_rate, resample, values_at
 
-RATES = (10., 31.7, 100/3, 62.5, 99.96, 99.98, 99.9998, 100., 100.003, 125., 200., 333., 1000., 2000.)
+RATES = (10., 31.7, 100/3, 62.5, 99.96, 99.98, 99.9998, 100., 100.003, 125., 200., 333.,
+         1000., 2000.)
 
 
 class MadeOf(Reader):
@@ -22,7 +23,8 @@ class MadeOf(Reader):
 @pytest.mark.parametrize('rate', RATES)
 @pytest.mark.parametrize('late', (0, 3_333_333, 4_900_000))      # ns after a sample of the grid
 def test_pulses_at_both_ends_of_six_hours(rate, late):
-    "A Gaussian pulse is where it belongs, to a thousandth of its height, 20 s after the start and 20 s before the end"
+    """A Gaussian pulse is where it belongs, to a thousandth of its height, 20 s after the start and
+    20 s before the end"""
     hours, width = 6*3600., max(.1, 4/rate)
     pulse = lambda t: np.exp(-((t - 20.)/width)**2) + np.exp(-((t - hours + 20.)/width)**2)
     run = Run('XX.A..HHZ', late, rate, int(rate*hours))
@@ -66,7 +68,8 @@ def test_no_aliasing(rate):
 
 
 def test_which_rate_is_meant():
-    assert nominal_rate(float(np.float32(1/np.float32(.01)))) == nominal_rate(1/float(np.float32(.01))) == 100.
+    assert (nominal_rate(float(np.float32(1/np.float32(.01))))
+            == nominal_rate(1/float(np.float32(.01))) == 100.)
     assert [nominal_rate(r) for r in (99.98, 99.9998, 100.00005)] == [99.98, 99.9998, 100.00005]
     with pytest.raises(ValueError, match='above 0'): resample(np.ones(10), 0.)
     x = np.ones((50, 3))
@@ -76,5 +79,6 @@ def test_which_rate_is_meant():
 def test_held_beyond_the_ends():
     "Positions outside of the samples, near and far, take the value of the end"
     x = np.r_[np.full(200, 3.), np.full(200, 7.)]
-    np.testing.assert_allclose(values_at(x, np.array([-500., -.5, 399.4, 900.]), 99.), [3., 3., 7., 7.], rtol=1e-9)
+    np.testing.assert_allclose(values_at(x, np.array([-500., -.5, 399.4, 900.]), 99.),
+                               [3., 3., 7., 7.], rtol=1e-9)
     assert half_width(200.) == 64 and half_width(50.) == 32

@@ -1,4 +1,5 @@
-"Several events in a window: labels with several peaks, zones without a label, augmentation that moves all, swarms, matching one to one"
+"""Several events in a window: labels with several peaks, zones without a label, augmentation that
+moves all, swarms, matching one to one"""
 import math
 from itertools import permutations
 
@@ -12,7 +13,8 @@ from seismodel.data.pack import pack
 from seismodel.data.sources import SyntheticSource, open_source
 from seismodel.data.store_reader import Store
 from seismodel.data.windows import WindowDataset
-from seismodel.finetuning.heads import Picker, found, in_zones, label_curves, pick_loss, pick_targets
+from seismodel.finetuning.heads import (Picker, found, in_zones, label_curves, pick_loss,
+                                        pick_targets)
 from seismodel.models.pretraining import build, preset
 from seismodel.picking.evaluation import picks_of
 from seismodel.picking.matching import WindowLabels, match_picks, score_windows, summarise_matches
@@ -24,16 +26,20 @@ nan = math.nan
 
 
 def swarm_batch(windows=6, samples=600, seed=0):
-    "A batch whose waveforms are zero but for the value k + 1 at the P of event k and -(k + 1) at its S"
+    """A batch whose waveforms are zero but for the value k + 1 at the P of event k and -(k + 1) at
+    its S"""
     rng = np.random.default_rng(seed)
     x, events = np.zeros((windows, samples, 3), np.float32), []
     for w in range(windows):
-        times = np.sort(rng.choice(np.arange(10, samples - 10), 2*rng.integers(1, 4), replace=False)).reshape(-1, 2).astype(float)
+        times = np.sort(rng.choice(np.arange(10, samples - 10), 2*rng.integers(1, 4),
+                                   replace=False)).reshape(-1, 2).astype(float)
         for k, (p, s) in enumerate(times): x[w, int(p)], x[w, int(s)] = k + 1, -k - 1
         events.append(times)
     padded = torch.from_numpy(pad_events(events))
-    return dict(x=torch.from_numpy(x), valid=torch.tensor([[0, samples]]*windows), events=padded, unlabelled=torch.full((windows, 2, 1, 2), nan),
-                p_onset=padded[:, 0, 0].clone(), s_onset=padded[:, 0, 1].clone(), p_status=torch.full((windows,), 4), s_status=torch.full((windows,), 4))
+    return dict(x=torch.from_numpy(x), valid=torch.tensor([[0, samples]]*windows), events=padded,
+                unlabelled=torch.full((windows, 2, 1, 2), nan),
+                p_onset=padded[:, 0, 0].clone(), s_onset=padded[:, 0, 1].clone(),
+                p_status=torch.full((windows,), 4), s_status=torch.full((windows,), 4))
 
 
 def values_at(batch):
@@ -43,9 +49,12 @@ def values_at(batch):
     return found[batch['events'].isfinite()]
 
 
-@pytest.mark.parametrize('change', [lambda b, g: shift_time(b, g, 150), lambda b, g: random_window(b, g, 400)])
+@pytest.mark.parametrize('change',
+                         [lambda b, g: shift_time(b, g, 150), lambda b,
+                          g: random_window(b, g, 400)])
 def test_onsets_move_with_their_samples(change):
-    "After a shift or a cut each onset that is left lies where its sample lies, and those outside are gone"
+    """After a shift or a cut each onset that is left lies where its sample lies, and those outside
+    are gone"""
     batch = swarm_batch()
     moved = change(batch, torch.Generator().manual_seed(0))
     there = moved['events'].isfinite()
@@ -63,11 +72,13 @@ def test_zones_move_with_their_samples():
         moved = random_window(batch, torch.Generator().manual_seed(seed), 300)
         inside = in_zones(moved['unlabelled'], 300)
         assert inside.shape == (1, 300, 2)
-        assert torch.equal(inside[0, :, 0], moved['x'][0, :, 0] == 7.) and torch.equal(inside[..., 0], inside[..., 1])
+        assert (torch.equal(inside[0, :, 0], moved['x'][0, :, 0] == 7.)
+                and torch.equal(inside[..., 0], inside[..., 1]))
 
 
 def test_a_gap_takes_onsets_and_leaves_a_zone():
-    "Onsets in a gap are gone, a zone is where they were, and the rest of the window keeps its labels"
+    """Onsets in a gap are gone, a zone is where they were, and the rest of the window keeps its
+    labels"""
     batch = swarm_batch(40)
     batch['x'] += torch.randn(batch['x'].shape, generator=torch.Generator().manual_seed(1))
     new = add_gaps(batch, torch.Generator().manual_seed(0), share=1., most=.4)
@@ -75,26 +86,33 @@ def test_a_gap_takes_onsets_and_leaves_a_zone():
     assert lost.any() and torch.equal(new['p_status'], batch['p_status'])
     labels, known = pick_targets(new, 600)
     assert known.shape == (40, 600, 2)
-    for w, k, phase in lost.nonzero().tolist(): assert not known[w, int(batch['events'][w, k, phase]), phase]
+    for w, k, phase in lost.nonzero().tolist():
+        assert not known[w, int(batch['events'][w, k, phase]), phase]
     assert 0 < (~known).float().mean() < .5
     assert (labels[..., 1:][~known] == 0).all()
 
 
 def test_stacked_windows_have_the_events_of_both():
-    "Each window gets another one's samples at the other one's onsets, in order of time; none gets its own twice"
+    """Each window gets another one's samples at the other one's onsets, in order of time; none gets
+    its own twice"""
     batch = swarm_batch(20)
     stacked = stack_events(batch, torch.Generator().manual_seed(0), share=1., quieter_db=0.)
     assert stacked['events'].shape == (20, MOST_EVENTS, 2)
     for w in range(20):
         own, all_of_them = batch['events'][w], stacked['events'][w]
-        added = {tuple(e) for e in all_of_them[all_of_them.isfinite().all(1)].tolist()} - {tuple(e) for e in own[own.isfinite().all(1)].tolist()}
-        theirs = [o for o in range(20) if o != w and {tuple(e) for e in batch['events'][o][batch['events'][o].isfinite().all(1)].tolist()} == added]
+        added = ({tuple(e) for e in all_of_them[all_of_them.isfinite().all(1)].tolist()}
+                 - {tuple(e) for e in own[own.isfinite().all(1)].tolist()})
+        theirs = [o for o in range(20) if o != w
+                  and {tuple(e)
+                       for e in batch['events'][o][batch['events'][o].isfinite().all(1)].tolist()}
+                  == added]
         assert len(theirs) == 1
     assert (values_at(stacked) != 0).all()
 
 
 def test_a_full_window_stays_alone():
-    "Where two windows have more events than there is room for, nothing is added and nothing is lost"
+    """Where two windows have more events than there is room for, nothing is added and nothing is
+    lost"""
     batch = swarm_batch(4)
     batch['events'] = torch.arange(4*MOST_EVENTS*2, dtype=torch.float).view(4, MOST_EVENTS, 2)
     stacked = stack_events(batch, torch.Generator().manual_seed(0), share=1.)
@@ -111,7 +129,8 @@ def test_nobody_knows_where_one_of_two_did_not_look():
 
 
 def test_one_event_is_what_it_was():
-    "Labels and loss of a batch with one event per window are those of the batch without `events`, bit for bit"
+    """Labels and loss of a batch with one event per window are those of the batch without `events`,
+    bit for bit"""
     batch = swarm_batch(5)
     one = {**batch, 'events': torch.full((5, MOST_EVENTS, 2), nan)}
     one['events'][:, 0] = torch.stack([batch['p_onset'], batch['s_onset']], -1)
@@ -123,7 +142,8 @@ def test_one_event_is_what_it_was():
 
 
 def test_second_event_is_no_noise():
-    "The gradient raises P at the second onset where it is labelled, lowers it where it is not, and is silent in a zone"
+    """The gradient raises P at the second onset where it is labelled, lowers it where it is not,
+    and is silent in a zone"""
     events = torch.tensor([[[100., 150.], [300., 350.]]])
     base = dict(p_onset=torch.tensor([100.]), s_onset=torch.tensor([150.]))
     zone = torch.full((1, 2, 1, 2), nan)
@@ -135,7 +155,8 @@ def test_second_event_is_no_noise():
     assert push({'events': events})[1] > 0
     assert push({})[1] < 0
     silent = push({'unlabelled': zone})
-    torch.testing.assert_close(silent[0], silent[1])               # P and noise are one class: S alone is told apart
+    # P and noise are one class: S alone is told apart
+    torch.testing.assert_close(silent[0], silent[1])
     assert silent[2] < 0
 
 
@@ -145,7 +166,8 @@ def test_bumps_of_one_phase_do_not_add_up():
     assert y.shape == (1, 256, 3)
     assert y.max() <= 1 and torch.allclose(y.sum(-1), torch.ones(1, 256))
     assert (y[0, [100, 130], 1] > .99).all()
-    assert .7 < y[0, 115, 1] < .8                                  # as far down as one bump is there
+    # as far down as one bump is there
+    assert .7 < y[0, 115, 1] < .8
 
 
 @settings(max_examples=40, deadline=None)
@@ -167,12 +189,16 @@ def test_matching_is_the_best_there_is(picks, onsets):
 
 def test_measures():
     "Counted by hand: two windows, one event missed, two false picks, one of them in a zone"
-    labels = [WindowLabels(np.array([[100., 200.], [500., 600.]]), ((), ()), 1000), WindowLabels(np.empty((0, 2)), (((0, 300),), ()), 1000)]
-    picks = [{'P': np.array([105., 900.]), 'S': np.array([200., 610.])}, {'P': np.array([50.]), 'S': np.array([])}]
+    labels = [WindowLabels(np.array([[100., 200.], [500., 600.]]), ((), ()), 1000),
+              WindowLabels(np.empty((0, 2)), (((0, 300),), ()), 1000)]
+    picks = [{'P': np.array([105., 900.]), 'S': np.array([200., 610.])},
+             {'P': np.array([50.]), 'S': np.array([])}]
     table = summarise_matches(score_windows(picks, labels, (.3,)), 2000/360_000).set_index('phase')
-    assert table.loc['P', ['onsets', 'precision', 'recall', 'F1', 'recall_first', 'recall_later']].tolist() == [2, .5, .5, .5, 1., 0.]
+    assert table.loc['P', ['onsets', 'precision', 'recall', 'F1', 'recall_first',
+                           'recall_later']].tolist() == [2, .5, .5, .5, 1., 0.]
     assert table.loc['P', 'false_per_hour'] == pytest.approx(180.)
-    assert table.loc['S', ['precision', 'recall', 'median']].tolist() == pytest.approx([1., 1., .05])
+    assert (table.loc['S', ['precision', 'recall', 'median']].tolist()
+            == pytest.approx([1., 1., .05]))
 
 
 def test_swarms_hold_what_they_say():
@@ -184,23 +210,30 @@ def test_swarms_hold_what_they_say():
     p, s = swarm.events[..., 0], swarm.events[..., 1]
     assert (s[np.isfinite(s)] > p[np.isfinite(s)]).all()
     first = p[:, 0].astype(int)
-    rise = [np.abs(np.diff(x[t:t + 50], axis=0)).mean()/np.abs(np.diff(x[t - 100:t], axis=0)).mean() for x, t in zip(swarm.waveforms, first)]
+    rise = [np.abs(np.diff(x[t:t + 50], axis=0)).mean()/np.abs(np.diff(x[t - 100:t], axis=0)).mean()
+            for x, t in zip(swarm.waveforms, first)]
     assert np.median(rise) > 1.5
 
 
-MARKS = 300., 500., 700.       # what a record holds at the P of its first event, its second, its third; negative at S
+# what a record holds at the P of its first event, its second, its third; negative at S
+MARKS = 300., 500., 700.
 
 def marked_records(rates=(100., 50.), samples=6000):
-    "Records with one to three events, whose samples say which onset they are, and zones; at two rates"
+    """Records with one to three events, whose samples say which onset they are, and zones; at two
+    rates"""
     rng = np.random.default_rng(0)
     for k in range(8):
         rate, count = rates[k % 2], 1 + k % 3
         x = rng.standard_normal((3, samples)).astype(np.float32)
-        row = {'trace_name': f'r{k}', 'source_id': f'e{k}', 'split': 'train', 'trace_npts': samples, 'trace_sampling_rate_hz': rate,
-               'trace_component_order': 'ZNE', 'trace_category': 'earthquake', 'trace_S_unlabelled_samples': '100:150 3000:3100' if k % 3 == 1 else ''}
-        for n, (p, s) in enumerate(np.sort(rng.choice(np.arange(500, 5500, 40), 2*count, replace=False)).reshape(-1, 2)):
+        row = {'trace_name': f'r{k}', 'source_id': f'e{k}', 'split': 'train', 'trace_npts': samples,
+               'trace_sampling_rate_hz': rate,
+               'trace_component_order': 'ZNE', 'trace_category': 'earthquake',
+               'trace_S_unlabelled_samples': '100:150 3000:3100' if k % 3 == 1 else ''}
+        for n, (p, s) in enumerate(
+            np.sort(rng.choice(np.arange(500, 5500, 40), 2*count, replace=False)).reshape(-1, 2)):
             for phase, at, size in (('P', p, MARKS[n]), ('S', s, -MARKS[n])):
-                if (k, n, phase) == (5, 0, 'P'): continue              # a P was picked, but not of its own event
+                # a P was picked, but not of its own event
+                if (k, n, phase) == (5, 0, 'P'): continue
                 x[0, at] = size
                 row[f"trace_{phase}{n + 1 if n else ''}_arrival_sample"] = at
         yield row, x
@@ -223,7 +256,8 @@ def test_all_onsets_reach_a_batch(marked):
     batch = batches[0]
     assert batch['events'].shape == (40, 3, 2) and batch['unlabelled'].shape == (40, 2, 2, 2)
     at, x = batch['events'], batch['x'][..., 0]
-    even = [r % 2 == 0 for r in batch['record'].tolist()]              # those at 100 Hz have their very samples
+    # those at 100 Hz have their very samples
+    even = [r % 2 == 0 for r in batch['record'].tolist()]
     seen = 0
     for w in np.flatnonzero(even):
         for p, s in at[w].tolist():
@@ -246,8 +280,10 @@ def test_a_store_says_what_the_data_set_says(marked):
     assert store.store.manifest['version'] == 2 and store.store.verify() == []
     assert store.subset([0, 3, 6]).most(4096) == (1, 0)
     one = store.subset([0, 1, 3])
-    torch.testing.assert_close(torch.from_numpy(one.windows(np.array([1]), np.array([.5]), 4096).events),
-                               torch.from_numpy(store.windows(np.array([1]), np.array([.5]), 4096).events[:, :2]), equal_nan=True)
+    torch.testing.assert_close(
+        torch.from_numpy(one.windows(np.array([1]), np.array([.5]), 4096).events),
+                               torch.from_numpy(
+        store.windows(np.array([1]), np.array([.5]), 4096).events[:, :2]), equal_nan=True)
     before = data.fingerprint()
     data.arrivals['last'][-1] += 1
     assert data.fingerprint() != before
@@ -255,11 +291,13 @@ def test_a_store_says_what_the_data_set_says(marked):
 
 
 def test_targets_see_every_event(marked):
-    "The benchmark's windows are drawn around all onsets, so that one of noise has none of a second event; a zone makes a phase unknown"
+    """The benchmark's windows are drawn around all onsets, so that one of noise has none of a
+    second event; a zone makes a phase unknown"""
     data, _ = marked
     from seismodel.data.sources import open_dataset
     for k, (row, npts, arrivals, known) in enumerate(picks_of(open_dataset(data.data.path))):
-        want = sorted((t, phase) for event in data.record(k).all_events() for t, phase in zip(event, 'PS') if t == t)
+        want = sorted((t, phase) for event in data.record(k).all_events() for t,
+                      phase in zip(event, 'PS') if t == t)
         assert [(t, phase) for t, phase, _ in arrivals] == want
         assert known['P'] and known['S'] == (k % 3 != 1)
 
@@ -305,8 +343,11 @@ def test_stacked_pairs_do_not_depend_on_ranks():
     assert 0 < (whole['x'] != batch['x']).any(2).any(1).sum() < 8
     for rank in (0, 1):
         half = {k: v[4*rank:4*rank + 4] for k, v in batch.items()}
-        with WholeBatchDraws(rank, 2): part = stack_events(half, torch.Generator().manual_seed(0), share=.6)
-        for k in part: torch.testing.assert_close(part[k], whole[k][4*rank:4*rank + 4], rtol=0, atol=0, equal_nan=True)
+        with WholeBatchDraws(rank, 2):
+            part = stack_events(half, torch.Generator().manual_seed(0), share=.6)
+        for k in part:
+            torch.testing.assert_close(part[k], whole[k][4*rank:4*rank + 4], rtol=0, atol=0,
+                                       equal_nan=True)
 
 
 def test_no_onset_where_nothing_was_added():
@@ -334,13 +375,16 @@ def test_a_peak_at_any_event_counts():
 
 @pytest.mark.parametrize('name', ['Picker', 'PhaseNet', 'EQTransformer'])
 def test_every_model_learns_every_event(name):
-    "The loss of a picker and of a baseline changes with the second event and with a zone, and not with an unlabelled one"
+    """The loss of a picker and of a baseline changes with the second event and with a zone, and not
+    with an unlabelled one"""
     torch.manual_seed(0)
     if name == 'Picker': model = Picker(build(preset('contrastive-tiny').model)).eval()
     else:
         from seismodel.study.baselines import fresh_baseline
         model = fresh_baseline(name).eval()
-    batch = dict(x=torch.randn(2, 1024, 3), p_onset=torch.full((2,), 200.), s_onset=torch.full((2,), 300.), p_status=torch.full((2,), 4), s_status=torch.full((2,), 4))
+    batch = dict(x=torch.randn(2, 1024, 3), p_onset=torch.full((2,), 200.),
+                 s_onset=torch.full((2,), 300.), p_status=torch.full((2,), 4),
+                 s_status=torch.full((2,), 4))
     events = torch.tensor([[[200., 300.], [600., 700.]]]).repeat(2, 1, 1)
     zone = torch.full((2, 2, 1, 2), nan)
     zone[:, 0] = torch.tensor([550., 900.])

@@ -8,9 +8,11 @@ from hypothesis import example, given, settings, strategies as st
 from scipy.signal import get_window
 
 from seismodel.models.encoders import BidirAutoregConfig, ConvDownConfig
-from seismodel.models.pretraining import (MaskedConfig, ReconstructionConfig, build, config_from_dict,
+from seismodel.models.pretraining import (MaskedConfig, ReconstructionConfig, build,
+                                          config_from_dict,
                                    config_to_dict, preset)
-from seismodel.models.spectrum import BANDS, FFT, HIGH, LOW, band_weights, log_spectra, spectrum_targets
+from seismodel.models.spectrum import (BANDS, FFT, HIGH, LOW, band_weights, log_spectra,
+                                       spectrum_targets)
 from seismodel.core import UserError
 
 torch.set_num_threads(1)
@@ -69,7 +71,8 @@ def test_targets_know_neither_size_nor_sign_nor_time(seed, size, frames):
     assert y.shape == (2, 128, 3*BANDS)
     torch.testing.assert_close(spectrum_targets(-size*x), y, atol=2e-2, rtol=1e-3)
     late = torch.cat([torch.zeros(2, 4*frames, 3), x], 1)
-    torch.testing.assert_close(log_spectra(late)[:, frames + 16:], log_spectra(x)[:, 16:], atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(log_spectra(late)[:, frames + 16:], log_spectra(x)[:, 16:],
+                               atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(spectrum_targets(x[..., [2, 0, 1]]).unflatten(2, (3, BANDS)),
                                y.unflatten(2, (3, BANDS))[:, :, [2, 0, 1]])
 
@@ -82,7 +85,8 @@ def test_targets_are_normalised_finite_and_without_gradient(seed, samples):
     with torch.no_grad(): x[1, :, 2], x[2] = 0., 0.
     y = spectrum_targets(x)
     assert y.isfinite().all() and not y.requires_grad
-    assert y.mean(1).abs().max() < 2e-3             # rounding of a level of about 10, over the smallest deviation, 1e-3
+    # rounding of a level of about 10, over the smallest deviation, 1e-3
+    assert y.mean(1).abs().max() < 2e-3
     power = y.square().mean(1)
     assert ((power - 1).abs().lt(1e-3) | (power == 0)).all()
     assert (y[2] == 0).all() and (y[1, :, 2*BANDS:] == 0).all()
@@ -112,7 +116,8 @@ def test_gradient_comes_from_hidden_frames_alone(encoder, backbone):
 
 def test_the_loss_is_the_weighted_sum_of_its_objectives():
     x = windows(2)
-    whole = MaskedConfig(CONV, 'unet', 1, spectrum=.5, contrastive=.25, tokens=2., patch=3., negatives=20)
+    whole = MaskedConfig(CONV, 'unet', 1, spectrum=.5, contrastive=.25, tokens=2., patch=3.,
+                         negatives=20)
     torch.manual_seed(0)
     model = build(whole)
     step = model(x, torch.Generator().manual_seed(0))
@@ -137,7 +142,8 @@ def test_infonce_beside_a_spectrum_is_the_contrastive_models():
 def test_without_infonce_there_is_no_quantizer():
     names = build(MaskedConfig(CONV, 'unet', 1)).state_dict()
     assert not any('quantizer' in n or 'target_projection' in n for n in names)
-    assert any('quantizer' in n for n in build(MaskedConfig(CONV, 'unet', 1, contrastive=1.)).state_dict())
+    assert any('quantizer' in n
+               for n in build(MaskedConfig(CONV, 'unet', 1, contrastive=1.)).state_dict())
 
 
 @pytest.mark.parametrize('change, says', [
@@ -145,7 +151,8 @@ def test_without_infonce_there_is_no_quantizer():
     (dict(backbone='transformer'), 'unet or sequential'),
     (dict(encoder=BIDIR, contrastive=1.), 'has no quantizer')])
 def test_what_does_not_go_together_is_refused(change, says):
-    with pytest.raises(UserError, match=says): build(MaskedConfig(**{'encoder': CONV, 'blocks': 1, **change}))
+    with pytest.raises(UserError, match=says):
+        build(MaskedConfig(**{'encoder': CONV, 'blocks': 1, **change}))
 
 
 def test_an_encoder_is_known_by_its_fields():
@@ -164,6 +171,7 @@ def test_a_configuration_of_version_0_1_still_loads():
 
 def test_the_presets_are_there():
     for size in ('tiny', 'small', 'base'):
-        spectrum, joint, contrastive = (preset(f'{m}-{size}').model for m in ('spectrum', 'joint', 'contrastive'))
+        spectrum, joint, contrastive = (preset(f'{m}-{size}').model
+                                        for m in ('spectrum', 'joint', 'contrastive'))
         assert spectrum.encoder == joint.encoder == contrastive.encoder
         assert (spectrum.contrastive, spectrum.spectrum) == (0., 1.) and joint.contrastive > 0

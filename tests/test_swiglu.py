@@ -1,4 +1,5 @@
-"The gate of the feed-forward part by kernels and its choice, and a layer whose heads are filled up (in Triton's interpreter where there is no GPU)"
+"""The gate of the feed-forward part by kernels and its choice, and a layer whose heads are filled
+up (in Triton's interpreter where there is no GPU)"""
 import re
 
 import pytest
@@ -25,7 +26,9 @@ def test_swiglu_and_its_gradient(shape):
     assert y.shape == wanted.shape and y.dtype == ab.dtype
     torch.testing.assert_close(y.double(), wanted, rtol=1e-5, atol=1e-6)
     dy = torch.randn_like(y)
-    torch.testing.assert_close(torch.autograd.grad(y, ab, dy)[0].double(), torch.autograd.grad(wanted, exact, dy.double())[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.autograd.grad(y, ab, dy)[0].double(),
+                               torch.autograd.grad(wanted, exact, dy.double())[0], rtol=1e-5,
+                               atol=1e-6)
 
 
 def test_any_strides():
@@ -33,13 +36,16 @@ def test_any_strides():
     ab = torch.randn(64, 10, device=device).T.requires_grad_()
     y = SwiGLU.apply(ab)
     a, b = ab.chunk(2, -1)
-    torch.testing.assert_close(torch.autograd.grad(y.sum(), ab)[0], torch.autograd.grad((F.silu(a)*b).sum(), ab)[0])
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), ab)[0],
+                               torch.autograd.grad((F.silu(a)*b).sum(), ab)[0])
 
 
 def test_the_compiler_is_told_true_shapes():
     ab = torch.randn(2, 5, 64, device=device)
-    torch.library.opcheck(choice.swiglu_forward, (ab,), test_utils=('test_schema', 'test_faketensor'))
-    torch.library.opcheck(choice.swiglu_backward, (ab[..., :32].contiguous(), ab), test_utils=('test_schema', 'test_faketensor'))
+    torch.library.opcheck(choice.swiglu_forward, (ab,),
+                          test_utils=('test_schema', 'test_faketensor'))
+    torch.library.opcheck(choice.swiglu_backward, (ab[..., :32].contiguous(), ab),
+                          test_utils=('test_schema', 'test_faketensor'))
 
 
 class OnGPU(torch.Tensor):
@@ -57,7 +63,8 @@ def claims():
 
 
 def agrees(ab):
-    "Whether `swiglu` and its gradient are those of the definition, and whether they came from the kernels"
+    """Whether `swiglu` and its gradient are those of the definition, and whether they came from the
+    kernels"""
     y = swiglu(ab)
     plain = ab.detach().as_subclass(torch.Tensor).requires_grad_()
     wanted = swiglu_plain(plain)
@@ -88,23 +95,27 @@ def crash(*inputs): raise RuntimeError('no such instruction\nand more')
 @pytest.mark.parametrize('fault, said', [
     (lambda m: m.setattr(fused, 'find_spec', lambda name: None), 'Triton is not installed'),
     (break_backward, 'off by 2.0e-01'),
-    (lambda m: m.setattr(kernels, 'forward', crash), 'cannot run on .*RuntimeError: no such instruction')])
+    (lambda m: m.setattr(kernels, 'forward', crash),
+     'cannot run on .*RuntimeError: no such instruction')])
 def test_a_kernel_that_fails_its_check_is_not_used(claims, monkeypatch, caplog, fault, said):
     "No Triton, a wrong gradient, a crash: one warning, the right result, the right gradient"
     fault(monkeypatch)
     assert [agrees(claims) for _ in range(2)] == [False, False]
     record, = caplog.records
-    assert record.levelname == 'WARNING' and re.search(said, record.message) and 'plain PyTorch' in record.message
+    assert (record.levelname == 'WARNING' and re.search(said, record.message)
+            and 'plain PyTorch' in record.message)
 
 
-@pytest.mark.parametrize('mode', [torch.no_grad, torch.inference_mode, lambda: torch.autocast(device, torch.bfloat16)])
+@pytest.mark.parametrize('mode', [torch.no_grad, torch.inference_mode,
+                                  lambda: torch.autocast(device, torch.bfloat16)])
 def test_the_check_does_not_mind_where_it_is_asked(mode):
     with mode(): assert swiglu_fault(torch.device(device), torch.float32) == ''
 
 
 def test_compiled_code_asks_no_question(claims):
     "The verdict is found while the compiler looks, and is a constant in its graph: no break"
-    compiled = torch.compile(lambda ab: SwiGLU.apply(ab) if choice.swiglu_trusted(ab.device, ab.dtype) else ab, fullgraph=True, backend='eager')
+    compiled = torch.compile(lambda ab: SwiGLU.apply(ab) if choice.swiglu_trusted(
+        ab.device, ab.dtype) else ab, fullgraph=True, backend='eager')
     ab = torch.randn(5, 64, device=device)
     torch.testing.assert_close(compiled(ab), swiglu_plain(ab))
     assert fused.verdicts == {('SwiGLU in float32', torch.device(ab.device), torch.float32): True}
@@ -122,5 +133,6 @@ def test_a_layer_with_heads_filled_up_is_the_same_layer(direction, monkeypatch):
     qkvo, out = fill_heads(layer.qkvo.weight, layer.out.weight, layer.heads)
     assert qkvo.shape == (4*layer.heads*16, 44) and out.shape == (44, layer.heads*16)
     gates = layer.gates(x).unflatten(-1, (2, -1))
-    y = blocks.mlstm_mix(F.linear(x, qkvo).unflatten(-1, (4, layer.heads, -1)), gates, layer.norm.weight, layer.cells//2, layer.norm.eps)
+    y = blocks.mlstm_mix(F.linear(x, qkvo).unflatten(-1, (4, layer.heads, -1)), gates,
+                         layer.norm.weight, layer.cells//2, layer.norm.eps)
     for a, b in zip(grads(F.linear(y, out)), wanted, strict=True): torch.testing.assert_close(a, b)

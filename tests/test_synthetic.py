@@ -1,4 +1,5 @@
-"Properties of the synthetic seismograms: random streams, exact onsets, polarisation, spectra, amplitudes"
+"""Properties of the synthetic seismograms: random streams, exact onsets, polarisation, spectra,
+amplitudes"""
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -7,11 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.signal import butter, sosfiltfilt
-from seismodel.signals.synthetic import SyntheticBatch, SyntheticConfig, complete, draw_earthquakes, noise_amplitude, noise_models, synthesize
-from seismodel.signals.earthquake import (EVENT, STATION, arrivals, axes, crust_of, direct_waves, minimum_phase, rays, scale, seismogram,
+from seismodel.signals.synthetic import (SyntheticBatch, SyntheticConfig, complete,
+                                         draw_earthquakes, noise_amplitude, noise_models,
+                                         synthesize)
+from seismodel.signals.earthquake import (EVENT, STATION, arrivals, axes, crust_of, direct_waves,
+                                          minimum_phase, rays, scale, seismogram,
                              source_spectra, stream)
 
-CLEAR = SyntheticConfig(noise_only=0, double=0, late=0, faults=0, bursts=0, vertical_only=0, snr_db=(60., 0., 60., 60.))
+CLEAR = SyntheticConfig(noise_only=0, double=0, late=0, faults=0, bursts=0, vertical_only=0,
+                        snr_db=(60., 0., 60., 60.))
 
 
 def same(a, b): return all(np.array_equal(x, y, equal_nan=True) for x, y in zip(a, b))
@@ -26,25 +31,29 @@ def batch(): return synthesize(range(300), 11)
 
 @pytest.fixture(scope='module')
 def events():
-    "48 noise-free events, P 3 s after the window's beginning: waveforms (E, L, 3) of all, of S alone, and arrivals"
+    """48 noise-free events, P 3 s after the window's beginning: waveforms (E, L, 3) of all, of S
+    alone, and arrivals"""
     generators, config = [stream(5, k) for k in range(48)], SyntheticConfig(distance_km=(8., 80.))
     station, event, _, _ = draw_earthquakes(generators, config)
     ax, arrival = axes(4096, 100.), arrivals(event, crust_of(station))
     spectra = np.maximum(source_spectra(event, np.full(48, 1e13), arrival.beta, ax.freq), 1e-9)
     shift = 3.217 - arrival.time[:, 0]
     only_s = arrival._replace(vector=arrival.vector * (np.arange(7) == 1)[:, None],
-                              strength=arrival.strength * [0, 1], time=np.where(np.arange(7) == 1, arrival.time, 1e6))
+                              strength=arrival.strength * [0, 1],
+                              time=np.where(np.arange(7) == 1, arrival.time, 1e6))
     plain = arrival._replace(vector=arrival.vector * (np.arange(7) < 2)[:, None])
     bare = SimpleNamespace(**{**vars(event), 'coda_p': np.zeros(48), 'coda_s': np.zeros(48)})
     def run(e, a):
-        return seismogram([stream(6, k) for k in range(48)], e, a, shift, spectra, ax)[..., -4096:].transpose(0, 2, 1)
+        return seismogram([stream(6, k) for k in range(48)], e, a, shift, spectra,
+                          ax)[..., -4096:].transpose(0, 2, 1)
     onset = 100 * (arrival.time[:, :2] + shift[:, None])
     return dict(event=event, arrival=arrival, onset=onset, all=run(event, arrival),
                 bare=run(bare, plain), s=run(event, only_s))
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.lists(st.integers(0, 2**40), min_size=1, max_size=20, unique=True), st.integers(0, 2**33), st.data())
+@given(st.lists(st.integers(0, 2**40), min_size=1, max_size=20, unique=True), st.integers(0, 2**33),
+       st.data())
 def test_a_record_does_not_depend_on_its_batch(indices, seed, data):
     k = data.draw(st.integers(0, len(indices) - 1))
     config = SyntheticConfig(samples=512)
@@ -104,7 +113,8 @@ def test_shares_are_the_configured_ones():
     assert abs((~event).mean() - .1) < .04
     out = synthesize(range(100), 2, SyntheticConfig(samples=64, noise_only=1))
     assert np.isnan(out.p_onset).all() and np.isnan(out.snr_db).all()
-    assert np.isfinite(synthesize(range(100), 2, SyntheticConfig(noise_only=0, double=1)).p2_onset).sum() > 30
+    assert np.isfinite(synthesize(range(100), 2,
+                                  SyntheticConfig(noise_only=0, double=1)).p2_onset).sum() > 30
     assert np.isnan(synthesize(range(100), 2, SyntheticConfig(late=1)).p_onset).all()
     s_only = synthesize(range(200), 2, SyntheticConfig(late=1, noise_only=0))
     assert 10 < np.isfinite(s_only.s_onset).sum() < 190              # some hold S, some coda alone
@@ -112,7 +122,8 @@ def test_shares_are_the_configured_ones():
 
 def test_the_label_is_the_first_energy_of_p_and_of_s(events):
     "Exact zeros before, movement within two samples after, for P in the whole and for S alone"
-    for waves, onset in ((events['all'], events['onset'][:, 0]), (events['s'], events['onset'][:, 1])):
+    for waves, onset in ((events['all'], events['onset'][:, 0]),
+                         (events['s'], events['onset'][:, 1])):
         inside = onset < 4000
         moves = (waves != 0).any(-1)
         first = moves.argmax(1)
@@ -125,7 +136,8 @@ def test_a_burst_begins_with_the_first_sample_after_its_onset():
     fixed = np.array([.05])
     event = SimpleNamespace(ring_p=2 * fixed, ring_s=4 * fixed, rise_p=fixed, rise_s=fixed)
     drive = direct_waves([stream(0, 0)], event, np.hstack([onset, late]), np.ones((1, 7, 3)), ax)[0]
-    for wave, begin in zip(drive[:, 0], onset[0]): assert (wave != 0).argmax() == np.searchsorted(ax.time, begin)
+    for wave, begin in zip(drive[:, 0], onset[0]):
+        assert (wave != 0).argmax() == np.searchsorted(ax.time, begin)
 
 
 def test_no_energy_leaks_from_the_window_end_to_its_beginning(events):
@@ -145,10 +157,13 @@ def test_travel_times_against_many_small_steps():
         brute = (np.hypot(cross, 3) / 4 + np.hypot(x - cross, depth - 3) / 6).min()
         time, _ = rays(v, bottom, np.array([depth]), np.array([x]))
         assert abs(time[0, 0] - brute) < 2e-3 and np.isinf(time[0, 1])
-    time, slowness = rays(v, bottom, np.array([1.]), np.array([30.]))            # 1 km deep: 2 km down, 3 km up
-    down, up = (np.hypot(np.linspace(0, 5, 100001), h) / 4 - np.linspace(0, 5, 100001) / 6 for h in (2, 3))
+    # 1 km deep: 2 km down, 3 km up
+    time, slowness = rays(v, bottom, np.array([1.]), np.array([30.]))
+    down, up = (np.hypot(np.linspace(0, 5, 100001), h) / 4 - np.linspace(0, 5, 100001) / 6
+                for h in (2, 3))
     assert abs(time[0, 1] - (30 / 6 + down.min() + up.min())) < 1e-6 and slowness[0, 1] == 1 / 6
-    assert np.isinf(rays(v, bottom, np.array([1.]), np.array([2.]))[0][0, 1])    # nearer than the critical distance
+    # nearer than the critical distance
+    assert np.isinf(rays(v, bottom, np.array([1.]), np.array([2.]))[0][0, 1])
 
 
 def test_p_is_a_line_along_the_ray_and_s_is_across_it(events):
@@ -162,7 +177,8 @@ def test_p_is_a_line_along_the_ray_and_s_is_across_it(events):
         w, axis = np.linalg.eigh(np.cov(wave[p[k]:p[k] + 50].T))
         assert (w[0] + w[1]) / (2 * w[2]) < 1e-3 and abs(axis[:, 2] @ ray) > .999
         az = events['event'].back_azimuth[k]
-        assert abs(np.cross(ray[1:], [np.cos(az), np.sin(az)])) < 1e-6         # in the plane of source and station
+        # in the plane of source and station
+        assert abs(np.cross(ray[1:], [np.cos(az), np.sin(az)])) < 1e-6
         w, axis = np.linalg.eigh(np.cov(wave[s[k]:s[k] + 40].T))
         assert abs(axis[:, 2] @ across) > .9
         seen += 1
@@ -179,22 +195,26 @@ def test_s_moves_perpendicular_to_its_ray():
     p = arrival.vector[:, 0]
     assert np.abs(np.cross(p[:, 1:], horizontal)).max() < 1e-6 * np.abs(p).max()
     radial = (arrival.vector[:, 1, 1:] * horizontal).sum(1)
-    assert ((arrival.vector[:, 1, 0] * radial) <= 1e-40).all()     # SV: up and towards the source, or down and away
+    # SV: up and towards the source, or down and away
+    assert ((arrival.vector[:, 1, 0] * radial) <= 1e-40).all()
     assert (crust.vp > 1.6 * crust.vs).all()
 
 
 def test_spectral_corner_falls_with_magnitude():
     freq = np.linspace(.05, 50, 5000).astype(np.float32)
     event = SimpleNamespace(stress_drop=np.full(2, 3e6), t_p=np.zeros(2), t_s=np.zeros(2))
-    flat = source_spectra(event, 10**(1.5 * np.array([2., 4.]) + 9.1), np.full(2, 3.5), freq) / (2 * np.pi * freq)
+    flat = source_spectra(event, 10**(1.5 * np.array([2., 4.]) + 9.1), np.full(2, 3.5),
+                          freq) / (2 * np.pi * freq)
     corner = [freq[np.argmin(np.abs(s - .5))] for s in flat[:, 1]]
-    assert abs(corner[0] / corner[1] - 10) < .2                                # two magnitudes: a factor of ten
+    # two magnitudes: a factor of ten
+    assert abs(corner[0] / corner[1] - 10) < .2
     assert abs(flat[0, 1, 0] - 1) < .01 and (np.diff(flat, axis=-1) <= 0).all()
 
 
 def test_noise_models_against_obspy():
     from obspy.signal.spectral_estimation import get_nhnm, get_nlnm
-    freq = np.geomspace(.04, 9.9, 80)                                          # longer periods do not fit into a window
+    # longer periods do not fit into a window
+    freq = np.geomspace(.04, 9.9, 80)
     for ours, (period, theirs) in zip(noise_models(freq), (get_nlnm(), get_nhnm())):
         order = np.argsort(period)
         theirs = np.interp(np.log(1 / freq), np.log(period[order]), theirs[order])
@@ -219,14 +239,16 @@ def test_amplitudes_range_over_many_orders_and_are_counted(batch):
 
 
 def test_the_snr_is_realised():
-    "Measured with another method (Butterworth band, power before P) it agrees with snr_db and follows the dial"
+    """Measured with another method (Butterworth band, power before P) it agrees with snr_db and
+    follows the dial"""
     medians = []
     for want in (10., 30.):
         config = replace(CLEAR, snr_db=(want, 0., want, want))
         out, measured = synthesize(range(150), 4, config), []
         for x, p, snr in zip(out.waveforms.astype(float), out.p_onset, out.snr_db):
             if not 600 < p < 3800: continue
-            y, p = sosfiltfilt(butter(4, (2, 20), 'bandpass', fs=100, output='sos'), x, axis=0), int(p)
+            y, p = sosfiltfilt(butter(4, (2, 20), 'bandpass', fs=100, output='sos'), x,
+                               axis=0), int(p)
             ratio = (y[p:p + 200]**2).mean() / (y[p - 500:p - 100]**2).mean() - 1
             measured.append(10 * np.log10(max(ratio, .01)) - snr)
         assert len(measured) > 80 and abs(np.median(measured)) < 2

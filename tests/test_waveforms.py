@@ -59,7 +59,8 @@ def test_integers_and_half_precision():
     x = torch.from_numpy(np.random.default_rng(0).integers(-2**23, 2**23, (100, 3)))
     assert normalize(x).dtype == torch.float32
     assert normalize((x / 2**10).half()).dtype == torch.half
-    with pytest.raises(ValueError, match='NaN or infinite'): normalize(torch.full((10, 3), float('nan')))
+    with pytest.raises(ValueError, match='NaN or infinite'):
+        normalize(torch.full((10, 3), float('nan')))
 
 
 # resampling
@@ -67,7 +68,8 @@ def test_integers_and_half_precision():
 @pytest.mark.parametrize('rate', [1000., 250., 200., 125., 62.5, 50., 99.])
 def test_resampling_keeps_time(rate):
     "A smooth pulse keeps its place: no delay, no drift to the end of the record"
-    pulse = lambda t: np.exp(-((t - 50.3) / .15)**2) + 1e3          # late in a record of 60 s, on an offset
+    # late in a record of 60 s, on an offset
+    pulse = lambda t: np.exp(-((t - 50.3) / .15)**2) + 1e3
     y = resample(np.stack([pulse(np.arange(int(60 * rate)) / rate)] * 3, 1), rate)
     assert y.shape[1] == 3 and abs(len(y) - 6000) <= 1
     np.testing.assert_allclose(y[4500:5500, 1], pulse(np.arange(4500, 5500) / 100.), atol=1e-3)
@@ -76,7 +78,8 @@ def test_resampling_keeps_time(rate):
 @pytest.mark.parametrize('rate', [1000., 250., 200.])
 @pytest.mark.parametrize('f', [51., 60., 80.])
 def test_no_aliasing(rate, f):
-    assert np.abs(resample(np.sin(2 * np.pi * f * np.arange(int(30 * rate)) / rate), rate)[300:-300]).max() < 2e-4
+    assert np.abs(resample(np.sin(2 * np.pi * f * np.arange(int(30 * rate)) / rate),
+                           rate)[300:-300]).max() < 2e-4
 
 
 def test_our_rate_passes_untouched():
@@ -99,7 +102,8 @@ def test_every_record_of_every_split(quakes_folder, real_data):
             for i in range(len(source)):
                 try: r = source.record(i)
                 except BadRecord: bad += 1; continue
-                assert r.waveform.dtype == np.float32 and r.waveform.shape[1] == 3 and len(r.waveform) >= 2048
+                assert (r.waveform.dtype == np.float32 and r.waveform.shape[1] == 3
+                        and len(r.waveform) >= 2048)
                 assert np.isfinite(r.waveform).all()
                 assert not r.p_onset >= len(r.waveform) and not r.p_onset > r.s_onset
             assert bad <= .01 * len(rows)
@@ -131,7 +135,8 @@ def test_picks_stay_on_the_window(quakes_folder):
 def test_blocks_read_like_single_traces(tmp_path, quake_records, write_dataset):
     one = open_source(write_dataset(tmp_path/'one', quake_records()))
     blocks = open_source(write_dataset(tmp_path/'blocks', quake_records(), blocks=True))
-    for i in range(len(one)): np.testing.assert_array_equal(one.record(i).waveform, blocks.record(i).waveform)
+    for i in range(len(one)):
+        np.testing.assert_array_equal(one.record(i).waveform, blocks.record(i).waveform)
 
 
 @pytest.mark.parametrize('name, edit', [
@@ -144,17 +149,22 @@ def test_components_are_sorted(tmp_path, quake_records, write_dataset, name, edi
     plain = open_source(write_dataset(tmp_path/'plain', quake_records(8)))
     other = open_source(write_dataset(tmp_path/name, (edit(m, x) for m, x in quake_records(8))))
     assert len(plain) == len(other) == 4
-    for i in range(4): np.testing.assert_array_equal(plain.record(i).waveform, other.record(i).waveform)
+    for i in range(4):
+        np.testing.assert_array_equal(plain.record(i).waveform, other.record(i).waveform)
 
 
 def test_other_rates_and_their_picks(tmp_path, quake_records, write_dataset):
-    "Read as 250 Hz, a record lasts 24 s at 100 Hz; picks move along; trace_dt_s and the file's own rate serve as well"
-    source = open_source(write_dataset(tmp_path/'fast', quake_records(8, trace_sampling_rate_hz=250.)))
+    """Read as 250 Hz, a record lasts 24 s at 100 Hz; picks move along; trace_dt_s and the file's
+    own rate serve as well"""
+    source = open_source(write_dataset(tmp_path/'fast',
+                                       quake_records(8, trace_sampling_rate_hz=250.)))
     p = next(quake_records(1))[0]['trace_p_arrival_sample']
     assert source.record(0).waveform.shape == (2400, 3)
     assert source.record(0).p_onset == pytest.approx(p / 2.5)
     rate = lambda m: {k: v for k, v in m.items() if k != 'trace_sampling_rate_hz'}
-    by_dt = open_source(write_dataset(tmp_path/'dt', ((rate(m) | {'trace_dt_s': .02}, x) for m, x in quake_records(8))))
+    by_dt = open_source(write_dataset(tmp_path/'dt',
+                                      ((rate(m) | {'trace_dt_s': .02}, x) for m,
+                                       x in quake_records(8))))
     plain = ((rate(m), x) for m, x in quake_records(8))
     by_file = open_source(write_dataset(tmp_path/'format', plain, sampling_rate=50.))
     for source in (by_dt, by_file): assert source.record(0).waveform.shape == (12000, 3)
@@ -162,24 +172,29 @@ def test_other_rates_and_their_picks(tmp_path, quake_records, write_dataset):
 
 def test_pick_names_and_picks_outside(tmp_path, quake_records, write_dataset):
     "The earliest of several P picks counts; one beyond the record does not"
-    picks = [{'trace_Pn_arrival_sample': pn, 'trace_P_arrival_sample': 2400., 'trace_Sg_arrival_sample': sg}
+    picks = [{'trace_Pn_arrival_sample': pn, 'trace_P_arrival_sample': 2400.,
+              'trace_Sg_arrival_sample': sg}
              for pn, sg in 4 * [(np.nan, -3.), (2000., 3000.)]]
     plain = [({n: v for n, v in m.items() if 'arrival' not in n}, x) for m, x in quake_records(8)]
-    source = open_source(write_dataset(tmp_path/'named', [(m | pick, x) for (m, x), pick in zip(plain, picks)]))
+    source = open_source(write_dataset(tmp_path/'named',
+                                       [(m | pick, x) for (m, x), pick in zip(plain, picks)]))
     assert [source.record(i).p_onset for i in range(2)] == [2400., 2000.]
     assert np.isnan(source.record(0).s_onset) and source.record(1).s_onset == 3000.
-    late = write_dataset(tmp_path/'late', [(m | {'trace_P_arrival_sample': 6000.}, x) for m, x in plain])
+    late = write_dataset(tmp_path/'late',
+                         [(m | {'trace_P_arrival_sample': 6000.}, x) for m, x in plain])
     assert np.isnan(open_source(late).record(0).p_onset)
 
 
 def test_split_by_event(tmp_path, quake_records, write_dataset, caplog):
     "Without a column split: every trace in one split, no event in two, and it is said"
-    records = [({k: v for k, v in m.items() if k != 'split'}, x[:, :4200]) for m, x in quake_records(60)]
+    records = [({k: v for k, v in m.items() if k != 'split'}, x[:, :4200]) for m,
+               x in quake_records(60)]
     folder = write_dataset(tmp_path/'unsplit', records)
     with caplog.at_level(logging.WARNING, 'seismodel'):
         parts = {s: set(open_source(folder, s).names) for s in ('train', 'dev', 'test')}
     assert 'no column split' in caplog.text and 'by event' in caplog.text
-    assert set.union(*parts.values()) == {m['trace_name'] for m, _ in records} and sum(map(len, parts.values())) == 60
+    assert (set.union(*parts.values()) == {m['trace_name'] for m, _ in records}
+            and sum(map(len, parts.values())) == 60)
     event = {m['trace_name']: m['source_id'] for m, _ in records}
     events = [{event[t] for t in part} for part in parts.values()]
     assert not events[0] & events[1] and not events[0] & events[2] and not events[1] & events[2]
@@ -194,11 +209,13 @@ def test_folders_that_are_no_data_set(tmp_path, quakes_folder):
         for f in files: (tmp_path/name/f).write_bytes((quakes_folder/f).read_bytes())
 
     copy('bare'); copy('no_table', 'waveforms.hdf5'); copy('no_samples', 'metadata.csv')
-    for name in ('cut', 'text', 'blank', 'rowless', 'garbage'): copy(name, 'metadata.csv', 'waveforms.hdf5')
+    for name in ('cut', 'text', 'blank', 'rowless', 'garbage'):
+        copy(name, 'metadata.csv', 'waveforms.hdf5')
     os.truncate(tmp_path/'cut/waveforms.hdf5', 50_000)
     (tmp_path/'text/waveforms.hdf5').write_text('not HDF5', encoding='utf-8')
     (tmp_path/'blank/metadata.csv').write_text('', encoding='utf-8')
-    (tmp_path/'rowless/metadata.csv').write_text((quakes_folder/'metadata.csv').read_text(encoding='utf-8').splitlines()[0] + '\n', encoding='utf-8')
+    (tmp_path/'rowless/metadata.csv').write_text((quakes_folder/'metadata.csv').read_text(
+        encoding='utf-8').splitlines()[0] + '\n', encoding='utf-8')
     (tmp_path/'garbage/metadata.csv').write_bytes(bytes(range(128, 256)) * 9)
     culprits = {'nowhere': 'does not exist', 'bare': 'metadata.csv', 'no_table': 'metadata.csv',
                 'no_samples': 'waveforms.hdf5', 'cut': 'waveforms.hdf5', 'text': 'waveforms.hdf5',
@@ -209,7 +226,8 @@ def test_folders_that_are_no_data_set(tmp_path, quakes_folder):
         assert one_sentence(error) and name in str(error.value)
 
 
-@pytest.mark.parametrize('column', ['trace_name', 'trace_sampling_rate_hz', 'trace_component_order'])
+@pytest.mark.parametrize('column',
+                         ['trace_name', 'trace_sampling_rate_hz', 'trace_component_order'])
 def test_missing_columns_are_named(quakes_folder, column):
     table = pd.read_csv(quakes_folder/'metadata.csv')
     table.drop(columns=column).to_csv(quakes_folder/'metadata.csv', index=False)
@@ -223,19 +241,25 @@ def test_what_seisbench_refuses_is_one_sentence(quakes_folder):
         table = pd.read_csv(quakes_folder/'metadata.csv', dtype=str)
         table.loc[3, column] = None if 'order' in column else 'fast'
         table.to_csv(quakes_folder/'metadata.csv', index=False)
-        with pytest.raises(UserError, match='SeisBench cannot read') as error: open_source(quakes_folder)
+        with pytest.raises(UserError, match='SeisBench cannot read') as error:
+            open_source(quakes_folder)
         assert one_sentence(error)
 
 
 def test_splits_and_components(tmp_path, quakes_folder, quake_records, write_dataset):
-    with pytest.raises(UserError, match=r"no trace in split 'val', only in dev \(12\), test \(12\), train \(24\)"):
+    with pytest.raises(UserError,
+                       match=r"no trace in split 'val', only in dev \(12\), test \(12\), train "
+                             r"\(24\)"):
         open_source(quakes_folder, 'val')
-    with pytest.raises(UserError, match='choose train, dev or test'): open_source('synthetic', 'val')
+    with pytest.raises(UserError, match='choose train, dev or test'):
+        open_source('synthetic', 'val')
     z_only = ((m | {'trace_component_order': 'Z'}, x[:1]) for m, x in quake_records(8))
     vertical = write_dataset(tmp_path/'vertical', z_only)
     with pytest.raises(UserError, match='no trace has all of'): open_source(vertical)
-    brief = write_dataset(tmp_path/'brief', ((m | {'trace_npts': 2000}, x[:, :2000]) for m, x in quake_records(8)))
-    with pytest.raises(UserError, match='no usable trace.*shorter than half a window'): open_source(brief)
+    brief = write_dataset(tmp_path/'brief',
+                          ((m | {'trace_npts': 2000}, x[:, :2000]) for m, x in quake_records(8)))
+    with pytest.raises(UserError, match='no usable trace.*shorter than half a window'):
+        open_source(brief)
     assert len(open_source(brief, window=4000)) == 4               # half of the window asked for
 
 
@@ -247,12 +271,15 @@ def test_published_names(tmp_path, quakes_folder, monkeypatch):
 
     def offline(*args, **kwargs): raise requests.exceptions.ConnectionError('no route\nto host')
     monkeypatch.setattr(requests, 'get', offline); monkeypatch.setattr(requests, 'head', offline)
-    with pytest.raises(UserError, match='SeisBench cannot provide ETHZ') as error: open_source('ETHZ')
+    with pytest.raises(UserError, match='SeisBench cannot provide ETHZ') as error:
+        open_source('ETHZ')
     assert one_sentence(error)
     assert not (tmp_path/'cache/ethz').exists()
 
-    def broken(url, target, **kwargs): Path(target).write_bytes(b'half of it'); raise KeyboardInterrupt
-    (tmp_path/'cache/stead').mkdir(parents=True); (tmp_path/'cache/stead/mine.txt').write_text('stays', encoding='utf-8')
+    def broken(url, target, **kwargs):
+        Path(target).write_bytes(b'half of it'); raise KeyboardInterrupt
+    (tmp_path/'cache/stead').mkdir(parents=True)
+    (tmp_path/'cache/stead/mine.txt').write_text('stays', encoding='utf-8')
     with monkeypatch.context() as m:
         m.setattr(seisbench.util, 'download_http', broken)
         with pytest.raises(KeyboardInterrupt): open_source('STEAD')
@@ -270,21 +297,26 @@ def test_published_names(tmp_path, quakes_folder, monkeypatch):
 def test_left_out_from_the_start(tmp_path, quake_records, write_dataset, caplog):
     "Rows that the table itself disqualifies: counted, named, said once"
     records = [(m | {'split': 'train'}, x) for m, x in quake_records(12)]
-    edits = [{'trace_component_order': 'H'}, {'trace_sampling_rate_hz': np.nan}, {'trace_sampling_rate_hz': -100.},
+    edits = [{'trace_component_order': 'H'}, {'trace_sampling_rate_hz': np.nan},
+             {'trace_sampling_rate_hz': -100.},
              {'trace_npts': 2047}]
-    folder = write_dataset(tmp_path/'left', [(m | e, x) for (m, x), e in zip(records, edits + [{}] * 8)])
+    folder = write_dataset(tmp_path/'left',
+                           [(m | e, x) for (m, x), e in zip(records, edits + [{}] * 8)])
     table = pd.read_csv(folder/'metadata.csv')
     pd.concat([table, table.iloc[[7]]]).to_csv(folder/'metadata.csv', index=False)
     with caplog.at_level(logging.WARNING, 'seismodel'): source = open_source(folder)
     assert source.left_out == {'no component Z, N or E': ['trace000'],
-                               'sampling rate not between 10 and 10,000 Hz': ['trace001', 'trace002'],
-                               'shorter than half a window': ['trace003'], 'trace name appears twice': ['trace007']}
+                               'sampling rate not between 10 and 10,000 Hz': [
+        'trace001', 'trace002'],
+                               'shorter than half a window': ['trace003'],
+                               'trace name appears twice': ['trace007']}
     assert source.names == [f'trace{k:03}' for k in range(4, 12)]
     assert '2 left out, sampling rate not between 10 and 10,000 Hz (trace001, …)' in caplog.text
 
 
 def spoil(folder, count):
-    "Damage the first traces of the training split: NaN, infinity, flat, too short, entry gone, wrong rank"
+    """Damage the first traces of the training split: NaN, infinity, flat, too short, entry gone,
+    wrong rank"""
     import h5py
     table = pd.read_csv(folder/'metadata.csv')
     names = table.trace_name[table.split == 'train'].tolist()[:count]
@@ -310,7 +342,8 @@ def test_bad_records_are_redrawn_and_named(quakes_folder, caplog):
     assert sum(i['redrawn'].item() for i in items) == pytest.approx(100, abs=40)   # 6 of 24 are bad
     assert all(caplog.text.count(f'quakes/{name}:') == 1 for name in bad)
     fresh = WindowDataset([open_source(quakes_folder)], 300, seed=3)
-    for n in (250, 3, 120): torch.testing.assert_close(fresh[n], items[n], rtol=0, atol=0, equal_nan=True)
+    for n in (250, 3, 120):
+        torch.testing.assert_close(fresh[n], items[n], rtol=0, atol=0, equal_nan=True)
 
 
 def test_one_usable_record_is_found_and_none_is_an_error(quakes_folder):
@@ -322,7 +355,9 @@ def test_one_usable_record_is_found_and_none_is_an_error(quakes_folder):
     bad = [k.split('/')[1] for k in data.rejected]
     table[table.trace_name.isin(bad)].to_csv(quakes_folder/'metadata.csv', index=False)
     nothing = WindowDataset([open_source(quakes_folder)], 40)
-    with pytest.raises(UserError, match='no usable record in quakes; the first: quakes/trace0') as error: nothing[0]
+    with pytest.raises(UserError,
+                       match='no usable record in quakes; the first: quakes/trace0') as error:
+        nothing[0]
     assert one_sentence(error)
 
 
@@ -333,7 +368,8 @@ class Needle(Source):
 
     def record(self, i):
         if i != 1741: raise BadRecord(str(i), 'broken')
-        return Record(np.random.default_rng(0).standard_normal((5000, 3)).astype(np.float32), np.nan, np.nan, str(i))
+        return Record(np.random.default_rng(0).standard_normal((5000, 3)).astype(np.float32),
+                      np.nan, np.nan, str(i))
 
 
 def test_a_needle_is_found():
@@ -359,7 +395,8 @@ def test_windows_without_signal_are_redrawn():
     data = WindowDataset([Silence()], 20, seed=1)
     items = [data[n] for n in range(20)]
     assert all(i['x'].abs().max() > 0 for i in items)
-    assert sum(i['redrawn'].item() for i in items) > 100          # about 2 % of the windows have any
+    # about 2 % of the windows have any
+    assert sum(i['redrawn'].item() for i in items) > 100
     assert set(data.rejected.values()) == {'no signal in the window that was drawn'}
 
 
@@ -393,14 +430,18 @@ def test_sources_come_in_their_shares(quakes_folder):
     with pytest.raises(UserError): WindowDataset([], 4)
 
 
-@pytest.mark.parametrize('method, processes', [p for p in (('fork', 2), ('spawn', 1)) if p[0] in get_all_start_methods()])
+@pytest.mark.parametrize('method, processes',
+                         [p for p in (('fork', 2), ('spawn', 1))
+                          if p[0] in get_all_start_methods()])
 def test_loader_processes_change_nothing(quakes_folder, method, processes):
     "Forked or spawned, they give the windows that one process gives; also from the middle"
     sources = [open_source(quakes_folder), SyntheticSource(seed=3)]
-    sources[0].record(0)                                           # the parent has read before its children start
+    # the parent has read before its children start
+    sources[0].record(0)
     alone = WindowDataset(sources, 8, seed=11, start=100)
     later = WindowDataset(sources, 4, seed=11, start=104)
-    batches = list(DataLoader(later, batch_size=2, num_workers=processes, multiprocessing_context=method))
+    batches = list(DataLoader(later, batch_size=2, num_workers=processes,
+                              multiprocessing_context=method))
     assert [b['n'].tolist() for b in batches] == [[104, 105], [106, 107]]
     for k, b in enumerate(batches):
         for j in range(2):
@@ -413,30 +454,37 @@ def test_large_files_are_not_kept_in_memory(quakes_folder, monkeypatch):
     "Above 1 GiB every read goes to the disk, with the same result"
     small = open_source(quakes_folder)
     real = Path.stat
-    huge = lambda self, **kw: os.stat_result([2**30 + 1 if k == 6 else v for k, v in enumerate(real(self, **kw)[:10])])
+    huge = lambda self, **kw: os.stat_result([2**30 + 1 if k == 6 else v for k,
+                                              v in enumerate(real(self, **kw)[:10])])
     monkeypatch.setattr(Path, 'stat', huge)
     large = open_source(quakes_folder)
     monkeypatch.undo()
     assert (small.data.cache, large.data.cache) == ('full', None)
-    for i in range(4): np.testing.assert_array_equal(small.record(i).waveform, large.record(i).waveform)
+    for i in range(4):
+        np.testing.assert_array_equal(small.record(i).waveform, large.record(i).waveform)
 
 
 def test_synthetic_splits_are_disjoint():
     first = {s: SyntheticSource(split=s).record(5).waveform for s in ('train', 'dev', 'test')}
-    assert not np.array_equal(first['train'], first['dev']) and not np.array_equal(first['train'], first['test'])
+    assert (not np.array_equal(first['train'], first['dev'])
+            and not np.array_equal(first['train'], first['test']))
     np.testing.assert_array_equal(first['dev'], SyntheticSource(split='dev').record(5).waveform)
-    for s in first: assert len({SyntheticSource(split=t).record(k).name for t in first for k in range(50)}) == 150
+    for s in first:
+        assert (len({SyntheticSource(split=t).record(k).name for t in first for k in range(50)})
+                == 150)
 
 
 def test_records_made_together_are_the_same():
-    "One by one or as a batch of the loader, with a number twice in it; out of range stays out of range"
+    """One by one or as a batch of the loader, with a number twice in it; out of range stays out of
+    range"""
     alone, together = SyntheticSource(seed=4), SyntheticSource(seed=4)
     together.prefetch([3, 900, 41])
     for i in (41, 3, 900, 3):
         for a, b in zip(alone.record(i), together.record(i)): np.testing.assert_array_equal(a, b)
     data = WindowDataset([SyntheticSource()], 20, seed=2)
     batch = data.__getitems__([7, 2, 7, 19])
-    for n, item in zip([7, 2, 7, 19], batch): torch.testing.assert_close(item, data[n], rtol=0, atol=0, equal_nan=True)
+    for n, item in zip([7, 2, 7, 19], batch):
+        torch.testing.assert_close(item, data[n], rtol=0, atol=0, equal_nan=True)
     with pytest.raises(IndexError): data.__getitems__([1, 20])
 
 
@@ -454,13 +502,15 @@ def write_mseed(stream, path):
 
 
 def test_obspy_example(tmp_path, stream):
-    "Z N E whatever the order in the file, mean removed, in any format, with odd characters in the name"
+    """Z N E whatever the order in the file, mean removed, in any format, with odd characters in the
+    name"""
     stream.traces = stream.traces[::-1]
     w = read_waveform(write_mseed(stream, tmp_path/'a [1]*.mseed'))
     for c, component in enumerate('ZNE'):
         data = stream.select(component=component)[0].data
         np.testing.assert_allclose(w.waveform[:, c], data - data.mean(), rtol=1e-5, atol=1e-3)
-    assert (w.start, w.station, w.components, w.gaps) == ('2009-08-24T00:20:03.000000Z', 'BW.RJOB..EH', 'ZNE', [])
+    assert ((w.start, w.station, w.components, w.gaps)
+            == ('2009-08-24T00:20:03.000000Z', 'BW.RJOB..EH', 'ZNE', []))
     assert w.waveform.dtype == np.float32 and w.waveform.shape == (3000, 3)
 
 
@@ -470,17 +520,20 @@ def test_gaps_nan_and_missing_components(tmp_path, stream):
     stream[1].data[2000] = np.inf
     w = read_waveform(write_mseed(stream[:2], tmp_path/'gaps.mseed'))
     assert w.gaps == [(500, 520), (2000, 2001)] and w.components == 'ZN'
-    assert np.abs(w.waveform[500:520, 0]).max() == w.waveform[2000, 1] == np.abs(w.waveform[:, 2]).max() == 0
+    assert (np.abs(w.waveform[500:520, 0]).max() == w.waveform[2000, 1]
+            == np.abs(w.waveform[:, 2]).max() == 0)
     assert np.isfinite(w.waveform).all() and np.abs(w.waveform).max() < 5e3
 
 
 def test_components_that_do_not_overlap_wholly(tmp_path, stream):
     t = stream[0].stats.starttime
     stream[0].trim(t + 5)
-    stream[1].stats.starttime += .004                              # less than a sample: computed at its true time
+    # less than a sample: computed at its true time
+    stream[1].stats.starttime += .004
     w = read_waveform(write_mseed(stream, tmp_path/'shifted.mseed'))
     assert w.waveform.shape == (3000, 3) and w.gaps == [(0, 500)]
-    moved = stream[1].copy().interpolate(100., method='lanczos', a=40, starttime=t + .01).data     # from sample 1
+    # from sample 1
+    moved = stream[1].copy().interpolate(100., method='lanczos', a=40, starttime=t + .01).data
     off = lambda x: np.abs(x - moved)[50:2900].max()/np.abs(moved).max()
     got = w.waveform[1:, 1][:len(moved)] + stream[1].data.mean()
     assert off(got) < .01 < off(stream[1].data[:len(moved)])
@@ -506,19 +559,24 @@ def test_files_that_cannot_be_used(tmp_path, stream):
     write_mseed(stream + late, tmp_path/'apart.mseed')
     (tmp_path/'text.mseed').write_text('not a seismogram', encoding='utf-8')
     (tmp_path/'void.mseed').write_bytes(b'')
-    reasons = {'none': 'does not exist', 'two': 'several instruments', 'log': 'no samples on a channel',
-               'apart': 'nearly all gap', 'text': 'not a waveform file', 'void': 'not a waveform file'}
+    reasons = {'none': 'does not exist', 'two': 'several instruments',
+               'log': 'no samples on a channel',
+               'apart': 'nearly all gap', 'text': 'not a waveform file',
+               'void': 'not a waveform file'}
     for name, why in reasons.items():
         with pytest.raises(UserError, match=why) as error: read_waveform(tmp_path/f'{name}.mseed')
         assert one_sentence(error) and f'{name}.mseed' in str(error.value)
 
 
 def test_real_streams(real_data):
-    "Hours of real stations where they are on the machine: right length, three components, no gap filled by accident"
-    for path in [p for folder in real_data[:1] for p in sorted((folder.parent/'continuous').glob('*.mseed'))]:
+    """Hours of real stations where they are on the machine: right length, three components, no gap
+    filled by accident"""
+    for path in [p for folder in real_data[:1]
+                 for p in sorted((folder.parent/'continuous').glob('*.mseed'))]:
         import obspy
         w, stream = read_waveform(path), obspy.read(str(path))
-        assert w.components == 'ZNE' and abs(len(w.waveform) - max(tr.stats.npts for tr in stream)) <= 1
+        assert (w.components == 'ZNE'
+                and abs(len(w.waveform) - max(tr.stats.npts for tr in stream)) <= 1)
         assert np.isfinite(w.waveform).all() and not flat(torch.from_numpy(w.waveform)).any()
 
 
@@ -527,7 +585,9 @@ def test_nothing_heavy_is_imported():
     import subprocess
     import sys
     code = ('import sys, seismodel.data.windows, seismodel.data.sources\n'
-            'print([m for m in ("seisbench", "obspy", "matplotlib.pyplot", "pandas") if m in sys.modules])')
+            'print([m for m in ("seisbench", "obspy", "matplotlib.pyplot", "pandas") if m in '
+            'sys.modules])')
     root = Path(__file__).parents[1]
-    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=root)
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True,
+                         cwd=root)
     assert out.stdout == '[]\n'

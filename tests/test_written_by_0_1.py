@@ -43,7 +43,8 @@ def test_models_load():
     assert picker.logits(x).shape == (2, 512, 3)
 
 
-@pytest.mark.parametrize('name, command, steps', [('pretrained', 'pretrain', 4), ('picker', 'finetune', 2)])
+@pytest.mark.parametrize('name, command, steps',
+                         [('pretrained', 'pretrain', 4), ('picker', 'finetune', 2)])
 def test_a_run_goes_on(old, name, command, steps):
     "From its checkpoint to its end, to the losses that 0.1 had on the same way"
     before = read_metrics(old/name)
@@ -53,11 +54,15 @@ def test_a_run_goes_on(old, name, command, steps):
     assert [r['step'] for r in after] == [r['step'] for r in before] == [*range(1, steps + 1)]
     np.testing.assert_allclose([r['loss'] for r in after], [r['loss'] for r in before], rtol=1e-3)
     saved = json.loads((old/name/'config.json').read_text(encoding='utf-8'))
-    later = json.loads(json.dumps(asdict(TrainConfig())))          # fields of later versions have their defaults
-    head = {'picker': {**first['picker'], 'at': 'samples'}} if 'picker' in first else {}     # the only one that 0.1 had
-    new = {'fingerprints', *(('calibration', 'default_args') if 'picker' in first else ())}    # written since
+    # fields of later versions have their defaults
+    later = json.loads(json.dumps(asdict(TrainConfig())))
+    # the only one that 0.1 had
+    head = {'picker': {**first['picker'], 'at': 'samples'}} if 'picker' in first else {}
+    # written since
+    new = {'fingerprints', *(('calibration', 'default_args') if 'picker' in first else ())}
     assert new <= saved.keys()
-    assert {k: v for k, v in saved.items() if k not in new} == {**first, **head, 'seismodel': __version__, 'train': {**later, **first['train']}}
+    assert ({k: v for k, v in saved.items() if k not in new}
+            == {**first, **head, 'seismodel': __version__, 'train': {**later, **first['train']}})
     assert set(before[-1]) <= set(after[-1])
 
 

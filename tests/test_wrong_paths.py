@@ -17,7 +17,8 @@ def here(tmp_path, monkeypatch):
     for name in ('good', 'full'): Path(name).mkdir()
     obspy.read().write('good/a.mseed', format='MSEED')
     Path('full/notes.txt').write_text('mine', encoding='utf-8')
-    Path('picks.csv').write_text('network,station,phase,time\nBW,RJOB,P,2009-08-24T00:20:10\n', encoding='utf-8')
+    Path('picks.csv').write_text('network,station,phase,time\nBW,RJOB,P,2009-08-24T00:20:10\n',
+                                 encoding='utf-8')
     return tmp_path
 
 
@@ -34,15 +35,21 @@ def here(tmp_path, monkeypatch):
     ('pack good no/such --out new', 'no/such', 'data.pack._write'),
     ('pack good --out full', 'full is there already', 'data.pack.open_items'),
     ('inspect no/such', 'no/such', 'data.inspection.describe'),
-    ('dataset picks.csv --waveforms no/such --out new', 'no/such', 'picking.dataset.read_catalogue'),
+    ('dataset picks.csv --waveforms no/such --out new', 'no/such',
+     'picking.dataset.read_catalogue'),
     ('dataset no/such --waveforms good --out new', 'no/such', 'picking.dataset.read_catalogue'),
-    ('dataset picks.csv --waveforms good --out full', "'full' is not empty", 'picking.dataset.read_catalogue'),
-    ('finetune --from no/such/run --data no/such/data --out new', 'no/such/run', 'finetuning.finetune.fine_run'),
-    ('finetune --from tiny --data no/such/data --out new', 'no/such/data', 'training.trainer.run_steps'),
-    ('study --from a=no/such/run --data no/such/data --out new', 'no/such/run', 'study.run.run_trials'),
+    ('dataset picks.csv --waveforms good --out full', "'full' is not empty",
+     'picking.dataset.read_catalogue'),
+    ('finetune --from no/such/run --data no/such/data --out new', 'no/such/run',
+     'finetuning.finetune.fine_run'),
+    ('finetune --from tiny --data no/such/data --out new', 'no/such/data',
+     'training.trainer.run_steps'),
+    ('study --from a=no/such/run --data no/such/data --out new', 'no/such/run',
+     'study.run.run_trials'),
     ('study --from a=tiny --data no/such/data --out new', 'no/such/data', 'study.run.run_trials'),
 ], ids=lambda v: v if ' ' in v else '')
-def test_a_wrong_path_is_the_first_and_only_thing_said(words, says, slow, here, monkeypatch, capsys):
+def test_a_wrong_path_is_the_first_and_only_thing_said(words, says, slow, here, monkeypatch,
+                                                       capsys):
     before = {p: p.stat().st_mtime_ns for p in here.rglob('*')}
     module, _, name = slow.rpartition('.')
     from importlib import import_module

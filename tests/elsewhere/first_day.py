@@ -1,4 +1,5 @@
-"A user's first day, in one process: imports, help, a run that is stopped and resumed, a store, picks. Prints what it saw"
+"""A user's first day, in one process: imports, help, a run that is stopped and resumed, a store,
+picks. Prints what it saw"""
 import importlib
 import json
 import multiprocessing
@@ -29,7 +30,8 @@ def helps():
 
 
 def stop_after_two(step):
-    "A training step that is told to stop the second time, after somebody else has tried to train in the same folder"
+    """A training step that is told to stop the second time, after somebody else has tried to train
+    in the same folder"""
     calls = []
     def stopping(*args, **how):
         calls.append(1)
@@ -49,25 +51,31 @@ def pretraining():
     from seismodel.cli import main
     step = trainer.train_step
     trainer.train_step = stop_after_two(step)
-    codes = [main('pretrain --preset contrastive-tiny --steps 4 --batch-size 2 --window 512 --device cpu --workers 1 '
+    codes = [main(
+        'pretrain --preset contrastive-tiny --steps 4 --batch-size 2 --window 512 --device cpu '
+        '--workers 1 '
                   '--log-every 1 --validation-windows 2 --out run'.split())]
     trainer.train_step = step
     return [*codes, main('pretrain --resume run'.split())]
 
 
 def finetuning():
-    "Exit codes of a picker that is trained from that run and resumed, of its scores, and of features of the synthetic data"
+    """Exit codes of a picker that is trained from that run and resumed, of its scores, and of
+    features of the synthetic data"""
     from seismodel.cli import main
     from seismodel.data.sources import write_synthetic
     write_synthetic(Path('quakes'), {'train': 12, 'dev': 4, 'test': 4})
-    return [main('finetune --from run --data quakes --steps 2 --batch-size 2 --validation-windows 2 --device cpu --workers 0 --out fine'.split()),
+    return [main(
+        'finetune --from run --data quakes --steps 2 --batch-size 2 --validation-windows 2 '
+        '--device cpu --workers 0 --out fine'.split()),
             main('finetune --resume fine'.split()),
             main('evaluate fine --data quakes --device cpu --out scores'.split()),
             main('embed run quakes --device cpu --out features.npz'.split())]
 
 
 def picks():
-    "Packs a folder of ObsPy's records, and picks one of them with a picker from random weights; exit codes"
+    """Packs a folder of ObsPy's records, and picks one of them with a picker from random weights;
+    exit codes"""
     import torch
     from obspy import read
     from seismodel.cli import main
@@ -82,16 +90,20 @@ def picks():
     picker = Picker(from_pretrained('run'))
     with torch.no_grad(): picker.head.out.weight.mul_(8.)
     picker.save_pretrained('picker')
-    return [*codes, main('pick records/day.mseed --model picker --out picks --figures --device cpu'.split())]
+    return [*codes,
+            main(
+        'pick records/day.mseed --model picker --out picks --figures --device cpu'.split())]
 
 
 def trial():
     "A trial of a study whose output is written into its folder, and which gets its name at the end"
     from seismodel.study import run
     from seismodel.study.trial import Candidate, Trial
-    def run_trial(trial, common, folder): print('trained, at 5 °C'), (folder/f'{trial.name}.part/records.csv').touch()
+    def run_trial(trial, common, folder):
+        print('trained, at 5 °C'), (folder/f'{trial.name}.part/records.csv').touch()
     run.run_trial = run_trial
-    return run.attempt(Trial(Candidate('PhaseNet', 'peer', 'PhaseNet'), 1., 0), None, Path('trials'))
+    return run.attempt(Trial(Candidate('PhaseNet', 'peer', 'PhaseNet'), 1., 0), None,
+                       Path('trials'))
 
 
 if __name__ == '__main__':

@@ -1,7 +1,7 @@
-"""Makes a Python on Linux resemble one on Windows: with this folder in PYTHONPATH it is run before anything else, in
-every process that is begun as well. Gone are the modules and signals that Windows lacks, and `fork`. Folders are not
-opened, only what is open for writing is forced out, and nothing that this process has open or mapped is renamed or
-deleted. Triton is gone as well."""
+"""Makes a Python on Linux resemble one on Windows: with this folder in PYTHONPATH it is run before
+anything else, in every process that is begun as well. Gone are the modules and signals that Windows
+lacks, and `fork`. Folders are not opened, only what is open for writing is forced out, and nothing
+that this process has open or mapped is renamed or deleted. Triton is gone as well."""
 import errno
 import fcntl
 import os
@@ -12,7 +12,8 @@ import lacking
 
 GONE = {*lacking.MODULES, 'triton'}
 mode_of = lambda handle: fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE
-plain = {name: getattr(os, name) for name in ('open', 'fsync', 'replace', 'rename', 'unlink', 'remove', 'rmdir')}
+plain = {name: getattr(os, name) for name in ('open', 'fsync', 'replace', 'rename', 'unlink',
+                                              'remove', 'rmdir')}
 
 
 class Without:
@@ -31,7 +32,8 @@ def in_use(path):
     for handle in os.listdir('/proc/self/fd'):
         try: links.append(os.readlink(f'/proc/self/fd/{handle}'))
         except OSError: pass
-    with open('/proc/self/maps', encoding='utf-8') as f: links += [line.split(maxsplit=5)[-1].strip() for line in f]
+    with open('/proc/self/maps', encoding='utf-8') as f:
+        links += [line.split(maxsplit=5)[-1].strip() for line in f]
     return any(link == path or link.startswith(path + '/') for link in links)
 
 
@@ -40,13 +42,16 @@ def refusing(name):
     def function(*paths, **how):
         for path in paths:
             if not isinstance(path, int) and not how and in_use(path):
-                raise PermissionError(errno.EACCES, 'The process cannot access the file because it is in use', path)
+                raise PermissionError(errno.EACCES,
+                                      'The process cannot access the file because it is in use',
+                                      path)
         return plain[name](*paths, **how)
     return function
 
 
 def open_file(path, flags, mode=0o777, *, dir_fd=None):
-    if dir_fd is None and os.path.isdir(path): raise PermissionError(errno.EACCES, 'Permission denied', path)
+    if dir_fd is None and os.path.isdir(path):
+        raise PermissionError(errno.EACCES, 'Permission denied', path)
     return plain['open'](path, flags, mode, dir_fd=dir_fd)
 
 
