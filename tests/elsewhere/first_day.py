@@ -51,10 +51,9 @@ def pretraining():
     from seismodel.cli import main
     step = trainer.train_step
     trainer.train_step = stop_after_two(step)
-    codes = [main(
-        'pretrain --preset contrastive-tiny --steps 4 --batch-size 2 --window 512 --device cpu '
-        '--workers 1 '
-                  '--log-every 1 --validation-windows 2 --out run'.split())]
+    words = ('pretrain --preset contrastive-tiny --steps 4 --batch-size 2 --window 512 --device cpu '
+             '--workers 1 --log-every 1 --validation-windows 2 --out run')
+    codes = [main(words.split())]
     trainer.train_step = step
     return [*codes, main('pretrain --resume run'.split())]
 

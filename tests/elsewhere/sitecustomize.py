@@ -1,9 +1,11 @@
 """Makes a Python on Linux resemble one on Windows: with this folder in PYTHONPATH it is run before
 anything else, in every process that is begun as well. Gone are the modules and signals that Windows
-lacks, and `fork`. Folders are not opened, only what is open for writing is forced out, and nothing
-that this process has open or mapped is renamed or deleted. Triton is gone as well."""
+lacks, and `fork`; processes can only be spawned. Folders are not opened, only what is open for
+writing is forced out, and nothing that this process has open or mapped is renamed or deleted.
+Triton is gone as well."""
 import errno
 import fcntl
+import multiprocessing
 import os
 import signal
 import sys
@@ -71,3 +73,4 @@ for name in lacking.SIGNAL:
     if hasattr(signal, name): delattr(signal, name)
 for name in GONE: sys.modules.pop(name, None)
 sys.meta_path[:] = map(Without, sys.meta_path)
+multiprocessing.get_all_start_methods = lambda: ['spawn']
