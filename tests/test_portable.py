@@ -192,6 +192,31 @@ def test_a_folder_is_forced_out_where_the_system_opens_folders(tmp_path, monkeyp
     assert opened == [tmp_path, tmp_path/'a']
 
 
+def orphaned(folder, work, context):
+    """The number of a process with `work`, a function of this module, that was begun by one that
+    then died of SIGKILL"""
+    code = f"""if __name__ == '__main__':
+    import os, sys, time
+    from multiprocessing import get_context
+    from pathlib import Path
+    sys.path.insert(0, {str(root/'tests')!r})
+    from seismodel.data.prefetch import worker_context
+    from test_portable import {work}
+    folder = Path({str(folder)!r})
+    (folder/'parent').write_text(str(os.getpid()), encoding='utf-8')
+    worker = {context}.Process(target={work}, args=(folder,))
+    worker.start()
+    (folder/'worker').write_text(str(worker.pid), encoding='utf-8')
+    while not (folder/'begun').exists(): time.sleep(.01)
+    os.kill(os.getpid(), 9)
+"""
+    (folder/'train.py').write_text(code, encoding='utf-8')
+    done = subprocess.run([sys.executable, 'train.py'], cwd=folder,
+                          env={**os.environ, 'PYTHONPATH': str(root)})
+    assert done.returncode == -9
+    return int((folder/'worker').read_text(encoding='utf-8'))
+
+
 def late(folder):
     "A worker that is still beginning when its parent is gone"
     (folder/'begun').touch()
@@ -202,28 +227,8 @@ def late(folder):
 
 
 def test_a_worker_whose_parent_died_while_it_began_does_not_stay(tmp_path):
-    code = f"""if __name__ == '__main__':
-    import os, sys, time
-    from multiprocessing import get_context
-    from pathlib import Path
-    sys.path.insert(0, {str(root/'tests')!r})
-    from test_portable import late
-    folder = Path({str(tmp_path)!r})
-    (folder/'parent').write_text(str(os.getpid()), encoding='utf-8')
-    worker = get_context('spawn').Process(target=late, args=(folder,))
-    worker.start()
-    (folder/'worker').write_text(str(worker.pid), encoding='utf-8')
-    while not (folder/'begun').exists(): time.sleep(.01)
-    os.kill(os.getpid(), 9)
-"""
-    (tmp_path/'train.py').write_text(code, encoding='utf-8')
-    done = subprocess.run([sys.executable, 'train.py'], cwd=tmp_path,
-                          env={**os.environ, 'PYTHONPATH': str(root)})
-    assert done.returncode == -9
-    worker = int((tmp_path/'worker').read_text(encoding='utf-8'))
-    while Path(f'/proc/{worker}').exists() and b'spawn_main' in Path(
-        f'/proc/{worker}/cmdline').read_bytes():
-        time.sleep(.05)
+    worker = Path('/proc', str(orphaned(tmp_path, 'late', "get_context('spawn')")))
+    while worker.exists() and b'spawn_main' in (worker/'cmdline').read_bytes(): time.sleep(.05)
     assert not (tmp_path/'stayed').exists()
 
 
@@ -237,25 +242,7 @@ def endless(folder):
 @pytest.mark.parametrize('context', ["get_context('spawn')", 'worker_context()'])
 def test_a_worker_ends_with_the_process_that_wanted_it(tmp_path, context):
     "Also where another process has started it: a fork server lives as long as its workers"
-    code = f"""if __name__ == '__main__':
-    import os, sys, time
-    from multiprocessing import get_context
-    from pathlib import Path
-    sys.path.insert(0, {str(root/'tests')!r})
-    from seismodel.data.prefetch import worker_context
-    from test_portable import endless
-    folder = Path({str(tmp_path)!r})
-    worker = {context}.Process(target=endless, args=(folder,))
-    worker.start()
-    (folder/'worker').write_text(str(worker.pid), encoding='utf-8')
-    while not (folder/'begun').exists(): time.sleep(.01)
-    os.kill(os.getpid(), 9)
-"""
-    (tmp_path/'train.py').write_text(code, encoding='utf-8')
-    done = subprocess.run([sys.executable, 'train.py'], cwd=tmp_path,
-                          env={**os.environ, 'PYTHONPATH': str(root)})
-    assert done.returncode == -9
-    worker, since = Path(
-        f"/proc/{(tmp_path/'worker').read_text(encoding='utf-8')}"), time.monotonic()
+    worker = Path('/proc', str(orphaned(tmp_path, 'endless', context)))
+    since = time.monotonic()
     while worker.exists() and time.monotonic() < since + 60: time.sleep(.05)
     assert not worker.exists()
