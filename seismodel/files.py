@@ -7,7 +7,8 @@ Docs: https://seismodel.github.io/seismodel/ground/files.html.md"""
 # %% auto #0
 __all__ = ['NO_ROOM', 'BLANK', 'LAST', 'DiskFull', 'is_disk_full', 'in_bytes', 'naming_space', 'write_atomically', 'force_out',
            'replace_durably', 'to_disk', 'sha256', 'header_of', 'write_checksum', 'verify_checksum', 'sealed_tensors',
-           'read_json', 'read_rows', 'check_json', 'row_fault', 'read_table', 'locked', 'is_filled', 'write_csv']
+           'read_json', 'read_rows', 'check_json', 'row_fault', 'read_table', 'with_numbers', 'locked', 'is_filled',
+           'write_csv']
 
 # %% ../nbs/ground/02_files.ipynb #cddf03e2
 import csv
@@ -260,7 +261,18 @@ def read_table(
     if fault: raise UserError(f"'{path}' {fault}; {cure}.")
     for name in columns:
         if name not in table: raise UserError(f"'{path}' has no column '{name}'; {cure}.")
-    for name in numbers:
+    return with_numbers(table, numbers, path, cure)
+
+# %% ../nbs/ground/02_files.ipynb #f1a2b3c5
+def with_numbers(
+    table,                   # pandas.DataFrame
+    columns: Iterable[str],  # of it, with a number or nothing in each row
+    path: str | Path,        # where it was read
+    cure: str = 'restore it',  # what to do about a cell that is wrong
+):                           # pandas.DataFrame, the same one
+    "Columns as numbers; raises `UserError` naming the file, the column and the wrong cell"
+    import pandas as pd
+    for name in columns:
         values = pd.to_numeric(table[name], errors='coerce')
         wrong = table[name].notna() & values.isna()
         if wrong.any():

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import UserError
-from ..files import read_table
+from ..files import read_table, with_numbers
 from ..statistics import auc
 
 # %% ../../nbs/study/03a_paired.ipynb #763e31ca
@@ -32,7 +32,7 @@ def read_onsets(
     missing = {*ONSET_KEYS, *ARM_KEYS, 'fold', 'phase', 'status', 'residual_0'} - set(table)
     if missing: raise UserError(f"'{file}' is no table of onsets: it has no column {min(missing)}.")
     scores = [c for c in table if re.fullmatch(r'(residual|p|s|any)_\d+', c)]
-    return read_table(file, numbers=('fraction', 'seed', 'fold', *scores))
+    return with_numbers(table, ('fraction', 'seed', 'fold', *scores), file)
 
 # %% ../../nbs/study/03a_paired.ipynb #e7625c9b
 SHARES = ('within 0.1 s', 'within 0.3 s', 'within 0.5 s')
