@@ -103,6 +103,20 @@ def test_a_study_that_has_run_in_part_says_so(tmp_path):
             and shown['P gain, 0.3 s'][random.title] == '')
 
 
+def test_some_arms_stand_beside_the_placebo_and_the_labels_of_the_generator():
+    "A placebo that is right in every event leaves nothing for the start that gains as much"
+    arms = study_arms('tiny', 1000)
+    method = {a.name: a.method for a in arms}
+    right = ('placebo', 'best', 'synthetic')
+    onsets = pd.concat([onsets_of(method[name], s, lambda e, near=name in right: 0. if near else 9.)
+                        for name in (*right, 'random', 'contrastive') for s in (0, 1)])
+    found = gain_table(onsets, arms).query("phase == 'p' and metric == 'within 0.3 s'")
+    gains = found.set_index(['reference', 'method']).gain
+    assert gains[method['placebo']].to_dict() == {method['best']: 0., method['contrastive']: -1.}
+    assert gains[method['synthetic']].to_dict() == {method['best']: 0.}
+    assert gains[method['random']][method['best']] == 1.
+
+
 def test_reports_are_written_where_there_is_something_to_say(tmp_path):
     arms, grid = choose_arms(study_arms('tiny', 1000), 'random,best'), Grid(1, (.1,), (0,))
     onsets_of(arms[0].method, 0, float).to_csv(tmp_path/'onsets.csv.gz', index=False)

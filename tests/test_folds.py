@@ -61,16 +61,26 @@ def test_a_plan_in_own_words_is_worked_off_in_its_order():
 
 
 def test_the_readme_says_what_the_reports_say():
-    "Gains of the pretrained start over random weights, and which of them is none"
+    "Gains of pretrained starts over random weights, which are claims, and those of two other starts"
     gains = pd.read_csv(root/'nbs/runs/folds_gains.csv').query(
-        "method == 'spectrum decay.65' and metric == 'within 0.3 s' and reference == 'random plain'")
-    points = {(row.fraction, row.phase): f'{100*row.gain:.0f}' for row in gains.itertuples()}
+        "metric == 'within 0.3 s' and reference == 'random plain'")
+    rows = {(row.method.split()[0], row.fraction, row.phase): row for row in gains.itertuples()
+            if row.method.endswith('decay.65')}
+    points = {key: f'{100*row.gain:.0f}' for key, row in rows.items()}
+    of = lambda name, phase, fraction=.1: points[name, fraction, phase]
     said = ' '.join((root/'README.md').read_text(encoding='utf-8').split())
-    assert f"{points[.1, 'p']} percentage points more P and {points[.1, 's']} more S" in said
-    assert f"{points[1, 'p']} and {points[1, 's']} where it learns from all of them" in said
-    verdicts = {(row.fraction, row.phase): row.verdict for row in gains.itertuples()}
+    p = of('spectrum', 'p')
+    for sentence in (
+            f"{p} percentage points more P and {of('spectrum', 's')} more S",
+            f"{of('spectrum', 'p', 1)} and {of('spectrum', 's', 1)} where it learns from all of",
+            f"scrambled phases give {of('placebo', 'p')} of the {p} points of P",
+            f"with labels gives {of('supervised', 'p')} and {of('supervised', 's')} without any"):
+        assert sentence in said, sentence
+    verdicts = {key[1:]: row.verdict for key, row in rows.items() if key[0] == 'spectrum'}
     assert (verdicts
-            == {(.1, 'p'): 'ahead', (.1, 's'): 'ahead', (1, 'p'): 'ahead', (1, 's'): 'level'})
+            == {(.1, 'p'): 'ahead', (.1, 's'): 'open', (1, 'p'): 'ahead', (1, 's'): 'level'})
+    assert all(rows['supervised', .1, phase].verdict == 'ahead' for phase in 'ps')
+    assert rows['placebo', .1, 'p'].verdict == 'ahead'
 
 
 def test_the_study_has_its_arms_folds_and_seeds():
