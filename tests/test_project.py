@@ -24,6 +24,7 @@ from seismodel.cli import COMMANDS
 
 sys.path.insert(0, str(root/'tools'))
 from settings import write_pyproject
+from signatures import SignatureRenderer, class_lines
 
 modules = {'.'.join(p.relative_to(root/'seismodel').with_suffix('').parts): p
            for p in sorted((root/'seismodel').rglob('*.py')) if p.name[0] != '_'}
@@ -199,6 +200,26 @@ def test_defined_names_are_seen(tmp_path):
         'A, B = 1, 2\n_C = 3\n__all__ = []\n@cache\ndef f(): g = 1\nclass D: x = 1\n@patch\ndef '
         'm(self:D): pass\n', encoding='utf-8')
     assert list(defined_in(tmp_path/'fake.py')) == ['A', 'B', 'f', 'D']
+
+
+@pytest.mark.parametrize('module', modules)
+def test_every_public_name_has_a_signature(module):
+    "Pages show parameters or fields, and never the `(*args, **kwargs)` of a base class"
+    m = importlib.import_module(f'seismodel.{module}')
+    for name in m.__all__:
+        symbol = getattr(m, name)
+        if not callable(symbol) or symbol.__module__ != m.__name__: continue
+        shown = str(SignatureRenderer(symbol).dm)
+        assert not re.search(r'\*args,\s*\*\*kwargs', shown), f'{name}: {shown}'
+
+
+def test_a_named_tuple_is_shown_by_its_fields():
+    from seismodel.core import UserError
+    from seismodel.data.formats import Block
+    lines = class_lines(Block).splitlines()
+    assert lines[0] == 'class Block(NamedTuple):' and len(lines) == 1 + len(Block._fields)
+    assert re.fullmatch(r' +first: int +# byte', lines[1 + Block._fields.index('first')])
+    assert class_lines(UserError) == 'class UserError(ValueError):'
 
 
 def long_lists(source, commands=()):
