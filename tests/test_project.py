@@ -311,6 +311,34 @@ def test_exported_cells_are_short_and_introduced(nb):
     assert list(cells_to_mend(sources)) == []
 
 
+def wide_lines(sources):
+    """Lines above 100 characters. Captions (nbdev reads one line for each), summaries, tables,
+    formulas and what holds no space to break at may be longer"""
+    for kind, source in sources:
+        for line in source.splitlines():
+            spoken = line.lstrip(' -*')
+            if len(line) <= 100 or ' ' not in spoken or kind == 'raw': continue
+            free = ('#|',) if kind == 'code' else ('>', '|', '$$', '#')
+            in_one = kind == 'markdown' and len(re.sub(LINK_OR_FORMULA, '', line)) < 60
+            if not spoken.startswith(free) and not in_one: yield line
+
+
+LINK_OR_FORMULA = r'`[^`]+`|\$[^$]+\$|\[[^]]*\]\([^)]*\)'
+
+
+@pytest.mark.parametrize('nb', nbs, ids=name_of)
+def test_lines_are_at_most_100_characters(nb):
+    assert list(wide_lines((c.cell_type, c.source) for c in read_nb(nb).cells)) == []
+
+
+def test_wide_lines_are_seen():
+    wide = 'a '*51
+    assert list(wide_lines([('code', f'x = 1\n{wide}'), ('markdown', wide)])) == [wide]*2
+    for kind, line in (('code', '#| fig-cap: ' + wide), ('markdown', f'| {wide} |'),
+                       ('markdown', f'> {wide}'), ('markdown', f'see [{wide}](there)')):
+        assert list(wide_lines([(kind, line)])) == []
+
+
 def test_cells_to_mend_are_seen():
     one, said = ('code', '#| exports\ndef f(): pass'), ('markdown', 'A sentence.')
     assert list(cells_to_mend([said, one, said, one])) == []
