@@ -311,6 +311,30 @@ def test_exported_cells_are_short_and_introduced(nb):
     assert list(cells_to_mend(sources)) == []
 
 
+def odd_signatures(source):
+    "Parameters without a blank after the colon, and arrows without blanks around them"
+    tree, lines = ast.parse(source), source.splitlines()
+    for n in ast.walk(tree):
+        if not isinstance(n, ast.FunctionDef): continue
+        named = [*n.args.posonlyargs, *n.args.args, *n.args.kwonlyargs]
+        for a in (a for a in named if a.annotation):
+            behind = lines[a.lineno - 1].encode()[a.col_offset:].decode()[len(a.arg):]
+            if not behind.startswith(': '): yield f'{n.name}: {a.arg}'
+        if n.returns:
+            before = lines[n.returns.lineno - 1].encode()[:n.returns.col_offset].decode()
+            if not before.endswith(' -> '): yield n.name
+
+
+@pytest.mark.parametrize('module', modules)
+def test_signatures_have_one_spelling(module):
+    assert list(odd_signatures(modules[module].read_text(encoding='utf-8'))) == []
+
+
+def test_odd_signatures_are_seen():
+    assert list(odd_signatures('def f(a:int, b: str = "", *, c: int|None=None)->int: pass')) == [
+        'f: a', 'f']
+
+
 def wide_lines(sources):
     """Lines above 100 characters. Captions (nbdev reads one line for each), summaries, tables,
     formulas and what holds no space to break at may be longer"""
