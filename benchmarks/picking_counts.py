@@ -77,7 +77,7 @@ def main():
             seconds = seconds_of(lambda: module(*inputs))*scale
             rows.append([name, part, count, seconds, count/seconds])
     rows += [['one thread', name, n/1e9, s, n/1e9/s] for name, n, s in rates()]
-    with open(out, 'w', newline='') as f:
+    with open(out, 'w', newline='', encoding='utf-8') as f:
         w = csv.writer(f)
         w.writerow(['model', 'part', 'billions', 'seconds', 'billions_per_second'])
         w.writerows([*row[:2], *(f'{v:.4g}' for v in row[2:])] for row in rows)
