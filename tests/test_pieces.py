@@ -225,7 +225,7 @@ def test_a_batch_of_any_size_finds_the_same_picks(model, tmp_path):
 
 
 def test_a_gpu_without_room_gets_smaller_batches(model, tmp_path, monkeypatch, caplog):
-    save(record(900), tmp_path/'a.mseed')
+    save(record(1800).cutout(T0 + 900, T0 + 930), tmp_path/'a.mseed')
     args, sizes, forward = {**ARGS, 'batch_size': 4, 'overlap': 8192}, [], model.forward
     want = rows_of_day(model, tmp_path, args)
 
@@ -235,8 +235,9 @@ def test_a_gpu_without_room_gets_smaller_batches(model, tmp_path, monkeypatch, c
         return forward(x)
 
     monkeypatch.setattr(model, 'forward', cramped)
-    assert (rows_of_day(model, tmp_path, args) == want and sizes[:4] == [4, 2, 1, 1]
-            and 'no room for the batch' in caplog.text)
+    assert rows_of_day(model, tmp_path, args)[0] == want[0] and want[1] > 2
+    assert sizes[:2] == [4, 2] and set(sizes[2:]) == {1}       # also in later pieces and stretches
+    assert caplog.text.count('no room for the batch') == 2 and args['batch_size'] == 4
     monkeypatch.setattr(model, 'forward', lambda x: cramped(x, 0))
     with pytest.raises(torch.cuda.OutOfMemoryError): rows_of_day(model, tmp_path, args)
 

@@ -139,7 +139,7 @@ def _in_batches(model, samples, begins, window, s):
         try: yield window_probabilities(model, windows, s.args)
         except torch.cuda.OutOfMemoryError:
             if size == 1: raise
-            size //= 2
+            size = s.args['batch_size'] = size//2
             log.warning('the GPU has no room for the batch; %d windows at a time from now on', size)
         else: k += size
 
