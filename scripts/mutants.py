@@ -49,7 +49,7 @@ TESTS = {
     'data/record_plan': ['dataset'],
     'data/build_dataset': ['dataset'],
     'data/prefetch': ['loading', 'noise', 'interruptions'],
-    'data/sources': ['signs_and_ends', 'waveforms', 'leakage'],
+    'data/sources': ['signs_and_ends', 'waveforms', 'leakage', 'several_events'],
     'data/windows': ['signs_and_ends', 'waveforms', 'loading'],
     'signals/source': ['sources', 'signs_and_ends', 'waveforms'],
     'signals/several_events': ['several_events'],

@@ -32,23 +32,23 @@ COMMANDS = {   # name -> module and function
 }
 
 def described(
-    name:str, # of a command
-)->Command:
+    name: str,  # of a command
+) -> Command:
     "Help and options of a command, without importing it"
     module, function = COMMANDS[name].split(':')
     return read_command(f'seismodel.{module}', function)
 
 # %% ../nbs/reference/01_cli.ipynb #1e097eaa
 def imported(
-    name:str, # of a command
-)->Callable: # the function
+    name: str,  # of a command
+) -> Callable:  # the function
     "The function behind a command"
     module, function = COMMANDS[name].split(':')
     return getattr(import_module(f'seismodel.{module}'), function)
 
 # %% ../nbs/reference/01_cli.ipynb #ccafd2bc
 def usage(
-)->str: # the text of `seismodel --help`
+) -> str:  # the text of `seismodel --help`
     "One line for each command"
     lines = [f"  {name:16} {' '.join(described(name).help.split())}" for name in COMMANDS]
     return '\n'.join(['usage: seismodel COMMAND [options]', '', *lines, '',
@@ -61,8 +61,8 @@ OLD_COMMANDS = {'finetune-window': ('finetune', 'finetune --column NAME'),
 OLD_OPTIONS = {'--weights': '--data-weights', '--peer': '--baseline', '--from-run': '--from'}
 
 def renamed_options(
-    words:list[str], # after the name of the command
-)->list[str]:
+    words: list[str],  # after the name of the command
+) -> list[str]:
     "Options of version 0.1 under the names that they have now, with a sentence for each"
     found = []
     for word in words:
@@ -76,8 +76,8 @@ def renamed_options(
 
 # %% ../nbs/reference/01_cli.ipynb #d32af861
 def run_command(
-    call:Callable[[], object], # the command with its options
-)->int: # exit code
+    call: Callable[[], object],  # the command with its options
+) -> int:  # exit code
     "Call a command; an error becomes a sentence and an exit code"
     # needs torch, as every command does
     from seismodel.core import Interrupted, TrainingError, UserError
@@ -121,8 +121,8 @@ def silenced() -> Iterator[None]:
 
 # %% ../nbs/reference/01_cli.ipynb #c013bf17
 def call_quietly(
-    command:Callable, # a command
-    args:dict, # its options
+    command: Callable,  # a command
+    args: dict,  # its options
 ):
     "Call a command that returns a path, and print only that path"
     with silenced(): result = command(**args)
@@ -130,8 +130,8 @@ def call_quietly(
 
 # %% ../nbs/reference/01_cli.ipynb #5a453129
 def main(
-    argv:list[str]|None=None, # the words after `seismodel`; those of the process if not given
-)->int: # exit code: 0 done, 1 the run failed, 2 for the user to mend, 128 + n stopped by signal n
+    argv: list[str] | None = None,  # the words after `seismodel`; those of the process if not given
+) -> int:  # exit code: 0 done, 1 failed, 2 for the user to mend, 128 + n stopped by signal n
     "The command `seismodel`"
     name, *rest = (sys.argv[1:] if argv is None else argv) or ['--help']
     if name in ('--help', '-h', '--version'):

@@ -46,8 +46,8 @@ class DamagedCheckpoint(UserError):
 class Interrupted(RuntimeError):
     "The run was stopped by a signal, and has saved its state"
     def __init__(self,
-        number:int, # of the signal
-        sentence:str, # the message
+        number: int,    # of the signal
+        sentence: str,  # the message
     ):
         super().__init__(sentence)
         self.number = number
@@ -82,9 +82,9 @@ def check_count(
 
 # %% ../nbs/ground/01_core.ipynb #cb4f3c6d
 def fits(
-    value:object, # from JSON
-    kind:object,  # declared type of a field, such as int, float|None or tuple[int, ...]
-)->bool:
+    value: object,  # from JSON
+    kind: object,   # declared type of a field, such as int, float|None or tuple[int, ...]
+) -> bool:
     "Whether a value fits a field's type; an int fits float, a list fits a tuple"
     if isinstance(kind, UnionType): return any(fits(value, k) for k in get_args(kind))
     if get_origin(kind) in (tuple, list):
@@ -99,8 +99,8 @@ def fits(
 
 # %% ../nbs/ground/01_core.ipynb #9475964f
 def kind_in_words(
-    kind:object, # declared type of a field
-)->str:
+    kind: object,  # declared type of a field
+) -> str:
     "What a field may hold, for a message"
     words = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'a word',
              type(None): 'none'}
@@ -113,9 +113,9 @@ def kind_in_words(
 
 # %% ../nbs/ground/01_core.ipynb #ff6052af
 def check_fields(
-    cls:type, # a dataclass
-    values:dict, # its fields, from JSON
-    where:str='', # prefix of their names, for the message
+    cls: type,  # a dataclass
+    values: dict,  # its fields, from JSON
+    where: str = '',  # prefix of their names, for the message
 ) -> None:
     "Raise `UserError` for the first field that is unknown or has a value of the wrong type"
     if not isinstance(values, dict):
@@ -132,8 +132,8 @@ def check_fields(
 
 # %% ../nbs/ground/01_core.ipynb #485b88af
 def pick_device(
-    name:str='auto', # auto, cpu, cuda or cuda:N; auto takes a GPU if there is one
-)->torch.device:
+    name: str = 'auto',  # auto, cpu, cuda or cuda:N; auto takes a GPU if there is one
+) -> torch.device:
     "The device to run on; raises `UserError` if it does not exist"
     if name == 'auto': name = 'cuda' if torch.cuda.is_available() else 'cpu'
     try: device = torch.device(name)
@@ -148,8 +148,8 @@ def pick_device(
 
 # %% ../nbs/ground/01_core.ipynb #b6008009
 def pick_devices(
-    name:str='auto', # as for `pick_device`, or all: every GPU of this machine
-)->list[torch.device]: # one, unless the name is all
+    name: str = 'auto',  # as for `pick_device`, or all: every GPU of this machine
+) -> list[torch.device]:  # one, unless the name is all
     "The devices for work in parallel; without a GPU, `all` is the CPU"
     if name != 'all' or not torch.cuda.is_available():
         return [pick_device('auto' if name == 'all' else name)]
@@ -161,8 +161,8 @@ class LineProgress(text_tqdm):
     EVERY, said = 60., None   # seconds
 
     def display(self,
-        msg:str|None=None, # not used
-        pos:int|None=None, # not used
+        msg: str | None = None,  # not used
+        pos: int | None = None,  # not used
     ) -> None:
         "Called by tqdm whenever its bar would be drawn again"
         now = monotonic()
@@ -181,8 +181,8 @@ class LineProgress(text_tqdm):
 
 # %% ../nbs/ground/01_core.ipynb #775bbee4
 def progress_bar(
-    items:Iterable|None=None, # to iterate over; None: the caller calls `update`
-    **how,      # for tqdm: total, desc, unit, …
+    items: Iterable | None = None,  # to iterate over; None: the caller calls `update`
+    **how,  # for tqdm: total, desc, unit, …
 ) -> text_tqdm:
     "A bar on a terminal and in Jupyter; lines elsewhere"
     if sys.stderr.isatty() or 'ipykernel' in sys.modules: return auto_tqdm(items, **how)
@@ -190,7 +190,7 @@ def progress_bar(
 
 # %% ../nbs/ground/01_core.ipynb #2cb5e425
 def count_parameters(
-    module:nn.Module,
+    module: nn.Module,
 ) -> int:
     "Number of parameters of a module, trainable or frozen; a shared one counts once"
     return sum(p.numel() for p in module.parameters())

@@ -73,9 +73,9 @@ def naming_space(
 
 # %% ../nbs/ground/02_files.ipynb #6a3958cf
 def write_atomically(
-    path:str|Path, # the file to write
-    write:Callable[[Path], object], # writes the file whose path it gets
-    size:int=0,    # bytes that it will have, where that is known
+    path: str | Path,  # the file to write
+    write: Callable[[Path], object],  # writes the file whose path it gets
+    size: int = 0,  # bytes that it will have, where that is known
 ) -> None:
     "Write a temporary file, sync it and rename it: readers see the old file or the new one"
     path = Path(path)
@@ -89,7 +89,7 @@ def write_atomically(
 
 # %% ../nbs/ground/02_files.ipynb #9fca8896
 def force_out(
-    path:Path, # a file or a folder
+    path: Path,  # a file or a folder
 ) -> None:
     "Wait until a file, or a folder if the system can do it, is on the disk and not only in a cache"
     folder = path.is_dir()
@@ -100,8 +100,8 @@ def force_out(
 
 # %% ../nbs/ground/02_files.ipynb #da26d5f4
 def replace_durably(
-    part:Path,  # written to the disk
-    path:Path,  # its new name
+    part: Path,  # written to the disk
+    path: Path,  # its new name
 ) -> None:
     "Rename a file, and sync the folder with its new name"
     os.replace(part, path)
@@ -109,7 +109,7 @@ def replace_durably(
 
 # %% ../nbs/ground/02_files.ipynb #0f563532
 def to_disk(
-    file:IO, # open for writing
+    file: IO,  # open for writing
 ) -> None:
     "Wait until all that was written to a file is on the disk"
     file.flush()
@@ -117,8 +117,8 @@ def to_disk(
 
 # %% ../nbs/ground/02_files.ipynb #02a788d3
 def sha256(
-    path:Path, # of a file
-) -> str: # 64 hexadecimal digits
+    path: Path,  # of a file
+) -> str:  # 64 hexadecimal digits
     "Checksum of a file"
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
@@ -284,9 +284,9 @@ def with_numbers(
 
 # %% ../nbs/ground/02_files.ipynb #35219d8f
 def locked(
-    path:Path, # of a file without contents; it is made
-    busy:str,  # the message if another process holds the lock
-) -> FileLock: # to be released
+    path: Path,  # of a file without contents; it is made
+    busy: str,   # the message if another process holds the lock
+) -> FileLock:  # to be released
     "Lock a file, or raise `UserError`"
     lock = FileLock(path)
     try: lock.acquire(timeout=0)
@@ -295,8 +295,8 @@ def locked(
 
 # %% ../nbs/ground/02_files.ipynb #662dd0c7
 def is_filled(
-    folder:Path, # existing or not
-)->bool:
+    folder: Path,  # existing or not
+) -> bool:
     "Whether a folder holds anything but incomplete files and locks"
     free = ('.part', '.lock')
     return folder.is_dir() and any(not f.name.endswith(free) for f in folder.iterdir())

@@ -28,13 +28,13 @@ from .training.settings import describe_fields
 
 # %% ../nbs/reference/01b_info.ipynb #34412e85
 def describe_box(
-)->str: # lines
+) -> str:  # lines
     "Each model that comes with the package, in a sentence"
     return '\n'.join(f"{name:22} {model_card(name)['summary']}" for name in box_models())
 
 # %% ../nbs/reference/01b_info.ipynb #9f18b98c
 def describe_presets(
-)->str: # lines
+) -> str:  # lines
     "Each preset: the size of its model, its steps and windows a step"
     size = lambda p: count_parameters(build(p.model))/1e6
     return '\n'.join(f'{name:22} {size(p):6.2f} M parameters, {p.steps:>7,} steps of {p.batch_size}'
@@ -42,8 +42,8 @@ def describe_presets(
 
 # %% ../nbs/reference/01b_info.ipynb #d0b369ca
 def describe_preset(
-    name:str, # of PRESETS
-)->str: # lines
+    name: str,  # of PRESETS
+) -> str:  # lines
     "Every field of its model and of its recipe"
     p = PRESETS[name]
     rows = describe_fields(p.model, 'model.') + describe_fields(recipe(p), 'train.')
@@ -55,9 +55,9 @@ def describe_preset(
 
 # %% ../nbs/reference/01b_info.ipynb #0a2a578e
 def describe_model(
-    run:str|Path, # a run's folder, or one that save_pretrained wrote
-    config:dict,  # its config.json
-)->list[str]: # lines
+    run: str | Path,  # a run's folder, or one that save_pretrained wrote
+    config: dict,     # its config.json
+) -> list[str]:  # lines
     "Kind, size and data of a model"
     plan = config.get('finetune') or config.get('finetune_window') or config
     what = config.get('preset', config['model'].get('method'))
@@ -68,8 +68,8 @@ def describe_model(
 
 # %% ../nbs/reference/01b_info.ipynb #020abd62
 def describe_run(
-    run:str|Path, # a run's folder, or one that save_pretrained wrote
-)->str: # lines
+    run: str | Path,  # a run's folder, or one that save_pretrained wrote
+) -> str:  # lines
     "A model, its last measures and all alarms"
     config = read_config(run)
     lines = describe_model(run, config)
@@ -101,8 +101,8 @@ def describe_versions() -> str:  # lines
 
 # %% ../nbs/reference/01b_info.ipynb #46175096
 def describe_one(
-    run:str|Path, # a name of the box, a preset, or the folder of a run
-)->str: # lines
+    run: str | Path,  # a name of the box, a preset, or the folder of a run
+) -> str:  # lines
     "A model's card, the fields of a preset, or a run"
     if in_box(run): return '\n'.join([describe_run(run), '', describe_card(run)])
     return describe_preset(run) if run in PRESETS else describe_run(run)
@@ -111,8 +111,8 @@ def describe_one(
 def info(
     # models of the box, presets or folders of runs, any number; a list of models and presets if not
     # given
-    runs:Annotated[str, {'opt': False, 'nargs': '*'}]=None,
-    versions:bool=False, # print the versions of all that matters, for a report of a fault
+    runs: Annotated[str, {'opt': False, 'nargs': '*'}] = None,
+    versions: bool = False,  # print the versions of all that matters, for a report of a fault
 ):
     "List models and presets; describe a model, a preset or a run; or print versions"
     if versions: print(describe_versions())

@@ -19,9 +19,9 @@ from pathlib import Path
 
 # %% ../nbs/reference/01a_options.ipynb #c1f6e56c
 def definition(
-    module:str, # such as seismodel.data.pack
-    name:str,   # of a function, a class or a constant in it
-)->tuple[str, ast.stmt, list[str]]: # the module that defines it, its statement, lines of the module
+    module: str,  # such as seismodel.data.pack
+    name: str,    # of a function, a class or a constant in it
+) -> tuple[str, ast.stmt, list[str]]:  # the module that defines it, its statement, all lines
     "Where a name is defined. Nothing is executed; raises `LookupError` where it is not defined"
     lines = find_spec(module).loader.get_source(module).split('\n')
     for node in ast.parse('\n'.join(lines)).body:
@@ -49,8 +49,8 @@ class Option:
 
 # %% ../nbs/reference/01a_options.ipynb #ab6c7b93
 def kind_of(
-    annotation:ast.expr, # int, int|None, or Annotated[str, {...}]
-)->tuple[type, dict]: # the type, and what argparse should know
+    annotation: ast.expr,  # int, int|None, or Annotated[str, {...}]
+) -> tuple[type, dict]:  # the type, and what argparse should know
     "What may be typed for a parameter"
     match annotation:
         case ast.Subscript(slice=ast.Tuple(elts=[kind, how])):
@@ -60,9 +60,9 @@ def kind_of(
 
 # %% ../nbs/reference/01a_options.ipynb #8dc99001
 def default_of(
-    module:str,     # that the function is defined in
-    node:ast.expr,  # a literal, Path(literal), or the name of a constant
-): # str, int, float, bool or None
+    module: str,     # that the function is defined in
+    node: ast.expr,  # a literal, Path(literal), or the name of a constant
+):  # str, int, float, bool or None
     "The value of a default"
     match node:
         case ast.Call(args=[inner]): return default_of(module, inner)
@@ -73,11 +73,11 @@ def default_of(
 
 # %% ../nbs/reference/01a_options.ipynb #b72e25d3
 def option_of(
-    module:str, # that the function is defined in
-    lines:list[str], # of that module
-    arg:ast.arg, # a parameter
-    default:ast.expr|None, # None: it has none
-)->Option:
+    module: str,  # that the function is defined in
+    lines: list[str],  # of that module
+    arg: ast.arg,  # a parameter
+    default: ast.expr | None,  # None: it has none
+) -> Option:
     "A parameter with its comment"
     kind, how = kind_of(arg.annotation)
     positional = not how.pop('opt', default is not None)
@@ -102,9 +102,9 @@ class Command:
 
 # %% ../nbs/reference/01a_options.ipynb #727d321b
 def read_command(
-    module:str, # such as seismodel.training.pretrain
-    name:str,   # of a function, or of a class: its __init__
-)->Command:
+    module: str,  # such as seismodel.training.pretrain
+    name: str,    # of a function, or of a class: its __init__
+) -> Command:
     "Docstring and parameters; raises `LookupError` where there is no such function"
     module, node, lines = definition(module, name)
     call = node
@@ -128,11 +128,13 @@ FLAGS = {'from_run': '--from', 'set_fields': '--set'}
 
 class Parser(argparse.ArgumentParser):
     "Says what is wrong in one sentence"
-    def error(self, message:str):
+    def error(self, message: str):
         message = message.rstrip('.') + ('' if message[-1] == '?' else ';')
         self.exit(2, f"{self.prog}: {message} '{self.prog} --help' lists the options.\n")
 
-    def parse_args(self, args:list[str]|None=None, namespace:argparse.Namespace|None=None):
+    def parse_args(
+        self, args: list[str] | None = None, namespace: argparse.Namespace | None = None
+    ):
         "As argparse does it; an option that is not known is named together with the nearest one"
         known, unknown = self.parse_known_args(args, namespace)
         if not unknown: return known
@@ -144,8 +146,8 @@ class Parser(argparse.ArgumentParser):
 
 # %% ../nbs/reference/01a_options.ipynb #8f659519
 def add_option(
-    parser:argparse.ArgumentParser, # gets it
-    o:Option,
+    parser: argparse.ArgumentParser,  # gets it
+    o: Option,
 ):
     "Let a parser know an option"
     shown = '' if o.default in (None, False) else f' (default: {o.default})'
@@ -159,9 +161,9 @@ def add_option(
 
 # %% ../nbs/reference/01a_options.ipynb #6e40fda7
 def make_parser(
-    prog:str, # the words before the options
-    command:Command,
-)->Parser:
+    prog: str,  # the words before the options
+    command: Command,
+) -> Parser:
     "A parser of the options of a command; each command also takes --quiet"
     parser = Parser(prog, description=command.help,
                     formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32))

@@ -15,27 +15,27 @@ import pandas as pd
 
 # %% ../nbs/ground/03_statistics.ipynb #177ee8bf
 def auc(
-    truth:np.ndarray,  # (N,) bool
-    scores:np.ndarray, # (N,), higher for True
-)->float: # NaN if there is only one class
+    truth: np.ndarray,   # (N,) bool
+    scores: np.ndarray,  # (N,), higher for True
+) -> float:  # NaN if there is only one class
     "Area under the ROC curve"
     from sklearn.metrics import roc_auc_score   # imported here because it takes a second
     return roc_auc_score(truth, scores) if len(set(truth)) == 2 else np.nan
 
 # %% ../nbs/ground/03_statistics.ipynb #f1d758a2
 def mcc(
-    truth:np.ndarray,  # (N,) bool
-    called:np.ndarray, # (N,) bool, the decisions
-)->float: # NaN if there is only one class
+    truth: np.ndarray,   # (N,) bool
+    called: np.ndarray,  # (N,) bool, the decisions
+) -> float:  # NaN if there is only one class
     "Matthews' correlation coefficient"
     from sklearn.metrics import matthews_corrcoef
     return matthews_corrcoef(truth, called) if len(set(truth)) == 2 else np.nan
 
 # %% ../nbs/ground/03_statistics.ipynb #0e6fa8d1
 def best_threshold(
-    truth:np.ndarray,  # (N,) bool
-    scores:np.ndarray, # (N,), higher for True
-)->float: # scores above it mean True; 0 if there is one class, or one score
+    truth: np.ndarray,   # (N,) bool
+    scores: np.ndarray,  # (N,), higher for True
+) -> float:  # scores above it mean True; 0 if there is one class, or one score
     "The threshold with the highest Matthews' correlation, halfway between two scores"
     truth, scores = np.asarray(truth, bool), np.asarray(scores)
     edges = np.unique(scores)
@@ -50,12 +50,12 @@ ONSET_METRICS = {                      # of residuals in seconds
 
 # %% ../nbs/ground/03_statistics.ipynb #065668fc
 def bootstrap(
-    metric:Callable,     # of a table, a number
-    table:pd.DataFrame,  # one row per window, pick or record
-    by:str='event',      # column whose values are drawn together
-    draws:int=500,       # resampled tables
-    seed:int=0,          # of the draws
-)->tuple[float, float, float]: # the metric, and the ends of its 95 % interval
+    metric: Callable,     # of a table, a number
+    table: pd.DataFrame,  # one row per window, pick or record
+    by: str = 'event',    # column whose values are drawn together
+    draws: int = 500,     # resampled tables
+    seed: int = 0,        # of the draws
+) -> tuple[float, float, float]:  # the metric, and the ends of its 95 % interval
     "Percentile bootstrap over events (Efron, 1979); NaN if the metric cannot be computed"
     if not len(table): return np.nan, np.nan, np.nan
     rng = np.random.default_rng(seed)

@@ -9,7 +9,7 @@ import obspy
 import pytest
 from obspy import Stream, Trace, UTCDateTime
 
-from seismodel.data.archive import TICK, Selection, open_archive, runs_of
+from seismodel.data.archive import TICK, Selection, list_files, open_archive, runs_of
 from seismodel.data.channels import map_components, zne_order
 from seismodel.data.formats import Entry, blocks_of, decode, entries_of, format_of, read_file
 from seismodel.core import UserError
@@ -108,6 +108,14 @@ def test_pieces_are_the_whole(tmp_path, seconds):
         np.testing.assert_allclose(np.concatenate(parts), whole, rtol=1e-9, atol=1e-6,
                                    equal_nan=True)
         assert np.isfinite(whole).all(0).any() and len(parts) >= span.count/100/seconds
+
+
+def test_two_stars_reach_every_depth(tmp_path):
+    "`**` stands for any number of folders, none included"
+    for name in ('a.mseed', 'x/b.mseed', 'x/y/c.mseed'): save(record(1), tmp_path/name)
+    found = list_files([f'{tmp_path}/**/*.mseed'])
+    assert [Path(f).name for f in found] == ['a.mseed', 'b.mseed', 'c.mseed']
+    assert len(list_files([f'{tmp_path}/*/*.mseed'])) == 1
 
 
 def test_folders_patterns_files_and_selection(tmp_path):

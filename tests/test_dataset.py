@@ -21,7 +21,9 @@ from seismodel.data.catalogue import (Catalogue, PhasePick, SourceEvent, catalog
                                       nanoseconds,
                                       read_any, read_catalogue)
 from seismodel.data.dataset_report import onsets_in
-from seismodel.data.record_plan import HOUR_NS, Placed, assign_splits
+from seismodel.data.pick_checks import StationEvent, associate_by_station
+from seismodel.data.record_plan import (HOUR_NS, Placed, RecordPlan, assign_splits,
+                                        unlabelled_zones)
 from seismodel.data.sources import open_source
 from seismodel.picking.dataset import by_station, check_labels, suspicions
 
@@ -186,6 +188,27 @@ def test_no_event_and_no_overlap_in_two_splits(archive, tmp_path):
              for r in built[0].rows]
     near = [(a, b) for a in spans for b in spans if a[0] == b[0] and abs(a[1] - b[1]) < 90e9]
     assert len(near) > 1.5*len(spans) and all(a[2] == b[2] for a, b in near)
+
+
+@pytest.mark.parametrize('seconds, events', [(119, 1), (121, 2)])
+def test_picks_without_an_event_belong_together_for_two_minutes(seconds, events):
+    "The longest time from P to S of an event that only its station has"
+    pick = lambda phase, at: PhasePick('', 'XX', 'ABC', '00', 'HHZ', phase, at*10**9)
+    catalogue = Catalogue(picks=[pick('P', 0), pick('S', seconds)])
+    associate_by_station(catalogue)
+    assert len({p.event for p in catalogue.picks}) == len(catalogue.events) == events
+
+
+def test_zones_that_touch_are_one():
+    "Where three events have no S, it may come anywhere after the first P, and in one zone"
+    pick = lambda name, at: PhasePick(name, 'XX', 'ABC', '00', 'HHZ', 'P', at*10**9)
+    events = [StationEvent(name, 'XX', 'ABC', pick(name, at))
+              for name, at in (('a', 10), ('b', 20), ('c', 30))]
+    span = SimpleNamespace(start=0)
+    plan = RecordPlan(SimpleNamespace(name='XX.ABC.00.HH'), span, 0, 6000, events[0],
+                      tuple(events[1:]))
+    assert unlabelled_zones(plan, 'S', []) == [(1000, 6000)]
+    assert unlabelled_zones(plan, 'P', []) == []
 
 
 def test_splits_by_station_and_region():

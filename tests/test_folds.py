@@ -533,6 +533,19 @@ def test_the_slowest_trial_of_each_kind_is_known_when_a_study_goes_on(here, tmp_
             and not plan.todo)
 
 
+@pytest.mark.parametrize('way, name, events', [(Way('plain'), 'spectrum', False),
+                                               (Way('plain'), 'supervised', True),
+                                               (Way('mixed', synthetic=.25), 'spectrum', True)])
+def test_events_of_the_generator_are_made_where_a_trial_needs_them(way, name, events, tmp_path,
+                                                                   monkeypatch):
+    asked = []
+    monkeypatch.setattr(fold_run, 'make_generated', lambda *args: asked.append(args))
+    s = FoldStudy(tmp_path, tmp_path, device='cpu')
+    start = Start(name, study_variants('tiny')[name], 400)
+    fold_run.begin_folds(s, [FoldTrial(start, way)], 1)
+    assert asked == [(tmp_path, 100, 100*events, 1)]
+
+
 def test_records_of_the_generator_are_made_once(tmp_path):
     fold_run.make_generated(tmp_path, 6, 50)
     files = sorted(tmp_path.iterdir())

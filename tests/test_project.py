@@ -24,6 +24,7 @@ from seismodel.cli import COMMANDS
 
 sys.path.insert(0, str(root/'tools'))
 from settings import write_pyproject
+from signatures import SignatureRenderer, class_lines
 
 modules = {'.'.join(p.relative_to(root/'seismodel').with_suffix('').parts): p
            for p in sorted((root/'seismodel').rglob('*.py')) if p.name[0] != '_'}
@@ -201,6 +202,26 @@ def test_defined_names_are_seen(tmp_path):
     assert list(defined_in(tmp_path/'fake.py')) == ['A', 'B', 'f', 'D']
 
 
+@pytest.mark.parametrize('module', modules)
+def test_every_public_name_has_a_signature(module):
+    "Pages show parameters or fields, and never the `(*args, **kwargs)` of a base class"
+    m = importlib.import_module(f'seismodel.{module}')
+    for name in m.__all__:
+        symbol = getattr(m, name)
+        if not callable(symbol) or symbol.__module__ != m.__name__: continue
+        shown = str(SignatureRenderer(symbol).dm)
+        assert not re.search(r'\*args,\s*\*\*kwargs', shown), f'{name}: {shown}'
+
+
+def test_a_named_tuple_is_shown_by_its_fields():
+    from seismodel.core import UserError
+    from seismodel.data.formats import Block
+    lines = class_lines(Block).splitlines()
+    assert lines[0] == 'class Block(NamedTuple):' and len(lines) == 1 + len(Block._fields)
+    assert re.fullmatch(r' +first: int +# byte', lines[1 + Block._fields.index('first')])
+    assert class_lines(UserError) == 'class UserError(ValueError):'
+
+
 def long_lists(source, commands=()):
     """Functions that take more than eight arguments, `self` and `cls` aside, and whose parameters
     are no options of a command"""
@@ -288,6 +309,58 @@ def test_exported_cells_are_short_and_introduced(nb):
     sources = [(c.cell_type, ''.join(line for line in c.source.splitlines(True)
                                      if line[:1] not in '%!')) for c in read_nb(nb).cells]
     assert list(cells_to_mend(sources)) == []
+
+
+def odd_signatures(source):
+    "Parameters without a blank after the colon, and arrows without blanks around them"
+    tree, lines = ast.parse(source), source.splitlines()
+    for n in ast.walk(tree):
+        if not isinstance(n, ast.FunctionDef): continue
+        named = [*n.args.posonlyargs, *n.args.args, *n.args.kwonlyargs]
+        for a in (a for a in named if a.annotation):
+            behind = lines[a.lineno - 1].encode()[a.col_offset:].decode()[len(a.arg):]
+            if not behind.startswith(': '): yield f'{n.name}: {a.arg}'
+        if n.returns:
+            before = lines[n.returns.lineno - 1].encode()[:n.returns.col_offset].decode()
+            if not before.endswith(' -> '): yield n.name
+
+
+@pytest.mark.parametrize('module', modules)
+def test_signatures_have_one_spelling(module):
+    assert list(odd_signatures(modules[module].read_text(encoding='utf-8'))) == []
+
+
+def test_odd_signatures_are_seen():
+    assert list(odd_signatures('def f(a:int, b: str = "", *, c: int|None=None)->int: pass')) == [
+        'f: a', 'f']
+
+
+def wide_lines(sources):
+    """Lines above 100 characters. Captions (nbdev reads one line for each), summaries, tables,
+    formulas and what holds no space to break at may be longer"""
+    for kind, source in sources:
+        for line in source.splitlines():
+            spoken = line.lstrip(' -*')
+            if len(line) <= 100 or ' ' not in spoken or kind == 'raw': continue
+            free = ('#|',) if kind == 'code' else ('>', '|', '$$', '#')
+            in_one = kind == 'markdown' and len(re.sub(LINK_OR_FORMULA, '', line)) < 60
+            if not spoken.startswith(free) and not in_one: yield line
+
+
+LINK_OR_FORMULA = r'`[^`]+`|\$[^$]+\$|\[[^]]*\]\([^)]*\)'
+
+
+@pytest.mark.parametrize('nb', nbs, ids=name_of)
+def test_lines_are_at_most_100_characters(nb):
+    assert list(wide_lines((c.cell_type, c.source) for c in read_nb(nb).cells)) == []
+
+
+def test_wide_lines_are_seen():
+    wide = 'a '*51
+    assert list(wide_lines([('code', f'x = 1\n{wide}'), ('markdown', wide)])) == [wide]*2
+    for kind, line in (('code', '#| fig-cap: ' + wide), ('markdown', f'| {wide} |'),
+                       ('markdown', f'> {wide}'), ('markdown', f'see [{wide}](there)')):
+        assert list(wide_lines([(kind, line)])) == []
 
 
 def test_cells_to_mend_are_seen():

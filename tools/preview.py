@@ -1,7 +1,7 @@
 """Preview the site without Quarto: nbdev's processed notebooks (`nbdev-proc-nbs` writes _proc/),
 rendered by smalldocs.
 
-    nbdev-proc-nbs && python tools/preview.py && smalldocs render _preview     # the site is in _preview/_docs
+    scripts/pages.sh                                               # the site is in _preview/_docs
 
 Quarto turns formulas into MathML by itself (`html-math-method: mathml`) and drops the number from
 page names. smalldocs does neither, so this script does both on the way from _proc/ to _preview/.

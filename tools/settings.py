@@ -2,7 +2,8 @@
 tools/settings.py`.
 
 nbdev's own converter lists only the top package, and no data; sub-packages and the models of the
-box would be missing from a wheel, so these lines are set here. """
+box would be missing from a wheel, so these lines are set here. So is the line that says how pages
+show signatures, which the converter leaves out. """
 from pathlib import Path
 
 from nbdev.migrate import nbdev_migrate_config
@@ -14,6 +15,9 @@ exclude = ["seismodel.box*"]
 
 [tool.setuptools.package-data]
 seismodel = ["box/*/*"]"""      # folders of files, not of modules
+RENDERER = """\
+[tool.nbdev]
+renderer = 'signatures.SignatureRenderer'"""   # tools/signatures.py
 
 
 def write_pyproject(
@@ -23,10 +27,12 @@ def write_pyproject(
     `ValueError` where nbdev writes another line"""
     nbdev_migrate_config.__wrapped__(str(root))
     path = Path(root)/'pyproject.toml'
-    text, line = path.read_text(encoding='utf-8'), 'include = ["seismodel"]'
-    if line not in text:
-        raise ValueError(f"nbdev wrote no line '{line}' into {path}; look at what it writes now.")
-    path.write_text(text.replace(line, INCLUDE), encoding='utf-8')
+    text = path.read_text(encoding='utf-8')
+    for line, more in (('include = ["seismodel"]', INCLUDE), ('[tool.nbdev]', RENDERER)):
+        if line not in text:
+            raise ValueError(f"nbdev wrote no line '{line}' into {path}; look at what it writes now.")
+        text = text.replace(line, more)
+    path.write_text(text, encoding='utf-8')
 
 
 if __name__ == '__main__': write_pyproject(Path(__file__).resolve().parents[1])

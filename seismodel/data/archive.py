@@ -91,10 +91,10 @@ class Notes:
     def __init__(self): self.found, self.room = {}, {}   # (channel, why) -> [(begin, end, files)]
 
     def add(self,
-        channel: str,  # NET.STA.LOC.CHA
-        why: str,      # the reason, one clause
-        begin: int,    # ns since 1970
-        end: int,      # ns since 1970
+        channel: str,                   # NET.STA.LOC.CHA
+        why: str,                       # the reason, one clause
+        begin: int,                     # ns since 1970
+        end: int,                       # ns since 1970
         files: set[str] = frozenset(),  # names of the files
     ):
         "Add an interval; intervals that touch are joined"
@@ -164,8 +164,8 @@ class Reader:
 
     def samples(self,
         run: Run,
-        first: int,   # sample of the run
-        last: int,    # sample after the last one
+        first: int,  # sample of the run
+        last: int,   # sample after the last one
     ) -> np.ndarray:  # (last - first,) float64, NaN where nothing was recorded
         "Samples of a run; samples that disagree or are not numbers are cut out and noted"
         return _samples(self, run, first, last)
@@ -407,15 +407,15 @@ def _entries_between(instrument, begin, end):
 class Selection:
     "Which part of an archive"
     def __init__(self,
-        network: str = '*',     # networks to take: patterns with commas between, such as CH,C?
-        station: str = '*',     # stations to take, likewise
-        location: str = '*',    # locations to take, likewise; -- is the blank one
-        channel: str = '*',     # channels to take, likewise, such as HH?
-        start: str = None,      # take nothing before this time (UTC), such as 2024-05-31T12:00
-        end: str = None,        # take nothing from this time on (UTC)
-        components: str = None, # letters of channels that stand for Z, N and E, such as Z=3,N=1,E=2
-        z_only: bool = False,   # take Z alone where the horizontals cannot be mapped to N and E
-        inventory: Path = None, # StationXML, whose azimuths and dips turn channels into Z, N and E
+        network: str = '*',  # networks to take: patterns with commas between, such as CH,C?
+        station: str = '*',  # stations to take, likewise
+        location: str = '*',  # locations to take, likewise; -- is the blank one
+        channel: str = '*',  # channels to take, likewise, such as HH?
+        start: str = None,  # take nothing before this time (UTC), such as 2024-05-31T12:00
+        end: str = None,  # take nothing from this time on (UTC)
+        components: str = None,  # channel letters that stand for Z, N and E, such as Z=3,N=1,E=2
+        z_only: bool = False,  # take Z alone where the horizontals cannot be mapped to N and E
+        inventory: Path = None,  # StationXML, whose azimuths and dips turn channels into Z, N and E
     ):
         "Raises `UserError` for what cannot be read"
         asked = dict(network=network, station=station, location=location, channel=channel)

@@ -149,7 +149,7 @@ class Cutter:
 
     def cut(self,
         plan: RecordPlan,
-        split: str,  # train, dev or test
+        split: str,        # train, dev or test
     ) -> tuple[dict, np.ndarray]:  # row, (3, samples) float32
         "Read a record; raises `BadRecord` where it cannot be used"
         x = plan.instrument.read(plan.span, plan.first, plan.last)

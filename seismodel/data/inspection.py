@@ -30,8 +30,8 @@ from ..core import UserError
 
 # %% ../../nbs/data/08_inspection.ipynb #b809a7f9
 def snr(
-    record:Record, # with or without a P onset
-) -> float: # dB; NaN where there is no P, or not enough before or after it, or silence
+    record: Record,  # with or without a P onset
+) -> float:  # dB; NaN where there is no P, or not enough before or after it, or silence
     "P against the noise before it, 2 to 20 Hz, components together"
     second, p = int(SAMPLING_RATE), record.p_onset
     if not np.isfinite(p) or p < 4 * second or p + 2 * second > len(record.waveform): return np.nan
@@ -55,8 +55,8 @@ class Overview:
 
 # %% ../../nbs/data/08_inspection.ipynb #305feff0
 def of_store(
-    store:Store, # open
-    most:int,    # records to read
+    store: Store,  # open
+    most: int,     # records to read
 ) -> Overview:
     "From manifest, index and table"
     import pandas as pd
@@ -74,10 +74,10 @@ def of_store(
 
 # %% ../../nbs/data/08_inspection.ipynb #e2a9ebdc
 def of_folder(
-    where:list, # the folder or name of a data set, or files, folders and patterns
-    most:int,   # records to read
-    window:int, # samples
-    selection:Selection|None=None, # of waveform files; None: everything
+    where: list,  # the folder or name of a data set, or files, folders and patterns
+    most: int,  # records to read
+    window: int,  # samples
+    selection: Selection | None = None,  # of waveform files; None: everything
 ) -> Overview:
     "From a table, or from the first hours of an archive"
     stream = open_items(*where, window=window, selection=selection)
@@ -106,7 +106,7 @@ def of_folder(
 
 # %% ../../nbs/data/08_inspection.ipynb #a1e8634e
 def together(
-    found:list[Overview], # of one or several sources
+    found: list[Overview],  # of one or several sources
 ) -> Overview:
     "One overview of all; each source keeps its own counts"
     first, *others = found
@@ -143,8 +143,8 @@ def describe_records(
 
 # %% ../../nbs/data/08_inspection.ipynb #c82c874e
 def describe(
-    o:Overview, # of something
-) -> str: # lines
+    o: Overview,  # of something
+) -> str:  # lines
     "Counts, rates, durations, picks, SNR, bad traces"
     total, bad = sum(o.packed.values()), sum(o.bad.values())
     splits = sorted({split for _, split in o.packed},
@@ -168,9 +168,9 @@ def describe(
 
 # %% ../../nbs/data/08_inspection.ipynb #9e20bf87
 def page(
-    records:list[Record], # to choose from
-    rows:int=4,           # of two records each
-): # a matplotlib figure
+    records: list[Record],  # to choose from
+    rows: int = 4,          # of two records each
+):  # a matplotlib figure
     "Some records with their picks"
     from matplotlib.figure import Figure
     picked = [r for r in records if np.isfinite(r.all_events()).any()]
@@ -222,13 +222,13 @@ def verify_stores(
 # %% ../../nbs/data/08_inspection.ipynb #67650241
 @delegates(Selection)
 def inspect(
-    where:Annotated[str, {"opt": False, "nargs": "+"}], # stores, data sets, files or patterns
-    out:Path=Path("inspect.png"), # the page of waveforms
-    records:int=400,              # how many to read for durations, picks and SNR
-    window:int=WINDOW,            # samples; traces below half of it count as bad
-    verify:bool=False,            # compare all checksums of a store
+    where: Annotated[str, {"opt": False, "nargs": "+"}],  # stores, data sets, files or patterns
+    out: Path = Path("inspect.png"),  # the page of waveforms
+    records: int = 400,  # how many to read for durations, picks and SNR
+    window: int = WINDOW,  # samples; traces below half of it count as bad
+    verify: bool = False,  # compare all checksums of a store
     **selection,
-)->Overview: # what was found
+) -> Overview:  # what was found
     """Show what a store, a SeisBench data set (by folder or by name) or waveform files (miniSEED,
     SAC, …) hold: counts, rates, durations, SNR, bad traces, and a page of waveforms"""
     if records < 1: raise UserError(f"--records is {records}: give 1 or more")

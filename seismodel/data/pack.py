@@ -35,16 +35,16 @@ class Item(NamedTuple):
     "A trace, or the reason why there is none"
     position: object    # where the stream stands after it
     name: str           # of the trace or file
-    record: Record|None # checked, or None
+    record: Record | None  # checked, or None
     why: str            # one clause, where there is no record
     split: str          # such as "train"
     more: dict          # everything else that is known of it
 
 # %% ../../nbs/data/05_pack.ipynb #4c05f26b
 def left_out(
-    name:str,             # of the trace
-    why:str|None,         # one clause
-    position:object=None, # after it
+    name: str,                # of the trace
+    why: str | None,          # one clause
+    position: object = None,  # after it
 ) -> Item:
     "No trace, and the reason"
     return Item(position, name, None, why, "", {})
@@ -53,9 +53,9 @@ def left_out(
 class DatasetItems:
     "The rows of a SeisBench data set, one after the other"
     def __init__(self,
-        dataset:object,           # a seisbench.data.WaveformDataset
-        name:str,          # what messages call it
-        window:int=WINDOW, # samples; traces below half of it are left out
+        dataset: object,       # a seisbench.data.WaveformDataset
+        name: str,             # what messages call it
+        window: int = WINDOW,  # samples; traces below half of it are left out
     ):
         self.name, self.path, self.table = name, Path(dataset.path), dataset.metadata
         self.names = trace_names(self.table).tolist()
@@ -76,8 +76,8 @@ class DatasetItems:
 # %% ../../nbs/data/05_pack.ipynb #3ada6052
 @patch
 def items(
-    self:DatasetItems,
-    after:int|None=None, # rows that are done
+    self: DatasetItems,
+    after: int | None = None,  # rows that are done
 ) -> Iterator[Item]:
     "The items that are not done yet"
     source = self.source
@@ -92,7 +92,7 @@ def items(
         yield item
 
 @patch
-def _rows(self:DatasetItems, first):
+def _rows(self: DatasetItems, first):
     "Rows of the table, some hundred at a time: pandas takes milliseconds for a single one"
     import pandas as pd
     ours = ("trace_name", "trace_chunk", "index")
@@ -123,9 +123,9 @@ def stretches(
 class ArchiveItems:
     "Waveform files in any layout, cut into records"
     def __init__(self,
-        sources: list[str],    # files, folders, patterns
-        name: str,             # what messages call it
-        window: int = WINDOW,  # samples; parts below half of it are left out
+        sources: list[str],                  # files, folders, patterns
+        name: str,                           # what messages call it
+        window: int = WINDOW,                # samples; parts below half of it are left out
         selection: Selection | None = None,  # None: everything
     ):
         self.name, self.window = name, window
@@ -146,7 +146,7 @@ class ArchiveItems:
 # %% ../../nbs/data/05_pack.ipynb #28b141df
 @patch
 def items(
-    self:ArchiveItems,
+    self: ArchiveItems,
     after: list | None = None,  # [hours that are done, items of the next one that are done]
 ) -> Iterator[Item]:
     "The items that are not done yet: unused files and channels, then hour by hour"
@@ -161,7 +161,7 @@ def items(
 
 # %% ../../nbs/data/05_pack.ipynb #24b671a9
 @patch
-def _hour(self:ArchiveItems, instrument, span, first, last):
+def _hour(self: ArchiveItems, instrument, span, first, last):
     "The items of an hour: what was cut out, gaps, records"
     notes = instrument.reader.notes = Notes()
     x = instrument.read(span, first, last)
@@ -178,7 +178,7 @@ def _hour(self:ArchiveItems, instrument, span, first, last):
 
 # %% ../../nbs/data/05_pack.ipynb #52c1d5d3
 @patch
-def _record(self:ArchiveItems, instrument, time, x):
+def _record(self: ArchiveItems, instrument, time, x):
     "A record, or why there is none"
     from obspy import UTCDateTime
     start, there = str(UTCDateTime(ns=int(time))), ~np.isnan(x[0])
@@ -229,8 +229,8 @@ def open_items(
 
 # %% ../../nbs/data/05_pack.ipynb #2f244e9e
 def listing(
-    stream:object,  # `DatasetItems` or `ArchiveItems`
-) -> dict: # count of files, bytes, checksums of names and sizes and of the metadata
+    stream: object,  # `DatasetItems` or `ArchiveItems`
+) -> dict:  # count of files, bytes, checksums of names and sizes and of the metadata
     "The files of a source at the time of packing"
     if isinstance(stream, ArchiveItems): files = stream.files
     else: files = sorted(f for f in stream.path.rglob("*") if f.is_file())
@@ -306,8 +306,8 @@ def _write(out, plan, streams):
 
 # %% ../../nbs/data/05_pack.ipynb #f89ad557
 def report(
-    manifest:dict, # of a store
-)->str: # lines
+    manifest: dict,  # of a store
+) -> str:  # lines
     "What is in a store, and what was left out and why"
     hours = manifest["samples"] / SAMPLING_RATE / 3600
     lines = [f"{manifest['traces']:,} traces, {hours:,.1f} h, {manifest['dtype']}, "
@@ -323,16 +323,16 @@ def report(
 def pack(
     # SeisBench data sets by folder or name; an SDS archive, miniSEED, SAC, … by folder, file or
     # pattern
-    sources:Annotated[str, {"opt": False, "nargs": "+"}],
-    out:Path=Path("store"), # the store's folder
-    dtype:str="int16",      # int16, float16 or float32
+    sources: Annotated[str, {"opt": False, "nargs": "+"}],
+    out: Path = Path("store"),  # the store's folder
+    dtype: str = "int16",       # int16, float16 or float32
     # relative weights of the sources when windows are drawn, such as 3,1; every record alike if not
     # given
-    data_weights:str=None,
-    window:int=WINDOW,      # samples; traces below half of it are left out
-    file_mib:int=256,       # largest file of samples; a killed pack loses at most one
+    data_weights: str = None,
+    window: int = WINDOW,       # samples; traces below half of it are left out
+    file_mib: int = 256,        # largest file of samples; a killed pack loses at most one
     **selection,
-)->dict: # the manifest
+) -> dict:  # the manifest
     "Pack data sets and archives into a store that a GPU need not wait for"
     if dtype not in DTYPES: raise UserError(f"--dtype is {dtype!r}: choose {', '.join(DTYPES)}")
     if window < 1: raise UserError(f"--window is {window}: give 1 or more samples")

@@ -29,8 +29,8 @@ from .windows import uniforms
 
 # %% ../../nbs/data/07_prefetch.ipynb #2b238806
 def pack_batch(
-    batch:dict, # name -> tensor
-) -> dict: # `bytes` (N,) uint8, and `layout` with name, type and shape of what lies in it
+    batch: dict,  # name -> tensor
+) -> dict:  # `bytes` (N,) uint8, and `layout` with name, type and shape of what lies in it
     "A batch as one tensor"
     parts = sorted(batch.items(), key=lambda item: -item[1].element_size())
     return dict(bytes=torch.cat([v.reshape(-1).view(torch.uint8) for _, v in parts]),
@@ -38,9 +38,9 @@ def pack_batch(
 
 # %% ../../nbs/data/07_prefetch.ipynb #d1ecd778
 def unpack_batch(
-    whole:torch.Tensor, # (N,) uint8, on any device
-    layout:list,        # from `pack_batch`
-) -> dict: # name -> tensor, a view
+    whole: torch.Tensor,  # (N,) uint8, on any device
+    layout: list,         # from `pack_batch`
+) -> dict:  # name -> tensor, a view
     "The tensors of a packed batch, without a copy"
     parts = whole.split([prod(shape) * dtype.itemsize for _, dtype, shape in layout])
     return {k: part.view(dtype).view(shape) for (k, dtype, shape), part in zip(layout, parts)}
@@ -49,13 +49,13 @@ def unpack_batch(
 class Batches(Dataset):
     "Whole batches by window numbers, each with the bad traces met since the one before"
     def __init__(self,
-        # items are dicts of tensors; `rejected`, if there is one, maps a bad trace to the reason
-        data:Dataset,
-        raw:bool=False, # see `WindowDataset.batch`, which other data sets do not have; bundled
+          # items are dicts of tensors; `rejected`, if there is one, maps a bad trace to the reason
+        data: Dataset,
+        raw: bool = False,  # see `WindowDataset.batch`, which other data sets do not have; bundled
     ): self.data, self.raw, self.told = data, raw, set()
 
     def __getitem__(self,
-        numbers, # of the windows
+        numbers,  # of the windows
     ) -> dict: # of tensors (B, …), or a bundle of them, and `rejected`
         if self.raw: batch = pack_batch(self.data.batch(numbers, raw=True))
         elif hasattr(self.data, "batch"): batch = self.data.batch(numbers)
@@ -67,8 +67,8 @@ class Batches(Dataset):
 
 # %% ../../nbs/data/07_prefetch.ipynb #730edc69
 def amplitudes(
-    batch:dict, # raw, on any device
-) -> dict: # its x as float32 amplitudes with mean 0, so that a zero is silence and no step
+    batch: dict,  # raw, on any device
+) -> dict:  # its x as float32 amplitudes with mean 0, so that a zero is silence and no step
     "Raw samples as amplitudes with mean 0"
     scaled, valid = batch["x"].float() * batch["scale"][:, None], batch["valid"]
     there = valid_mask(valid, scaled.shape[1])                                     # (B, W, 1)
@@ -79,8 +79,8 @@ def amplitudes(
 
 # %% ../../nbs/data/07_prefetch.ipynb #1fadb75b
 def to_model(
-    batch:dict, # raw, on any device, augmented or not
-) -> dict: # with normalised x, without `scale` and `valid`
+    batch: dict,  # raw, on any device, augmented or not
+) -> dict:  # with normalised x, without `scale` and `valid`
     "Normalise a raw batch for a model"
     rest = {k: v for k, v in batch.items() if k not in ("x", "scale", "valid")}
     return {"x": standardize(batch["x"], batch["valid"]), **rest}
@@ -125,7 +125,7 @@ def leave_with_parent():
     os._exit(1)
 
 def ignore_signals(
-    worker:int, # its number
+    worker: int,  # its number
 ):
     "Leave signals to the parent process, and give it a minute to finish its step"
     for s in SIGNALS: signal.signal(s, signal.SIG_IGN)
@@ -138,14 +138,14 @@ def ignore_signals(
 ON_HOST = ("n", "source", "redrawn")  # the host reads these
 
 def make_ready(
-    batch:dict,               # from a loader over `Batches`
-    device:torch.device,      # where it goes
-    augment:Callable|None,    # (batch, generator) -> batch, before normalising
-    draws:Callable,           # makes a context for the draws
-    generator:torch.Generator, # of the device
-    seed:int,                 # of the augmentation
-    batch_size:int,           # windows in a whole batch: says which batch it is
-) -> dict: # on the device, but what the host reads
+    batch: dict,  # from a loader over `Batches`
+    device: torch.device,  # where it goes
+    augment: Callable | None,  # (batch, generator) -> batch, before normalising
+    draws: Callable,  # makes a context for the draws
+    generator: torch.Generator,  # of the device
+    seed: int,  # of the augmentation
+    batch_size: int,  # windows in a whole batch: says which batch it is
+) -> dict:  # on the device, but what the host reads
     "Send a batch, augment and normalise it"
     send = lambda v: v.to(device, non_blocking=True)
     if "bytes" in batch:
@@ -161,14 +161,14 @@ def make_ready(
 
 # %% ../../nbs/data/07_prefetch.ipynb #eca3784a
 def device_batches(
-    batches:Iterable,         # in order, from a loader over `Batches`; raw where they are augmented
-    batch_size:int,  # windows in a whole batch, of all ranks together: says which batch it is
-    device:str|torch.device="cpu", # where they go
-    augment:Callable=None,    # (batch, generator) -> batch, on the device, before normalising
-    seed:int=0,               # of the augmentation
-    draws:Callable=nullcontext, # makes a context for the draws, see `Ranks.draws`
-    ahead:int=3,              # batches that lie ready
-) -> Iterator[dict]: # normalised, on the device; n, source, redrawn, rejected on the host
+    batches: Iterable,  # in order, from a loader over `Batches`; raw where they are augmented
+    batch_size: int,  # windows in a whole batch, of all ranks together: says which batch it is
+    device: str | torch.device = "cpu",  # where they go
+    augment: Callable = None,  # (batch, generator) -> batch, on the device, before normalising
+    seed: int = 0,  # of the augmentation
+    draws: Callable = nullcontext,  # makes a context for the draws, see `Ranks.draws`
+    ahead: int = 3,  # batches that lie ready
+) -> Iterator[dict]:  # normalised, on the device; n, source, redrawn, rejected on the host
     "Batches sent ahead, augmented and normalised by a thread, whose errors are raised here"
     device, ready, stop = torch.device(device), Queue(ahead), Event()
     prepare = lambda batch, generator: make_ready(batch, device, augment, draws, generator, seed,

@@ -66,7 +66,7 @@ class Recordings:
 
     def span(self,
         instrument: Instrument,
-        time: int,  # ns since 1970
+        time: int,               # ns since 1970
     ) -> Span | None:  # None where nothing was recorded
         "The span that contains a time"
         spans = self.spans[instrument.name]

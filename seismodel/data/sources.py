@@ -44,9 +44,9 @@ class SyntheticSource(Source):
     name = "synthetic"
 
     def __init__(self,
-        seed:int=0,                                # stream of random numbers
-        config:SyntheticConfig=SyntheticConfig(),  # dials of the generator
-        split:str="train",  # "train", "dev" or "test"; any other name raises UserError
+        seed: int = 0,  # stream of random numbers
+        config: SyntheticConfig = SyntheticConfig(),  # dials of the generator
+        split: str = "train",  # "train", "dev" or "test"; any other name raises UserError
     ):
         if split not in ("train", "dev", "test"):
             raise UserError(f"the synthetic source has no split {split!r}: choose train, dev or "
@@ -56,22 +56,22 @@ class SyntheticSource(Source):
 
     def __len__(self): return 1_000_000
 
-    def prefetch_windows(self, i:np.ndarray, u:np.ndarray, window:int):
+    def prefetch_windows(self, i: np.ndarray, u: np.ndarray, window: int):
         self.prefetch(sorted(set(i.tolist())))
 
-    def record(self, i:int) -> Record:
+    def record(self, i: int) -> Record:
         if i not in self._ahead: self.prefetch([i])
         return self._ahead.pop(i)
 
-    def label(self, i:int): return str(3 * i + self.first)
-    def most(self, window:int): return (2 if self.config.double else 1), 0
+    def label(self, i: int): return str(3 * i + self.first)
+    def most(self, window: int): return (2 if self.config.double else 1), 0
     def fingerprint(self): return digest(self.seed, self.first, self.config)
 
 # %% ../../nbs/data/02_sources.ipynb #8d40930f
 @patch
 def prefetch(
-    self:SyntheticSource,
-    indices:list, # numbers of records
+    self: SyntheticSource,
+    indices: list,  # numbers of records
 ) -> None:
     "Make these records together: the same samples, in a third of the time"
     numbers = [3 * i + self.first for i in indices]
@@ -89,10 +89,10 @@ def prefetch(
 PHASES = {"P": "p P P1 Pg Pn Pb PmP pP pwP".split(), "S": "s S S1 Sg Sn Sb SmS".split()}
 
 def onsets(
-    metadata:object,  # SeisBench metadata, a pandas DataFrame
-    phase:str, # "P" or "S"
-    by:str="arrival", # or "model", for the picks of another model
-) -> np.ndarray: # (traces,) sample of the earliest pick, at the original rate; NaN: none
+    metadata: object,  # SeisBench metadata, a pandas DataFrame
+    phase: str,  # "P" or "S"
+    by: str = "arrival",  # or "model", for the picks of another model
+) -> np.ndarray:  # (traces,) sample of the earliest pick, at the original rate; NaN: none
     "The earliest pick in the columns `trace_PHASE_arrival_sample`, for all usual names of a phase"
     import pandas as pd
     columns = [c for p in PHASES[phase] if (c := f"trace_{p}_{by}_sample") in metadata]
@@ -102,10 +102,10 @@ def onsets(
 
 # %% ../../nbs/data/02_sources.ipynb #1a368022
 def statuses(
-    metadata:object,         # SeisBench metadata, a pandas DataFrame
-    phase:str,        # "P" or "S"
-    onset:np.ndarray, # (traces,) of any event, such as those from `onsets`; NaN: none
-) -> np.ndarray: # (traces,) int8, see `STATUS`
+    metadata: object,  # SeisBench metadata, a pandas DataFrame
+    phase: str,  # "P" or "S"
+    onset: np.ndarray,  # (traces,) of any event, such as those from `onsets`; NaN: none
+) -> np.ndarray:  # (traces,) int8, see `STATUS`
     "Status of a phase on each trace"
     there = np.isfinite(onset)
     status = np.where(there, STATUS.index("picked"), STATUS.index("unlabelled"))
@@ -122,8 +122,8 @@ def statuses(
 
 # %% ../../nbs/data/02_sources.ipynb #7192fca0
 def later_events(
-    metadata:object, # SeisBench metadata, a pandas DataFrame
-) -> np.ndarray: # (events, traces, 2) P and S in samples at the original rate; NaN: none
+    metadata: object,  # SeisBench metadata, a pandas DataFrame
+) -> np.ndarray:  # (events, traces, 2) P and S in samples at the original rate; NaN: none
     "Onsets of the second event, the third, …: columns `trace_P2_arrival_sample`, …"
     import pandas as pd
     def column(phase, n):
@@ -134,11 +134,11 @@ def later_events(
 
 # %% ../../nbs/data/02_sources.ipynb #dd91ae79
 def table_arrivals(
-    metadata:object,         # SeisBench metadata, a pandas DataFrame
-    own:np.ndarray,   # (traces, 2) P and S of the event of each record, samples at 100 Hz
-    more:np.ndarray,  # (events, traces, 2) from `later_events`
-    factor:np.ndarray, # (traces,) samples at 100 Hz for one of the table
-) -> np.ndarray: # (n,) ARRIVAL
+    metadata: object,  # SeisBench metadata, a pandas DataFrame
+    own: np.ndarray,  # (traces, 2) P and S of the event of each record, samples at 100 Hz
+    more: np.ndarray,  # (events, traces, 2) from `later_events`
+    factor: np.ndarray,  # (traces,) samples at 100 Hz for one of the table
+) -> np.ndarray:  # (n,) ARRIVAL
     "Events and zones of all records that have more than one event, or a zone"
     columns = [f"trace_{phase}_unlabelled_samples" for phase in "PS"]
     none = np.full(len(metadata), "")
@@ -155,10 +155,10 @@ def table_arrivals(
 
 # %% ../../nbs/data/02_sources.ipynb #20c38963
 def arrivals_of_record(
-    arrivals:np.ndarray, # (n,) ARRIVAL, in order of records
-    i:int,               # number of the record
-    samples:int,         # of it, at 100 Hz
-) -> np.ndarray: # its rows, without onsets outside of it
+    arrivals: np.ndarray,  # (n,) ARRIVAL, in order of records
+    i: int,                # number of the record
+    samples: int,          # of it, at 100 Hz
+) -> np.ndarray:  # its rows, without onsets outside of it
     "The rows of one record in a table of arrivals"
     first, last = np.searchsorted(arrivals["record"], [i, i + 1])
     rows = arrivals[first:last].copy()
@@ -169,16 +169,16 @@ def arrivals_of_record(
 
 # %% ../../nbs/data/02_sources.ipynb #045846f4
 def draw_split(
-    key:str, # what must stay together: an event, or an hour
-) -> str: # train for eight keys in ten, dev and test for one each
+    key: str,  # what must stay together: an event, or an hour
+) -> str:  # train for eight keys in ten, dev and test for one each
     "The split of an event or hour, by a checksum"
     return (["dev", "test"] + 8 * ["train"])[crc32(key.encode()) % 10]
 
 # %% ../../nbs/data/02_sources.ipynb #269cb02a
 def split_column(
-    metadata:object, # SeisBench metadata, a pandas DataFrame
-    name:str, # of the data set, for the log
-) -> np.ndarray: # (traces,) str: the split of each trace; empty where the table names none
+    metadata: object,  # SeisBench metadata, a pandas DataFrame
+    name: str,  # of the data set, for the log
+) -> np.ndarray:  # (traces,) str: the split of each trace; empty where the table names none
     "The column `split`; where there is none, 80 % train, 10 % dev, 10 % test by event or hour"
     if "split" in metadata and metadata["split"].notna().any():
         return metadata["split"].astype(str).where(metadata["split"].notna(), "").to_numpy(str)
@@ -198,9 +198,9 @@ def split_column(
 
 # %% ../../nbs/data/02_sources.ipynb #20ef7eba
 def unusable(
-    metadata:object,          # SeisBench metadata; component codes already as Z, N, E
-    window:int=WINDOW, # samples of a window
-) -> dict[str, np.ndarray]: # why -> (traces,) bool, in the order in which the reasons are asked
+    metadata: object,  # SeisBench metadata; component codes already as Z, N, E
+    window: int = WINDOW,  # samples of a window
+) -> dict[str, np.ndarray]:  # why -> (traces,) bool, in the order in which the reasons are asked
     "Traces that the metadata show to be unusable"
     import pandas as pd
     rate = metadata["trace_sampling_rate_hz"].to_numpy(float)
@@ -219,8 +219,8 @@ def unusable(
 
 # %% ../../nbs/data/02_sources.ipynb #8535d71f
 def trace_names(
-    metadata:object, # SeisBench metadata, a pandas DataFrame
-): # pandas Series of str
+    metadata: object,  # SeisBench metadata, a pandas DataFrame
+):  # pandas Series of str
     "Names of traces for messages: name and chunk; a trace without a name is called by its row"
     places = [f"row {k}" for k in range(len(metadata))]
     names = metadata["trace_name"].where(metadata["trace_name"].notna(), places).astype(str)
@@ -230,9 +230,9 @@ def trace_names(
 
 # %% ../../nbs/data/02_sources.ipynb #d630d492
 def component_codes(
-    metadata:object, # SeisBench metadata, a pandas DataFrame
-    name:str, # of the data set, for the message
-): # pandas Series of str: `trace_component_order` with 1 and 2 read as N and E
+    metadata: object,  # SeisBench metadata, a pandas DataFrame
+    name: str,  # of the data set, for the message
+):  # pandas Series of str: `trace_component_order` with 1 and 2 read as N and E
     "Component codes in the alphabet Z, N, E. Raises `UserError` when no trace has all three."
     codes = zne_orders(metadata)
     if not any(set(COMPONENTS) <= set(c) for c in codes.unique()):
@@ -243,10 +243,10 @@ def component_codes(
 
 # %% ../../nbs/data/02_sources.ipynb #2f58d088
 def of_split(
-    splits:np.ndarray, # (traces,) from `split_column`
-    split:str|None,    # one of them; None: all
-    name:str,          # of the data set, for the message
-) -> np.ndarray: # (traces,) bool
+    splits: np.ndarray,  # (traces,) from `split_column`
+    split: str | None,   # one of them; None: all
+    name: str,           # of the data set, for the message
+) -> np.ndarray:  # (traces,) bool
     "Which traces a split has; raises `UserError` with the splits that there are"
     inside = splits == split if split else np.ones(len(splits), bool)
     if inside.any(): return inside
@@ -256,11 +256,11 @@ def of_split(
 
 # %% ../../nbs/data/02_sources.ipynb #5d83d2ac
 def refusals(
-    table:object,             # metadata with component codes as Z, N, E
-    splits:np.ndarray, # (traces,)
-    inside:np.ndarray, # (traces,) bool, those that are asked about
-    window:int,        # samples
-) -> np.ndarray: # (traces,) object: the first reason against a trace, or None
+    table: object,  # metadata with component codes as Z, N, E
+    splits: np.ndarray,  # (traces,)
+    inside: np.ndarray,  # (traces,) bool, those that are asked about
+    window: int,  # samples
+) -> np.ndarray:  # (traces,) object: the first reason against a trace, or None
     "Why each trace cannot be used, according to the table"
     why, fine = np.full(len(table), None, object), inside.copy()
     for clause, hit in {"no split, in a table that has some": splits == "",
@@ -271,8 +271,8 @@ def refusals(
 
 # %% ../../nbs/data/02_sources.ipynb #6001c51d
 def make_quick(
-    data:object,            # a copy of a SeisBench data set
-    keep:np.ndarray, # (traces,) bool
+    data: object,  # a copy of a SeisBench data set
+    keep: np.ndarray,  # (traces,) bool
 ) -> None:
     "Keep only these traces and the columns that reading needs; cache small files in memory"
     needed = ("trace_name", "trace_chunk", "trace_sampling_rate_hz", "trace_component_order")
@@ -287,10 +287,10 @@ def make_quick(
 class SeisBenchSource(Source):
     "A SeisBench data set or one split of it"
     def __init__(self,
-        dataset:object,                  # a seisbench.data.WaveformDataset; it is copied
-        split:str|None="train",   # a value of the metadata column `split`; None: all of them
-        name:str="dataset",       # what messages call it
-        window:int=WINDOW,        # samples; traces below half of it are left out
+        dataset: object,              # a seisbench.data.WaveformDataset; it is copied
+        split: str | None = "train",  # a value of the metadata column `split`; None: all of them
+        name: str = "dataset",        # what messages call it
+        window: int = WINDOW,         # samples; traces below half of it are left out
     ):
         data = dataset.copy()  # metadata only, the samples are shared
         table, splits = data.metadata, split_column(data.metadata, name)
@@ -311,13 +311,13 @@ class SeisBenchSource(Source):
         self.data, self.checked = data, np.zeros(len(self.names), bool)  # a record is checked once
 
     def __len__(self): return len(self.names)
-    def label(self, i:int): return self.names[i]
+    def label(self, i: int): return self.names[i]
     def has_phase_labels(self): return any(map(any, self.status))
-    def most(self, window:int): return most_in_window(self.arrivals, window)
+    def most(self, window: int): return most_in_window(self.arrivals, window)
 
 # %% ../../nbs/data/02_sources.ipynb #fc8824a3
 @patch
-def _look_up(self:SeisBenchSource, table):
+def _look_up(self: SeisBenchSource, table):
     "Where the samples are, onsets at 100 Hz and their statuses; all events and zones"
     row = "level_0" if "level_0" in table else "index"  # SeisBench's: the row in the chunk's file
     self.chunks, self.places = (table[k].to_numpy() for k in ("trace_chunk", row))
@@ -333,14 +333,14 @@ def _look_up(self:SeisBenchSource, table):
 
 # %% ../../nbs/data/02_sources.ipynb #4d6982f1
 @patch
-def reasons(self:SeisBenchSource) -> str:
+def reasons(self: SeisBenchSource) -> str:
     "One clause per reason: how many traces were left out, and the first of them"
     return "; ".join(f"{len(names)} left out, {why} ({names[0]}{', …' if names[1:] else ''})"
                      for why, names in self.left_out.items())
 
 # %% ../../nbs/data/02_sources.ipynb #e05e6e35
 @patch
-def metadata(self:SeisBenchSource, column:str, default:str|None=None):
+def metadata(self: SeisBenchSource, column: str, default: str | None = None):
     "A column as text, read from the CSV files"
     tables = {chunk: Path(self.data.path)/f"metadata{chunk}.csv"
               for chunk in sorted(set(self.chunks))}
@@ -356,7 +356,7 @@ def metadata(self:SeisBenchSource, column:str, default:str|None=None):
 
 # %% ../../nbs/data/02_sources.ipynb #e1df5e58
 @patch
-def fingerprint(self:SeisBenchSource):
+def fingerprint(self: SeisBenchSource):
     "Checksum of names, rows, labels, events, zones, sampling rates and file sizes"
     sizes = [(f.name, f.stat().st_size)
              for f in sorted(Path(self.data.path).glob("waveforms*.hdf5"))]
@@ -365,7 +365,7 @@ def fingerprint(self:SeisBenchSource):
 
 # %% ../../nbs/data/02_sources.ipynb #3c771c79
 @patch
-def record(self:SeisBenchSource, i:int) -> Record:
+def record(self: SeisBenchSource, i: int) -> Record:
     try: x = self.data.get_waveforms(int(i)).T  # (3, L) -> (L, 3) at the original rate
     except Exception as e:
         raise BadRecord(self.names[i], f"cannot be read: {reason(e)}") from None
@@ -387,9 +387,9 @@ NEEDED = {"trace_name": {"trace_name"},  # what is needed -> where it may stand
           "trace_component_order": {"trace_component_order", "component_order"}}
 
 def check_files(
-    metadata:Path,  # metadata.csv, or metadata<chunk>.csv
-    waveforms:Path, # the HDF5 file that belongs to it
-    cure:str="copy it again",  # what to do about a file that was cut short
+    metadata: Path,  # metadata.csv, or metadata<chunk>.csv
+    waveforms: Path,  # the HDF5 file that belongs to it
+    cure: str = "copy it again",  # what to do about a file that was cut short
 ) -> None:
     "Raises `UserError` when a SeisBench file is missing, cut, unreadable, empty or lacks a field"
     import h5py
@@ -411,9 +411,9 @@ def check_files(
 
 # %% ../../nbs/data/02_sources.ipynb #5adc56df
 def check_chunks(
-    folder:Path,       # a SeisBench data set
-    chunks:list[str],  # such as "_001"; "" for the usual pair of files
-    cure:str="copy it again",  # what to do about a file that was cut short
+    folder: Path,  # a SeisBench data set
+    chunks: list[str],  # such as "_001"; "" for the usual pair of files
+    cure: str = "copy it again",  # what to do about a file that was cut short
 ) -> None:
     "Check each pair of files; see `check_files`"
     for chunk in chunks:
@@ -429,8 +429,8 @@ def _seisbench():
     return seisbench
 
 def open_folder(
-    folder:Path, # a SeisBench data set: metadata.csv and waveforms.hdf5, or chunks of them
-): # seisbench.data.WaveformDataset
+    folder: Path,  # a SeisBench data set: metadata.csv and waveforms.hdf5, or chunks of them
+):  # seisbench.data.WaveformDataset
     "The data set in a folder, or `UserError`"
     if is_store(folder):
         raise UserError(f"{folder} is a packed store, which has no SeisBench table: give the "
@@ -450,8 +450,8 @@ def open_folder(
 
 # %% ../../nbs/data/02_sources.ipynb #fac79eae
 def open_published(
-    name:str, # class name in seisbench.data, such as "ETHZ"
-): # seisbench.data.WaveformDataset
+    name: str,  # class name in seisbench.data, such as "ETHZ"
+):  # seisbench.data.WaveformDataset
     "A published data set, from SeisBench's cache or downloaded; `UserError` when that fails"
     seisbench = _seisbench()
     cache = Path(seisbench.cache_data_root)/name.lower()
@@ -470,8 +470,8 @@ def open_published(
 
 # %% ../../nbs/data/02_sources.ipynb #a8767eb3
 def published(
-    where:str, # what a person typed, and no folder
-) -> str: # the name of a class in seisbench.data
+    where: str,  # what a person typed, and no folder
+) -> str:  # the name of a class in seisbench.data
     "Checks the name; raises `UserError` with the nearest one"
     folder = Path(where).expanduser()
     if folder.exists():
@@ -493,8 +493,8 @@ def published_names() -> list[str]: # class names that `open_dataset` understand
 
 # %% ../../nbs/data/02_sources.ipynb #ae49278d
 def open_dataset(
-    where:str, # the folder of a SeisBench data set, or the name of a published one ("ETHZ")
-): # seisbench.data.WaveformDataset
+    where: str,  # the folder of a SeisBench data set, or the name of a published one ("ETHZ")
+):  # seisbench.data.WaveformDataset
     "A data set with all of its splits; raises `UserError` where there is none"
     if str(where) == "synthetic":
         raise UserError("the synthetic source has no whole records: write some into a SeisBench "
@@ -504,15 +504,15 @@ def open_dataset(
 
 # %% ../../nbs/data/02_sources.ipynb #b98b4733
 def whole_path(
-    name:str, # what a person typed: a folder or a name
+    name: str,  # what a person typed: a folder or a name
 ) -> str:
     "The absolute path of a folder; other names unchanged"
     return str(Path(name).expanduser().resolve()) if Path(name).expanduser().is_dir() else name
 
 # %% ../../nbs/data/02_sources.ipynb #77dad709
 def means_files(
-    where:str, # what a person typed
-) -> bool: # a file, a pattern, or a folder that is neither a store nor a SeisBench data set
+    where: str,  # what a person typed
+) -> bool:  # a file, a pattern, or a folder that is neither a store nor a SeisBench data set
     "Whether an argument means waveform files, which the archive reader reads"
     path = Path(where).expanduser()
     if not path.is_dir(): return path.is_file() or has_magic(str(where))
@@ -521,9 +521,9 @@ def means_files(
 
 # %% ../../nbs/data/02_sources.ipynb #08ae6abe
 def parse_weights(
-    text:str|None, # such as "3,1"; None: nothing was typed
-    n:int,         # how many data sets there are
-) -> list[float]|None: # one for each
+    text: str | None,  # such as "3,1"; None: nothing was typed
+    n: int,            # how many data sets there are
+) -> list[float] | None:  # one for each
     "Weights of data sets; raises `UserError` unless there is one positive number for each"
     if text is None: return None
     try: weights = [float(w) for w in text.split(",")]
@@ -536,9 +536,9 @@ def parse_weights(
 # %% ../../nbs/data/02_sources.ipynb #d3afc4e2
 def open_source(
     # "synthetic", a store, the folder of a SeisBench data set, or a published one ("ETHZ")
-    where:str,
-    split:str="train", # "train", "dev" or "test"
-    window:int=WINDOW, # samples of a window
+    where: str,
+    split: str = "train",  # "train", "dev" or "test"
+    window: int = WINDOW,  # samples of a window
 ) -> Source:
     "Open a source of records. Everything that can be wrong with `where` raises `UserError`."
     if str(where) == "synthetic":
@@ -550,10 +550,10 @@ def open_source(
 
 # %% ../../nbs/data/02_sources.ipynb #1b1ee794
 def write_synthetic(
-    folder:Path,       # an empty one
-    splits:dict,       # name of a split -> records
-    samples:int=5000,  # of each record
-    seed:int=5,        # of the generator
+    folder: Path,         # an empty one
+    splits: dict,         # name of a split -> records
+    samples: int = 5000,  # of each record
+    seed: int = 5,        # of the generator
 ) -> None:
     "Records of the generator as a SeisBench data set: with P and S, or of noise alone"
     WaveformDataWriter = _seisbench().data.WaveformDataWriter
@@ -572,9 +572,9 @@ def write_synthetic(
 # %% ../../nbs/data/02_sources.ipynb #190897a7
 @cache
 def open_records(
-    name:str,  # a store, the folder of a SeisBench data set, or the name of a published one
-    split:str, # train, dev or test
-): # with `metadata` and `get_waveforms`
+    name: str,   # a store, the folder of a SeisBench data set, or the name of a published one
+    split: str,  # train, dev or test
+):  # with `metadata` and `get_waveforms`
     "The records of a split; raises `UserError` where there are none"
     folder = Path(name).expanduser()
     if is_store(folder): data = StoreRecords(Store(folder), split)

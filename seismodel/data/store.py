@@ -34,9 +34,9 @@ DTYPES = {"int16": np.int16, "float16": np.float16, "float32": np.float32}
 SPAN = {"int16": 65534., "float16": 65536.}
 
 def quantize_samples(
-    x:np.ndarray, # (L, 3) float32, finite
-    dtype:str,    # one of DTYPES
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # (L, 3) of that type, offset (3,), scale (3,)
+    x: np.ndarray,  # (L, 3) float32, finite
+    dtype: str,     # one of DTYPES
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (L, 3) of that type, offset (3,), scale (3,)
     "Numbers q with x = offset + scale q; a flat component is its mean and a scale of 0"
     if dtype == "float32": return np.asarray(x, np.float32), np.zeros(3), np.ones(3)
     y = x.astype(float)
@@ -51,10 +51,10 @@ def quantize_samples(
 
 # %% ../../nbs/data/03_store.ipynb #c1701a47
 def dequantize_samples(
-    q:np.ndarray,      # (..., L, 3) numbers
-    offset:np.ndarray, # (..., 3)
-    scale:np.ndarray,  # (..., 3)
-) -> np.ndarray: # (..., L, 3) float32
+    q: np.ndarray,       # (..., L, 3) numbers
+    offset: np.ndarray,  # (..., 3)
+    scale: np.ndarray,   # (..., 3)
+) -> np.ndarray:  # (..., L, 3) float32
     "Samples from stored numbers"
     return (offset[..., None, :] + scale[..., None, :] * q).astype(np.float32)
 
@@ -75,9 +75,9 @@ def _plain(value):
 class Part:
     "A file of samples that is being written, and the list of its traces"
     def __init__(self,
-        folder:Path, # of the store
-        number:int,  # of the file
-        dtype:str,   # one of DTYPES
+        folder: Path,  # of the store
+        number: int,   # of the file
+        dtype: str,    # one of DTYPES
     ):
         self.names = folder/f"samples-{number:05}.npy", folder/"parts"/f"{number:05}.jsonl"
         self.number, self.dtype, self.samples = number, dtype, 0
@@ -93,7 +93,7 @@ class Part:
                                              dict(descr=kind, fortran_order=False,
                                                   shape=(self.samples, 3)))
 
-    def note(self, row:dict) -> None:
+    def note(self, row: dict) -> None:
         "A line without samples"
         self.list.write(_json(row))
 
@@ -104,9 +104,9 @@ class Part:
 # %% ../../nbs/data/03_store.ipynb #799b8041
 @patch
 def add(
-    self:Part,
-    q:np.ndarray, # (L, 3) numbers
-    row:dict,     # what the index needs to know
+    self: Part,
+    q: np.ndarray,  # (L, 3) numbers
+    row: dict,      # what the index needs to know
 ) -> None:
     "Append a trace"
     data = np.ascontiguousarray(q).tobytes()
@@ -118,8 +118,8 @@ def add(
 # %% ../../nbs/data/03_store.ipynb #3f94b55b
 @patch
 def close(
-    self:Part,
-    position:object, # where the sources stand
+    self: Part,
+    position: object,  # where the sources stand
 ) -> None:
     "Finish both files and give them their final names"
     self._header()
@@ -134,9 +134,9 @@ def close(
 REMOVE = "remove this folder and pack again"
 
 def same_plan(
-    folder:Path, # of the store
-    plan:dict,   # of this call
-    other:dict,  # that the folder was begun with
+    folder: Path,  # of the store
+    plan: dict,    # of this call
+    other: dict,   # that the folder was begun with
 ) -> None:
     "Raise `UserError` with the first field that differs"
     for key in sorted({*plan, *other}):
@@ -146,7 +146,7 @@ def same_plan(
 
 # %% ../../nbs/data/03_store.ipynb #77f847c8
 def refuse_no_store(
-    folder:Path, # of a store, which need not exist
+    folder: Path,  # of a store, which need not exist
 ):
     "Raises `UserError` where a folder holds something else than a store"
     begun = {".plan.json.part", "plan.json.part"}        # all that a killed process may leave
@@ -155,9 +155,9 @@ def refuse_no_store(
         raise UserError(f"{folder} is there already and no store: name another folder")
 
 def begin_store(
-    folder:Path, # of the store: new, empty, or begun with the same plan
-    plan:dict,   # what will be in it
-): # the lock, held
+    folder: Path,  # of the store: new, empty, or begun with the same plan
+    plan: dict,    # what will be in it
+):  # the lock, held
     "Begin or resume a store; raises `UserError` where the folder holds something else"
     path = folder/"plan.json"
     if path.exists(): same_plan(folder, plan, read_json(path, cure=REMOVE))
@@ -170,8 +170,8 @@ def begin_store(
 
 # %% ../../nbs/data/03_store.ipynb #283a9259
 def part_ends(
-    folder:Path, # of the store
-) -> list[dict]: # number of samples, position, checksum
+    folder: Path,  # of the store
+) -> list[dict]:  # number of samples, position, checksum
     "The last line of every part that is closed"
     parts = sorted((folder/"parts").glob("*.jsonl"))
     try: ends = [json.loads(p.read_bytes().splitlines()[-1]) for p in parts]
@@ -182,8 +182,8 @@ def part_ends(
 
 # %% ../../nbs/data/03_store.ipynb #67dee55f
 def sweep(
-    folder:Path, # of the store
-    closed:int,  # how many parts count
+    folder: Path,  # of the store
+    closed: int,   # how many parts count
 ) -> None:
     "Delete what a killed writer left: temporary files, and samples without their list"
     for file in {*folder.glob("samples-*"), *folder.glob("*.part"),
@@ -192,7 +192,7 @@ def sweep(
 
 # %% ../../nbs/data/03_store.ipynb #d427aac1
 def clear(
-    folder:Path, # of a store
+    folder: Path,  # of a store
 ) -> None:
     "Delete files that only the writer needs"
     rmtree(folder/"parts", ignore_errors=True)
@@ -203,8 +203,8 @@ def clear(
 class StoreWriter:
     "Writes a store, or continues one; a context manager"
     def __init__(self,
-        folder:Path, # of the store: new, empty, or begun with the same plan
-        plan:dict,   # dtype, window, shard_samples, sources [{name, where, weight, files}, …]
+        folder: Path,  # of the store: new, empty, or begun with the same plan
+        plan: dict,    # dtype, window, shard_samples, sources [{name, where, weight, files}, …]
     ):
         self.folder, self.plan, self.part, self.position = Path(folder), plan, None, None
         self.complete = (self.folder/"manifest.json").exists()
@@ -225,7 +225,7 @@ class StoreWriter:
 
 # %% ../../nbs/data/03_store.ipynb #ebb535c2
 @patch
-def _open(self:StoreWriter, samples=0):
+def _open(self: StoreWriter, samples=0):
     "The part that has room for more samples"
     most = self.plan["shard_samples"]
     if self.part and self.part.samples and self.part.samples + samples > most:
@@ -235,12 +235,12 @@ def _open(self:StoreWriter, samples=0):
 
 @patch
 def add(
-    self:StoreWriter,
-    source:int,    # number of its source
-    record:Record, # checked
-    split:str,     # such as "train"
-    more:dict,     # everything else that is known of it
-    position:object,      # where its source stands after it
+    self: StoreWriter,
+    source: int,  # number of its source
+    record: Record,  # checked
+    split: str,  # such as "train"
+    more: dict,  # everything else that is known of it
+    position: object,  # where its source stands after it
 ) -> None:
     "Append a trace"
     q, offset, scale = quantize_samples(record.waveform, self.plan["dtype"])
@@ -257,11 +257,11 @@ def add(
 # %% ../../nbs/data/03_store.ipynb #e01199e9
 @patch
 def leave_out(
-    self:StoreWriter,
-    source:int, # number of its source
-    name:str,   # of the trace or file
-    why:str,    # one clause
-    position:object,   # where its source stands after it
+    self: StoreWriter,
+    source: int,  # number of its source
+    name: str,  # of the trace or file
+    why: str,  # one clause
+    position: object,  # where its source stands after it
 ) -> None:
     "Note that a trace was not taken"
     self._open().note(dict(source=source, left_out=name, why=why))
@@ -269,15 +269,15 @@ def leave_out(
 
 # %% ../../nbs/data/03_store.ipynb #03465f1d
 @patch
-def commit(self:StoreWriter) -> None:
+def commit(self: StoreWriter) -> None:
     "Close the part that is open"
     self.part.close(self.position)
     self.closed, self.part = self.closed + 1, None
 
 # %% ../../nbs/data/03_store.ipynb #d93be262
 def row_type(
-    name_bytes:int, # longest name
-) -> np.dtype: # of a row of index.npy
+    name_bytes: int,  # longest name
+) -> np.dtype:  # of a row of index.npy
     "Fields of the index; where nothing is known, onsets are NaN, statuses and crc 0"
     return np.dtype([("shard", "<i4"), ("first", "<i8"), ("samples", "<i4"), ("source", "<i2"),
                      ("split", "<i2"),
@@ -292,8 +292,8 @@ TABLES = ("index.npy", "traces.csv", "left_out.csv")
 ARRIVALS = "arrivals.npy"
 
 def table_names(
-    version:int, # of a store
-) -> tuple: # names of files
+    version: int,  # of a store
+) -> tuple:  # names of files
     "The tables of a store beside its samples"
     return TABLES if version < 2 else (*TABLES, ARRIVALS)
 
@@ -401,8 +401,8 @@ def _no_trace(writer, names, first):
 
 # %% ../../nbs/data/03_store.ipynb #c4f9a73c
 def finish(
-    writer:StoreWriter, # that has got everything
-) -> dict: # the manifest
+    writer: StoreWriter,  # that has got everything
+) -> dict:  # the manifest
     "Make index, tables and manifest from the parts; `UserError` when they hold no trace"
     folder, plan = writer.folder, writer.plan
     if writer.complete: return read_json(folder/"manifest.json", cure=REMOVE)

@@ -35,7 +35,7 @@ MANIFEST = dict(version=int, dtype=str, splits=list[str], traces=int, samples=in
 
 # %% ../../nbs/data/04_store_reader.ipynb #20607f4a
 def read_manifest(
-    folder:Path, # of a finished store
+    folder: Path,  # of a finished store
 ) -> dict:
     "The manifest; raises `UserError` where it is missing, incomplete or of a newer version"
     if (folder/"plan.json").exists() and not (folder/"manifest.json").exists():
@@ -57,8 +57,8 @@ def read_manifest(
 
 # %% ../../nbs/data/04_store_reader.ipynb #d6ca7e42
 def check_sizes(
-    folder:Path,   # of a store
-    manifest:dict, # of it
+    folder: Path,    # of a store
+    manifest: dict,  # of it
 ) -> None:
     "Raises `UserError` for the first file that is missing or cut short"
     width = 3 * np.dtype(DTYPES[manifest["dtype"]]).itemsize
@@ -72,8 +72,8 @@ def check_sizes(
 
 # %% ../../nbs/data/04_store_reader.ipynb #a137b4a3
 def check_tables(
-    folder:Path,   # of a store
-    manifest:dict, # of it
+    folder: Path,    # of a store
+    manifest: dict,  # of it
 ) -> None:
     "Raises `UserError` for an index or a table that has changed since it was written"
     for name in table_names(manifest["version"]):
@@ -83,9 +83,9 @@ def check_tables(
 
 # %% ../../nbs/data/04_store_reader.ipynb #2f771bd1
 def read_index(
-    folder:Path,   # of a store
-    manifest:dict, # of it
-) -> np.ndarray: # one row per trace, mapped
+    folder: Path,    # of a store
+    manifest: dict,  # of it
+) -> np.ndarray:  # one row per trace, mapped
     "The index; raises `UserError` where it belongs to another store"
     try: index = np.load(folder/"index.npy", mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError):
@@ -97,9 +97,9 @@ def read_index(
 
 # %% ../../nbs/data/04_store_reader.ipynb #901c3614
 def read_arrivals(
-    folder:Path,   # of a store
-    manifest:dict, # of it
-) -> np.ndarray: # (n,) ARRIVAL in order of traces, mapped; empty: one event a trace at most
+    folder: Path,    # of a store
+    manifest: dict,  # of it
+) -> np.ndarray:  # (n,) ARRIVAL in order of traces, mapped; empty: one event a trace at most
     "Events and zones of the traces with more than one P and one S"
     if manifest["version"] < 2: return np.empty(0, ARRIVAL)
     try: arrivals = np.load(folder/ARRIVALS, mmap_mode="r", allow_pickle=False)
@@ -113,8 +113,8 @@ def read_arrivals(
 class Store:
     "A store, open for reading"
     def __init__(self,
-        folder:Path, # of a finished store; everything that can be wrong with it raises UserError
-        check:bool=True, # compare the checksums of index and tables
+        folder: Path,  # of a finished store; everything that can be wrong with it raises UserError
+        check: bool = True,  # compare the checksums of index and tables
     ):
         self.folder, self._maps = Path(folder), {}
         self.manifest = read_manifest(self.folder)
@@ -131,9 +131,9 @@ class Store:
 # %% ../../nbs/data/04_store_reader.ipynb #75bda7c1
 @patch
 def shard(
-    self:Store,
-    k:int, # its number
-) -> tuple[np.ndarray, mmap.mmap]: # (N, 3) samples, and the map that they live in
+    self: Store,
+    k: int,  # its number
+) -> tuple[np.ndarray, mmap.mmap]:  # (N, 3) samples, and the map that they live in
     "A file of samples, mapped at its first use"
     if k not in self._maps:
         file, shard = self.folder/f"samples-{k:05}.npy", self.manifest["shards"][k]
@@ -146,8 +146,8 @@ def shard(
 # %% ../../nbs/data/04_store_reader.ipynb #08a5ad09
 @patch
 def check(
-    self:Store,
-    rows:np.ndarray, # of the index
+    self: Store,
+    rows: np.ndarray,  # of the index
 ) -> None:
     "Compare the checksums of traces read for the first time; `UserError` for a damaged one"
     fresh = np.unique(rows[~self.checked[rows]])
@@ -165,9 +165,9 @@ def check(
 # %% ../../nbs/data/04_store_reader.ipynb #450836a3
 @patch
 def record(
-    self:Store,
-    row:int, # of the index
-) -> Record: # float32, as the source gave it up to the error of the type
+    self: Store,
+    row: int,  # of the index
+) -> Record:  # float32, as the source gave it up to the error of the type
     "A whole trace"
     r = self.index[row]
     self.check(np.array([row]))
@@ -180,15 +180,15 @@ def record(
 
 # %% ../../nbs/data/04_store_reader.ipynb #443602ac
 @patch
-def verify(self:Store) -> list[str]: # names of files that have changed since they were written
+def verify(self: Store) -> list[str]:  # names of files that have changed since they were written
     "Compare every checksum"
     want = {s["file"]: s["sha256"] for s in self.manifest["shards"]} | self.manifest["tables"]
     return [name for name, digest in want.items() if sha256(self.folder/name) != digest]
 
 # %% ../../nbs/data/04_store_reader.ipynb #5c6c1639
 def is_store(
-    folder:str|Path, # any path
-) -> bool: # finished or not
+    folder: str | Path,  # any path
+) -> bool:  # finished or not
     "Whether a folder is a store or the beginning of one"
     there = lambda name: (Path(folder)/name).exists()
     return (there("plan.json") or there("manifest.json")
@@ -196,10 +196,10 @@ def is_store(
 
 # %% ../../nbs/data/04_store_reader.ipynb #ffe7b89b
 def advise_willneed(
-    store:Store,        # open
-    shard:np.ndarray,   # (B,) which file
-    start:np.ndarray,   # (B,) sample of the file at which a stretch starts
-    samples:np.ndarray, # (B,) that will be read
+    store: Store,         # open
+    shard: np.ndarray,    # (B,) which file
+    start: np.ndarray,    # (B,) sample of the file at which a stretch starts
+    samples: np.ndarray,  # (B,) that will be read
 ) -> None:
     "Ask the operating system to read samples ahead, where it supports this"
     width = 3 * store.dtype.itemsize
@@ -210,11 +210,11 @@ def advise_willneed(
 
 # %% ../../nbs/data/04_store_reader.ipynb #2159db64
 def gather_windows(
-    store:Store,       # open
-    shard:np.ndarray,  # (B,) which file
-    start:np.ndarray,  # (B,) sample of the file at which a window starts
-    window:int,        # samples
-) -> np.ndarray: # (B, window, 3)
+    store: Store,       # open
+    shard: np.ndarray,  # (B,) which file
+    start: np.ndarray,  # (B,) sample of the file at which a window starts
+    window: int,        # samples
+) -> np.ndarray:  # (B, window, 3)
     "Copy windows out of mapped files"
     files, width = np.unique(shard), 3 * store.dtype.itemsize
     out = np.empty((len(shard), 3 * window), store.dtype) if len(files) > 1 else None
@@ -229,10 +229,10 @@ def gather_windows(
 
 # %% ../../nbs/data/04_store_reader.ipynb #bb67fdc7
 def rows_of_split(
-    store:Store,  # open
-    split:str,    # one of the manifest's splits; another one raises `UserError`
-    window:int,   # samples
-) -> tuple[np.ndarray, list[str]]: # rows with at least half a window; names of the others
+    store: Store,  # open
+    split: str,    # one of the manifest's splits; another one raises `UserError`
+    window: int,   # samples
+) -> tuple[np.ndarray, list[str]]:  # rows with at least half a window; names of the others
     "The traces of a split"
     name, splits, index = store.folder.resolve().name, store.manifest["splits"], store.index
     if split not in splits:
@@ -246,9 +246,9 @@ def rows_of_split(
 
 # %% ../../nbs/data/04_store_reader.ipynb #aa4aaa62
 def upper_bounds(
-    count:np.ndarray, # (sources,) traces of each
-    weights:list,     # of the sources; None in it: every trace counts the same
-) -> np.ndarray: # (sources,) rising to 1; source k has the numbers from the one before to its own
+    count: np.ndarray,  # (sources,) traces of each
+    weights: list,      # of the sources; None in it: every trace counts the same
+) -> np.ndarray:  # (sources,) rising to 1; source k has the numbers from the one before to its own
     "Cumulative fractions of the sources"
     share = np.where(count > 0, count if None in weights else weights, 0.)
     if not share.any(): share = count
@@ -256,10 +256,10 @@ def upper_bounds(
 
 # %% ../../nbs/data/04_store_reader.ipynb #a26bb09e
 def choose_traces(
-    u:np.ndarray,     # (B,) in [0, 1)
-    upto:np.ndarray,  # (sources,) from `upper_bounds`
-    count:np.ndarray, # (sources,) traces of each, one source after the other
-) -> np.ndarray: # (B,) numbers of traces
+    u: np.ndarray,      # (B,) in [0, 1)
+    upto: np.ndarray,   # (sources,) from `upper_bounds`
+    count: np.ndarray,  # (sources,) traces of each, one source after the other
+) -> np.ndarray:  # (B,) numbers of traces
     "Draw a source by its fraction, and one of its traces with equal probability"
     k = np.minimum(np.searchsorted(upto, u, side="right"), np.flatnonzero(count)[-1])
     before = np.concatenate([[0], upto])[k]
@@ -268,10 +268,10 @@ def choose_traces(
 
 # %% ../../nbs/data/04_store_reader.ipynb #0f4da025
 def place_windows(
-    u:np.ndarray,       # (B,) in [0, 1)
-    samples:np.ndarray, # (B,) of the traces
-    window:int,         # samples
-) -> tuple[np.ndarray, np.ndarray]: # (B,) sample of the trace; (B, 2) int32 as `Windows.valid`
+    u: np.ndarray,        # (B,) in [0, 1)
+    samples: np.ndarray,  # (B,) of the traces
+    window: int,          # samples
+) -> tuple[np.ndarray, np.ndarray]:  # (B,) sample of the trace; (B, 2) int32 as `Windows.valid`
     "Where windows start in their traces; negative: that many zeros come first"
     extra = samples.astype(np.int64) - window
     first = (u * (np.abs(extra) + 1)).astype(np.int64) * np.where(extra < 0, -1, 1)
@@ -280,10 +280,10 @@ def place_windows(
 
 # %% ../../nbs/data/04_store_reader.ipynb #b2a9aee4
 def labels_in_windows(
-    rows:np.ndarray,  # (B,) of the index
-    first:np.ndarray, # (B,) sample of the trace at which a window starts
-    window:int,       # samples
-) -> tuple[np.ndarray, np.ndarray]: # onsets (B, 4) float32, statuses (B, 2) int8
+    rows: np.ndarray,   # (B,) of the index
+    first: np.ndarray,  # (B,) sample of the trace at which a window starts
+    window: int,        # samples
+) -> tuple[np.ndarray, np.ndarray]:  # onsets (B, 4) float32, statuses (B, 2) int8
     "Labels of windows: onsets in samples of the window, NaN outside it"
     onset = np.stack([rows[k] for k in ("p_onset", "s_onset", "p_weak", "s_weak")],
                      1) - first[:, None]
@@ -292,13 +292,13 @@ def labels_in_windows(
 
 # %% ../../nbs/data/04_store_reader.ipynb #e6d50083
 def gather_padded(
-    store:Store,        # open
-    shard:np.ndarray,   # (B,) which file
-    begin:np.ndarray,   # (B,) sample of the file at which the trace begins
-    samples:np.ndarray, # (B,) of the trace
-    first:np.ndarray,   # (B,) from `place_windows`
-    window:int,         # samples
-) -> np.ndarray: # (B, window, 3)
+    store: Store,         # open
+    shard: np.ndarray,    # (B,) which file
+    begin: np.ndarray,    # (B,) sample of the file at which the trace begins
+    samples: np.ndarray,  # (B,) of the trace
+    first: np.ndarray,    # (B,) from `place_windows`
+    window: int,          # samples
+) -> np.ndarray:  # (B, window, 3)
     "Windows of traces, with zeros where there is no trace"
     long = samples >= window
     if long.all(): return gather_windows(store, shard, begin + first, window)
@@ -344,9 +344,9 @@ class StoreSource(Source):
     copies = True
 
     def __init__(self,
-        store: Store,         # open
-        split: str='train',   # one of the manifest's splits
-        window: int=WINDOW,   # samples; traces below half of it are left out
+        store: Store,          # open
+        split: str = 'train',  # one of the manifest's splits
+        window: int = WINDOW,  # samples; traces below half of it are left out
     ):
         self.store, self.name, self.window = store, store.folder.resolve().name, window
         self.dtype = store.dtype
@@ -366,12 +366,12 @@ class StoreSource(Source):
         self.arrivals, self._most = np.searchsorted(arrived, self.rows, 'right') - self.begin, {}
 
     def __len__(self): return len(self.rows)
-    def record(self, i:int): return check_record(self.store.record(self.rows[i]), self.window)
-    def label(self, i:int): return self.store.index['name'][self.rows[i]].decode()
+    def record(self, i: int): return check_record(self.store.record(self.rows[i]), self.window)
+    def label(self, i: int): return self.store.index['name'][self.rows[i]].decode()
 
 # %% ../../nbs/data/04_store_reader.ipynb #5a99b90f
 @patch
-def metadata(self:StoreSource, column:str, default:str|None=None):
+def metadata(self: StoreSource, column: str, default: str | None = None):
     file = self.store.folder/'traces.csv'
     if column in (columns := columns_of(file)):
         return read_column(file, column)[self.rows].tolist()
@@ -380,7 +380,7 @@ def metadata(self:StoreSource, column:str, default:str|None=None):
 
 # %% ../../nbs/data/04_store_reader.ipynb #7480f662
 @patch
-def events(self:StoreSource):
+def events(self: StoreSource):
     "Traces of several data sets or chunks with the same name are told apart by their rows"
     names, count = np.unique(self.store.index['name'], return_counts=True)
     twice = set(names[count > 1].tolist())
@@ -391,32 +391,32 @@ def events(self:StoreSource):
 
 # %% ../../nbs/data/04_store_reader.ipynb #4a43e643
 @patch
-def has_phase_labels(self:StoreSource):
+def has_phase_labels(self: StoreSource):
     return bool(any((self.store.index[k][self.rows] > 0).any()
                     for k in ('p_status', 's_status')))
 
 # %% ../../nbs/data/04_store_reader.ipynb #dcc31a82
 @patch
-def fingerprint(self:StoreSource):
+def fingerprint(self: StoreSource):
     "Checksum of index, arrivals, and the checksums of the samples"
     known = [self.store.index[self.rows], [s['sha256'] for s in self.store.manifest['shards']]]
     return digest(*known, *([self._own()] if len(self.store.arrivals) else []))
 
 @patch
-def _own(self:StoreSource):
+def _own(self: StoreSource):
     "The rows of `arrivals` that belong to this part"
     arrivals = self.store.arrivals
     return arrivals[np.isin(arrivals['record'], self.rows)]
 
 # %% ../../nbs/data/04_store_reader.ipynb #abd11e31
 @patch
-def most(self:StoreSource, window:int):
+def most(self: StoreSource, window: int):
     if window not in self._most: self._most[window] = most_in_window(self._own(), window)
     return self._most[window]
 
 # %% ../../nbs/data/04_store_reader.ipynb #49e8823c
 @patch
-def subset(self:StoreSource, rows:list):
+def subset(self: StoreSource, rows: list):
     "A part that is as fast as the whole; `rows` ascend, so that sources stay together"
     part = copy(self)
     part.rows = self.rows[np.asarray(rows, int)]
@@ -425,20 +425,20 @@ def subset(self:StoreSource, rows:list):
 
 # %% ../../nbs/data/04_store_reader.ipynb #d8b513f8
 @patch
-def choose(self:StoreSource, u:np.ndarray):
+def choose(self: StoreSource, u: np.ndarray):
     "Draw a source by its weight, and a trace of it"
     return choose_traces(u, self.upto, self.count)
 
 # %% ../../nbs/data/04_store_reader.ipynb #375a6992
 @patch
-def prefetch_windows(self:StoreSource, i:np.ndarray, u:np.ndarray, window:int):
+def prefetch_windows(self: StoreSource, i: np.ndarray, u: np.ndarray, window: int):
     first, _ = place_windows(u, self.samples[i], window)
     start = self.first[i] + np.maximum(first, 0)
     advise_willneed(self.store, self.shard[i], start, np.minimum(self.samples[i], window))
 
 # %% ../../nbs/data/04_store_reader.ipynb #4de4dc8d
 @patch
-def windows(self:StoreSource, i:np.ndarray, u:np.ndarray, window:int):
+def windows(self: StoreSource, i: np.ndarray, u: np.ndarray, window: int):
     "All windows at once, in the type of the store"
     samples, rows = self.samples[i], self.store.index[self.rows[i]]
     first, valid = place_windows(u, samples, window)
@@ -449,7 +449,7 @@ def windows(self:StoreSource, i:np.ndarray, u:np.ndarray, window:int):
     return Windows(x, rows['scale'].astype(np.float32), valid, onset, status, i, events, zones)
 
 @patch
-def _events(self:StoreSource, i, first, window, onset):
+def _events(self: StoreSource, i, first, window, onset):
     "Events and zones; a trace without rows in `arrivals` has its P and S"
     own = onset[:, None, :2]
     if not len(self.store.arrivals): return own, np.empty((len(i), 2, 0, 2), np.float32)
@@ -464,8 +464,8 @@ def _events(self:StoreSource, i, first, window, onset):
 class StoreRecords:
     "The whole records of one split of a store, read as from a SeisBench data set"
     def __init__(self,
-        store:Store, # open
-        split:str,   # train, dev or test
+        store: Store,  # open
+        split: str,    # train, dev or test
     ):
         import pandas as pd
         splits, index = store.manifest["splits"], store.index
@@ -475,4 +475,4 @@ class StoreRecords:
         self.metadata = table.iloc[self.rows].reset_index(drop=True)
 
     def copy(self): return copy(self)
-    def get_waveforms(self, i:int): return self.store.record(self.rows[i]).waveform.T
+    def get_waveforms(self, i: int): return self.store.record(self.rows[i]).waveform.T

@@ -21,8 +21,8 @@ from ..core import UserError, log
 
 # %% ../../nbs/data/06_windows.ipynb #8606d311
 def splitmix64(
-    z:np.ndarray, # uint64
-) -> np.ndarray: # uint64, one to one
+    z: np.ndarray,  # uint64
+) -> np.ndarray:  # uint64, one to one
     "SplitMix64: add the golden ratio, then shift and multiply"
     with np.errstate(over="ignore"):  # arithmetic modulo 2^64
         z = z + np.uint64(0x9E3779B97F4A7C15)
@@ -32,10 +32,10 @@ def splitmix64(
 
 # %% ../../nbs/data/06_windows.ipynb #9f3d65fa
 def uniforms(
-    seed:int,           # of the run
-    numbers:np.ndarray, # (B,) windows
-    attempt:int=0,      # which draw for this window
-) -> np.ndarray: # (B, 3) in [0, 1): for source, record, offset
+    seed: int,            # of the run
+    numbers: np.ndarray,  # (B,) windows
+    attempt: int = 0,     # which draw for this window
+) -> np.ndarray:  # (B, 3) in [0, 1): for source, record, offset
     "Random numbers that depend on (seed, number, attempt) and their column only"
     z = splitmix64(splitmix64(np.uint64(seed % 2**64)) ^ np.asarray(numbers).astype(np.uint64))
     z = splitmix64(z[:, None] ^ np.uint64(3 * attempt) + np.arange(3, dtype=np.uint64))
@@ -43,10 +43,10 @@ def uniforms(
 
 # %% ../../nbs/data/06_windows.ipynb #d2e6faad
 def write_rows_into(
-    b:Windows,       # a batch, filled in place
-    rows:np.ndarray, # which rows
-    w:Windows,       # for these rows
-    raw:bool,        # leave them as they are
+    b: Windows,        # a batch, filled in place
+    rows: np.ndarray,  # which rows
+    w: Windows,        # for these rows
+    raw: bool,         # leave them as they are
 ) -> None:
     "Copy windows into rows of a batch"
     for to, value in zip(b[1:6], w[1:6]): to[rows] = value
@@ -64,10 +64,10 @@ def write_rows_into(
 
 # %% ../../nbs/data/06_windows.ipynb #d3f6bcaf
 def empty_batch(
-    count:int,      # windows
-    window:int,     # samples
-    dtype:type=np.float32, # of the samples
-    most:tuple[int, int]=(1, 0), # events, and zones of a phase, that a window can have
+    count: int,  # windows
+    window: int,  # samples
+    dtype: type = np.float32,  # of the samples
+    most: tuple[int, int] = (1, 0),  # events, and zones of a phase, that a window can have
 ) -> Windows:
     "A batch to be filled"
     missing = lambda *shape: np.full(shape, np.nan, np.float32)
@@ -86,7 +86,7 @@ class Filler:
         rejected: dict,  # gets "source/record" -> why it has no window; fillers may share it
     ): self.source, self.window, self.rejected = source, window, rejected
 
-    def reject(self, k:int):
+    def reject(self, k: int):
         "Note a record that gave no window, and log it once"
         refused = self.source.refused
         name, why = refused[k] if k in refused else \
@@ -98,12 +98,12 @@ class Filler:
 # %% ../../nbs/data/06_windows.ipynb #cd114357
 @patch
 def fill(
-    self:Filler,
+    self: Filler,
     b: Windows,        # a batch, filled in place
     rows: np.ndarray,  # (B,) which rows
     u: np.ndarray,     # (B, 2) in [0, 1): of the record, of the offset
     raw: bool,         # leave the samples as they are
-) -> np.ndarray:       # rows that succeeded
+) -> np.ndarray:  # rows that succeeded
     "Fill rows with random windows, as far as they can be used"
     i = self.source.choose(u[:, 0])
     self.source.prefetch_windows(i, u[:, 1], self.window)  # the disk works while we copy
@@ -113,13 +113,13 @@ def fill(
 # %% ../../nbs/data/06_windows.ipynb #4f0da394
 @patch
 def fill_few(
-    self:Filler,
+    self: Filler,
     b: Windows,        # a batch, filled in place
     rows: np.ndarray,  # (B,) which rows
     i: np.ndarray,     # (B,) numbers of records
     u: np.ndarray,     # (B,) in [0, 1): where in the record
     raw: bool,         # leave the samples as they are
-) -> np.ndarray:       # rows that succeeded
+) -> np.ndarray:  # rows that succeeded
     "Fill a few rows, so that they fit into the cache of a CPU"
     w = self.source.windows(i, u, self.window)
     still = is_flat(w.x, w.valid)
@@ -131,9 +131,9 @@ def fill_few(
 
 # %% ../../nbs/data/06_windows.ipynb #a5bba6b4
 def shares_of(
-    weights:list|None, # one for each source, any positive scale; None: all equal
-    n:int,   # sources
-) -> np.ndarray: # (n,) with the sum 1
+    weights: list | None,  # one for each source, any positive scale; None: all equal
+    n: int,  # sources
+) -> np.ndarray:  # (n,) with the sum 1
     "The fraction of each source; `UserError` for a wrong number of weights, or none above 0"
     share = np.ones(n) if weights is None else np.asarray(weights, float)
     valid = share.shape == (n,) and (np.isfinite(share) & (share >= 0)).all() and share.any()
@@ -142,18 +142,18 @@ def shares_of(
 
 # %% ../../nbs/data/06_windows.ipynb #7d62d37e
 def choose_sources(
-    u:np.ndarray,     # (B,) in [0, 1)
-    share:np.ndarray, # (n,) from `shares_of`
-) -> np.ndarray: # (B,) numbers of sources
+    u: np.ndarray,      # (B,) in [0, 1)
+    share: np.ndarray,  # (n,) from `shares_of`
+) -> np.ndarray:  # (B,) numbers of sources
     "Draw sources by their fractions"
     return np.minimum(np.searchsorted(np.cumsum(share), u, side="right"), np.flatnonzero(share)[-1])
 
 # %% ../../nbs/data/06_windows.ipynb #01802312
 def to_tensors(
-    b:Windows, # a batch that is full
-    raw:bool,  # with what is needed to normalise it later
-    **more,    # further arrays (B,)
-) -> dict: # name -> tensor (B, …)
+    b: Windows,  # a batch that is full
+    raw: bool,   # with what is needed to normalise it later
+    **more,      # further arrays (B,)
+) -> dict:  # name -> tensor (B, …)
     "A batch as named tensors"
     labels = dict(zip(("p_onset", "s_onset", "p_weak", "s_weak"), b.onset.T.copy()))
     labels |= dict(zip(("p_status", "s_status"), b.status.T.copy()))
@@ -170,12 +170,12 @@ class WindowDataset(Dataset):
     process has its own copy, so every item says in `redrawn` how many draws failed before it.
     """
     def __init__(self,
-        sources:list[Source], # from `open_source`, or of your own
-        length:int,         # windows in the data set
-        weights:list|None=None,       # share of each source, any positive scale; None: equal shares
-        seed:int=0,         # of everything that is drawn
-        start:int=0,        # number of the first window: a resumed run starts where it stopped
-        window:int=WINDOW,  # samples of a window
+        sources: list[Source],  # from `open_source`, or of your own
+        length: int,  # windows in the data set
+        weights: list | None = None,  # share of each source, any positive scale; None: equal shares
+        seed: int = 0,  # of everything that is drawn
+        start: int = 0,  # number of the first window: a resumed run starts where it stopped
+        window: int = WINDOW,  # samples of a window
     ):
         self.sources, self.length = list(sources), length
         self.share = shares_of(weights, len(sources))
@@ -184,7 +184,7 @@ class WindowDataset(Dataset):
         self.most = tuple(map(max, zip(*(s.most(window) for s in self.sources))))
 
     def __len__(self): return self.length
-    def __getitem__(self, n:int) -> dict: return self.__getitems__([n])[0]
+    def __getitem__(self, n: int) -> dict: return self.__getitems__([n])[0]
 
     def __getitems__(self, numbers) -> list[dict]:
         "The items of a batch, as PyTorch's loader asks for them"
@@ -194,10 +194,10 @@ class WindowDataset(Dataset):
 # %% ../../nbs/data/06_windows.ipynb #b8ef1c7c
 @patch
 def batch(
-    self:WindowDataset,
-    numbers:list,        # of the windows, each from 0 to `length` - 1
-    raw:bool=False, # as the sources have them: not normalised, with `scale` and `valid`
-) -> dict: # name -> tensor of len(numbers) rows
+    self: WindowDataset,
+    numbers: list,  # of the windows, each from 0 to `length` - 1
+    raw: bool = False,  # as the sources have them: not normalised, with `scale` and `valid`
+) -> dict:  # name -> tensor of len(numbers) rows
     "Many windows at once"
     n = np.asarray(numbers, np.int64)
     for k in n[(n < 0) | (n >= self.length)]: raise IndexError(f"window {k} of {self.length}")
@@ -217,7 +217,7 @@ def batch(
 
 # %% ../../nbs/data/06_windows.ipynb #61ec51d9
 @patch
-def _walk(self:WindowDataset, b, row, n, raw):
+def _walk(self: WindowDataset, b, row, n, raw):
     "Try every record in turn; returns the source that had one, and the number of attempts"
     asked = 1000
     for s in np.flatnonzero(self.share):

@@ -29,9 +29,9 @@ from .window_labels import Labelled, LabelSpec
 class WindowModel(FineTuned):
     "Encoder and backbone of a pretraining model, with a head that has one output per window"
     def __init__(self,
-        model: Pretrainer,      # provides encoder and backbone
-        question: LabelSpec,    # classes or a number
-        freeze: str = 'none',   # weights that are not trained: none, encoder, all or gradual
+        model: Pretrainer,     # provides encoder and backbone
+        question: LabelSpec,   # classes or a number
+        freeze: str = 'none',  # weights that are not trained: none, encoder, all or gradual
     ):
         head = WindowHead(model.backbone.dim, len(question.classes or [0]))
         super().__init__(model, head, freeze)
@@ -39,8 +39,8 @@ class WindowModel(FineTuned):
         with torch.no_grad(): self.head.out.bias.copy_(_first_bias(question))
 
     def forward(self,
-        batch: dict,  # x (B, L, 3) and y (B,), see `LabelledWindows`
-        generator: torch.Generator|None = None,  # not used
+        batch: dict,                               # x (B, L, 3) and y (B,), see `LabelledWindows`
+        generator: torch.Generator | None = None,  # not used
     ) -> Step:
         "Cross-entropy and fraction of correct answers, or Huber's loss and mean absolute error"
         features = self.features(batch['x'])
@@ -51,7 +51,7 @@ class WindowModel(FineTuned):
         z = self.head(self.features(x)).float()
         return z.softmax(-1) if self.question.classes else z*self.question.std + self.question.mean
 
-    def save_pretrained(self, folder: str|Path, extra: dict|None = None):
+    def save_pretrained(self, folder: str | Path, extra: dict | None = None):
         "Write `model.safetensors` and `config.json`, which contains the `LabelSpec`"
         extra = {**(extra or {}), 'question': asdict(self.question)}
         Pretrainer.save_pretrained(self, folder, extra)
@@ -73,8 +73,8 @@ def _step(q, z, y, features):
 
 # %% ../../nbs/finetuning/05_classification.ipynb #0f04d85d
 def load_window_model(
-    folder: str|Path,  # of a run of `finetune --column`, or that `save_pretrained` wrote
-) -> WindowModel:      # on the CPU, in evaluation mode
+    folder: str | Path,  # of a run of `finetune --column`, or that `save_pretrained` wrote
+) -> WindowModel:  # on the CPU, in evaluation mode
     "Load a model; raises `UserError` where the folder holds another kind of model"
     config, weights = read_model(folder)
     if 'question' not in config:

@@ -41,9 +41,9 @@ from ..signals.records import WINDOW
 
 # %% ../../nbs/finetuning/03_finetune.ipynb #dc1c2f24
 def start_model(
-    from_run: str|None,         # a name of the box, folder of a pretrained model, or random
-    preset: str|None = None,    # with random: which model
-    changes: dict|None = None,  # fields to change, from `read_settings`
+    from_run: str | None,         # a name of the box, folder of a pretrained model, or random
+    preset: str | None = None,    # with random: which model
+    changes: dict | None = None,  # fields to change, from `read_settings`
 ) -> Pretrainer:
     "A model to fine-tune; raises `UserError` where the start is not said, or is not there"
     if from_run is None:
@@ -62,10 +62,10 @@ def start_model(
 
 # %% ../../nbs/finetuning/03_finetune.ipynb #a4ae5618
 def start_picker(
-    from_run: str|None,       # folder of a pretrained model, or random
-    preset: str|None = None,  # with random: which model
-    width: int = 64,          # of the head; 0: a linear probe
-    freeze: str = 'none',     # see `Picker`
+    from_run: str | None,       # folder of a pretrained model, or random
+    preset: str | None = None,  # with random: which model
+    width: int = 64,            # of the head; 0: a linear probe
+    freeze: str = 'none',       # see `Picker`
 ) -> Picker:
     "A picker with a fresh head; raises `UserError` as `start_model` does"
     return Picker(start_model(from_run, preset), width=width, freeze=freeze).train()
@@ -91,11 +91,11 @@ def fine_recipe(
 
 # %% ../../nbs/finetuning/03_finetune.ipynb #624e0c02
 def label_windows(
-    names: list[str],           # datasets with picks
-    fraction: float,            # of the events of each, for training
-    weights: list[float]|None,  # relative weights of the datasets
-    c: TrainConfig,             # names steps, batch and seed
-    window: int = WINDOW,       # samples
+    names: list[str],             # datasets with picks
+    fraction: float,              # of the events of each, for training
+    weights: list[float] | None,  # relative weights of the datasets
+    c: TrainConfig,               # names steps, batch and seed
+    window: int = WINDOW,         # samples
 # to train on, to validate on; records of each dataset
 ) -> tuple[WindowDataset, WindowDataset, list[int]]:
     "Windows with labels; raises `UserError` where a dataset cannot be opened, or has no dev split"
@@ -112,8 +112,8 @@ def label_windows(
 
 # %% ../../nbs/finetuning/03_finetune.ipynb #b6e17e79
 def with_real_noise(
-    windows: WindowDataset,                   # to train on
-    device: str|torch.device,                 # of the training
+    windows: WindowDataset,  # to train on
+    device: str | torch.device,  # of the training
     settings: Augmentation = Augmentation(),  # how often and how much
     events: int = 1000,  # synthetic ones to make, where there are any among the data
 ) -> tuple[WindowDataset, Callable]:  # the windows to train on, the augmentation for `train`
@@ -217,7 +217,7 @@ def saved_run(
 
 # %% ../../nbs/finetuning/03_finetune.ipynb #f4f48224
 def fine_folder(
-    out: Path|None,  # as it was typed
+    out: Path | None,  # as it was typed
 ) -> Path:
     "The folder of a new run; raises `UserError` where none is named, or it is full of other things"
     if not out: raise UserError("Name the run's folder, with --out FOLDER.")
@@ -227,11 +227,11 @@ def fine_folder(
 
 # %% ../../nbs/finetuning/03_finetune.ipynb #43aff881
 def fine_settings(
-    config: Path|None,      # as --config names it
-    words: list[str]|None,  # as --set takes them
-    options: dict,          # fields of the recipe with an option of their own; None: not given
-    resume: Path|None,      # the run to go on with
-) -> tuple[dict, dict]:     # what `start_model` changes; the given fields of the recipe
+    config: Path | None,      # as --config names it
+    words: list[str] | None,  # as --set takes them
+    options: dict,            # fields of the recipe with an option of their own; None: not given
+    resume: Path | None,      # the run to go on with
+) -> tuple[dict, dict]:  # what `start_model` changes; the given fields of the recipe
     "Fields given by options, --set and --config; raises `UserError` for a wrong or a fixed one"
     if resume and config:
         raise UserError("--resume goes on with the run's own settings; leave --config away.")

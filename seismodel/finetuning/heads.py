@@ -59,11 +59,11 @@ AT = ('frames', 'samples')      # frames of 40 ms, or samples of 10 ms
 class PickHead(nn.Module):
     "Features (B, T, D) and their window (B, L, 3) to logits (B, L, 3) of noise, P and S"
     def __init__(self,
-        dim: int,             # D
-        width: int = 64,      # channels of both convolutions; 0 leaves them out: a linear probe
+        dim: int,  # D
+        width: int = 64,  # channels of both convolutions; 0 leaves them out: a linear probe
         dropout: float = .2,  # after each convolution
-        raw: bool = True,     # the waveform beside the features
-        # where the convolutions work: 'frames', four samples each, or 'samples'
+        raw: bool = True,  # the waveform beside the features
+          # where the convolutions work: 'frames', four samples each, or 'samples'
         at: str = 'frames',
     ):
         super().__init__()
@@ -256,7 +256,7 @@ class Picker(FineTuned):
 
     def forward(self,
         batch: dict,  # x (B, L, 3), and labels as `pick_targets` reads them
-        generator: torch.Generator|None = None,  # not used: only dropout is random
+        generator: torch.Generator | None = None,  # not used: only dropout is random
     ) -> Step:
         "Cross-entropy of the labelled picks, and the share that was found"
         features = self.features(batch['x'])
@@ -309,8 +309,8 @@ def picker_from_dict(
 
 # %% ../../nbs/finetuning/01_heads.ipynb #45fa2ada
 def load_picker(
-    folder: str|Path,  # of a fine-tuning run or of `save_pretrained`, or a name of the box
-) -> Picker:           # on the CPU, in evaluation mode
+    folder: str | Path,  # of a fine-tuning run or of `save_pretrained`, or a name of the box
+) -> Picker:  # on the CPU, in evaluation mode
     "Open a picker; raises `UserError` where the folder does not hold one"
     config, weights = read_model(folder)
     if 'picker' not in config:

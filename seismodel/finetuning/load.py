@@ -16,8 +16,8 @@ from ..models.pretraining import Pretrainer, from_pretrained, read_config
 
 # %% ../../nbs/finetuning/06_load.ipynb #ea224786
 def load(
-    folder: str|Path,  # of a run or of `save_pretrained`, or a name of the box
-) -> Pretrainer|Picker|WindowModel:  # on the CPU, in evaluation mode
+    folder: str | Path,  # of a run or of `save_pretrained`, or a name of the box
+) -> Pretrainer | Picker | WindowModel:  # on the CPU, in evaluation mode
     "Open the model in a folder; raises `UserError` where there is none, or it is damaged"
     config = read_config(folder)
     if 'picker' in config: return load_picker(folder)

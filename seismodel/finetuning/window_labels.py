@@ -27,8 +27,8 @@ from ..core import UserError
 class LabelSpec:
     "The label of a window: one of several classes, or a number"
     column: str              # of the metadata
-    classes: list[str]|None  # names of the classes; None: the label is a number
-    shares: list[float]|None = None # fraction of the training records in each class
+    classes: list[str] | None  # names of the classes; None: the label is a number
+    shares: list[float] | None = None  # fraction of the training records in each class
     mean: float = 0.         # of the numbers of the training records
     std: float = 1.          # of the numbers of the training records
 
@@ -50,7 +50,7 @@ class LabelSpec:
         else: self.mean, self.std = float(y.mean()), float(y.std())
         return self
 
-    def guess(self) -> str|float:
+    def guess(self) -> str | float:
         "The baseline: the most frequent class, or the mean"
         return self.classes[int(np.argmax(self.shares))] if self.classes else self.mean
 
@@ -67,9 +67,9 @@ def number(
 MANY = 50        # largest number of classes; a column with more texts holds names
 
 def ask(
-    column: str,       # of the metadata
-    values: list[str], # cells of the training records
-    classes: list[str]|None = None,  # classes to use; None: all texts of the column
+    column: str,  # of the metadata
+    values: list[str],  # cells of the training records
+    classes: list[str] | None = None,  # classes to use; None: all texts of the column
 ) -> LabelSpec:
     "Decide between classes and a number; raises `UserError` where the values allow neither"
     there = [v for v in values if v]
@@ -135,12 +135,12 @@ class LabelledWindows(WindowDataset):
 
 # %% ../../nbs/finetuning/04_window_labels.ipynb #134e055c
 def label_sources(
-    names: list[str],         # data sets
-    column: str,              # of the metadata
-    classes: list[str]|None,  # classes to use; None: see `ask`
-    fraction: float,          # of the labelled events of each data set, for training
-    seed: int,                # of the choice of events
-    window: int = WINDOW,     # samples
+    names: list[str],           # data sets
+    column: str,                # of the metadata
+    classes: list[str] | None,  # classes to use; None: see `ask`
+    fraction: float,            # of the labelled events of each data set, for training
+    seed: int,                  # of the choice of events
+    window: int = WINDOW,       # samples
 ) -> tuple[LabelSpec, list[Labelled], list[Labelled]]:  # label; training and dev records
     "Open data sets with labels; raises `UserError` where one has no labels in train or dev"
     training, dev = ([open_source(name, split, window) for name in names]

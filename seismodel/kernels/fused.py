@@ -433,14 +433,14 @@ def mlstm_fault(
 
 # %% ../../nbs/kernels/04_fused.ipynb #bbcc026a
 def mlstm(
-    q: Tensor,         # (B, H, T, dk) queries
-    k: Tensor,         # (B, H, T, dk) keys
-    v: Tensor,         # (B, H, T, dv) values
-    i: Tensor,         # (B, H, T) input gates before the exponential, soft-capped
-    f: Tensor,         # (B, H, T) forget gates before the sigmoid, soft-capped
-    reverse: int=0,    # the last `reverse` heads read time backwards
-    state: MLSTMState | None=None,  # memory left by the piece before; carries no gradient
-    return_state: bool=False,       # also return the memory at the end
+    q: Tensor,  # (B, H, T, dk) queries
+    k: Tensor,  # (B, H, T, dk) keys
+    v: Tensor,  # (B, H, T, dv) values
+    i: Tensor,  # (B, H, T) input gates before the exponential, soft-capped
+    f: Tensor,  # (B, H, T) forget gates before the sigmoid, soft-capped
+    reverse: int = 0,  # the last `reverse` heads read time backwards
+    state: MLSTMState | None = None,  # memory left by the piece before; carries no gradient
+    return_state: bool = False,  # also return the memory at the end
 ) -> Tensor | tuple[Tensor, MLSTMState]:  # h (B, H, T, dv); with the memory if asked
     "The mLSTM cell: kernels on a GPU, `mlstm_chunkwise` elsewhere; ValueError for wrong shapes"
     check_inputs(q, k, v, i, f, reverse, stream=return_state or state is not None)

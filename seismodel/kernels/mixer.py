@@ -18,22 +18,22 @@ from .mlstm import mlstm_chunkwise, soft_cap
 
 # %% ../../nbs/kernels/05_mixer.ipynb #7d79e72d
 def head_norm(
-    h: Tensor,        # (B, H, T, dv) output of the cell
-    weight: Tensor,   # (H · dv,) one per feature of the layer
-    eps: float=1e-6,  # added to the variance
-) -> Tensor:          # (B, T, H · dv), in the dtype of the weight
+    h: Tensor,          # (B, H, T, dv) output of the cell
+    weight: Tensor,     # (H · dv,) one per feature of the layer
+    eps: float = 1e-6,  # added to the variance
+) -> Tensor:  # (B, T, H · dv), in the dtype of the weight
     "LayerNorm over the features of each head"
     return F.layer_norm(h.to(weight.dtype), h.shape[-1:],
                         eps=eps).transpose(1, 2).flatten(2) * weight
 
 # %% ../../nbs/kernels/05_mixer.ipynb #d3aa16a6
 def mix_plain(
-    qkvo: Tensor,     # (B, T, 4, H, d) queries, keys, values and output gates of H heads
-    gates: Tensor,    # (B, T, 2, H) input and forget gates before the cap
-    weight: Tensor,   # (H · n,) of the norm; if n < d, the other numbers of a head are zeros
-    reverse: int,     # the last `reverse` heads read time backwards
-    eps: float=1e-6,  # of the norm
-) -> Tensor:          # (B, T, H · d)
+    qkvo: Tensor,       # (B, T, 4, H, d) queries, keys, values and output gates of H heads
+    gates: Tensor,      # (B, T, 2, H) input and forget gates before the cap
+    weight: Tensor,     # (H · n,) of the norm; if n < d, the other numbers of a head are zeros
+    reverse: int,       # the last `reverse` heads read time backwards
+    eps: float = 1e-6,  # of the norm
+) -> Tensor:  # (B, T, H · d)
     "Soft cap, mLSTM, LayerNorm per head, output gate"
     H, d = qkvo.shape[3:]
     n = len(weight) // H
@@ -122,12 +122,12 @@ class FusedMix(torch.autograd.Function):
 
 # %% ../../nbs/kernels/05_mixer.ipynb #cbef0c88
 def mlstm_mix(
-    qkvo: Tensor,     # (B, T, 4, H, d) queries, keys, values and output gates of H heads
-    gates: Tensor,    # (B, T, 2, H) float32, input and forget gates before the cap
-    weight: Tensor,   # (H · n,) of the norm, see `mix_plain`
-    reverse: int,     # the last `reverse` heads read time backwards
-    eps: float=1e-6,  # of the norm
-) -> Tensor:          # (B, T, H · d)
+    qkvo: Tensor,       # (B, T, 4, H, d) queries, keys, values and output gates of H heads
+    gates: Tensor,      # (B, T, 2, H) float32, input and forget gates before the cap
+    weight: Tensor,     # (H · n,) of the norm, see `mix_plain`
+    reverse: int,       # the last `reverse` heads read time backwards
+    eps: float = 1e-6,  # of the norm
+) -> Tensor:  # (B, T, H · d)
     "`mix_plain`, by the kernels on a GPU that can run them"
     T, d = qkvo.shape[1], qkvo.shape[-1]
     fits = d <= 128 or T <= 1024                                       # wider heads have no scan

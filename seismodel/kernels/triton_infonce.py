@@ -127,12 +127,12 @@ def block_of(
 
 # %% ../../nbs/kernels/07_triton_infonce.ipynb #9dc21e4b
 def choice_gradients(
-    dvectors: Tensor,  # (N, G, d) gradient of the code vectors
-    dusage: Tensor,    # (G, V) gradient of the usage
-    saved: tuple,      # x, rows, weight, proj, bias, book, temperature, seeds, entries (N, G)
-    scale: float,      # of the logits
-    noise: bool,       # as in the forward pass
-    dx: Tensor|None,   # (rows, D) zeros, to be filled; None: not needed
+    dvectors: Tensor,   # (N, G, d) gradient of the code vectors
+    dusage: Tensor,     # (G, V) gradient of the usage
+    saved: tuple,       # x, rows, weight, proj, bias, book, temperature, seeds, entries (N, G)
+    scale: float,       # of the logits
+    noise: bool,        # as in the forward pass
+    dx: Tensor | None,  # (rows, D) zeros, to be filled; None: not needed
 ) -> tuple[Tensor, Tensor]:  # gradients of projection (G · V, D) and bias (G · V,)
     "Gradients through the choice of the codes, `CHUNK` frames at a time"
     x, rows, weight, proj, bias, book, temperature, seeds, (N, G) = *saved[:-1], saved[-1].shape

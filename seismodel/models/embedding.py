@@ -28,8 +28,8 @@ from ..signals.normalize import normalize
 
 # %% ../../nbs/models/11_embedding.ipynb #6e07d0a1
 def split_windows(
-    waveform:np.ndarray, # (L, 3), 100 Hz
-    window:int=WINDOW,   # samples
+    waveform: np.ndarray,  # (L, 3), 100 Hz
+    window: int = WINDOW,  # samples
 ) -> tuple[torch.Tensor, list[int], list[int]]:  # (N, window, 3) normalised; starts; true frames
     "Windows side by side over a record; raises `ValueError` where a sample is not finite"
     x = torch.as_tensor(waveform, dtype=torch.float32)
@@ -42,12 +42,12 @@ def split_windows(
 # %% ../../nbs/models/11_embedding.ipynb #9e2e9274
 @torch.no_grad()
 def record_features(
-    model:Pretrainer, # in evaluation mode
-    waveform:np.ndarray, # (L, 3), 100 Hz
-    device:torch.device, # where the model is
-    frames:bool=False, # one vector a frame instead of the mean over a window's frames
-    batch_size:int=32, # windows at a time
-)->tuple[np.ndarray, list[int], list[int]]: # (N, D) or (N, T, D), first samples, true frames
+    model: Pretrainer,  # in evaluation mode
+    waveform: np.ndarray,  # (L, 3), 100 Hz
+    device: torch.device,  # where the model is
+    frames: bool = False,  # one vector a frame instead of the mean over a window's frames
+    batch_size: int = 32,  # windows at a time
+) -> tuple[np.ndarray, list[int], list[int]]:  # (N, D) or (N, T, D), first samples, true frames
     "Features of a record of any length"
     x, starts, true = split_windows(waveform)
     # (N, T, D)
@@ -124,14 +124,14 @@ def save_arrays(
 # %% ../../nbs/models/11_embedding.ipynb #e9916eac
 @delegates(Selection)
 def embed(
-    model:str, # a name of the box, such as tiny, or the folder of a run
-    sources:Annotated[str, {'opt': False, 'nargs': '+'}], # data sets; or files, folders, patterns
-    out:Path=Path('features.npz'), # the file to write
-    split:str='train', # of a dataset: train, dev or test
-    frames:bool=False, # keep one vector for every 40 ms instead of the mean over each window
-    device:str='auto', # auto, cpu, cuda or cuda:N
+    model: str,  # a name of the box, such as tiny, or the folder of a run
+    sources: Annotated[str, {'opt': False, 'nargs': '+'}],  # data sets; or files, folders, patterns
+    out: Path = Path('features.npz'),  # the file to write
+    split: str = 'train',  # of a dataset: train, dev or test
+    frames: bool = False,  # keep one vector for every 40 ms instead of the mean over each window
+    device: str = 'auto',  # auto, cpu, cuda or cuda:N
     **selection,
-)->Path: # the file written
+) -> Path:  # the file written
     """Write features of data sets (by folder or by name), or of waveform files (an SDS archive,
     miniSEED, SAC, …), to .npz: features, name, start_sample, true_frames"""
     target, out, selection = pick_device(device), Path(out), Selection(**selection)

@@ -21,9 +21,10 @@ from .masking import MODES, apply_mask, channel_mask, mode_name, span_mask
 from .quantizer import GumbelVectorQuantizer, MaskedCodes, quantize_masked
 
 # %% ../../nbs/models/04_encoders.ipynb #def98000
-def check_traces(x: torch.Tensor,   # what should be (B, L, C)
-                 components: int    # C
-                 ) -> None:
+def check_traces(
+    x: torch.Tensor,  # what should be (B, L, C)
+    components: int   # C
+) -> None:
     """Raises a ValueError unless `x` has three dimensions, the components last, and at least one
     sample"""
     if x.dim() != 3 or x.shape[2] != components or x.shape[1] < 1:
@@ -117,8 +118,9 @@ class ConvDownLayers(nn.Module):
             c.codevector_dim, c.max_temperature, c.scale_logits)
         self.target_projection = nn.Linear(c.codevector_dim, c.target_features)
 
-    def encode(self, x: torch.Tensor   # (B, L, C)
-               ) -> torch.Tensor:      # (B, T, out_features)
+    def encode(
+        self, x: torch.Tensor  # (B, L, C)
+    ) -> torch.Tensor:      # (B, T, out_features)
         "Features with nothing masked: what fine-tuning and `embed` use"
         check_traces(x, self.config.in_features)
         return self.projection(self.frontend(x))
@@ -159,9 +161,10 @@ class ConvDownPaths(ConvDownLayers):
 class ConvDownEncoderContrastive(ConvDownPaths):
     """Contrastive encoder: trace (B, L, C) to masked features and quantized targets
     (wav2vec 2.0, Baevski et al. 2020)"""
-    def forward(self, x: torch.Tensor,                       # (B, L, C) normalised trace
-                generator: torch.Generator | None = None  # of masks and codes, on the device of `x`
-                ) -> ConvDownFeatures | torch.Tensor:  # or features (B, T, out_features) alone
+    def forward(
+        self, x: torch.Tensor,                    # (B, L, C) normalised trace
+        generator: torch.Generator | None = None  # of masks and codes, on the device of `x`
+    ) -> ConvDownFeatures | torch.Tensor:  # or features (B, T, out_features) alone
         "Masked features and targets; raises a ValueError below 13 samples: too few frames to mask"
         if not self.pretraining: return self.encode(x)
         check_traces(x, self.config.in_features)
@@ -224,9 +227,10 @@ class BidirAutoregEncoder(nn.Module):
         check_traces(x, self.config.in_features)
         return self.dropout(self.projection(self.subsampling(x)[0]))
 
-    def forward(self, x: torch.Tensor,                      # (B, L, C) normalised trace
-                generator: torch.Generator | None = None    # of the masks, on the device of `x`
-                ) -> MaskedTokens | torch.Tensor:           # or features (B, T, d_model) alone
+    def forward(
+        self, x: torch.Tensor,                    # (B, L, C) normalised trace
+        generator: torch.Generator | None = None  # of the masks, on the device of `x`
+    ) -> MaskedTokens | torch.Tensor:           # or features (B, T, d_model) alone
         "Masked features and tokens; raises a ValueError below 13 samples: too few frames to mask"
         if not self.pretraining: return self.encode(x)
         c, value = self.config, 0. if self.mask_emb is None else self.mask_emb

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 # %% ../../nbs/models/01_frontend.ipynb #1775f5cf
-def same_padding(kernel_size:int, # taps of the convolution
-                 dilation:int=1, # distance between taps, samples
-                 ) -> int: # zeros at either end
+def same_padding(
+    kernel_size: int,   # taps of the convolution
+    dilation: int = 1,  # distance between taps, samples
+) -> int:  # zeros at either end
     """Zeros at either end that centre output t on input stride·t; raises ValueError if that
     takes half a zero"""
     reach = dilation*(kernel_size - 1)   # from the first tap to the last
@@ -26,18 +27,20 @@ def same_padding(kernel_size:int, # taps of the convolution
     return reach//2
 
 # %% ../../nbs/models/01_frontend.ipynb #84a8dfe8
-def frames(samples:int, # length of the window
-           strides:tuple[int, ...]=(2, 2), # of the convolutions, first to last
-           ) -> int: # frames that come out
+def frames(
+    samples: int,                       # length of the window
+    strides: tuple[int, ...] = (2, 2),  # of the convolutions, first to last
+) -> int:  # frames that come out
     "Length after a stack of centred convolutions: each stride divides it, rounded up"
     for stride in strides: samples = -(-samples//stride)   # ⌈samples / stride⌉
     return samples
 
 # %% ../../nbs/models/01_frontend.ipynb #16977502
-def receptive_field(kernel_size:int=3, # taps of each convolution
-                    strides:tuple[int, ...]=(2, 2), # of the convolutions, first to last
-                    dilation:int=1, # distance between taps, the same in each
-                    ) -> int: # samples of the window that can change one frame
+def receptive_field(
+    kernel_size: int = 3,               # taps of each convolution
+    strides: tuple[int, ...] = (2, 2),  # of the convolutions, first to last
+    dilation: int = 1,                  # distance between taps, the same in each
+) -> int:  # samples of the window that can change one frame
     "Samples that one frame sees: 1 + Σ d (k−1) · (product of the strides before)"
     field, step = 1, 1  # step: samples between neighbouring inputs of this layer
     for stride in strides:
@@ -48,15 +51,16 @@ def receptive_field(kernel_size:int=3, # taps of each convolution
 # %% ../../nbs/models/01_frontend.ipynb #a3b7f153
 class TraceConv(nn.Conv1d):
     "`Conv1d` that takes and gives channels that lie last in memory without a copy"
-    def forward(self, x:Tensor) -> Tensor:             # (B, C_in, L) to (B, C_out, L')
+    def forward(self, x: Tensor) -> Tensor:  # (B, C_in, L) to (B, C_out, L')
         y = F.conv2d(x.unsqueeze(2), self.weight.unsqueeze(2), self.bias, (1, *self.stride),
                      (0, *self.padding), (1, *self.dilation), self.groups)
         return y.squeeze(2)
 
 # %% ../../nbs/models/01_frontend.ipynb #8a726f4b
-def convolve(conv:nn.Conv1d, # any strided convolution
-             x:Tensor, # (B, L, C_in)
-             ) -> Tensor: # (B, L', C_out)
+def convolve(
+    conv: nn.Conv1d,  # any strided convolution
+    x: Tensor,        # (B, L, C_in)
+) -> Tensor:  # (B, L', C_out)
     "`conv` over time, with the channels last before and after"
     return conv(x.transpose(1, 2)).transpose(1, 2)
 
@@ -65,11 +69,11 @@ class ConvDownFrontend(nn.Module):
     """2 × [Conv1d stride 2 → LayerNorm → GELU] → LayerNorm: waveform (B, L, C) to frames (B,
     ⌈L/4⌉, dim), any L ≥ 1"""
     def __init__(self,
-                 in_features:int=3, # components of the waveform
-                 dim:int=256, # features of a frame
-                 kernel_size:int=3, # taps of both convolutions, odd
-                 dilation:int=1, # distance between taps of both convolutions
-                 ):
+        in_features: int = 3,  # components of the waveform
+        dim: int = 256,        # features of a frame
+        kernel_size: int = 3,  # taps of both convolutions, odd
+        dilation: int = 1,     # distance between taps of both convolutions
+    ):
         super().__init__()
         shape = dict(kernel_size=kernel_size, stride=2, padding=same_padding(kernel_size, dilation),
                      dilation=dilation)
@@ -77,7 +81,7 @@ class ConvDownFrontend(nn.Module):
         self.conv2, self.norm2 = TraceConv(dim, dim, **shape), nn.LayerNorm(dim)
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, x:Tensor) -> Tensor:               # (B, L, C)
+    def forward(self, x: Tensor) -> Tensor:  # (B, L, C)
         x = F.gelu(self.norm1(convolve(self.conv1, x)))  # (B, L/2, D)
         x = F.gelu(self.norm2(convolve(self.conv2, x)))  # (B, L/4, D)
         return self.norm(x)                              # (B, T, D) = x_normalized
@@ -87,26 +91,27 @@ class Conv1dSubsampling(nn.Module):
     """2 × [Conv1d stride 2 → ReLU or GELU]: waveform (B, L, C) to (features, tokens), one tensor
     (B, ⌈L/4⌉, d_model), twice"""
     def __init__(self,
-                 in_features:int=3, # components of the waveform
-                 d_model:int=256, # features of a frame
-                 kernel_size:int=3, # taps of both convolutions, odd
-                 activation:str='relu', # or gelu
-                 ):
+        in_features: int = 3,      # components of the waveform
+        d_model: int = 256,        # features of a frame
+        kernel_size: int = 3,      # taps of both convolutions, odd
+        activation: str = 'relu',  # or gelu
+    ):
         super().__init__()
         shape = dict(kernel_size=kernel_size, stride=2, padding=same_padding(kernel_size))
         self.conv1 = TraceConv(in_features, d_model, **shape)
         self.conv2 = TraceConv(d_model, d_model, **shape)
         self.activation = {'relu': F.relu, 'gelu': F.gelu}[activation]
 
-    def forward(self, x:Tensor) -> tuple[Tensor, Tensor]:  # (B, L, C)
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # (B, L, C)
         x = self.activation(convolve(self.conv1, x))       # (B, L/2, D)
         x = self.activation(convolve(self.conv2, x))       # (B, L/4, D)
         return x, x                                        # features, tokens
 
 # %% ../../nbs/models/01_frontend.ipynb #c7188182
-def multiply_adds(module:nn.Module, # any module
-                  *inputs:Tensor, # what its forward takes
-                  ) -> int: # multiply–adds of its convolutions and matrix products
+def multiply_adds(
+    module: nn.Module,  # any module
+    *inputs: Tensor,    # what its forward takes
+) -> int:  # multiply–adds of its convolutions and matrix products
     """Multiply–adds of one forward pass, counted by PyTorch while it runs (half of its floating
     point operations)"""
     from torch.utils.flop_counter import FlopCounterMode    # would import Triton with this module

@@ -19,21 +19,23 @@ from torch import Tensor
 # %% ../../nbs/models/02_masking.ipynb #35a223c4
 MODES = ("exact", "wav2vec2", "spec")
 
-def sample_without_replacement(rows:int, # independent draws
-           n:int, # numbers in a draw
-           among:int, # candidates 0 … among−1
-           device:torch.device|str|None=None, # of the result
-           generator:torch.Generator|None=None, # source of randomness, on the same device
-           ) -> Tensor: # (rows, n) int64
+def sample_without_replacement(
+    rows: int,                                 # independent draws
+    n: int,                                    # numbers in a draw
+    among: int,                                # candidates 0 … among−1
+    device: torch.device | str | None = None,  # of the result
+    generator: torch.Generator | None = None,  # source of randomness, on the same device
+) -> Tensor:  # (rows, n) int64
     "For each row `n` different numbers below `among`, every subset equally likely, in random order"
     keys = torch.rand(rows, among, device=device, generator=generator)
     return keys.argsort(dim=-1, stable=True)[:, :n]
 
 # %% ../../nbs/models/02_masking.ipynb #c5d3765d
-def cover(starts:Tensor, # (rows, n) int64, first frame of each span; `frames` = unused
-          span:int, # frames in a span
-          frames:int, # frames per row
-          ) -> Tensor: # (rows, frames) bool, True = masked
+def cover(
+    starts: Tensor,  # (rows, n) int64, first frame of each span; `frames` = unused
+    span: int,       # frames in a span
+    frames: int,     # frames per row
+) -> Tensor:  # (rows, frames) bool, True = masked
     "The frames that lie in at least one span"
     inside = starts[..., None] + torch.arange(span, device=starts.device)   # (rows, n, span)
     inside = inside.clamp(max=frames).flatten(1)                            # (rows, n·span)
@@ -49,11 +51,12 @@ class SpanPlan(NamedTuple):
     chance: float   # probability of `many`
 
 # %% ../../nbs/models/02_masking.ipynb #44f11d53
-def check_masking(frames:int, # frames per row
-                  ratio:float, # share of frames to hide
-                  span:int, # frames in a span
-                  mode:str, # sampler
-                  ) -> None:
+def check_masking(
+    frames: int,   # frames per row
+    ratio: float,  # share of frames to hide
+    span: int,     # frames in a span
+    mode: str,     # sampler
+) -> None:
     """Raises ValueError where no mask can be drawn: unknown mode, ratio outside 0 … 1, empty
     span, fewer than 4 frames"""
     if mode not in MODES:
@@ -66,17 +69,19 @@ def check_masking(frames:int, # frames per row
                          f"least")
 
 # %% ../../nbs/models/02_masking.ipynb #6ee4b24e
-def mode_name(mode:str, # from a configuration
-              ) -> str: # one of MODES, if it is any
+def mode_name(
+    mode: str,  # from a configuration
+) -> str:  # one of MODES, if it is any
     "Version 0.1 called the mode `spec` by the name `seed`; its configurations still mean the same"
     return "spec" if mode == "seed" else mode
 
 # %% ../../nbs/models/02_masking.ipynb #39da414e
-def plan_spans(frames:int, # frames per row
-               ratio:float, # share of frames to hide, 0 … 1
-               span:int, # frames in a span
-               mode:str="exact", # one of MODES
-               ) -> SpanPlan: # plain numbers, known before the draw
+def plan_spans(
+    frames: int,          # frames per row
+    ratio: float,         # share of frames to hide, 0 … 1
+    span: int,            # frames in a span
+    mode: str = "exact",  # one of MODES
+) -> SpanPlan:  # plain numbers, known before the draw
     "How many spans a row draws in each mode; raises ValueError as `check_masking` says"
     mode = mode_name(mode)
     check_masking(frames, ratio, span, mode)
@@ -92,13 +97,14 @@ def plan_spans(frames:int, # frames per row
     return SpanPlan(span, fit(math.floor(wanted)), fit(math.ceil(wanted)), wanted % 1)
 
 # %% ../../nbs/models/02_masking.ipynb #85eb6430
-def exact_starts(rows:int, # windows in the batch
-                 frames:int, # frames in a window
-                 n:int, # spans in each row, n·span ≤ frames
-                 span:int, # frames in a span
-                 device:torch.device|str|None=None, # of the result
-                 generator:torch.Generator|None=None, # source of randomness, on the same device
-                 ) -> Tensor: # (rows, n) int64
+def exact_starts(
+    rows: int,                                 # windows in the batch
+    frames: int,                               # frames in a window
+    n: int,                                    # spans in each row, n·span ≤ frames
+    span: int,                                 # frames in a span
+    device: torch.device | str | None = None,  # of the result
+    generator: torch.Generator | None = None,  # source of randomness, on the same device
+) -> Tensor:  # (rows, n) int64
     """First frames (rows, n), in order, of `n` spans that do not overlap; every arrangement is
     equally likely"""
     # (rows, n)
@@ -107,12 +113,13 @@ def exact_starts(rows:int, # windows in the batch
     return slots + (span - 1)*torch.arange(n, device=device)
 
 # %% ../../nbs/models/02_masking.ipynb #e77fcbe7
-def wav2vec2_starts(rows:int, # windows in the batch
-                    frames:int, # frames in a window
-                    plan:SpanPlan, # from `plan_spans`
-                    device:torch.device|str|None=None, # of the result
-                    generator:torch.Generator|None=None, # source of randomness, on the same device
-                    ) -> Tensor: # (rows, plan.many) int64
+def wav2vec2_starts(
+    rows: int,                                 # windows in the batch
+    frames: int,                               # frames in a window
+    plan: SpanPlan,                            # from `plan_spans`
+    device: torch.device | str | None = None,  # of the result
+    generator: torch.Generator | None = None,  # source of randomness, on the same device
+) -> Tensor:  # (rows, plan.many) int64
     """First frames (rows, plan.many), all different; spans may overlap; `frames` = unused
     (Baevski et al. 2020)"""
     starts = sample_without_replacement(rows, plan.many, frames - plan.span + 1, device, generator)
@@ -121,21 +128,23 @@ def wav2vec2_starts(rows:int, # windows in the batch
     return torch.where(torch.arange(plan.many, device=device) < drawn, starts, frames)
 
 # %% ../../nbs/models/02_masking.ipynb #1cdcbb5c
-def spec_starts(rows:int, # windows in the batch
-                frames:int, # frames in a window
-                n:int, # spans in each row
-                span:int, # frames in a span
-                device:torch.device|str|None=None, # of the result
-                generator:torch.Generator|None=None, # source of randomness, on the same device
-                ) -> Tensor: # (rows, n) int64
+def spec_starts(
+    rows: int,                                 # windows in the batch
+    frames: int,                               # frames in a window
+    n: int,                                    # spans in each row
+    span: int,                                 # frames in a span
+    device: torch.device | str | None = None,  # of the result
+    generator: torch.Generator | None = None,  # source of randomness, on the same device
+) -> Tensor:  # (rows, n) int64
     """First frames (rows, n), drawn with replacement from all that fit: the raw sampler, without
     any promise"""
     return torch.randint(0, frames - span + 1, (rows, n), device=device, generator=generator)
 
 # %% ../../nbs/models/02_masking.ipynb #f3bb8591
-def ensure_two_visible(mask:Tensor, # (rows, frames) bool, True = masked; at least 2 frames
-                       generator:torch.Generator|None=None, # chooses the frames that become visible
-                       ) -> Tensor: # (rows, frames) bool
+def ensure_two_visible(
+    mask: Tensor,  # (rows, frames) bool, True = masked; at least 2 frames
+    generator: torch.Generator | None = None,  # chooses the frames that become visible
+) -> Tensor:  # (rows, frames) bool
     """At least two False in each row: rows that have them already are left alone, others get
     random ones"""
     # visible ones above 1
@@ -143,14 +152,15 @@ def ensure_two_visible(mask:Tensor, # (rows, frames) bool, True = masked; at lea
     return mask.scatter(1, keys.topk(2, dim=-1).indices, False)
 
 # %% ../../nbs/models/02_masking.ipynb #e3b8c322
-def span_mask(rows:int, # windows in the batch
-              frames:int, # frames in a window
-              ratio:float, # share of frames to hide, 0 … 1; 0 hides nothing
-              span:int, # frames in a span, shortened to frames − 2 where the row is short
-              mode:str="exact", # "exact", "wav2vec2" or "spec"
-              device:torch.device|str|None=None, # of the mask; by default the generator's
-              generator:torch.Generator|None=None, # source of randomness, on the same device
-              ) -> Tensor: # (rows, frames) bool, True = masked
+def span_mask(
+    rows: int,  # windows in the batch
+    frames: int,  # frames in a window
+    ratio: float,  # share of frames to hide, 0 … 1; 0 hides nothing
+    span: int,  # frames in a span, shortened to frames − 2 where the row is short
+    mode: str = "exact",  # "exact", "wav2vec2" or "spec"
+    device: torch.device | str | None = None,  # of the mask; by default the generator's
+    generator: torch.Generator | None = None,  # source of randomness, on the same device
+) -> Tensor:  # (rows, frames) bool, True = masked
     """Random spans, at least 2 masked and 2 visible frames a row; raises ValueError as
     `check_masking` says"""
     if device is None and generator is not None: device = generator.device
@@ -167,11 +177,12 @@ def span_mask(rows:int, # windows in the batch
     return mask
 
 # %% ../../nbs/models/02_masking.ipynb #5ce48c3e
-def max_masked(frames:int, # frames per row
-                ratio:float, # as in `span_mask`
-                span:int, # as in `span_mask`
-                mode:str="exact", # as in `span_mask`
-                ) -> int: # no row of `span_mask` has more masked frames than this
+def max_masked(
+    frames: int,          # frames per row
+    ratio: float,         # as in `span_mask`
+    span: int,            # as in `span_mask`
+    mode: str = "exact",  # as in `span_mask`
+) -> int:  # no row of `span_mask` has more masked frames than this
     """Upper bound of the masked frames per row, known before the draw; raises ValueError as
     `span_mask` does"""
     plan = plan_spans(frames, ratio, span, mode)
@@ -179,22 +190,24 @@ def max_masked(frames:int, # frames per row
     return min(frames - 2, max(2, plan.many*plan.span))
 
 # %% ../../nbs/models/02_masking.ipynb #7c926393
-def channel_mask(rows:int, # windows in the batch
-                 channels:int, # features of a frame
-                 ratio:float, # share of channels to hide, 0 … 1
-                 span:int=1, # neighbouring channels that are hidden together
-                 mode:str="exact", # as in `span_mask`
-                 device:torch.device|str|None=None, # of the mask; by default the generator's
-                 generator:torch.Generator|None=None, # source of randomness, on the same device
-                 ) -> Tensor: # (rows, channels) bool, True = hidden in all frames of the window
+def channel_mask(
+    rows: int,                                 # windows in the batch
+    channels: int,                             # features of a frame
+    ratio: float,                              # share of channels to hide, 0 … 1
+    span: int = 1,                             # neighbouring channels that are hidden together
+    mode: str = "exact",                       # as in `span_mask`
+    device: torch.device | str | None = None,  # of the mask; by default the generator's
+    generator: torch.Generator | None = None,  # source of randomness, on the same device
+) -> Tensor:  # (rows, channels) bool, True = hidden in all frames of the window
     "Channels to hide in each window; raises ValueError as `span_mask` does"
     return span_mask(rows, channels, ratio, span, mode, device, generator)
 
 # %% ../../nbs/models/02_masking.ipynb #8e24ab95
-def apply_mask(x:Tensor, # (B, T, D) features
-               mask:Tensor, # (B, T) bool, True = hidden
-               value:Tensor|float=0., # a vector (D,) for all hidden frames, or a number
-               ) -> Tensor: # (B, T, D), dtype of x
+def apply_mask(
+    x: Tensor,                   # (B, T, D) features
+    mask: Tensor,                # (B, T) bool, True = hidden
+    value: Tensor | float = 0.,  # a vector (D,) for all hidden frames, or a number
+) -> Tensor:  # (B, T, D), dtype of x
     """A copy of `x` with `value` in the hidden frames; raises ValueError if the mask does not
     belong to `x`"""
     if mask.shape != x.shape[:2]:

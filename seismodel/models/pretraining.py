@@ -76,7 +76,7 @@ OBJECTIVES = ('spectrum', 'contrastive', 'tokens', 'patch')
 class MaskedConfig:
     "Shapes of a model whose encoder, backbone and objectives are chosen freely"
     method: ClassVar[str] = 'masked'
-    encoder: ConvDownConfig|BidirAutoregConfig = field(default_factory=ConvDownConfig)
+    encoder: ConvDownConfig | BidirAutoregConfig = field(default_factory=ConvDownConfig)
     backbone: str = 'unet'            # or sequential
     blocks: int = 3                   # mLSTM blocks, of a stage or of all
     pooling: tuple[int, ...] = (4, 4) # of the U-Net: frames folded into one, on the way down
@@ -209,23 +209,23 @@ class Pretrainer(nn.Module):
                              e.temperature_schedule)
         self.encoder.quantizer.temperature.fill_(tau)
 
-    def save_pretrained(self, folder: str|Path,          # made if it is not there
-                        extra: dict|None = None):        # more entries for config.json
+    def save_pretrained(self, folder: str | Path,  # made if it is not there
+                        extra: dict | None = None):  # more entries for config.json
         "Write `config.json` and `model.safetensors`; raises OSError as `write_model` does"
         write_model(folder, {'model': config_to_dict(self.config), **(extra or {})},
                     self.state_dict())
 
 # %% ../../nbs/models/10_pretraining.ipynb #2355afea
 def infonce_loss(
-    encoder: ConvDownEncoderContrastive,          # with its quantizer
-    c: ContrastiveConfig|MaskedConfig,            # the encoder's configuration, and the loss's
-    clean: torch.Tensor,                          # (B, T, conv_features), frames before the mask
-    mask: torch.Tensor,                           # (B, T) bool, True = hidden
-    predictions: torch.Tensor,                    # (B, T, target_features)
-    generator: torch.Generator|None = None,       # randomness of codes and negatives
-    average: Callable = no_reduce,                # the mean over ranks
-    draws: Callable = nullcontext,                # context of the random draws
-) -> tuple[torch.Tensor, dict]:                   # 0-d loss; name -> 0-d metric
+    encoder: ConvDownEncoderContrastive,       # with its quantizer
+    c: ContrastiveConfig | MaskedConfig,       # the encoder's configuration, and the loss's
+    clean: torch.Tensor,                       # (B, T, conv_features), frames before the mask
+    mask: torch.Tensor,                        # (B, T) bool, True = hidden
+    predictions: torch.Tensor,                 # (B, T, target_features)
+    generator: torch.Generator | None = None,  # randomness of codes and negatives
+    average: Callable = no_reduce,             # the mean over ranks
+    draws: Callable = nullcontext,             # context of the random draws
+) -> tuple[torch.Tensor, dict]:  # 0-d loss; name -> 0-d metric
     "InfoNCE over the masked frames plus the diversity of the codes"
     k = c.encoder
     most = max_masked(mask.shape[1], k.mask_prob, k.mask_length, k.mask_mode)
@@ -254,14 +254,14 @@ class ContrastivePretraining(Pretrainer):
         super().__init__(c, ConvDownEncoderContrastive(e), backbone,
                          nn.Linear(e.out_features, e.target_features))
 
-    def predict(self, x: torch.Tensor,                       # (B, L, 3)
-                generator: torch.Generator|None = None):     # randomness of masks and codes
+    def predict(self, x: torch.Tensor,  # (B, L, 3)
+                generator: torch.Generator | None = None):  # randomness of masks and codes
         "The encoder's outputs and the predictions of the targets, (B, T, target_features)"
         e = self.encoder(x, generator=generator)
         return e, self.head(self.backbone(e.features))
 
-    def forward(self, x: torch.Tensor,                       # (B, L, 3) normalised windows
-                generator: torch.Generator|None = None       # of all draws, on the device of `x`
+    def forward(self, x: torch.Tensor,  # (B, L, 3) normalised windows
+                generator: torch.Generator | None = None  # of all draws, on the device of `x`
                 ) -> Step:
         "InfoNCE over the masked frames plus the diversity of the codes"
         c, encoder = self.config, self.encoder
@@ -279,9 +279,9 @@ class ContrastivePretraining(Pretrainer):
 TARGETS = ('tokens', 'patch', 'spectrum')
 
 def target_width(
-    name: str,                                  # of TARGETS
-    encoder: ConvDownConfig|BidirAutoregConfig, # of the model
-) -> int:                                       # numbers per frame
+    name: str,                                     # of TARGETS
+    encoder: ConvDownConfig | BidirAutoregConfig,  # of the model
+) -> int:  # numbers per frame
     "How wide a target is"
     tokens = encoder.d_model if isinstance(encoder, BidirAutoregConfig) else encoder.conv_features
     return {'tokens': tokens, 'patch': 4*encoder.in_features,
@@ -327,15 +327,15 @@ class ReconstructionPretraining(Pretrainer):
         head = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, target_width(c.target, config.encoder)))
         super().__init__(c, BidirAutoregEncoder(config.encoder), backbone, head)
 
-    def predict(self, x: torch.Tensor,                      # (B, L, 3)
-                generator: torch.Generator|None = None):    # randomness of the masks
+    def predict(self, x: torch.Tensor,  # (B, L, 3)
+                generator: torch.Generator | None = None):  # randomness of the masks
         "The encoder's outputs, the target (B, T, D) and its reconstruction (B, T, D)"
         with self.draws() if self.training else nullcontext(): e = self.encoder(x, generator)
         target = masked_target(self.config.target, x, e.tokens)
         return e, target, self.head(self.backbone(e.features))
 
-    def forward(self, x: torch.Tensor,                      # (B, L, 3) normalised windows
-                generator: torch.Generator|None = None      # of the masks, on the device of `x`
+    def forward(self, x: torch.Tensor,  # (B, L, 3) normalised windows
+                generator: torch.Generator | None = None  # of the masks, on the device of `x`
                 ) -> Step:
         "Mean squared error over the masked frames"
         e, target, reconstruction = self.predict(x, generator)
@@ -381,8 +381,10 @@ class MaskedParts(Pretrainer):
         super().__init__(c, encoder, backbone, heads)
         self.weights = weights
 
-    def mask_features(self, x: torch.Tensor,                     # (B, L, 3)
-                      generator: torch.Generator|None = None):   # randomness of the masks
+    def mask_features(
+        self, x: torch.Tensor,                     # (B, L, 3)
+        generator: torch.Generator | None = None,  # randomness of the masks
+    ):
         "Frames before the mask (B, T, D'), masked features (B, T, D), mask (B, T)"
         encoder, draws = self.encoder, self.draws if self.training else nullcontext
         if isinstance(encoder, BidirAutoregEncoder):
@@ -411,16 +413,16 @@ def objective_loss(
 # %% ../../nbs/models/10_pretraining.ipynb #102ceefd
 class MaskedPretraining(MaskedParts):
     "The weighted sum of one objective or several at the hidden frames"
-    def predict(self, x: torch.Tensor,                     # (B, L, 3)
-                generator: torch.Generator|None = None):   # randomness of the masks
+    def predict(self, x: torch.Tensor,  # (B, L, 3)
+                generator: torch.Generator | None = None):  # randomness of the masks
         "Mask (B, T); name of each objective but InfoNCE -> target and prediction, (B, T, D) both"
         clean, features, mask = self.mask_features(x, generator)
         context = self.backbone(features)
         return mask, {name: (masked_target(name, x, clean), self.head[name](context))
                       for name in self.weights if name != 'contrastive'}
 
-    def forward(self, x: torch.Tensor,                     # (B, L, 3) normalised windows
-                generator: torch.Generator|None = None     # of all draws, on the device of `x`
+    def forward(self, x: torch.Tensor,  # (B, L, 3) normalised windows
+                generator: torch.Generator | None = None  # of all draws, on the device of `x`
                 ) -> Step:
         "The weighted loss; raises a ValueError below 13 samples: too few frames to mask"
         clean, features, mask = self.mask_features(x, generator)
@@ -593,9 +595,9 @@ def from_pretrained(
 
 # %% ../../nbs/models/10_pretraining.ipynb #212fa134
 def load_weights(
-    model:nn.Module, # to fill
-    weights:dict,    # name -> tensor
-    where:str|Path,  # the file they came from, for the message
+    model: nn.Module,   # to fill
+    weights: dict,      # name -> tensor
+    where: str | Path,  # the file they came from, for the message
 ):
     """Load every weight; raises `UserError` naming the first one that is missing, unknown or of
     another shape"""

@@ -90,7 +90,7 @@ class GumbelVectorQuantizer(nn.Module):
         nn.init.normal_(self.weight_proj.weight); nn.init.zeros_(self.weight_proj.bias)
 
     def forward(self,
-        x: Tensor,  # (B, T, in_features) frames
+        x: Tensor,                                 # (B, T, in_features) frames
         generator: torch.Generator | None = None,  # of the Gumbel noise; not used in evaluation
     ) -> Quantized:
         "Quantize every frame; `codes` are those that gave `vectors`, noise included."

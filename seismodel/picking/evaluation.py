@@ -38,9 +38,9 @@ def window_around(
     draws: np.random.RandomState,  # where the start comes from
     npts: float,                   # samples of the trace
     length: float,                 # samples of the window
-    onset: float|None = None,      # sample that must be inside; None: anywhere
+    onset: float | None = None,    # sample that must be inside; None: anywhere
     margin: int = 100,             # samples between the onset and either end
-) -> tuple[float, float]:          # start and end; (0, npts) where no such window fits
+) -> tuple[float, float]:  # start and end; (0, npts) where no such window fits
     "The benchmark's rule for a window that holds an onset"
     if npts <= length: return 0, npts
     first, last = 0, npts - length
@@ -199,8 +199,8 @@ def read_targets(
 
 # %% ../../nbs/picking/04_evaluation.ipynb #5399fafa
 def targets(
-    dataset: object,   # a SeisBench WaveformDataset
-    folder: str|Path,  # holds task1.csv and task23.csv, or will
+    dataset: object,     # a SeisBench WaveformDataset
+    folder: str | Path,  # holds task1.csv and task23.csv, or will
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # windows of task 1; windows of tasks 2 and 3
     "The tables in the folder, published ones for example; made and saved there if they are missing"
     folder, table, tables = Path(folder), dataset.metadata, []
@@ -265,7 +265,7 @@ def predict(
     dataset: object,         # a SeisBench WaveformDataset, three components
     table: pd.DataFrame,     # targets, whose traces are in the data set
     # samples that the model sees; None: its own in_samples, or the longest target
-    context: int|None = None,
+    context: int | None = None,
     batch_size: int = 64,    # windows at a time
 ) -> pd.DataFrame:  # the table with score_detection, score_p_or_s, p_sample_pred and s_sample_pred
     "What the model says about each target, in the columns of the pick-benchmark"
@@ -333,11 +333,11 @@ def score_tasks(
 
 # %% ../../nbs/picking/04_evaluation.ipynb #42411863
 def predict_tasks(
-    model: torch.nn.Module,    # any picker of SeisBench's kind
-    dataset: object,           # a SeisBench WaveformDataset
-    folder: str|Path,          # of the targets, see `targets`
-    split: str = 'test',       # that is scored
-    context: int|None = None,  # samples that the model sees, see `predict`
+    model: torch.nn.Module,      # any picker of SeisBench's kind
+    dataset: object,             # a SeisBench WaveformDataset
+    folder: str | Path,          # of the targets, see `targets`
+    split: str = 'test',         # that is scored
+    context: int | None = None,  # samples that the model sees, see `predict`
 ) -> list[pd.DataFrame]:  # predictions of task 1; of tasks 2 and 3 on dev; of these on the split
     "What a picker says about the targets of a data set, with the event of each trace"
     table, parts = dataset.metadata, []
@@ -357,10 +357,10 @@ def predict_tasks(
 def pick_benchmark(
     model: torch.nn.Module,  # any picker of SeisBench's kind
     dataset: object,         # a SeisBench WaveformDataset
-    folder: str|Path,        # of the targets, see `targets`
+    folder: str | Path,      # of the targets, see `targets`
     split: str = 'test',     # that is scored
     draws: int = 500,        # of the bootstrap
-) -> pd.DataFrame:           # see `score_tasks`
+) -> pd.DataFrame:  # see `score_tasks`
     "All three tasks of a picker on a data set"
     task1, dev, task23 = predict_tasks(model, dataset, folder, split)
     return score_tasks(dev, task1, task23, draws)
@@ -386,11 +386,11 @@ def record_rows(
 
 # %% ../../nbs/picking/04_evaluation.ipynb #76cfb93c
 def score_records(
-    model: torch.nn.Module,         # any picker of SeisBench's kind
-    dataset: object,                # a SeisBench WaveformDataset, or one split of it
-    threshold: float = .3,          # that a peak must reach
-    progress: bool = False,         # show a bar
-    found: list[dict]|None = None,  # from `pick_records`; None: pick now
+    model: torch.nn.Module,           # any picker of SeisBench's kind
+    dataset: object,                  # a SeisBench WaveformDataset, or one split of it
+    threshold: float = .3,            # that a peak must reach
+    progress: bool = False,           # show a bar
+    found: list[dict] | None = None,  # from `pick_records`; None: pick now
 # trace_name, event, trace_dataset, components, kind (P, S or noise), residual (s), picks
 ) -> pd.DataFrame:
     "Picks of whole records against their labels"
@@ -450,12 +450,12 @@ def is_window_model(
 
 # %% ../../nbs/picking/04_evaluation.ipynb #73c1b76d
 def evaluate_column(
-    model: str,       # folder of a run of `finetune --column`
-    data: list[str],  # none: what it was trained on
-    split: str,       # train, dev or test
-    device: str,      # see `pick_device`
-    out: Path|None,   # None: the split's name in the run's folder
-) -> Path:            # the folder of the tables
+    model: str,        # folder of a run of `finetune --column`
+    data: list[str],   # none: what it was trained on
+    split: str,        # train, dev or test
+    device: str,       # see `pick_device`
+    out: Path | None,  # None: the split's name in the run's folder
+) -> Path:  # the folder of the tables
     "Score a model for windows; raises `UserError` where it does not say what it was trained on"
     names = data or read_config(model).get('finetune_window', {}).get('data')
     if not names: raise UserError('Say which labels, with --data FOLDER.')
@@ -486,12 +486,12 @@ def open_labelled(
 
 # %% ../../nbs/picking/04_evaluation.ipynb #29e376a3
 def score_picker(
-    model: torch.nn.Module,    # any picker of SeisBench's kind
-    sets: dict,                # from `open_labelled`
-    folder: Path,              # of the targets; of several sets: of a folder for each
-    split: str = 'test',       # that is scored
-    threshold: float = .3,     # that a peak must reach in a record
-    context: int|None = None,  # samples that the model sees, see `predict`
+    model: torch.nn.Module,      # any picker of SeisBench's kind
+    sets: dict,                  # from `open_labelled`
+    folder: Path,                # of the targets; of several sets: of a folder for each
+    split: str = 'test',         # that is scored
+    threshold: float = .3,       # that a peak must reach in a record
+    context: int | None = None,  # samples that the model sees, see `predict`
 ) -> dict[str, pd.DataFrame]:  # tasks, records, matches, summary
     "All three tasks and the score by record, over all data sets together"
     tasks, records, found, labels = [], [], [], []

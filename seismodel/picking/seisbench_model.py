@@ -156,16 +156,16 @@ class StreamPicker(StreamReader):
 
 # %% ../../nbs/picking/01_seisbench_model.ipynb #aed9f9c3
 def stored_args(
-    folder: str|Path,  # of a fine-tuning run, or a name of the box
-) -> dict:             # thresholds and uncertainties from `calibrate`, if it was asked
+    folder: str | Path,  # of a fine-tuning run, or a name of the box
+) -> dict:  # thresholds and uncertainties from `calibrate`, if it was asked
     "Default arguments stored with a picker"
     return dict(read_config(folder).get('default_args', {}))
 
 # %% ../../nbs/picking/01_seisbench_model.ipynb #6a4fcd7b
 def missing_picker(
-    name: str|Path,   # as it was typed
-    cache: str|Path,  # folder of SeisBench's cache
-) -> UserError:       # to raise
+    name: str | Path,   # as it was typed
+    cache: str | Path,  # folder of SeisBench's cache
+) -> UserError:  # to raise
     "Where a picker was looked for"
     return UserError(f"There is no picker '{name}': it is not in the box "
                      f"({', '.join(box_models())}), it is no folder, and it is not in SeisBench's "
@@ -173,7 +173,7 @@ def missing_picker(
 
 # %% ../../nbs/picking/01_seisbench_model.ipynb #cb2d3c03
 def check_weight_files(
-    path: str|Path,     # of a model, without the endings of its files
+    path: str | Path,   # of a model, without the endings of its files
     files: list[Path],  # that must exist
 ) -> None:
     "Raises `UserError` for the first file that is missing"
@@ -220,13 +220,13 @@ CITATION = 'seismodel: self-supervised pretraining of seismic waveform models'
 class SeisModelPicker(StoredPicker):
     "A `Picker` as a SeisBench model: streams in, probabilities of noise, P, S and picks out"
     def __init__(self,
-        model: str|dict = 'contrastive-tiny',  # a preset, or a configuration, see `config_to_dict`
-        width: int = 64,                      # channels of the head
-        dropout: float = .2,                  # in the head, in training
-        raw: bool = True,                     # the waveform beside the features
+        model: str | dict = 'contrastive-tiny',  # a preset, or a configuration as a dict
+        width: int = 64,  # channels of the head
+        dropout: float = .2,  # in the head, in training
+        raw: bool = True,  # the waveform beside the features
         at: str = 'samples',  # where the head works; files of version 0.1 do not say
-        window: int|None = READ_WINDOW,       # samples read in one pass; None: a whole stretch
-        default_args: dict|None = None,  # of annotate and classify, such as {'P_threshold': .5}
+        window: int | None = READ_WINDOW,  # samples read in one pass; None: a whole stretch
+        default_args: dict | None = None,  # of annotate and classify, such as {'P_threshold': .5}
     ):
         super().__init__(citation=CITATION, component_order=COMPONENTS,
                          sampling_rate=SAMPLING_RATE, output_type='array', in_samples=WINDOW,

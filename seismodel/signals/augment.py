@@ -23,18 +23,18 @@ from .several_events import MOST_EVENTS
 ONSETS = ("p_onset", "s_onset", "p_weak", "s_weak")
 
 def uniform(
-    like:torch.Tensor,         # (B, …): how many, and where
-    generator:torch.Generator, # on that device
-) -> torch.Tensor: # (B,) in [0, 1)
+    like: torch.Tensor,          # (B, …): how many, and where
+    generator: torch.Generator,  # on that device
+) -> torch.Tensor:  # (B,) in [0, 1)
     "One random number per window"
     return torch.rand(len(like), generator=generator, device=like.device)
 
 # %% ../../nbs/signals/06_augment.ipynb #f8be0726
 def moved(
-    batch:dict,          # with onsets and valid
-    by:torch.Tensor,     # (B,) samples by which everything comes later
-    length:int,          # samples of the new window
-) -> dict: # onsets that leave the window become NaN; valid is cut to it
+    batch: dict,       # with onsets and valid
+    by: torch.Tensor,  # (B,) samples by which everything comes later
+    length: int,       # samples of the new window
+) -> dict:  # onsets that leave the window become NaN; valid is cut to it
     "The labels of windows that have been moved"
     new = {}
     for name in (n for n in ONSETS if n in batch):
@@ -49,10 +49,10 @@ def moved(
 
 # %% ../../nbs/signals/06_augment.ipynb #1e8f06a6
 def at(
-    x:torch.Tensor,     # (B, L, 3)
-    first:torch.Tensor, # (B,) samples, may be negative
-    length:int,         # samples
-) -> torch.Tensor:      # (B, length, 3)
+    x: torch.Tensor,      # (B, L, 3)
+    first: torch.Tensor,  # (B,) samples, may be negative
+    length: int,          # samples
+) -> torch.Tensor:  # (B, length, 3)
     "Samples (B, length, 3) from `first` (B,) on, zeros where there are none"
     i = first[:, None] + torch.arange(length, device=x.device)                 # (B, length)
     there = (i >= 0) & (i < x.shape[1])
@@ -60,8 +60,9 @@ def at(
     return torch.where(there[..., None], taken, 0.)
 
 # %% ../../nbs/signals/06_augment.ipynb #b8797d1a
-def random_window(batch:dict, generator:torch.Generator,
-    length:int=2048, # samples to keep, at most those that there are
+def random_window(
+    batch: dict, generator: torch.Generator,
+    length: int = 2048,                       # samples to keep, at most those that there are
 ) -> dict:
     "A shorter window at a random place"
     extra = batch["x"].shape[1] - length
@@ -71,8 +72,9 @@ def random_window(batch:dict, generator:torch.Generator,
     return {**batch, "x": at(batch["x"], first, length), **moved(batch, -first, length)}
 
 # %% ../../nbs/signals/06_augment.ipynb #b36a4363
-def shift_time(batch:dict, generator:torch.Generator,
-    most:int=500, # samples to either side
+def shift_time(
+    batch: dict, generator: torch.Generator,
+    most: int = 500,                          # samples to either side
 ) -> dict:
     "Shift windows in time, with zeros from the side"
     by = (uniform(batch["x"], generator) * (2 * most + 1)).long() - most
@@ -80,8 +82,9 @@ def shift_time(batch:dict, generator:torch.Generator,
     return {**batch, "x": at(batch["x"], -by, L), **moved(batch, by, L)}
 
 # %% ../../nbs/signals/06_augment.ipynb #303469b7
-def drop_components(batch:dict, generator:torch.Generator,
-    share:float=.1, # of the windows; one or two of their components become zeros
+def drop_components(
+    batch: dict, generator: torch.Generator,
+    share: float = .1,  # of the windows; one or two of their components become zeros
 ) -> dict:
     "Set one or two components to zero"
     x = batch["x"]
@@ -92,9 +95,10 @@ def drop_components(batch:dict, generator:torch.Generator,
     return {**batch, "x": torch.where(hit[:, None], 0., x)}
 
 # %% ../../nbs/signals/06_augment.ipynb #fecfc112
-def flip_polarity(batch:dict, generator:torch.Generator,
-    share:float=.5, # of the components, or of the windows
-    together:bool=False, # all three components of a window or none
+def flip_polarity(
+    batch: dict, generator: torch.Generator,
+    share: float = .5,                        # of the components, or of the windows
+    together: bool = False,                   # all three components of a window or none
 ) -> dict:
     "Flip the sign of components"
     x = batch["x"]
@@ -102,7 +106,7 @@ def flip_polarity(batch:dict, generator:torch.Generator,
     return {**batch, "x": torch.where(flip[:, None], -x, x)}
 
 # %% ../../nbs/signals/06_augment.ipynb #1a894014
-def rotate_horizontals(batch:dict, generator:torch.Generator) -> dict:
+def rotate_horizontals(batch: dict, generator: torch.Generator) -> dict:
     "Rotate N and E by any angle; a window without one of the two stays unchanged"
     x, angle = batch["x"], 2 * torch.pi * uniform(batch["x"], generator)
     n, e, c, s = x[..., 1], x[..., 2], angle.cos()[:, None], angle.sin()[:, None]
@@ -112,16 +116,17 @@ def rotate_horizontals(batch:dict, generator:torch.Generator) -> dict:
 
 # %% ../../nbs/signals/06_augment.ipynb #0e243cc1
 def zones_of(
-    batch:dict, # perhaps with zones
-) -> torch.Tensor: # (B, 2, Z, 2) first and last sample of each zone of P and S; Z may be 0
+    batch: dict,  # perhaps with zones
+) -> torch.Tensor:  # (B, 2, Z, 2) first and last sample of each zone of P and S; Z may be 0
     "Unlabelled zones of a batch"
     return batch["unlabelled"] if "unlabelled" in batch else batch["x"].new_empty(len(batch["x"]),
         2, 0, 2)
 
 # %% ../../nbs/signals/06_augment.ipynb #a959122c
-def add_noise(batch:dict, generator:torch.Generator,
-    noise:torch.Tensor, # (N, L, 3) windows of noise, on the same device
-    snr_db:tuple=(0., 20.), # ratio of standard deviations over the window, between these two
+def add_noise(
+    batch: dict, generator: torch.Generator,
+    noise: torch.Tensor,  # (N, L, 3) windows of noise, on the same device
+    snr_db: tuple = (0., 20.),  # ratio of standard deviations over the window, between these two
 ) -> dict:
     "Add windows of recorded noise"
     x = batch["x"]
@@ -136,9 +141,10 @@ def add_noise(batch:dict, generator:torch.Generator,
     return {**batch, "x": torch.where(there, x + size[:, None, None] * n, x)}
 
 # %% ../../nbs/signals/06_augment.ipynb #bfffe6ef
-def add_gaps(batch:dict, generator:torch.Generator,
-    share:float=.1, # of the windows
-    most:float=.2,  # of the window, at most
+def add_gaps(
+    batch: dict, generator: torch.Generator,
+    share: float = .1,                        # of the windows
+    most: float = .2,                         # of the window, at most
 ) -> dict:
     "Set a stretch of all components to zero; its onsets become unlabelled"
     x, L = batch["x"], batch["x"].shape[1]
@@ -166,10 +172,10 @@ def add_gaps(batch:dict, generator:torch.Generator,
 
 # %% ../../nbs/signals/06_augment.ipynb #89e7e6ba
 def merge_events(
-    a:torch.Tensor, # (B, A, 2) P and S of each event, NaN where there is none
-    b:torch.Tensor, # (B, A, 2)
-    most:int,       # rows of the result
-) -> tuple[torch.Tensor, torch.Tensor]: # (B, most, 2) of both in order of time; (B,) do all fit
+    a: torch.Tensor,  # (B, A, 2) P and S of each event, NaN where there is none
+    b: torch.Tensor,  # (B, A, 2)
+    most: int,        # rows of the result
+) -> tuple[torch.Tensor, torch.Tensor]:  # (B, most, 2) of both in order of time; (B,) do all fit
     "Events of two windows as those of one"
     both = torch.cat([a, b], 1)                                                # (B, 2A, 2)
     first = both.nan_to_num(torch.inf).amin(-1)  # (B, 2A), infinite where there is none
@@ -177,9 +183,10 @@ def merge_events(
     return both.gather(1, order[..., None].expand(-1, -1, 2)), first.isfinite().sum(1) <= most
 
 # %% ../../nbs/signals/06_augment.ipynb #145cb587
-def stack_events(batch:dict, generator:torch.Generator,
-    share:float=.2, # of the windows
-    quieter_db:float=20., # the other window is made quieter than this one by up to so much
+def stack_events(
+    batch: dict, generator: torch.Generator,
+    share: float = .2,  # of the windows
+    quieter_db: float = 20.,  # the other window is made quieter than this one by up to so much
 ) -> dict:
     "Add the neighbour in the batch; `events` and `unlabelled` then hold those of both"
     x, number = batch["x"], torch.arange(len(batch["x"]), device=batch["x"].device)
@@ -207,10 +214,10 @@ def stack_events(batch:dict, generator:torch.Generator,
 
 # %% ../../nbs/signals/06_augment.ipynb #da5248a5
 def stacked_labels(
-    batch:dict, # with labels
-    hit:torch.Tensor,   # (B,) bool, which windows have another one on top
-    other:torch.Tensor, # (B,) number of that one
-) -> dict: # onsets and statuses of P and S
+    batch: dict,  # with labels
+    hit: torch.Tensor,  # (B,) bool, which windows have another one on top
+    other: torch.Tensor,  # (B,) number of that one
+) -> dict:  # onsets and statuses of P and S
     "A phase is labelled where both windows have looked for it"
     new = {}
     for name in "ps":
@@ -224,9 +231,10 @@ def stacked_labels(
     return new
 
 # %% ../../nbs/signals/06_augment.ipynb #4b6e1694
-def sometimes(batch:dict, generator:torch.Generator,
-    share:float, # of the windows
-    change:Callable, # (batch, generator) -> batch, of windows of the same length
+def sometimes(
+    batch: dict, generator: torch.Generator,
+    share: float,  # of the windows
+    change: Callable,  # (batch, generator) -> batch, of windows of the same length
 ) -> dict:
     "Apply a change to some of the windows"
     new, hit = change(batch, generator), uniform(batch["x"], generator) < share
@@ -252,9 +260,9 @@ class Augmentation:
 
 # %% ../../nbs/signals/06_augment.ipynb #6c7534bd
 def fine_augment(
-    noise:torch.Tensor, # (N, L, 3) of training records, on the device of the batches; N may be 0
-    settings:Augmentation=Augmentation(), # how often and how much
-) -> Callable: # (batch, generator) -> batch, for `device_batches` and `train`
+    noise: torch.Tensor,  # (N, L, 3) of training records, on the device of the batches; N may be 0
+    settings: Augmentation = Augmentation(),  # how often and how much
+) -> Callable:  # (batch, generator) -> batch, for `device_batches` and `train`
     "The augmentation of labelled windows"
     s = settings
     def augment(batch, generator):
@@ -271,8 +279,9 @@ def fine_augment(
     return augment
 
 # %% ../../nbs/signals/06_augment.ipynb #c1a5e0d2
-def scale_components(batch:dict, generator:torch.Generator,
-    most_db:float=6., # each component is made louder or quieter by up to this
+def scale_components(
+    batch: dict, generator: torch.Generator,
+    most_db: float = 6.,  # each component is made louder or quieter by up to this
 ) -> dict:
     "Random gains for each component"
     x = batch["x"]
@@ -284,10 +293,10 @@ PRETRAIN_AUGMENTATION = Augmentation(rotate=.5, flip=.5, flip_one=0., shift=0., 
                                      gap=.05, stack=0.)
 
 def pretrain_augment(
-    noise:torch.Tensor, # (N, L, 3) of training records, on the device of the batches; N may be 0
-    settings:Augmentation=PRETRAIN_AUGMENTATION, # how often and how much
-    gain_db:float=6.,   # see `scale_components`
-) -> Callable: # (batch, generator) -> batch, for `device_batches` and `train`
+    noise: torch.Tensor,  # (N, L, 3) of training records, on the device of the batches; N may be 0
+    settings: Augmentation = PRETRAIN_AUGMENTATION,  # how often and how much
+    gain_db: float = 6.,  # see `scale_components`
+) -> Callable:  # (batch, generator) -> batch, for `device_batches` and `train`
     "The augmentation of unlabelled windows"
     change = fine_augment(noise, settings)
     return lambda batch, generator: change(scale_components(batch, generator, gain_db), generator)

@@ -18,9 +18,9 @@ import numpy as np
 
 # %% ../../nbs/signals/01_earthquake.ipynb #dd8e2941
 def stream(
-    seed:int,               # of the whole data set
-    index:int               # of the record, 0 or more
-) -> np.random.Generator:   # independent of that of any other pair
+    seed: int,  # of the whole data set
+    index: int  # of the record, 0 or more
+) -> np.random.Generator:  # independent of that of any other pair
     "The random numbers of one record, a function of (seed, index) alone."
     return np.random.default_rng(np.random.SeedSequence(int(seed), spawn_key=(int(index),)))
 
@@ -80,11 +80,11 @@ def crust_of(
 ANGLES = np.linspace(0, np.pi / 2, 256)
 
 def rays(
-    v:np.ndarray,           # (E, n) km/s, growing with depth
-    bottom:np.ndarray,      # (E, n) km, of each layer
-    depth:np.ndarray,       # (E,) km, of the source
-    x:np.ndarray            # (E,) km, epicentral distance
-) -> tuple:                 # times in s, ray parameters in s/km, both (E, n): direct, head waves
+    v: np.ndarray,       # (E, n) km/s, growing with depth
+    bottom: np.ndarray,  # (E, n) km, of each layer
+    depth: np.ndarray,   # (E,) km, of the source
+    x: np.ndarray        # (E,) km, epicentral distance
+) -> tuple:  # times in s, ray parameters in s/km, both (E, n): direct, head waves
     "Travel times in flat layers; infinite where a head wave does not exist."
     # km of each layer over the source
     above = np.diff(np.minimum(bottom, depth[:, None]), prepend=0.)
@@ -104,10 +104,10 @@ def rays(
 
 # %% ../../nbs/signals/01_earthquake.ipynb #0a7f6fc8
 def directions(
-    sine:np.ndarray,            # (E,) of the angle between ray and vertical
+    sine: np.ndarray,         # (E,) of the angle between ray and vertical
     # (E,) radians, of the source seen from the station, from north to east
-    back_azimuth:np.ndarray,
-    down:np.ndarray=False       # (E,) does the ray go down?
+    back_azimuth: np.ndarray,
+    down: np.ndarray = False  # (E,) does the ray go down?
 ) -> np.ndarray:  # (E, 3, 3) unit vectors: rows P (along the ray), SV, SH; columns Z, N, E
     "How the ground moves in each kind of wave."
     s, up = np.minimum(sine, 1.), np.where(down, -1., 1.) + 0 * sine
@@ -210,7 +210,7 @@ class Axes(NamedTuple):
 
 # %% ../../nbs/signals/01_earthquake.ipynb #e035cbe6
 @lru_cache(maxsize=8)
-def axes(samples:int, rate:float) -> Axes:
+def axes(samples: int, rate: float) -> Axes:
     "Time and frequency of a window of so many samples"
     n = -(-(samples + int(5 * rate)) // 512) * 512                 # a length that the FFT likes
     freq = np.fft.rfftfreq(n, 1 / rate)
@@ -219,11 +219,11 @@ def axes(samples:int, rate:float) -> Axes:
 
 # %% ../../nbs/signals/01_earthquake.ipynb #86ba34c0
 def source_spectra(
-    event:SimpleNamespace,      # needs stress_drop (Pa), t_p and t_s (attenuation, s)
-    moment:np.ndarray,          # (E,) N m
-    beta:np.ndarray,            # (E,) km/s
-    freq:np.ndarray             # (F,) Hz
-) -> np.ndarray:                # (E, 2, F) velocity amplitude of P and S for unit displacement
+    event: SimpleNamespace,  # needs stress_drop (Pa), t_p and t_s (attenuation, s)
+    moment: np.ndarray,      # (E,) N m
+    beta: np.ndarray,        # (E,) km/s
+    freq: np.ndarray         # (F,) Hz
+) -> np.ndarray:  # (E, 2, F) velocity amplitude of P and S for unit displacement
     "Brune (1970) with attenuation over the travel time"
     corner = .49 * 1e3 * beta * (event.stress_drop / moment)**(1 / 3)                           # Hz
     corner = np.stack([1.3 * corner, corner], 1)[..., None].astype(np.float32)  # P, S
@@ -233,8 +233,8 @@ def source_spectra(
 
 # %% ../../nbs/signals/01_earthquake.ipynb #86679196
 def minimum_phase(
-    amplitude:np.ndarray        # (..., F) positive
-) -> np.ndarray:                # (..., F) complex, of the same modulus
+    amplitude: np.ndarray  # (..., F) positive
+) -> np.ndarray:  # (..., F) complex, of the same modulus
     """The causal filter with this amplitude and the least delay: its phase is the Hilbert
     transform of ln(amplitude)."""
     n = 2 * (amplitude.shape[-1] - 1)
@@ -331,13 +331,13 @@ def coda(
 
 # %% ../../nbs/signals/01_earthquake.ipynb #52385f9a
 def seismogram(
-    generators:Sequence,        # one random stream per event
-    event:SimpleNamespace,      # draws, arrays (E,)
-    arrival:Arrivals,           # of these events
-    shift:np.ndarray,           # (E,) origin time, s after the first sample of the window
-    spectra:np.ndarray,         # (E, 2, F) amplitude of all filters together for a unit of moment
-    ax:Axes                     # time and frequency of the buffer
-) -> np.ndarray:                # (E, 3, n) float32
+    generators: Sequence,    # one random stream per event
+    event: SimpleNamespace,  # draws, arrays (E,)
+    arrival: Arrivals,       # of these events
+    shift: np.ndarray,       # (E,) origin time, s after the first sample of the window
+    spectra: np.ndarray,     # (E, 2, F) amplitude of all filters together for a unit of moment
+    ax: Axes                 # time and frequency of the buffer
+) -> np.ndarray:  # (E, 3, n) float32
     "What the instrument writes of an event: exactly zero before its first phase."
     onset, unit = arrival.time + shift[:, None], arrival.strength.max(1)  # unit: float32 has limits
     drive = direct_waves(generators, event, onset, arrival.vector / unit[:, None, None], ax)

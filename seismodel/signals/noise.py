@@ -21,9 +21,9 @@ from ..core import BadRecord
 
 # %% ../../nbs/signals/07_noise.ipynb #e88ca7f0
 def quiet(
-    record:Record,  # with labels
-    margin:int=100, # samples before the first onset that are left out
-) -> int: # samples, 0 where nothing is known to be noise
+    record: Record,     # with labels
+    margin: int = 100,  # samples before the first onset that are left out
+) -> int:  # samples, 0 where nothing is known to be noise
     "Length of the part at the beginning of a record in which no phase arrives"
     events, zones = record.all_events(), [a for z in record.zones for a, _ in z]
     events = events[np.isfinite(events).any(1)]
@@ -35,10 +35,10 @@ def quiet(
 
 # %% ../../nbs/signals/07_noise.ipynb #950cba50
 def mirrored(
-    x:np.ndarray, # (L, 3), L at least 2
-    first:int,    # sample at which to begin, 0 or more
-    window:int,   # samples
-) -> np.ndarray: # (window, 3)
+    x: np.ndarray,  # (L, 3), L at least 2
+    first: int,     # sample at which to begin, 0 or more
+    window: int,    # samples
+) -> np.ndarray:  # (window, 3)
     "A window of the endless x, its mirror image, x, …"
     t = (first + np.arange(window)) % (2 * len(x) - 2)
     return x[np.minimum(t, 2 * len(x) - 2 - t)]
@@ -66,12 +66,12 @@ def unit_rms(
 
 # %% ../../nbs/signals/07_noise.ipynb #25f133c7
 def noise_bank(
-    sources:list,      # of the training records, from `open_source`
-    count:int=512,     # windows, N
-    seed:int=0,        # which records, and where the windows begin
-    window:int=WINDOW, # samples, L
-    least:int=1000,    # samples that a quiet part must have
-) -> torch.Tensor: # (N, L, 3) float32 on the CPU; N is 0 where no record has a quiet part
+    sources: list,         # of the training records, from `open_source`
+    count: int = 512,      # windows, N
+    seed: int = 0,         # which records, and where the windows begin
+    window: int = WINDOW,  # samples, L
+    least: int = 1000,     # samples that a quiet part must have
+) -> torch.Tensor:  # (N, L, 3) float32 on the CPU; N is 0 where no record has a quiet part
     "Windows of noise from the records' own quiet parts"
     rng, pieces = np.random.default_rng(seed), []
     for record in drawn_records(sources, 20 * count, rng):
@@ -86,12 +86,12 @@ def noise_bank(
 
 # %% ../../nbs/signals/07_noise.ipynb #c1a5e0d5
 def calm_bank(
-    sources:list,      # of the training records, from `open_source`
-    count:int=256,     # windows at most, N
-    seed:int=0,        # which records, and where the windows begin
-    window:int=WINDOW, # samples, L
-    most:float=5.,     # largest sample of a component, in its standard deviations
-) -> torch.Tensor: # (N, L, 3) float32 on the CPU; N is 0 where no record is calm
+    sources: list,         # of the training records, from `open_source`
+    count: int = 256,      # windows at most, N
+    seed: int = 0,         # which records, and where the windows begin
+    window: int = WINDOW,  # samples, L
+    most: float = 5.,      # largest sample of a component, in its standard deviations
+) -> torch.Tensor:  # (N, L, 3) float32 on the CPU; N is 0 where no record is calm
     "Windows in which nothing stands out, from records with or without labels"
     rng, bank = np.random.default_rng(seed), []
     for record in drawn_records(sources, 20 * count, rng):

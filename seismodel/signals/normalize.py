@@ -23,14 +23,14 @@ def _spread(x):
     return y, var, var <= rounding**2
 
 def flat(
-    x:torch.Tensor, # (..., L, C) samples
+    x: torch.Tensor,  # (..., L, C) samples
 ) -> torch.Tensor:  # (..., C) bool: True where a component is constant up to float32 rounding
     "Components whose standard deviation is at most 2^-23 of their largest absolute value"
     return _spread(x)[2].squeeze(-2)
 
 # %% ../../nbs/signals/05_normalize.ipynb #0c7d91a6
 def normalize(
-    x:torch.Tensor, # (..., L, C) samples, any finite amplitude
+    x: torch.Tensor,  # (..., L, C) samples, any finite amplitude
 ) -> torch.Tensor:  # mean 0 and standard deviation 1 per component, zeros where it is flat
     "Demean and scale every component by itself. ValueError for a sample that is not finite."
     if not torch.isfinite(x).all():
@@ -42,9 +42,9 @@ def normalize(
 
 # %% ../../nbs/signals/05_normalize.ipynb #9220d8d4
 def normalize_narrow(
-    q:np.ndarray,        # (B, W, 3) int16 or float16, no zeros around
-    out:np.ndarray=None, # (B, W, 3) float32 to write into; None: a new one
-) -> np.ndarray: # (B, W, 3) float32
+    q: np.ndarray,           # (B, W, 3) int16 or float16, no zeros around
+    out: np.ndarray = None,  # (B, W, 3) float32 to write into; None: a new one
+) -> np.ndarray:  # (B, W, 3) float32
     "`normalize` for numbers of 16 bits, each window by itself"
     B, W, C = q.shape
     out = np.empty(q.shape, np.float32) if out is None else out
@@ -66,18 +66,18 @@ def normalize_narrow(
 
 # %% ../../nbs/signals/05_normalize.ipynb #aa3805fa
 def valid_mask(
-    valid:torch.Tensor, # (B, 2) [first, last) sample that counts
-    samples:int,        # W
-) -> torch.Tensor: # (B, W, 1) bool
+    valid: torch.Tensor,  # (B, 2) [first, last) sample that counts
+    samples: int,         # W
+) -> torch.Tensor:  # (B, W, 1) bool
     "Samples that come from the record"
     t = torch.arange(samples, device=valid.device)
     return ((t >= valid[:, :1]) & (t < valid[:, 1:]))[..., None]
 
 # %% ../../nbs/signals/05_normalize.ipynb #d09f67d9
 def standardize(
-    x:torch.Tensor,     # (B, W, 3) finite samples of any type, on any device
-    valid:torch.Tensor, # (B, 2) [first, last) sample that counts
-) -> torch.Tensor: # (B, W, 3) float32, zeros elsewhere
+    x: torch.Tensor,      # (B, W, 3) finite samples of any type, on any device
+    valid: torch.Tensor,  # (B, 2) [first, last) sample that counts
+) -> torch.Tensor:  # (B, W, 3) float32, zeros elsewhere
     """Mean 0 and standard deviation 1 per component over the valid samples; flat components
     become zeros"""
     there = valid_mask(valid, x.shape[1])                                          # (B, W, 1)
@@ -91,10 +91,10 @@ def standardize(
 
 # %% ../../nbs/signals/05_normalize.ipynb #b63ef192
 def normalize_windows(
-    x:np.ndarray,        # (B, W, 3) samples of any type
-    valid:np.ndarray,    # (B, 2) [first, last) sample that counts
-    out:np.ndarray=None, # (B, W, 3) float32 to write into; None: a new one
-) -> np.ndarray: # (B, W, 3) float32, zeros where no sample counts
+    x: np.ndarray,           # (B, W, 3) samples of any type
+    valid: np.ndarray,       # (B, 2) [first, last) sample that counts
+    out: np.ndarray = None,  # (B, W, 3) float32 to write into; None: a new one
+) -> np.ndarray:  # (B, W, 3) float32, zeros where no sample counts
     "Whole windows of 16 bits in one go; the others one by one"
     out = np.empty(x.shape, np.float32) if out is None else out
     fast = (valid[:, 1] - valid[:, 0] == x.shape[1]) & (x.dtype.itemsize == 2)
@@ -108,9 +108,9 @@ def normalize_windows(
 
 # %% ../../nbs/signals/05_normalize.ipynb #91047f83
 def is_flat(
-    x:np.ndarray,     # (B, W, 3) samples
-    valid:np.ndarray, # (B, 2) [first, last) that counts
-) -> np.ndarray: # (B,) bool
+    x: np.ndarray,      # (B, W, 3) samples
+    valid: np.ndarray,  # (B, 2) [first, last) that counts
+) -> np.ndarray:  # (B,) bool
     "Windows in which nothing moves, in any component"
     some = x[:, ::max(1, x.shape[1] // 16)].astype(float)                      # (B, 16, 3)
     alike = (np.ptp(some, 1) <= 2.**-14 * np.abs(some).max(1)).all(1)

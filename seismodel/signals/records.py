@@ -33,7 +33,7 @@ class Record(NamedTuple):
     s_status: int = 0
     p_weak: float = np.nan # sample at which another model picks P, NaN when unknown
     s_weak: float = np.nan # likewise for S
-    events: np.ndarray|None = None   # (A, 2) P and S of every event in it; None: one at most
+    events: np.ndarray | None = None  # (A, 2) P and S of every event in it; None: one at most
     zones: tuple = ((), ())          # for P and for S: [first, last) samples where it is unlabelled
 
     def all_events(self) -> np.ndarray: # (A, 2) samples, NaN where there is none
@@ -42,9 +42,9 @@ class Record(NamedTuple):
         return one if self.events is None else np.asarray(self.events, float).reshape(-1, 2)
 
     def cut(self,
-        first:int, # sample
-        last:int,  # sample after the last one
-    ) -> "Record": # onsets outside of it stay, as samples before or after it
+        first: int,  # sample
+        last: int,   # sample after the last one
+    ) -> "Record":  # onsets outside of it stay, as samples before or after it
         "A piece of the record, with its labels"
         here = lambda zones: tuple((a - first, b - first) for a, b in zones)
         onsets = {k: getattr(self, k) - first for k in ("p_onset", "s_onset", "p_weak", "s_weak")}
@@ -54,9 +54,9 @@ class Record(NamedTuple):
 
 # %% ../../nbs/signals/03_records.ipynb #3b5b6b41
 def check_record(
-    record:Record,     # a record at 100 Hz
-    window:int=WINDOW, # samples of a window
-) -> Record:           # the same record
+    record: Record,        # a record at 100 Hz
+    window: int = WINDOW,  # samples of a window
+) -> Record:  # the same record
     "Raises `BadRecord` for a record that is too short, flat, or holds NaN or infinity"
     x, name = record.waveform, record.name
     if len(x) < window / 2:
@@ -77,12 +77,12 @@ def recorded_mean(
 
 # %% ../../nbs/signals/03_records.ipynb #dc06e232
 def show_window(
-    x:object,           # (L, 3) normalised samples, tensor or array
-    p_onset:float=np.nan, # samples, one or several; NaN: not drawn
-    s_onset:float=np.nan, # likewise
-    ax:object=None,     # matplotlib axes; None: new ones
-    title:str="",       # above the axes
-): # the matplotlib axes
+    x: object,  # (L, 3) normalised samples, tensor or array
+    p_onset: float = np.nan,  # samples, one or several; NaN: not drawn
+    s_onset: float = np.nan,  # likewise
+    ax: object = None,  # matplotlib axes; None: new ones
+    title: str = "",  # above the axes
+):  # the matplotlib axes
     "The three components one above the other over time in seconds, P and S as vertical lines"
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(7, 2.2))[1]

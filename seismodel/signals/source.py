@@ -54,10 +54,10 @@ def labels_of_window(
 
 # %% ../../nbs/signals/05a_source.ipynb #1013a10f
 def cut_window(
-    record:Record, # a record that `check_record` accepts
-    window:int,    # samples
-    u:float,       # in [0, 1): chooses the offset
-) -> Windows: # one, not yet normalised; raises `BadRecord` when nothing moves in it
+    record: Record,  # a record that `check_record` accepts
+    window: int,     # samples
+    u: float,        # in [0, 1): chooses the offset
+) -> Windows:  # one, not yet normalised; raises `BadRecord` when nothing moves in it
     "A window of a record"
     L = len(record.waveform)
     # negative: zeros come first
@@ -105,8 +105,8 @@ def padded(
 
 # %% ../../nbs/signals/05a_source.ipynb #5c84d7b1
 def digest(
-    *parts:object,  # arrays of numbers, or anything whose text says it all
-) -> str:    # 16 hexadecimal digits
+    *parts: object,  # arrays of numbers, or anything whose text says it all
+) -> str:  # 16 hexadecimal digits
     "A checksum of values: the same on every machine"
     total = hashlib.sha256()
     for part in parts:
@@ -131,7 +131,7 @@ class Source:
     def __len__(self) -> int: raise NotImplementedError
 
     def record(self,
-        i: int,   # from 0 to `len(self)` - 1
+        i: int,  # from 0 to `len(self)` - 1
     ) -> Record:  # raises `BadRecord` where it cannot be used
         "A record at 100 Hz"
         raise NotImplementedError
@@ -142,7 +142,7 @@ class Source:
         except BadRecord as e: return e.args[0]
 
     def most(self,
-        window: int,         # samples
+        window: int,  # samples
     ) -> tuple[int, int]:    # events, and zones of a phase
         "Largest counts of a window; a source whose records have `events` or `zones` defines it"
         return 1, 0
@@ -150,10 +150,10 @@ class Source:
 # %% ../../nbs/signals/05a_source.ipynb #21129968
 @patch
 def metadata(
-    self:Source,
-    column: str,             # of the metadata
-    default: str|None=None,  # what stands in every cell where there is no such column
-) -> list[str]:              # a cell for each record, empty where the table says nothing
+    self: Source,
+    column: str,                 # of the metadata
+    default: str | None = None,  # what stands in every cell where there is no such column
+) -> list[str]:  # a cell for each record, empty where the table says nothing
     "A column as text; raises `UserError` where there is none and no default"
     if default is not None: return [default]*len(self)
     raise UserError(f"{self.name} has no metadata; give a data set in SeisBench's format, "
@@ -161,44 +161,44 @@ def metadata(
 
 # %% ../../nbs/signals/05a_source.ipynb #d4979852
 @patch
-def events(self:Source) -> list[str]:
+def events(self: Source) -> list[str]:
     "The event of each record: its `source_id`, or the name of the record where none is known"
     return [e or self.label(i) for i, e in enumerate(self.metadata('source_id', default=''))]
 
 # %% ../../nbs/signals/05a_source.ipynb #69668b86
 @patch
-def has_phase_labels(self:Source) -> bool:
+def has_phase_labels(self: Source) -> bool:
     "Whether P or S was looked for on any record, found or not"
     return True
 
 # %% ../../nbs/signals/05a_source.ipynb #becc253d
 @patch
 def subset(
-    self:Source,
-    rows:list,          # numbers of records
-) -> 'Source':     # of these records alone, in this order
+    self: Source,
+    rows: list,  # numbers of records
+) -> 'Source':  # of these records alone, in this order
     "A part of the source"
     return Subset(self, rows)
 
 # %% ../../nbs/signals/05a_source.ipynb #bea79ee5
 @patch
-def fingerprint(self:Source) -> str:
+def fingerprint(self: Source) -> str:
     "Sixteen digits that change with the records, their labels or their sizes"
     return digest(self.name, len(self))
 
 # %% ../../nbs/signals/05a_source.ipynb #a5ed38ef
 @patch
 def choose(
-    self:Source,
+    self: Source,
     u: np.ndarray,  # (B,) in [0, 1)
-) -> np.ndarray:    # (B,) numbers of records
+) -> np.ndarray:  # (B,) numbers of records
     "Draw records with equal probability"
     return (u*len(self)).astype(int)
 
 # %% ../../nbs/signals/05a_source.ipynb #9f250916
 @patch
 def prefetch_windows(
-    self:Source,
+    self: Source,
     i: np.ndarray,  # (B,) numbers of records
     u: np.ndarray,  # (B,) in [0, 1): where in the record
     window: int,    # samples
@@ -208,16 +208,16 @@ def prefetch_windows(
 # %% ../../nbs/signals/05a_source.ipynb #d8c85754
 @patch
 def windows(
-    self:Source,
+    self: Source,
     i: np.ndarray,  # (B,) numbers of records
     u: np.ndarray,  # (B,) in [0, 1): where in the record
     window: int,    # samples
-) -> Windows:       # B of them; zeros for a record in `refused`, or one that is flat there
+) -> Windows:  # B of them; zeros for a record in `refused`, or one that is flat there
     "Windows at these positions; shorter records are padded with zeros"
     return join_windows([self._window(int(k), v, window) for k, v in zip(i, u)], i)
 
 @patch
-def _window(self:Source, k, u, window):
+def _window(self: Source, k, u, window):
     "One of them"
     if k in self.refused: return empty_window(window)
     try: record = self.record(k)
@@ -232,19 +232,19 @@ class Subset(Source):
     "Some records of a source, as a source"
     def __init__(self,
         source: Source,  # that has them
-        rows:list,            # their numbers in it
+        rows: list,      # their numbers in it
     ):
         self.source, self.rows = source, [int(row) for row in rows]
         self.name, self.left_out = source.name, source.left_out
 
     def __len__(self): return len(self.rows)
-    def record(self, i:int): return self.source.record(self.rows[i])
-    def label(self, i:int): return self.source.label(self.rows[i])
+    def record(self, i: int): return self.source.record(self.rows[i])
+    def label(self, i: int): return self.source.label(self.rows[i])
     def has_phase_labels(self): return self.source.has_phase_labels()
     def fingerprint(self): return digest(self.source.fingerprint(), self.rows)
-    def most(self, window:int): return self.source.most(window)
+    def most(self, window: int): return self.source.most(window)
 
-    def metadata(self, column:str, default:str|None=None):
+    def metadata(self, column: str, default: str | None = None):
         cells = self.source.metadata(column, default)
         return [cells[row] for row in self.rows]
 
@@ -252,5 +252,5 @@ class Subset(Source):
         events = self.source.events()
         return [events[row] for row in self.rows]
 
-    def prefetch_windows(self, i:np.ndarray, u:np.ndarray, window:int):
+    def prefetch_windows(self, i: np.ndarray, u: np.ndarray, window: int):
         self.source.prefetch_windows(np.take(self.rows, i), u, window)

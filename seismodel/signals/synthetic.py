@@ -78,8 +78,8 @@ PETERSON = np.array([
     (31.6, -185.0, -136.5), (101., -185.0, -131.5)])
 
 def noise_models(
-    freq:np.ndarray             # (F,) Hz
-) -> np.ndarray:                # (2, F) dB of (m/s^2)^2/Hz
+    freq: np.ndarray  # (F,) Hz
+) -> np.ndarray:  # (2, F) dB of (m/s^2)^2/Hz
     "New Low and New High Noise Model; above 10 Hz their last value goes on."
     period = -np.log(freq)
     return np.stack([np.interp(period, np.log(PETERSON[:, 0]), PETERSON[:, k])
@@ -428,12 +428,12 @@ def in_window(
 
 # %% ../../nbs/signals/02_synthetic.ipynb #b2232058
 def synthesize(
-    indices:Sequence,                   # numbers of the records, 0 or more
-    seed:int=0,                         # of the data set: other seeds, other records
-    config:SyntheticConfig=SyntheticConfig(),   # settings of the generator
+    indices: Sequence,  # numbers of the records, 0 or more
+    seed: int = 0,  # of the data set: other seeds, other records
+    config: SyntheticConfig = SyntheticConfig(),  # settings of the generator
     # (B, L, 3) quiet real windows to bury the events in; None: synthetic noise
-    noise:Optional[np.ndarray]=None
-) -> SyntheticBatch:                    # of len(indices) records
+    noise: Optional[np.ndarray] = None
+) -> SyntheticBatch:  # of len(indices) records
     """Three-component windows and their exact labels. Record k depends on (seed, indices[k],
     config) and on its row of `noise` alone, not on the rest of the batch. Raises ValueError if
     `noise` has another shape than the windows, or if there is no index."""

@@ -52,7 +52,7 @@ class Way:
 class Start:
     "Weights before fine-tuning"
     name: str               # of the variant, or of the published picker
-    variant: Variant|None = None # or the shapes of a random start; None: published
+    variant: Variant | None = None  # or the shapes of a random start; None: published
     windows: int = 0        # that pretraining sees; 0: none, the weights are random or published
     seed: int = 0           # of pretraining
     fresh: bool = False     # the shapes of a published picker with random weights
@@ -68,7 +68,7 @@ class Start:
 class FoldTrial:
     "A pretraining (no way), or a fine-tuning with its scores"
     start: Start
-    way: Way|None = None
+    way: Way | None = None
     fraction: float = 1.    # of the events to learn from
     fold: int = 0
     seed: int = 0           # of events, head, random weights and windows
@@ -85,7 +85,7 @@ class FoldTrial:
     @property
     def pretraining(self): return FoldTrial(self.start) if self.start.windows and self.way else None
 
-    def file(self, out:Path):
+    def file(self, out: Path):
         return out/('trials' if self.way else 'pretrained')/f'{self.name}.json'
 
     @property
@@ -121,8 +121,8 @@ class Arm:
 
 # %% ../../nbs/study/07_arms.ipynb #38ea0d92
 def study_variants(
-    size:str, # tiny, small or base
-)->dict[str, Variant]: # name -> variant
+    size: str,  # tiny, small or base
+) -> dict[str, Variant]:  # name -> variant
     "The ways of pretraining that the study compares"
     spectrum, contrastive, recon = (preset(f'{name}-{size}').model
                                     for name in ('spectrum', 'contrastive', 'reconstruction'))
@@ -136,9 +136,9 @@ def study_variants(
 
 # %% ../../nbs/study/07_arms.ipynb #652b4919
 def later_arms(
-    v:dict,  # from `study_variants`
-    seen:Callable,  # name of a variant -> its start
-)->list[Arm]: # what matters less
+    v: dict,  # from `study_variants`
+    seen: Callable,  # name of a variant -> its start
+) -> list[Arm]:  # what matters less
     "Arms that explain the first ones"
     random, other = Start('random', v['spectrum']), Start('random-sequential', v['recon'])
     sequential = dict(way=LOW_RATE, control='random-sequential')
@@ -159,10 +159,10 @@ def later_arms(
 
 # %% ../../nbs/study/07_arms.ipynb #901d1f5b
 def study_arms(
-    size:str='small',            # of the models
-    windows:int=1_000_000,       # that pretraining sees
-    baselines:tuple[str, ...]=(), # names of published pickers
-)->list[Arm]: # what matters most first
+    size: str = 'small',  # of the models
+    windows: int = 1_000_000,  # that pretraining sees
+    baselines: tuple[str, ...] = (),  # names of published pickers
+) -> list[Arm]:  # what matters most first
     "All arms of the study"
     v = study_variants(size)
     seen = lambda name: Start(name, v[name], max(1, round(windows*v[name].budget)))
@@ -175,8 +175,8 @@ def study_arms(
 
 # %% ../../nbs/study/07_arms.ipynb #b3aef1a3
 def baseline_arms(
-    name:str, # of a published picker
-)->list[Arm]:
+    name: str,  # of a published picker
+) -> list[Arm]:
     "A published picker as it is, fine-tuned on the same labels, and from random weights"
     start = Start(name)
     return [Arm(name, f'{name} as published', start, AS_IT_IS, few=False, whole=True),
@@ -187,8 +187,8 @@ def baseline_arms(
 
 # %% ../../nbs/study/07_arms.ipynb #ca2597ef
 def probe_arms(
-    arms:list[Arm],
-)->list[Arm]: # with all labels of one fold
+    arms: list[Arm],
+) -> list[Arm]:  # with all labels of one fold
     "Linear probes, and the head alone, on frozen features"
     found, wanted = [], ('random', 'best', 'placebo', 'contrastive', 'reconstruction',
                          'random-sequential')
@@ -209,10 +209,10 @@ class Grid:
 
 # %% ../../nbs/study/07_arms.ipynb #b7de3741
 def arm_trials(
-    arm:Arm,
-    grid:Grid,
-    fraction:float,
-)->list[FoldTrial]: # fine-tunings
+    arm: Arm,
+    grid: Grid,
+    fraction: float,
+) -> list[FoldTrial]:  # fine-tunings
     "The trials of an arm at one fraction"
     seeds = grid.seeds[:1] if fraction == 1 else grid.seeds
     if not (arm.whole if fraction == 1 else arm.few): return []
@@ -222,9 +222,9 @@ def arm_trials(
 
 # %% ../../nbs/study/07_arms.ipynb #da35f0a0
 def plan_folds(
-    arms:list[Arm],
-    grid:Grid=Grid(),
-)->list[FoldTrial]: # pretrainings first
+    arms: list[Arm],
+    grid: Grid = Grid(),
+) -> list[FoldTrial]:  # pretrainings first
     "All trials of a study, each once"
     tuned = [t for fraction in grid.fractions for arm in arms
              for t in arm_trials(arm, grid, fraction)]
@@ -233,9 +233,9 @@ def plan_folds(
 
 # %% ../../nbs/study/07_arms.ipynb #79b4b02c
 def choose_arms(
-    arms:list[Arm],
-    text:str|None, # names with commas between; None: all
-)->list[Arm]: # in the order of `arms`
+    arms: list[Arm],
+    text: str | None,  # names with commas between; None: all
+) -> list[Arm]:  # in the order of `arms`
     "Arms by name; raises `UserError` for a name that there is not"
     if not text: return arms
     wanted = [name.strip() for name in text.split(',')]

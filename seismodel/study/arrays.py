@@ -28,9 +28,9 @@ from ..signals.source import Source
 SPLITS = ('train', 'dev', 'test')
 
 def open_splits(
-    names:list[str], # data sets, see `open_source`
-    splits:tuple=SPLITS,
-)->list: # of sources
+    names: list[str],  # data sets, see `open_source`
+    splits: tuple = SPLITS,
+) -> list:  # of sources
     "Every split that each data set has; raises `UserError` where it has none"
     sources = []
     for name in names:
@@ -45,9 +45,9 @@ def open_splits(
 
 # %% ../../nbs/study/06_arrays.ipynb #8ada622b
 def record_fields(
-    events:list[str],
-    datasets:list[str],
-)->list: # of a numpy dtype
+    events: list[str],
+    datasets: list[str],
+) -> list:  # of a numpy dtype
     "Fields of a table of records"
     text = lambda values: f'U{max(1, *map(len, values))}'
     return [('first', 'i8'), ('length', 'i8'), ('scale', 'f4', 3), ('onset', 'f8', 4),
@@ -57,9 +57,9 @@ def record_fields(
 
 # %% ../../nbs/study/06_arrays.ipynb #87a87e78
 def names_of_source(
-    source:Source, # from `open_splits`
-    number:int, # of the source among all
-)->list[tuple]: # event, whether the data name it, data set, station, trace
+    source: Source,  # from `open_splits`
+    number: int,  # of the source among all
+) -> list[tuple]:  # event, whether the data name it, data set, station, trace
     "Whose records these are"
     column = lambda name: source.metadata(name, default='')
     stations = [f'{n}.{s}' for n, s in zip(column('station_network_code'), column('station_code'))]
@@ -72,10 +72,10 @@ def names_of_source(
 
 # %% ../../nbs/study/06_arrays.ipynb #7053ee13
 def write_records(
-    folder:Path,   # that gets NAME-samples.npy and NAME-table.npy
-    name:str,
-    sources:list,  # from `open_splits`
-)->np.ndarray: # the table
+    folder: Path,   # that gets NAME-samples.npy and NAME-table.npy
+    name: str,
+    sources: list,  # from `open_splits`
+) -> np.ndarray:  # the table
     "The records of some sources, in 16 bits"
     about = [row for k, source in enumerate(sources) for row in names_of_source(source, k)]
     table = np.zeros(len(about), record_fields([a[0] for a in about], [a[2] for a in about]))
@@ -96,8 +96,8 @@ def write_records(
 
 # %% ../../nbs/study/06_arrays.ipynb #23c06d52
 def save_array(
-    file:Path,
-    array:np.ndarray,
+    file: Path,
+    array: np.ndarray,
 ):
     "Whole or not at all; np.save adds .npy to names, and not to an open file"
     def write(part):
@@ -111,10 +111,10 @@ LARGEST_NUMBER = 2**30
 
 # %% ../../nbs/study/06_arrays.ipynb #38ba5946
 def write_continuous(
-    folder:Path,       # that gets continuous-samples.npy, continuous-table.npy and analyst.json
-    files:list[str],   # files, folders or patterns, see `seismodel pick`
-    analyst:Path|None=None, # table of picks, see `seismodel dataset`
-)->np.ndarray: # the table
+    folder: Path,  # that gets continuous-samples.npy, continuous-table.npy and analyst.json
+    files: list[str],  # files, folders or patterns, see `seismodel pick`
+    analyst: Path | None = None,  # table of picks, see `seismodel dataset`
+) -> np.ndarray:  # the table
     "Stretches of an archive at 100 Hz, and where an analyst picked"
     from seismodel.data.archive import open_archive
     rows, samples, first = [], [], 0
@@ -140,24 +140,24 @@ def write_continuous(
 
 # %% ../../nbs/study/06_arrays.ipynb #0ad4e680
 def centre(
-    x:np.ndarray, # (L, 3), NaN where there is no sample
-)->np.ndarray: # (3,)
+    x: np.ndarray,  # (L, 3), NaN where there is no sample
+) -> np.ndarray:  # (3,)
     "Median of each component over a stretch; 0 where a component is missing"
     there = ~np.isnan(x).all(0)
     return np.where(there, np.nanmedian(np.where(there, x, 0), 0), 0)
 
 # %% ../../nbs/study/06_arrays.ipynb #4642ab36
 def typical(
-    x:np.ndarray, # (L, 3)
-)->np.ndarray: # (3,)
+    x: np.ndarray,  # (L, 3)
+) -> np.ndarray:  # (3,)
     "Median size of the samples of each component"
     return np.median(np.abs(x), 0)
 
 # %% ../../nbs/study/06_arrays.ipynb #a1e9b004
 def analyst_rows(
-    table:np.ndarray, # from `write_continuous`
-    file:Path,        # table of picks
-)->list[dict]: # row, phase, sample, event
+    table: np.ndarray,  # from `write_continuous`
+    file: Path,         # table of picks
+) -> list[dict]:  # row, phase, sample, event
     "Picks of an analyst inside the stretches; raises `UserError` where none is"
     from seismodel.data.catalogue import read_catalogue
     found = []
@@ -176,8 +176,8 @@ def analyst_rows(
 
 # %% ../../nbs/study/06_arrays.ipynb #912b9dc6
 def sample_planes(
-    x:np.ndarray, # (N,) int16 or int32
-)->np.ndarray: # (itemsize, N) uint8
+    x: np.ndarray,  # (N,) int16 or int32
+) -> np.ndarray:  # (itemsize, N) uint8
     "Differences as small numbers of either sign, high bytes first"
     bits = 8*x.itemsize
     step = np.diff(x.astype(np.int64), prepend=np.int64(0))
@@ -187,8 +187,8 @@ def sample_planes(
 
 # %% ../../nbs/study/06_arrays.ipynb #674f4925
 def samples_of_planes(
-    planes:np.ndarray, # (itemsize, N) uint8
-)->np.ndarray: # (N,) int16 or int32
+    planes: np.ndarray,  # (itemsize, N) uint8
+) -> np.ndarray:  # (N,) int16 or int32
     "The samples again"
     even = np.zeros(planes.shape[1], np.int64)
     for plane in planes: even = even << 8 | plane
@@ -197,9 +197,9 @@ def samples_of_planes(
 
 # %% ../../nbs/study/06_arrays.ipynb #6024fe9c
 def pack_arrays(
-    folder:Path, # with arrays
-    to:Path,     # that gets packed copies
-)->int: # bytes of them
+    folder: Path,  # with arrays
+    to: Path,      # that gets packed copies
+) -> int:  # bytes of them
     "Copies of a third of the size, for `unpack_arrays`"
     to.mkdir(parents=True, exist_ok=True)
     files = [f for f in sorted(folder.iterdir()) if f.suffix in ('.npy', '.json', '.safetensors')]
@@ -215,8 +215,8 @@ def pack_arrays(
 
 # %% ../../nbs/study/06_arrays.ipynb #5f5461f3
 def unpack_arrays(
-    folder:Path, # with packed copies
-    to:Path,     # that gets the arrays
+    folder: Path,  # with packed copies
+    to: Path,      # that gets the arrays
 ):
     "What `pack_arrays` packed; what is there already stays"
     to.mkdir(parents=True, exist_ok=True)

@@ -27,14 +27,14 @@ from ..core import UserError
 class Baseline(nn.Module):
     "A network of SeisBench in the place of a `Picker`; subclasses define loss and probabilities"
     whole_batch, steady = True, False
-    def __init__(self, net:nn.Module):
+    def __init__(self, net: nn.Module):
         super().__init__()
         self.net = net
-    def set_progress(self, step:int, steps:int): "Does nothing"
+    def set_progress(self, step: int, steps: int): "Does nothing"
 
     def outputs(self,
-        x:Tensor, # (B, L, 3) normalised windows, L at most 4096
-    )->Tensor: # (B, L, 3), before softmax or sigmoid
+        x: Tensor,  # (B, L, 3) normalised windows, L at most 4096
+    ) -> Tensor:  # (B, L, 3), before softmax or sigmoid
         "What the network says, in float32"
         samples = x.shape[1]
         with torch.autocast(x.device.type, enabled=False):
@@ -42,15 +42,15 @@ class Baseline(nn.Module):
         return (z if isinstance(z, Tensor) else torch.stack(z, 1)).transpose(1, 2)[:, :samples]
 
     def forward(self,
-        batch:dict, # x (B, L, 3), onsets (B,) in samples, statuses (B,) as for `Picker`
-        generator:torch.Generator|None=None, # not used
-    )->Step:
+        batch: dict,  # x (B, L, 3), onsets (B,) in samples, statuses (B,) as for `Picker`
+        generator: torch.Generator | None = None,  # not used
+    ) -> Step:
         "The loss over the picks that are labelled, and how many were found"
         z = self.outputs(batch['x'])
         said, (events, _) = self.probabilities(z).clamp_min(1e-9).log(), batch_events(batch)
         return Step(self.loss(z, batch), found(said, events))
 
-    def save_pretrained(self, folder:str|Path, extra:dict|None=None):
+    def save_pretrained(self, folder: str | Path, extra: dict | None = None):
         "Write `model.safetensors` and `config.json`, which names the baseline"
         about = {'model': {}, 'peer': type(self.net).__name__, **(extra or {})}
         write_model(folder, about, self.state_dict())
@@ -59,15 +59,15 @@ class Baseline(nn.Module):
 class PhaseNetBaseline(Baseline):
     "PhaseNet with fresh weights"
     def __init__(self): super().__init__(PhaseNet(phases=LABELS))
-    def loss(self, z:Tensor, batch:dict): return pick_loss(z, *pick_targets(batch, z.shape[1]))
-    def probabilities(self, z:Tensor): return z.softmax(-1)
+    def loss(self, z: Tensor, batch: dict): return pick_loss(z, *pick_targets(batch, z.shape[1]))
+    def probabilities(self, z: Tensor): return z.softmax(-1)
 
 # %% ../../nbs/study/01_baselines.ipynb #442935e4
 def detection_labels(
-    onset:Tensor, # (B, 2) samples of P and S, or (B, A, 2) of A events; NaN: none known
-    known:Tensor, # (B, 2) bool, whether P and S were labelled
-    samples:int,  # L
-)->tuple[Tensor, Tensor]: # (B, L) one from P to S + 1.4 (S - P); (B,) bool, whether that is known
+    onset: Tensor,  # (B, 2) samples of P and S, or (B, A, 2) of A events; NaN: none known
+    known: Tensor,  # (B, 2) bool, whether P and S were labelled
+    samples: int,   # L
+) -> tuple[Tensor, Tensor]:  # (B, L) one from P to S + 1.4 (S - P); (B,) bool, is that known
     "Where an earthquake is on, by the rule of Mousavi and others (2020)"
     onset = onset.view(len(onset), -1, 2)                                        # (B, A, 2)
     p, s = onset[..., :1], onset[..., 1:]                                        # (B, A, 1)
@@ -81,7 +81,7 @@ class EQTransformerBaseline(Baseline):
     "EQTransformer with fresh weights, for windows of 4096 samples instead of 6000"
     def __init__(self): super().__init__(EQTransformer(in_samples=WINDOW))
 
-    def loss(self, z:Tensor, batch:dict):
+    def loss(self, z: Tensor, batch: dict):
         "Weighted binary cross-entropies of detection, P and S, each over windows where it is known"
         samples, (events, known) = z.shape[1], batch_events(batch)
         on, said = detection_labels(events, known, samples)
@@ -95,15 +95,15 @@ class EQTransformerBaseline(Baseline):
         each = each.mean(1)*said
         return (each.sum(0)/said.sum(0).clamp_min(1)*z.new_tensor([.05, .4, .55])).sum()
 
-    def probabilities(self, z:Tensor):
+    def probabilities(self, z: Tensor):
         "Noise is what is no detection; the three do not sum to one"
         d, p, s = z.sigmoid().unbind(-1)
         return torch.stack([1 - d, p, s], -1)
 
 # %% ../../nbs/study/01_baselines.ipynb #b2db609c
 def fresh_baseline(
-    name:str, # PhaseNet or EQTransformer
-)->Baseline: # in training mode
+    name: str,  # PhaseNet or EQTransformer
+) -> Baseline:  # in training mode
     "A baseline by name; raises `UserError` for one that we cannot train"
     if name == 'PhaseNet': return PhaseNetBaseline()
     if name == 'EQTransformer': return EQTransformerBaseline()
@@ -113,8 +113,8 @@ def fresh_baseline(
 class BaselinePicker(StreamPicker):
     "A `Baseline` in SeisBench's terms, read and picked by the rules of `SeisModelPicker`"
     def __init__(self,
-        peer:str='PhaseNet',         # which baseline, see `fresh_baseline`; files call it a peer
-        default_args:dict|None=None, # of annotate and classify
+        peer: str = 'PhaseNet',  # which baseline, see `fresh_baseline`; files call it a peer
+        default_args: dict | None = None,  # of annotate and classify
     ):
         baseline = fresh_baseline(peer)
         super().__init__(citation=baseline.net.citation, component_order=COMPONENTS,
@@ -125,15 +125,15 @@ class BaselinePicker(StreamPicker):
 
     def get_model_args(self): return {'peer': type(self.peer.net).__name__}
 
-    def forward(self, x:Tensor):
+    def forward(self, x: Tensor):
         "(B, 3, L) normalised to (B, 3, L), probabilities of N, P, S"
         x = x.transpose(1, 2)
         return self.peer.probabilities(self.peer.outputs(x)).transpose(1, 2)
 
 # %% ../../nbs/study/01_baselines.ipynb #606433f6
 def open_trained(
-    folder:str|Path, # that `train` wrote for a `Picker` or a `Baseline`
-)->StreamPicker: # on the CPU, in evaluation mode; reads windows of 4096 samples
+    folder: str | Path,  # that `train` wrote for a `Picker` or a `Baseline`
+) -> StreamPicker:  # on the CPU, in evaluation mode; reads windows of 4096 samples
     "Open any picker of a comparison; raises `UserError` where the folder does not hold one"
     config, weights = read_model(folder)
     if 'peer' not in config: return SeisModelPicker.of(load_picker(folder), window=WINDOW)

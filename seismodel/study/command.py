@@ -25,12 +25,12 @@ from .fold_trial import FoldStudy
 
 # %% ../../nbs/study/12_command.ipynb #ee010424
 def numbers(
-    text:str, # such as '.1,.5,1'
-    kind:type, # int or float
-    flag:str, # where it was typed
-    inside:Callable, # number -> is it allowed?
-    rule:str, # which ones are allowed, in words
-)->list:
+    text: str,  # such as '.1,.5,1'
+    kind: type,  # int or float
+    flag: str,  # where it was typed
+    inside: Callable,  # number -> is it allowed?
+    rule: str,  # which ones are allowed, in words
+) -> list:
     "Numbers with commas between, or `UserError`"
     try: values = [kind(v) for v in text.split(',')]
     except ValueError: values = []
@@ -40,9 +40,9 @@ def numbers(
 
 # %% ../../nbs/study/12_command.ipynb #a5717601
 def fractions_and_seeds(
-    fractions:str,
-    seeds:str,
-)->tuple[list, list]:
+    fractions: str,
+    seeds: str,
+) -> tuple[list, list]:
     "Both, checked"
     some = numbers(fractions, float, '--fractions', lambda f: 0 < f <= 1,
                    'fractions above 0 and at most 1')
@@ -55,8 +55,8 @@ ONLY_SPLIT = ('from_run', 'lr', 'threshold', 'synthetic', 'augment', 'freeze', '
               'average', 'validation_windows', 'workers', 'set_fields')
 
 def refuse_misplaced(
-    given:dict, # parameter -> value
-    usual:dict, # parameter -> default
+    given: dict,  # parameter -> value
+    usual: dict,  # parameter -> default
 ):
     "Raise `UserError` for an option that belongs to the other study"
     folds = given['folds'] is not None
@@ -71,8 +71,8 @@ def refuse_misplaced(
 FOLD_STEPS = ('prepare', 'train', 'report')
 
 def fold_data(
-    a:dict, # parameters of `study`
-)->FoldData:
+    a: dict,  # parameters of `study`
+) -> FoldData:
     "What a study by folds is made of; raises `UserError` for a baseline without files"
     pairs = [text.partition('=') for text in a['baseline'] or ()]
     for name, equals, stem in pairs:
@@ -86,7 +86,7 @@ def fold_data(
 
 # %% ../../nbs/study/12_command.ipynb #fc694629
 def check_folds(
-    a:dict, # parameters of `study`
+    a: dict,  # parameters of `study`
 ):
     "Raise `UserError` for what would fail later"
     if not a['out']: raise UserError("Name the study's folder, with --out FOLDER.")
@@ -104,10 +104,10 @@ def check_folds(
 
 # %% ../../nbs/study/12_command.ipynb #701df023
 def fold_arrays(
-    a:dict, # parameters of `study`
-    data:FoldData,
-    out:Path, # the study's folder
-)->Path:
+    a: dict,  # parameters of `study`
+    data: FoldData,
+    out: Path,  # the study's folder
+) -> Path:
     "The folder of the arrays, unpacked and complete"
     given = a['arrays'] and Path(a['arrays'])
     packed = given and any(given.glob('*.bz2'))
@@ -119,8 +119,8 @@ def fold_arrays(
 
 # %% ../../nbs/study/12_command.ipynb #19b2c09e
 def study_by_folds(
-    a:dict, # parameters of `study`
-)->Path: # the study's folder
+    a: dict,  # parameters of `study`
+) -> Path:  # the study's folder
     "Prepare, train and report, as far as it is not done"
     check_folds(a)
     fractions, seeds = fractions_and_seeds(a['fractions'] or '.1,1', a['seeds'])
@@ -146,9 +146,9 @@ def study_by_folds(
 
 # %% ../../nbs/study/12_command.ipynb #8125004f
 def say_packed(
-    arrays:Path, # folder of arrays
-    out:Path,    # the study's folder
-)->Path: # the study's folder
+    arrays: Path,  # folder of arrays
+    out: Path,     # the study's folder
+) -> Path:  # the study's folder
     "Small copies of the arrays"
     size = pack_arrays(arrays, out/'packed')
     print(f"arrays  {arrays}\npacked  {out/'packed'}, {size/2**20:.1f} MiB")
@@ -156,11 +156,11 @@ def say_packed(
 
 # %% ../../nbs/study/12_command.ipynb #b908b84e
 def train_folds(
-    trials:list, # of `FoldTrial`
-    s:FoldStudy,
-    a:dict,      # parameters of `study`
-    home:set,    # names in the bundles that were taken
-)->list[str]:
+    trials: list,  # of `FoldTrial`
+    s: FoldStudy,
+    a: dict,       # parameters of `study`
+    home: set,     # names in the bundles that were taken
+) -> list[str]:
     "Run the trials that are not done; returns the names of those that failed"
     begin_folds(s, trials, a['jobs'])
     bring = lambda: bring_bundles(s.out, Path(a['bring']), home) if a['bring'] else None
@@ -176,9 +176,9 @@ def train_folds(
 
 # %% ../../nbs/study/12_command.ipynb #862f7421
 def report_folds(
-    out:Path,  # the study's folder
-    arms:list, # of `Arm`
-    grid:Grid,
+    out: Path,   # the study's folder
+    arms: list,  # of `Arm`
+    grid: Grid,
 ):
     "Tables, reports and the figure of what is done"
     if not write_fold_tables(out): return print('no trial is scored yet')
@@ -197,64 +197,64 @@ def report_folds(
 def study(
     # parts of the labelled events that take turns as test: the study by folds; without it one split
     # is scored
-    folds:int=None,
+    folds: int = None,
     # one split: NAME=RUN, a pretrained run to fine-tune, with its control from random weights; may
     # be given several times
-    from_run:Annotated[str, {'action': 'append'}]=None,
+    from_run: Annotated[str, {'action': 'append'}] = None,
     # one split: PhaseNet or EQTransformer, from random weights, or NAME=PhaseNet; by folds:
     # NAME=FILES, a PhaseNet in SeisBench's FILES.json and FILES.pt; may be given several times
-    baseline:Annotated[str, {'action': 'append'}]=None,
+    baseline: Annotated[str, {'action': 'append'}] = None,
     # data with picks: a packed store (fastest), a SeisBench folder or name; one split needs train,
     # dev and test; may be given several times
-    data:Annotated[str, {'action': 'append'}]=None,
+    data: Annotated[str, {'action': 'append'}] = None,
     # by folds: data for pretraining, without any event of --data; may be given several times
-    unlabelled:Annotated[str, {'action': 'append'}]=None,
-    arms:str=None, # by folds: names with commas between; all if not given
-    size:str='small', # by folds: of the models, tiny, small or base
-    windows:int=1_000_000, # by folds: that a pretraining sees
+    unlabelled: Annotated[str, {'action': 'append'}] = None,
+    arms: str = None,  # by folds: names with commas between; all if not given
+    size: str = 'small',  # by folds: of the models, tiny, small or base
+    windows: int = 1_000_000,  # by folds: that a pretraining sees
     # of the labelled events; .1,1 by folds and .1,.2,.5,1 on one split if not given
-    fractions:str=None,
-    seeds:str='0,1,2', # of fraction, windows, head and random starts
-    steps:int=1000, # optimiser steps of each fine-tuning
-    batch_size:int=32, # windows a step
+    fractions: str = None,
+    seeds: str = '0,1,2',  # of fraction, windows, head and random starts
+    steps: int = 1000,  # optimiser steps of each fine-tuning
+    batch_size: int = 32,  # windows a step
     # one split: NAME=VALUE, peak learning rate of one method; that of its recipe if not given; may
     # be given several times
-    lr:Annotated[str, {'action': 'append'}]=None,
-    threshold:float=.3, # one split: probability that counts as a pick
+    lr: Annotated[str, {'action': 'append'}] = None,
+    threshold: float = .3,  # one split: probability that counts as a pick
     # one split: share of the training windows that are synthetic events in real noise
-    synthetic:float=.25,
+    synthetic: float = .25,
     # one split: what happens to the training windows, as in finetune: full or none
-    augment:str='full',
+    augment: str = 'full',
     # one split: what of our models does not learn, as in finetune: none, encoder, all or gradual
-    freeze:str='none',
+    freeze: str = 'none',
     # one split: factor of our models' learning rate from each stage of the network to the one
     # before it; as in finetune if not given
-    layer_decay:float=None,
+    layer_decay: float = None,
     # one split: decay of a moving average of our models' weights, such as .99; 0: none
-    average:float=0.,
-    validation_windows:int=128, # one split: dev windows looked at ten times along the run
+    average: float = 0.,
+    validation_windows: int = 128,  # one split: dev windows looked at ten times along the run
     # by folds: miniSEED and the like, on which picks an hour are counted; may be given several
     # times
-    continuous:Annotated[str, {'action': 'append'}]=None,
-    analyst:str=None, # by folds: table of picks in the continuous data
-    jobs:int=1, # processes that share a device, each with a trial at a time
+    continuous: Annotated[str, {'action': 'append'}] = None,
+    analyst: str = None,  # by folds: table of picks in the continuous data
+    jobs: int = 1,  # processes that share a device, each with a trial at a time
     # one split: processes that prepare windows, for each trial that runs; 0 is best for a packed
     # store
-    workers:int=0,
+    workers: int = 0,
     # auto, cpu, cuda, cuda:N; on one split also all: every GPU of this machine, each with its own
     # processes
-    device:str='auto',
+    device: str = 'auto',
     # one split: NAME=VALUE, any field that `seismodel info PRESET` lists, of the recipe for all
     # methods (train.warmup=.05) or of our models (model.dropout=.1); may be given several times
-    set_fields:Annotated[str, {'action': 'append'}]=None,
-    only:str=None, # by folds: one step, prepare, train or report; all of them if not given
+    set_fields: Annotated[str, {'action': 'append'}] = None,
+    only: str = None,  # by folds: one step, prepare, train or report; all of them if not given
     # by folds: folder of arrays that --only prepare wrote, packed or not; OUT/arrays if not given
-    arrays:Path=None,
-    take:Path=None, # by folds: folder with bundles of earlier results
-    bring:Path=None, # by folds: folder for bundles of results, renewed every minute
-    stop_after:float=None, # by folds: seconds after which trials that run are stopped
-    out:Path=None, # the study's folder; an unfinished study in it goes on
-)->Path: # the study's folder
+    arrays: Path = None,
+    take: Path = None,  # by folds: folder with bundles of earlier results
+    bring: Path = None,  # by folds: folder for bundles of results, renewed every minute
+    stop_after: float = None,  # by folds: seconds after which trials that run are stopped
+    out: Path = None,  # the study's folder; an unfinished study in it goes on
+) -> Path:  # the study's folder
     "Compare pretrained and random starts at few labels, by folds (--folds 5) or on one split"
     given = dict(locals())
     usual = {name: p.default for name, p in inspect.signature(study).parameters.items()}

@@ -32,10 +32,10 @@ class RecordTable(Source):
     name = 'records'
 
     def __init__(self,
-        samples:np.ndarray, # (N, 3) int16 or int32, on the host
-        # (R,) with first, length, scale, and where there are labels onset and status
-        table:np.ndarray,
-        device:str|torch.device='cpu',
+        samples: np.ndarray,  # (N, 3) int16 or int32, on the host
+          # (R,) with first, length, scale, and where there are labels onset and status
+        table: np.ndarray,
+        device: str | torch.device = 'cpu',
     ):
         put = lambda v, dtype: torch.as_tensor(np.array(v), dtype=dtype).to(device)
         labels = 'onset' in table.dtype.names
@@ -49,7 +49,7 @@ class RecordTable(Source):
 
     def __len__(self): return len(self.rows)
 
-    def record(self, i:int):
+    def record(self, i: int):
         "As `noise_bank` wants it; records are counted on from any multiple of their number"
         i = self.rows[i % len(self.rows)]
         first, length = int(self.first[i]), int(self.length[i])
@@ -61,10 +61,10 @@ class RecordTable(Source):
 class DeviceRecords(RecordTable):
     "Whole records on a device, and windows of them"
     def draw(self,
-        chosen:Tensor, # (n,) numbers of records
-        count:int,     # windows
-        generator:torch.Generator, # on the device
-    )->dict: # see `at`
+        chosen: Tensor,              # (n,) numbers of records
+        count: int,                  # windows
+        generator: torch.Generator,  # on the device
+    ) -> dict:  # see `at`
         "Windows of these records, every place alike"
         u = torch.rand(2, count, generator=generator, device=self.first.device)
         r = chosen[(u[0]*len(chosen)).long()]
@@ -72,9 +72,9 @@ class DeviceRecords(RecordTable):
         return self.at(r, (u[1]*(extra.abs() + 1)).long()*extra.sign().where(extra != 0, 1))
 
     def at(self,
-        r:Tensor,     # (B,) records
-        first:Tensor, # (B,) sample at which each window begins, also below 0
-    )->dict: # x (B, W, 3), valid (B, 2), scale, onsets and statuses (B,)
+        r: Tensor,      # (B,) records
+        first: Tensor,  # (B,) sample at which each window begins, also below 0
+    ) -> dict:  # x (B, W, 3), valid (B, 2), scale, onsets and statuses (B,)
         "Windows at these places"
         t = first[:, None] + torch.arange(WINDOW, device=r.device)                    # (B, W)
         there = (t >= 0) & (t < self.length[r, None])
@@ -91,10 +91,10 @@ class DeviceRecords(RecordTable):
 
 # %% ../../nbs/study/06a_device_records.ipynb #855dde61
 def read_records(
-    folder:Path,   # of `write_records` or `write_continuous`
-    name:str,      # labelled, unlabelled, continuous, or synthetic
-    device:str|torch.device='cpu',
-)->tuple[DeviceRecords, np.ndarray]: # records, table
+    folder: Path,  # of `write_records` or `write_continuous`
+    name: str,     # labelled, unlabelled, continuous, or synthetic
+    device: str | torch.device = 'cpu',
+) -> tuple[DeviceRecords, np.ndarray]:  # records, table
     "The arrays of a study on a device"
     table = np.load(folder/f'{name}-table.npy')
     return DeviceRecords(np.load(folder/f'{name}-samples.npy', mmap_mode='r'), table, device), table
@@ -103,7 +103,7 @@ def read_records(
 LENGTH = 3*WINDOW//2         # samples of a synthetic record
 
 def synthetic_part(
-    numbers:list[int], # of the generator
+    numbers: list[int],  # of the generator
 ):
     "Some records of the generator, in 16 bits"
     torch.set_num_threads(1)
@@ -114,7 +114,7 @@ def synthetic_part(
 
 # %% ../../nbs/study/06a_device_records.ipynb #92f0ead2
 def events_part(
-    number:int, # from 0
+    number: int,  # from 0
 ):
     "Fifty clean events, and their onsets"
     torch.set_num_threads(1)
@@ -123,9 +123,9 @@ def events_part(
 
 # %% ../../nbs/study/06a_device_records.ipynb #5c751d98
 def spread(
-    work:Callable, # function of a part
-    parts:list,
-    jobs:int,      # processes
+    work: Callable,  # function of a part
+    parts: list,
+    jobs: int,       # processes
 ):
     "Results of `work` for each of the parts, from several processes if there is much to do"
     if jobs == 1 or len(parts) == 1: return [work(part) for part in parts]
@@ -133,10 +133,10 @@ def spread(
 
 # %% ../../nbs/study/06a_device_records.ipynb #3f4cd05e
 def make_generated(
-    folder:Path,   # of the results
-    records:int,   # of the generator
-    events:int,    # without noise; 0: none are needed
-    jobs:int=1,    # processes
+    folder: Path,   # of the results
+    records: int,   # of the generator
+    events: int,    # without noise; 0: none are needed
+    jobs: int = 1,  # processes
 ):
     "Write synthetic records and events, unless they are there"
     if not (folder/'synthetic-table.npy').exists():
@@ -154,9 +154,9 @@ def make_generated(
 
 # %% ../../nbs/study/06a_device_records.ipynb #9ef65ed3
 def event_batch(
-    x:Tensor,      # (B, 4096, 3)
-    onset:Tensor,  # (B, 2) samples of P and S, NaN where there is none
-)->dict: # as `DeviceRecords.at`
+    x: Tensor,      # (B, 4096, 3)
+    onset: Tensor,  # (B, 2) samples of P and S, NaN where there is none
+) -> dict:  # as `DeviceRecords.at`
     "A batch of whole windows in which every onset is known"
     there = onset.isfinite()
     picked, absent = map(STATUS.index, ('picked', 'absent'))
@@ -172,10 +172,10 @@ def event_batch(
 class DeviceEvents:
     "Windows of synthetic events in real noise"
     def __init__(self,
-        folder:Path,   # of `make_generated`
-        noise:Tensor,  # (n, 4096, 3) of rms 1, on the host
-        most:int,      # events that are used
-        device:str|torch.device='cpu',
+        folder: Path,                        # of `make_generated`
+        noise: Tensor,                       # (n, 4096, 3) of rms 1, on the host
+        most: int,                           # events that are used
+        device: str | torch.device = 'cpu',
     ):
         self.waves = torch.as_tensor(np.load(folder/'events-waves.npy')[:most], device=device)
         onsets = np.load(folder/'events-onsets.npy')[:most]
@@ -185,9 +185,9 @@ class DeviceEvents:
         self.level = torch.as_tensor(level, device=device, dtype=torch.float32)
 
     def draw(self,
-        count:int, # windows
-        generator:torch.Generator, # on the device
-    )->dict: # as `DeviceRecords.at`
+        count: int,                  # windows
+        generator: torch.Generator,  # on the device
+    ) -> dict:  # as `DeviceRecords.at`
         "Windows in which every onset is known, and so is its absence"
         device, extra = self.noise.device, self.waves.shape[1] - WINDOW
         u = torch.rand(4, count, generator=generator, device=device)
@@ -202,9 +202,9 @@ class DeviceEvents:
 
 # %% ../../nbs/study/06a_device_records.ipynb #988e4dc7
 def scramble_phases(
-    x:Tensor, # (B, L, 3)
-    generator:torch.Generator, # on its device
-)->Tensor: # (B, L, 3)
+    x: Tensor,  # (B, L, 3)
+    generator: torch.Generator,  # on its device
+) -> Tensor:  # (B, L, 3)
     "Windows with the same spectra and random phases"
     spectrum = torch.fft.rfft(x.float(), dim=1)
     u = torch.rand(x.shape[0], spectrum.shape[1], 1, generator=generator, device=x.device)

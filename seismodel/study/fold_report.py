@@ -25,9 +25,9 @@ from .paired import SHARES, arm_scores, compare, detection, read_onsets
 
 # %% ../../nbs/study/11_fold_report.ipynb #9a9a20e3
 def repeat_published(
-    onsets:pd.DataFrame, # from `read_onsets`
-    method:str,          # of a picker that was not trained
-)->pd.DataFrame: # with its rows at every fraction and seed
+    onsets: pd.DataFrame,  # from `read_onsets`
+    method: str,           # of a picker that was not trained
+) -> pd.DataFrame:  # with its rows at every fraction and seed
     "A published picker beside trained ones"
     own, rest = onsets[onsets['method'] == method], onsets[onsets['method'] != method]
     pairs = rest[['fraction', 'seed']].drop_duplicates()
@@ -38,9 +38,9 @@ BESIDE = {'placebo': ('best', 'contrastive'), 'synthetic': ('best', 'best+synthe
           'random+synthetic': ('best+synthetic',)}
 
 def gain_table(
-    onsets:pd.DataFrame, # from `read_onsets`
-    arms:list[Arm],
-)->pd.DataFrame: # as `compare`, with the method of the reference
+    onsets: pd.DataFrame,  # from `read_onsets`
+    arms: list[Arm],
+) -> pd.DataFrame:  # as `compare`, with the method of the reference
     "All comparisons that the study is about"
     method, there = {arm.name: arm.method for arm in arms}, set(onsets['method'])
     plain = [a.method for a in arms if a.folds > 1]                     # no probes
@@ -60,8 +60,8 @@ def gain_table(
 
 # %% ../../nbs/study/11_fold_report.ipynb #9dd5b4b0
 def station_table(
-    onsets:pd.DataFrame, # from `read_onsets`
-)->pd.DataFrame: # as `arm_scores`, with stations: known or new
+    onsets: pd.DataFrame,  # from `read_onsets`
+) -> pd.DataFrame:  # as `arm_scores`, with stations: known or new
     "Scores on stations that a picker learned from, and on those that it did not"
     parts = [arm_scores(onsets[onsets['known'] == known]).assign(stations=name)
              for known, name in ((1, 'known'), (0, 'new'))]
@@ -69,8 +69,8 @@ def station_table(
 
 # %% ../../nbs/study/11_fold_report.ipynb #8d3715b1
 def pick_table(
-    picks:pd.DataFrame, # picks.csv.gz
-)->pd.DataFrame: # method, fraction, phase, metric, value, low, high, onsets, seeds
+    picks: pd.DataFrame,  # picks.csv.gz
+) -> pd.DataFrame:  # method, fraction, phase, metric, value, low, high, onsets, seeds
     "Shares found by picks at thresholds chosen on dev; noise disturbed, false picks an hour of it"
     found = arm_scores(picks)
     if len(found): found = found[found['metric'].isin(SHARES)]
@@ -85,8 +85,8 @@ def pick_table(
 
 # %% ../../nbs/study/11_fold_report.ipynb #be54b606
 def hour_table(
-    stretches:pd.DataFrame, # stretches.csv
-)->pd.DataFrame: # method, fraction, instrument, hours, trials; picks an hour, all and unconfirmed
+    stretches: pd.DataFrame,  # stretches.csv
+) -> pd.DataFrame:  # method, fraction, instrument, hours, trials, picks an hour, unconfirmed ones
     "Picks an hour of continuous data, means over trials"
     if not len(stretches): return pd.DataFrame()
     rate = lambda name: (stretches[f'p_{name}'] + stretches[f's_{name}'])/stretches['hours']
@@ -97,8 +97,8 @@ def hour_table(
 
 # %% ../../nbs/study/11_fold_report.ipynb #54f6e3b2
 def analyst_table(
-    analyst:pd.DataFrame, # analyst.csv
-)->pd.DataFrame: # method, fraction, phase, picks, trials; found, within 0.5 s
+    analyst: pd.DataFrame,  # analyst.csv
+) -> pd.DataFrame:  # method, fraction, phase, picks, trials; found, within 0.5 s
     "Share of analyst picks with a pick within a second; with the highest probability within half"
     if not len(analyst): return pd.DataFrame()
     said = analyst.assign(found=analyst['residual'].notna(), near=analyst['highest'].abs() <= .5,
@@ -112,10 +112,10 @@ REPORTS = ('arms', 'scores', 'automatic', 'stations', 'gains', 'detection', 'pic
            'analyst')
 
 def progress_table(
-    arms:list[Arm],
-    grid:Grid,
-    out:Path, # of the study
-)->pd.DataFrame: # arm, title, method, fraction, windows, done, trials
+    arms: list[Arm],
+    grid: Grid,
+    out: Path,  # of the study
+) -> pd.DataFrame:  # arm, title, method, fraction, windows, done, trials
     "How much of each arm has been run"
     rows = []
     for arm in arms:
@@ -129,10 +129,10 @@ def progress_table(
 
 # %% ../../nbs/study/11_fold_report.ipynb #8926783b
 def write_reports(
-    out:Path, # of the study, with the tables of `write_fold_tables`
-    arms:list[Arm],
-    grid:Grid,
-)->dict[str, pd.DataFrame]: # by the names of `REPORTS`
+    out: Path,  # of the study, with the tables of `write_fold_tables`
+    arms: list[Arm],
+    grid: Grid,
+) -> dict[str, pd.DataFrame]:  # by the names of `REPORTS`
     "Write folds_NAME.csv for all reports"
     onsets, picks = read_onsets(out/'onsets.csv.gz'), read_table(out/'picks.csv.gz')
     found = {'arms': progress_table(arms, grid, out), 'scores': arm_scores(onsets),
@@ -149,8 +149,8 @@ def write_reports(
 
 # %% ../../nbs/study/11_fold_report.ipynb #bbc659cf
 def detection_table(
-    onsets:pd.DataFrame, # from `read_onsets`
-)->pd.DataFrame:
+    onsets: pd.DataFrame,  # from `read_onsets`
+) -> pd.DataFrame:
     "AUC of the folds that have manual P onsets and noise"
     kind = onsets['phase'].where(onsets['phase'] == 'n', onsets['phase'] + onsets['status'])
     scored = onsets[kind.isin(['pmanual', 'n'])]
@@ -160,8 +160,8 @@ def detection_table(
 
 # %% ../../nbs/study/11_fold_report.ipynb #83eacf9f
 def read_reports(
-    folder:str|Path, # with folds_NAME.csv
-)->dict[str, pd.DataFrame]: # by the names of `REPORTS`; empty where there is no such file
+    folder: str | Path,  # with folds_NAME.csv
+) -> dict[str, pd.DataFrame]:  # by the names of `REPORTS`; empty where there is no such file
     "The reports of a study, as far as they are there; raises `UserError` where none is"
     files = {name: Path(folder)/f'folds_{name}.csv' for name in REPORTS}
     if not any(f.exists() for f in files.values()):
@@ -172,10 +172,10 @@ def read_reports(
 NOT_RUN = 'not run'
 
 def arm_overview(
-    reports:dict[str, pd.DataFrame], # from `read_reports`
-    arms:list[Arm],
-    fraction:float, # of the labelled events
-)->pd.DataFrame: # rows: titles; columns: windows, trials, shares of P and S, gains
+    reports: dict[str, pd.DataFrame],  # from `read_reports`
+    arms: list[Arm],
+    fraction: float,  # of the labelled events
+) -> pd.DataFrame:  # rows: titles; columns: windows, trials, shares of P and S, gains
     "Scores and gains of each arm at one fraction; 'not run' where there is none"
     scores, gains, rows = reports['scores'], reports['gains'], {}
     for arm in arms:
@@ -204,18 +204,18 @@ def _only(table, **keys):
     return table.iloc[0] if len(table) else None
 
 def said_gain(
-    row:pd.Series, # of `gain_table`
-)->str: # '+4.2 [+1.0, +7.5] ahead'
+    row: pd.Series,  # of `gain_table`
+) -> str:  # '+4.2 [+1.0, +7.5] ahead'
     "A gain in points with its interval and its verdict"
     return f'{100*row.gain:+.1f} [{100*row.low:+.1f}, {100*row.high:+.1f}] {row.verdict}'
 
 # %% ../../nbs/study/11_fold_report.ipynb #2f68087b
 def plot_gains(
-    reports:dict[str, pd.DataFrame], # from `read_reports`
-    arms:list[Arm],
-    fraction:float=.1,
-    metric:str='within 0.3 s',
-)->Figure:
+    reports: dict[str, pd.DataFrame],  # from `read_reports`
+    arms: list[Arm],
+    fraction: float = .1,
+    metric: str = 'within 0.3 s',
+) -> Figure:
     "Gains of all arms over random weights, with 95 % intervals; arms without one are named"
     arms = [a for a in arms if a.few and a.name != 'random'] if fraction < 1 else \
            [a for a in arms if a.whole and a.folds > 1 and a.name != 'random']
@@ -238,8 +238,8 @@ def plot_gains(
 
 # %% ../../nbs/study/11_fold_report.ipynb #8dc25be7
 def save_figure(
-    fig:Figure, # is closed
-    file:Path,
+    fig: Figure,  # is closed
+    file: Path,
 ):
     "Write a figure, whole or not at all"
     write_atomically(file, lambda part: fig.savefig(part, format='png', dpi=150))

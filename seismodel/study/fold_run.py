@@ -46,7 +46,7 @@ class FoldData:
     unlabelled: tuple[str, ...] = ()
     baselines: tuple[tuple[str, str], ...] = ()  # name, stem of SeisBench's two files
     continuous: tuple[str, ...] = ()     # files, folders or patterns
-    analyst: str|None = None             # table of picks
+    analyst: str | None = None  # table of picks
 
     @property
     def kept(self):
@@ -58,8 +58,8 @@ class FoldData:
 
 # %% ../../nbs/study/10_fold_run.ipynb #848b9302
 def prepare_arrays(
-    data:FoldData,
-    folder:Path, # of the arrays
+    data: FoldData,
+    folder: Path,  # of the arrays
 ):
     "Write what is not there; raises `UserError` where the folder holds the arrays of other data"
     folder.mkdir(parents=True, exist_ok=True)
@@ -80,9 +80,9 @@ def prepare_arrays(
 
 # %% ../../nbs/study/10_fold_run.ipynb #1aad1188
 def refuse_change(
-    saved:dict,  # settings of the first call
-    wanted:dict, # of this one
-    where:Path,  # for the message
+    saved: dict,   # settings of the first call
+    wanted: dict,  # of this one
+    where: Path,   # for the message
 ):
     "Raise `UserError` naming the first setting that differs"
     for name, value in json.loads(json.dumps(wanted)).items():
@@ -92,8 +92,8 @@ def refuse_change(
 
 # %% ../../nbs/study/10_fold_run.ipynb #8dc25ec7
 def manual_where_unsaid(
-    table:np.ndarray, # of `write_records`
-)->np.ndarray: # the same, changed in place
+    table: np.ndarray,  # of `write_records`
+) -> np.ndarray:  # the same, changed in place
     "Picks of unknown origin, data set by data set"
     manual, picked = STATUS.index('manual'), STATUS.index('picked')
     for name in sorted(set(table['dataset'].tolist())):
@@ -118,12 +118,12 @@ FOREVER = float('inf')       # seconds
 class TrialProcesses:
     "Processes with a trial each"
     def __init__(self,
-        s:FoldStudy,
-        jobs:int, # processes at once
+        s: FoldStudy,
+        jobs: int,     # processes at once
     ):
         self.s, self.jobs, self.busy, self.context = s, jobs, {}, worker_context()
 
-    def start(self, trial:FoldTrial):
+    def start(self, trial: FoldTrial):
         "Begin a trial"
         process = self.context.Process(target=run_fold_trial, args=(trial, self.s))
         process.start()
@@ -145,14 +145,14 @@ class TrialProcesses:
 class Workers(TrialProcesses):
     "Processes with a trial each, as many as fit into the device's memory"
     def __init__(self,
-        s:FoldStudy,
-        jobs:int, # processes at once
+        s: FoldStudy,
+        jobs: int,     # processes at once
     ):
         super().__init__(s, jobs)
         on_gpu = pick_device(s.device).type == 'cuda'
         self.total = torch.cuda.mem_get_info()[1]/2**30 if on_gpu else FOREVER
 
-    def fits(self, trial:FoldTrial):
+    def fits(self, trial: FoldTrial):
         "Whether there is room"
         if len(self.busy) >= self.jobs: return False
         pretrainings = sum(not other.way for other in self.busy.values())
@@ -163,7 +163,7 @@ class Workers(TrialProcesses):
 # %% ../../nbs/study/10_fold_run.ipynb #3cd67dc7
 class TrialProgress:
     "What is done and what is left, in the order of the plan"
-    def __init__(self, trials:list[FoldTrial], s:FoldStudy, stop_after:float):
+    def __init__(self, trials: list[FoldTrial], s: FoldStudy, stop_after: float):
         self.s, self.stop_after, self.begin = s, stop_after, time.monotonic()
         self.done = [t for t in trials if t.file(s.out).exists()]
         self.todo = [t for t in trials if not t.file(s.out).exists()]
@@ -174,12 +174,12 @@ class TrialProgress:
     @property
     def passed(self): return time.monotonic() - self.begin
 
-    def note_time(self, trial:FoldTrial):
+    def note_time(self, trial: FoldTrial):
         "How long a trial took"
         took = read_json(trial.file(self.s.out), cure='remove it').get('process_seconds', 0.)
         self.slowest[bool(trial.way)] = max(self.slowest[bool(trial.way)], took)
 
-    def ready(self, trial:FoldTrial):
+    def ready(self, trial: FoldTrial):
         "Whether its start is there, and time is left"
         ends = self.passed + 1.2*self.slowest[bool(trial.way)]
         if self.passed > 30 and ends > self.stop_after: return False
@@ -188,13 +188,13 @@ class TrialProgress:
 # %% ../../nbs/study/10_fold_run.ipynb #6c60c569
 class Schedule(TrialProgress):
     "Which trial begins next, and what became of those that ended"
-    def next(self, workers:Workers):
+    def next(self, workers: Workers):
         "The first trial that can begin; None: none can"
         trial = next((t for t in self.todo if self.ready(t) and workers.fits(t)), None)
         if trial: self.todo.remove(trial)
         return trial
 
-    def note(self, trial:FoldTrial, code:int):
+    def note(self, trial: FoldTrial, code: int):
         "A process ended; without a result its trial is tried once more. Returns a message"
         if trial.file(self.s.out).exists():
             if not trial.way: self.weights.add(trial.name)
@@ -210,9 +210,9 @@ class Schedule(TrialProgress):
 
 # %% ../../nbs/study/10_fold_run.ipynb #edb8c0c4
 def said_of(
-    trial:FoldTrial,
-    s:FoldStudy,
-)->str:
+    trial: FoldTrial,
+    s: FoldStudy,
+) -> str:
     "A line for a trial that is done"
     row = read_json(trial.file(s.out))
     shown = ('p0.3', 's0.3', 'seconds', 'windows_per_second', 'gib')
@@ -220,12 +220,12 @@ def said_of(
 
 # %% ../../nbs/study/10_fold_run.ipynb #c5de313f
 def run_fold_trials(
-    trials:list[FoldTrial], # from `plan_folds`
-    s:FoldStudy,
-    jobs:int=1,             # processes at once
-    stop_after:float=FOREVER, # seconds after which those that run are stopped
-    every_minute:Callable=lambda: None, # called once a minute
-)->Schedule: # what is left
+    trials: list[FoldTrial],  # from `plan_folds`
+    s: FoldStudy,
+    jobs: int = 1,  # processes at once
+    stop_after: float = FOREVER,  # seconds after which those that run are stopped
+    every_minute: Callable = lambda: None,  # called once a minute
+) -> Schedule:  # what is left
     "Run what is not done; raises `Interrupted` when told to stop"
     plan, workers, called = Schedule(trials, s, stop_after), Workers(s, jobs), 0.
     say = lambda text: print(f'{plan.passed:6.0f} s  {text}', flush=True)
@@ -250,9 +250,9 @@ def run_fold_trials(
 
 # %% ../../nbs/study/10_fold_run.ipynb #67f4c9ae
 def check_fold_settings(
-    s:FoldStudy,
-    size:str,    # of the models
-    windows:int, # that a pretraining sees
+    s: FoldStudy,
+    size: str,     # of the models
+    windows: int,  # that a pretraining sees
 ):
     "Write settings.json, or compare with what is there"
     table = s.data/'labelled-table.npy'
@@ -263,9 +263,9 @@ def check_fold_settings(
 
 # %% ../../nbs/study/10_fold_run.ipynb #bb291faa
 def begin_folds(
-    s:FoldStudy,
-    trials:list[FoldTrial],
-    jobs:int,
+    s: FoldStudy,
+    trials: list[FoldTrial],
+    jobs: int,
 ):
     "Make what the trials need beside the arrays: records and events of the generator"
     (s.out/'trials').mkdir(parents=True, exist_ok=True)
@@ -280,9 +280,9 @@ LARGEST = 16*2**20           # bytes of a bundle
 BUNDLES = 3                  # of weights in one call: with the results less than 64 MiB
 
 def take_bundles(
-    folder:Path, # with bundles of earlier calls
-    out:Path,    # of the study
-)->set[str]: # weights that were brought before, be they here or not
+    folder: Path,  # with bundles of earlier calls
+    out: Path,     # of the study
+) -> set[str]:  # weights that were brought before, be they here or not
     "Unpack results; what is there stays"
     names = set()
     for file in sorted(folder.glob('*.zip')):
@@ -297,9 +297,9 @@ def take_bundles(
 
 # %% ../../nbs/study/10_fold_run.ipynb #33b259d2
 def bring_bundles(
-    out:Path,     # of the study
-    folder:Path,  # for bundles
-    home:set[str], # from `take_bundles`
+    out: Path,  # of the study
+    folder: Path,  # for bundles
+    home: set[str],  # from `take_bundles`
 ):
     "Bundle results, and weights that are not at home yet; what does not fit is brought next time"
     folder.mkdir(parents=True, exist_ok=True)
@@ -328,8 +328,8 @@ ARM_COLUMNS = ('method', 'fraction', 'seed', 'fold', 'start')
 
 # %% ../../nbs/study/10_fold_run.ipynb #3d886629
 def write_fold_tables(
-    out:Path, # of the study
-)->int: # trials in the tables
+    out: Path,  # of the study
+) -> int:  # trials in the tables
     "trials.csv, pretrained.csv, onsets.csv.gz, picks.csv.gz, stretches.csv and analyst.csv"
     read = lambda name: [read_json(f) for f in sorted((out/name).glob('*.json'))]
     trials, pretrained = read('trials'), read('pretrained')

@@ -29,11 +29,11 @@ MANUAL, AUTOMATIC, ABSENT = map(STATUS.index, ('manual', 'automatic', 'absent'))
 
 @torch.no_grad()
 def phase_probabilities(
-    picker:nn.Module,  # with `logits`, in evaluation mode
-    records:DeviceRecords,
-    rows:np.ndarray,   # (n,) records
-    first:np.ndarray,  # (n,) sample at which each window begins
-)->Tensor: # (n, 4096, 3) of noise, P and S, float32 on the device
+    picker: nn.Module,  # with `logits`, in evaluation mode
+    records: DeviceRecords,
+    rows: np.ndarray,   # (n,) records
+    first: np.ndarray,  # (n,) sample at which each window begins
+) -> Tensor:  # (n, 4096, 3) of noise, P and S, float32 on the device
     "What a picker says of some windows"
     device = records.first.device
     batch = records.at(*(torch.as_tensor(v, device=device) for v in (rows, first)))
@@ -45,10 +45,10 @@ def phase_probabilities(
 PLACES = 3                   # windows around each onset
 
 def highest(
-    picker:nn.Module,
-    records:DeviceRecords,
-    rows:np.ndarray,  # (n,) records
-    first:np.ndarray, # (n,) sample at which each window begins
+    picker: nn.Module,
+    records: DeviceRecords,
+    rows: np.ndarray,   # (n,) records
+    first: np.ndarray,  # (n,) sample at which each window begins
 ):
     "Samples of the highest P and S (n, 2), and highest probabilities of P, S and either (n, 3)"
     size = 16 if records.first.device.type == 'cpu' else 128
@@ -62,12 +62,12 @@ def highest(
 
 # %% ../../nbs/study/08_fold_scores.ipynb #b908fbd5
 def window_rows(
-    picker:nn.Module, # in evaluation mode
-    records:DeviceRecords,
-    rows:np.ndarray,  # (n,) records
-    phase:int,        # 0: P, 1: S, 2: noise
-    onset:np.ndarray, # (R, 4) samples
-)->np.ndarray: # (n, PLACES, 4): residual in s, highest probabilities of P, S and either
+    picker: nn.Module,  # in evaluation mode
+    records: DeviceRecords,
+    rows: np.ndarray,   # (n,) records
+    phase: int,         # 0: P, 1: S, 2: noise
+    onset: np.ndarray,  # (R, 4) samples
+) -> np.ndarray:  # (n, PLACES, 4): residual in s, highest probabilities of P, S and either
     "Windows around the onsets of some records, or anywhere in records of noise"
     length = records.length.cpu().numpy()
     place = np.random.default_rng(0).uniform(0, 1, (len(length), 3, PLACES))
@@ -91,9 +91,9 @@ class Labels:
 
 # %% ../../nbs/study/08_fold_scores.ipynb #eafdea94
 def labels_of_fold(
-    table:np.ndarray, # of `write_records`
-    sides:Sides,
-)->Labels:
+    table: np.ndarray,  # of `write_records`
+    sides: Sides,
+) -> Labels:
     "Labels of all records, seen from a fold"
     number = {e: k for k, e in enumerate(sorted(set(table['event'].tolist())))}
     event = np.array([number[e] for e in table['event'].tolist()])
@@ -102,10 +102,10 @@ def labels_of_fold(
 
 # %% ../../nbs/study/08_fold_scores.ipynb #7674efc0
 def scored_rows(
-    labels:Labels,
-    rows:np.ndarray, # records of one side
-    phase:int,       # 0: P, 1: S, 2: noise
-)->np.ndarray: # those that are scored
+    labels: Labels,
+    rows: np.ndarray,  # records of one side
+    phase: int,        # 0: P, 1: S, 2: noise
+) -> np.ndarray:  # those that are scored
     "Records with a manual or an automatic onset, or those in which nothing is"
     status = labels.status[rows]
     if phase == 2: return rows[(status == ABSENT).all(1)]
@@ -114,11 +114,11 @@ def scored_rows(
 
 # %% ../../nbs/study/08_fold_scores.ipynb #b8735bc2
 def score_onsets(
-    picker:nn.Module,
-    records:DeviceRecords,
-    labels:Labels,
-    rows:np.ndarray, # records of test
-)->list[list]: # phase (p, s or n), record, event, status, known, windows as `window_rows` has them
+    picker: nn.Module,
+    records: DeviceRecords,
+    labels: Labels,
+    rows: np.ndarray,  # records of test
+) -> list[list]:  # phase (p, s or n), record, event, status, known, windows of `window_rows`
     "The threshold-free scores of a fold"
     out = []
     for k, phase in enumerate('psn'):
@@ -131,8 +131,8 @@ def score_onsets(
 
 # %% ../../nbs/study/08_fold_scores.ipynb #a3a21605
 def onset_summary(
-    onsets:list[list], # from `score_onsets`
-)->dict: # p0.1, p0.3, p0.5, p_mae, p_mae0.5, p_n, p_auc, the same for S; None: no onset
+    onsets: list[list],  # from `score_onsets`
+) -> dict:  # p0.1, p0.3, p0.5, p_mae, p_mae0.5, p_n, p_auc, the same for S; None: no onset
     "Means over the manual onsets of a fold"
     mean = lambda v: round(float(v.mean()), 4) if v.size else None
     quiet = np.array([w[1] for row in onsets if row[0] == 'n' for w in row[5]])
@@ -149,10 +149,10 @@ def onset_summary(
 
 # %% ../../nbs/study/08_fold_scores.ipynb #a02b424c
 def record_curves(
-    picker:nn.Module,
-    records:DeviceRecords,
-    row:int, # a record
-)->np.ndarray: # (L, 2) probabilities of P and S, float32
+    picker: nn.Module,
+    records: DeviceRecords,
+    row: int,  # a record
+) -> np.ndarray:  # (L, 2) probabilities of P and S, float32
     "Probabilities over a whole record"
     length = int(records.length[row])
     last = max(length - WINDOW, 0)
@@ -171,11 +171,11 @@ def record_curves(
 
 # %% ../../nbs/study/08_fold_scores.ipynb #b6787a8a
 def choose_on_dev(
-    picker:nn.Module,
-    records:DeviceRecords,
-    labels:Labels,
-    rows:np.ndarray, # records of dev
-)->dict[str, float]: # p, s
+    picker: nn.Module,
+    records: DeviceRecords,
+    labels: Labels,
+    rows: np.ndarray,  # records of dev
+) -> dict[str, float]:  # p, s
     "The thresholds with the highest F1 over manual onsets and noise"
     chosen, curves = {}, {int(i): record_curves(picker, records, i) for i in rows}
     for k, phase in enumerate('ps'):
@@ -187,12 +187,12 @@ def choose_on_dev(
 
 # %% ../../nbs/study/08_fold_scores.ipynb #cefe82c6
 def score_picks(
-    picker:nn.Module,
-    records:DeviceRecords,
-    labels:Labels,
-    rows:np.ndarray, # records of test
-    thresholds:dict, # from `choose_on_dev`
-)->list[list]: # phase, record, event, status, known, residual (s) or None, picks, seconds
+    picker: nn.Module,
+    records: DeviceRecords,
+    labels: Labels,
+    rows: np.ndarray,  # records of test
+    thresholds: dict,  # from `choose_on_dev`
+) -> list[list]:  # phase, record, event, status, known, residual (s) or None, picks, seconds
     "Picks of whole records against their labels: of each onset the nearest one; of noise how many"
     out = []
     kinds = {k: set(scored_rows(labels, rows, k).tolist()) for k in range(3)}
@@ -214,10 +214,10 @@ CONFIRMED = 1.               # seconds between a pick and that of an analyst
 ANALYST_REACH = 500                 # samples on either side of an analyst pick
 
 def score_stretch(
-    curve:np.ndarray,    # (L, 2), from `record_curves`
-    thresholds:dict,
-    analyst:list[dict],  # phase and sample of each pick in this stretch
-)->tuple[dict, list]: # hours and picks; phase, event, residuals (s) of pick and of highest
+    curve: np.ndarray,    # (L, 2), from `record_curves`
+    thresholds: dict,
+    analyst: list[dict],  # phase and sample of each pick in this stretch
+) -> tuple[dict, list]:  # hours and picks; phase, event, residuals (s) of pick and of highest
     "Picks of one stretch"
     about, rows = {'hours': round(len(curve)/SAMPLING_RATE/3600, 4)}, []
     for k, phase in enumerate('ps'):
@@ -237,12 +237,12 @@ def score_stretch(
 
 # %% ../../nbs/study/08_fold_scores.ipynb #25b7a1f8
 def score_continuous(
-    picker:nn.Module,
-    records:DeviceRecords, # of `continuous`
-    table:np.ndarray,      # of `write_continuous`
-    analyst:list[dict],    # of analyst.json
-    thresholds:dict,
-)->dict: # stretches: a row each; analyst: a row for each pick
+    picker: nn.Module,
+    records: DeviceRecords,  # of `continuous`
+    table: np.ndarray,       # of `write_continuous`
+    analyst: list[dict],     # of analyst.json
+    thresholds: dict,
+) -> dict:  # stretches: a row each; analyst: a row for each pick
     "Picks of all stretches"
     stretches, found = [], []
     for row, stretch in enumerate(table):

@@ -67,9 +67,9 @@ class FoldStudy:
 
 # %% ../../nbs/study/09_fold_trial.ipynb #6019a6cb
 def record_baseline(
-    folder:Path, # that gets baseline-NAME.safetensors
-    name:str,    # how the study calls it
-    stem:str,    # of SeisBench's two files, such as FOLDER/phasenet
+    folder: Path,  # that gets baseline-NAME.safetensors
+    name: str,     # how the study calls it
+    stem: str,     # of SeisBench's two files, such as FOLDER/phasenet
 ):
     "Keep a copy of a PhaseNet; raises `UserError` where the files are none"
     from seisbench.models import PhaseNet
@@ -92,8 +92,8 @@ def record_baseline(
 class RecordedPicker(nn.Module):
     "A published picker as `record_baseline` left it, in the place of a `Picker`"
     def __init__(self,
-        file:Path,         # baseline-NAME.safetensors
-        fresh:bool=False,  # with random weights
+        file: Path,           # baseline-NAME.safetensors
+        fresh: bool = False,  # with random weights
     ):
         super().__init__()
         from seisbench.models import PhaseNet
@@ -106,15 +106,15 @@ class RecordedPicker(nn.Module):
         for name, part in (('components', order), ('phases', phases)):   # on the device
             self.register_buffer(name, torch.tensor(part), persistent=False)
 
-    def set_progress(self, step:int, steps:int): "Does nothing"
-    def logits(self, x:torch.Tensor):
+    def set_progress(self, step: int, steps: int): "Does nothing"
+    def logits(self, x: torch.Tensor):
         "(B, L, 3) normalised windows to (B, L, 3) of N, P, S, in float32"
         with torch.autocast(x.device.type, enabled=False):
             x = x.float().transpose(1, 2).index_select(1, self.components)
             if self.peak: x = x/(x.abs().amax(-1, keepdim=True) + 1e-10)
             return self.net(x, logits=True).transpose(1, 2).index_select(-1, self.phases)
 
-    def forward(self, batch:dict, generator:torch.Generator|None=None):
+    def forward(self, batch: dict, generator: torch.Generator | None = None):
         "Loss and measures, as `Picker` has them"
         z = self.logits(batch['x'])
         return Step(pick_loss(z, *pick_targets(batch, z.shape[1])),
@@ -122,24 +122,24 @@ class RecordedPicker(nn.Module):
 
 # %% ../../nbs/study/09_fold_trial.ipynb #7bddb2d0
 def detached(
-    values:dict,  # name -> tensor or number
-)->dict:
+    values: dict,  # name -> tensor or number
+) -> dict:
     "The same without gradients"
     return {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in values.items()}
 
 # %% ../../nbs/study/09_fold_trial.ipynb #8d49fe75
 @torch.no_grad()
 def use_averages(
-    optimizer:torch.optim.Optimizer,
-)->None:
+    optimizer: torch.optim.Optimizer,
+) -> None:
     "Replace weights by their moving averages, where there are any"
     for p, state in optimizer.state.items(): p.copy_(state.get('average', p))
 
 # %% ../../nbs/study/09_fold_trial.ipynb #84527641
 def measured(
-    step:int,     # done so far
-    metrics:dict, # name -> tensor or number
-)->dict: # rounded numbers
+    step: int,      # done so far
+    metrics: dict,  # name -> tensor or number
+) -> dict:  # rounded numbers
     "A row of measures; raises `ArithmeticError` where the loss is not finite"
     row = {'step': step, **{n: round(float(v), 5) for n, v in metrics.items()}}
     if not math.isfinite(row['loss']):
@@ -148,12 +148,12 @@ def measured(
 
 # %% ../../nbs/study/09_fold_trial.ipynb #a9fdac49
 def train_on_device(
-    model:nn.Module, # a `Pretrainer`, a `Picker` or a `RecordedPicker`, in training mode
-    draw:Callable,  # function of a generator on the device that makes a batch
-    c:TrainConfig,
-    device:torch.device,
-    look:Callable|None=None, # function of the number of steps done
-)->list[dict]: # 20 rows of measures; averaged weights are in place
+    model: nn.Module,  # a `Pretrainer`, a `Picker` or a `RecordedPicker`, in training mode
+    draw: Callable,  # function of a generator on the device that makes a batch
+    c: TrainConfig,
+    device: torch.device,
+    look: Callable | None = None,  # function of the number of steps done
+) -> list[dict]:  # 20 rows of measures; averaged weights are in place
     "Train for `c.steps`; raises `ArithmeticError` where the loss is not finite"
     ranks, stop_flag = Ranks(device), torch.zeros((), device=device)
     generator = torch.Generator(device).manual_seed(c.seed)
@@ -181,11 +181,11 @@ def train_on_device(
 # %% ../../nbs/study/09_fold_trial.ipynb #c946f1e5
 class Recorded:
     "A step, on a GPU as a recording that is made anew when another part of the model is frozen"
-    def __init__(self, step:Callable, generator:torch.Generator, device:torch.device):
+    def __init__(self, step: Callable, generator: torch.Generator, device: torch.device):
         self.step, self.generator, self.on_gpu = step, generator, device.type == 'cuda'
         self.replay, self.phase = None, None
 
-    def of(self, phase:object):
+    def of(self, phase: object):
         "The step while `phase` is frozen"
         if self.replay is not None and phase == self.phase: return self.replay
         self.close()
@@ -201,11 +201,11 @@ class Recorded:
 
 # %% ../../nbs/study/09_fold_trial.ipynb #e40eaf32
 def pretraining_windows(
-    start:Start,
-    s:FoldStudy,
-    batch:int, # windows a step
-    device:torch.device,
-): # function of a generator that draws a batch
+    start: Start,
+    s: FoldStudy,
+    batch: int,  # windows a step
+    device: torch.device,
+):  # function of a generator that draws a batch
     "What a start sees"
     real, _ = read_records(s.data, 'unlabelled', device)
     most = 1024 if start.variant.data == 'events' else 256
@@ -229,10 +229,10 @@ def pretraining_windows(
 
 # %% ../../nbs/study/09_fold_trial.ipynb #ae9fb43a
 def pretrain_start(
-    start:Start,
-    s:FoldStudy,
-    device:torch.device,
-)->dict: # what its file says
+    start: Start,
+    s: FoldStudy,
+    device: torch.device,
+) -> dict:  # what its file says
     "Pretrain, and write the weights in 16 bits"
     v = start.variant
     batch = min(v.batch, -(-start.windows//4))                 # a tiny budget still has four steps
@@ -257,8 +257,8 @@ def pretrain_start(
 
 # %% ../../nbs/study/09_fold_trial.ipynb #99f424a8
 def keep_weights(
-    model:nn.Module,
-    file:Path,
+    model: nn.Module,
+    file: Path,
 ):
     "Weights as float16"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -273,9 +273,9 @@ def gpu_memory():
 
 # %% ../../nbs/study/09_fold_trial.ipynb #85c003d1
 def fold_picker(
-    trial:FoldTrial,
-    s:FoldStudy,
-)->nn.Module: # on the host, in training mode
+    trial: FoldTrial,
+    s: FoldStudy,
+) -> nn.Module:  # on the host, in training mode
     "The network of a fine-tuning before its first step"
     start, way, seed = trial.start, trial.way, trial.fold + 100*trial.seed
     torch.manual_seed(seed)
@@ -296,11 +296,11 @@ def fold_picker(
 
 # %% ../../nbs/study/09_fold_trial.ipynb #c5bcf325
 def dev_batches(
-    records:DeviceRecords,
-    rows:np.ndarray, # of dev
-    count:int,       # windows
-    seed:int,        # of the windows
-)->list[dict]: # of 32 windows each
+    records: DeviceRecords,
+    rows: np.ndarray,  # of dev
+    count: int,        # windows
+    seed: int,         # of the windows
+) -> list[dict]:  # of 32 windows each
     "The dev windows, the same at every look"
     device = records.first.device
     generator = torch.Generator(device).manual_seed(seed)
@@ -312,18 +312,18 @@ def dev_batches(
 class LowestLoss:
     "The weights with the lowest loss over dev windows"
     def __init__(self,
-        picker:nn.Module,
-        records:DeviceRecords,
-        rows:np.ndarray, # of dev
-        count:int,       # windows
-        seed:int,        # of the windows
+        picker: nn.Module,
+        records: DeviceRecords,
+        rows: np.ndarray,        # of dev
+        count: int,              # windows
+        seed: int,               # of the windows
     ):
         self.batches = dev_batches(records, rows, count, seed)
         self.picker, self.device = picker, records.first.device
         self.loss, self.step, self.weights = math.inf, 0, None
 
     @torch.no_grad()
-    def look(self, step:int):
+    def look(self, step: int):
         "Compare, and keep"
         self.picker.eval()
         with mixed_precision(self.device):
@@ -340,11 +340,11 @@ class LowestLoss:
 
 # %% ../../nbs/study/09_fold_trial.ipynb #c209bab3
 def fine_windows(
-    trial:FoldTrial,
-    s:FoldStudy,
-    records:DeviceRecords,
-    rows:np.ndarray, # to learn from
-): # function of a generator that draws a batch
+    trial: FoldTrial,
+    s: FoldStudy,
+    records: DeviceRecords,
+    rows: np.ndarray,  # to learn from
+):  # function of a generator that draws a batch
     "Windows of fine-tuning: real noise from the same records, perhaps synthetic events in it"
     way, device = trial.way, records.first.device
     records.rows = rows
@@ -365,9 +365,9 @@ def fine_windows(
 
 # %% ../../nbs/study/09_fold_trial.ipynb #4b4019c5
 def fold_recipe(
-    trial:FoldTrial,
-    s:FoldStudy,
-)->TrainConfig:
+    trial: FoldTrial,
+    s: FoldStudy,
+) -> TrainConfig:
     "The recipe of a fine-tuning; of a way without steps, one step that is not taken"
     way = trial.way
     return TrainConfig(steps=max(1, round(way.budget*s.steps)), batch_size=s.batch_size, lr=way.lr,
@@ -376,10 +376,10 @@ def fold_recipe(
 
 # %% ../../nbs/study/09_fold_trial.ipynb #6553a3f5
 def finetune_fold(
-    trial:FoldTrial,
-    s:FoldStudy,
-    device:torch.device,
-)->dict: # what its file says
+    trial: FoldTrial,
+    s: FoldStudy,
+    device: torch.device,
+) -> dict:  # what its file says
     "Fine-tune on a fraction of the events of a fold, and score on those that are held back"
     picker = fold_picker(trial, s).to(device)
     records, table = read_records(s.data, 'labelled', device)
@@ -404,12 +404,12 @@ def finetune_fold(
 
 # %% ../../nbs/study/09_fold_trial.ipynb #456820a9
 def fold_results(
-    picker:nn.Module,
-    s:FoldStudy,
-    records:DeviceRecords,
-    labels:Labels,
-    sides:Sides,
-)->dict:
+    picker: nn.Module,
+    s: FoldStudy,
+    records: DeviceRecords,
+    labels: Labels,
+    sides: Sides,
+) -> dict:
     "All scores of a picker"
     thresholds = choose_on_dev(picker, records, labels, sides.dev)
     onsets = score_onsets(picker, records, labels, sides.test)
@@ -424,8 +424,8 @@ def fold_results(
 
 # %% ../../nbs/study/09_fold_trial.ipynb #85ad29d5
 def run_fold_trial(
-    trial:FoldTrial,
-    s:FoldStudy,
+    trial: FoldTrial,
+    s: FoldStudy,
 ):
     "One trial; the process ends with code 1 where it fails"
     log = s.out/'logs'/f'{trial.name}.txt'

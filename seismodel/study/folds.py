@@ -18,10 +18,10 @@ from ..core import UserError
 
 # %% ../../nbs/study/05_folds.ipynb #8cd9d2fd
 def event_parts(
-    events:list[str],   # event of each record
-    datasets:list[str], # data set of each record
-    folds:int=5,        # F, at least 2
-)->np.ndarray: # (R,) part of each record, 0 to 2F - 1
+    events: list[str],    # event of each record
+    datasets: list[str],  # data set of each record
+    folds: int = 5,       # F, at least 2
+) -> np.ndarray:  # (R,) part of each record, 0 to 2F - 1
     "Folds of equal size: an event is in one fold, each data set is spread over all folds"
     if folds < 2: raise UserError(f'--folds is {folds}; it must be at least 2.')
     home = {}
@@ -40,12 +40,12 @@ class Sides(NamedTuple):
 
 # %% ../../nbs/study/05_folds.ipynb #59ac1807
 def fold_sides(
-    events:list[str],  # event of each record
-    part:np.ndarray,   # (R,) from `event_parts`
-    fold:int,          # which one scores, from 0
-    fraction:float=1., # of the events to learn from
-    seed:int=0,        # of the fraction
-)->Sides:
+    events: list[str],     # event of each record
+    part: np.ndarray,      # (R,) from `event_parts`
+    fold: int,             # which one scores, from 0
+    fraction: float = 1.,  # of the events to learn from
+    seed: int = 0,         # of the fraction
+) -> Sides:
     "Who learns, chooses and scores; raises `UserError` where an event would do two of these"
     folds = (int(part.max()) + 2)//2
     test, dev = part % folds == fold, part == fold + 1
@@ -60,8 +60,8 @@ def fold_sides(
 
 # %% ../../nbs/study/05_folds.ipynb #ecd18cf4
 def check_sides(
-    sides:Sides,
-    events:list[str], # event of each record
+    sides: Sides,
+    events: list[str],  # event of each record
 ):
     "Raise `UserError` unless each side has events, and none is on two of them"
     held = {name: {events[i] for i in rows} for name, rows in sides._asdict().items()}
@@ -74,8 +74,8 @@ def check_sides(
 
 # %% ../../nbs/study/05_folds.ipynb #45319a92
 def check_unlabelled(
-    labelled:np.ndarray,   # table of `write_arrays`, with fields event, named and checksum
-    unlabelled:np.ndarray, # likewise
+    labelled: np.ndarray,    # table of `write_arrays`, with fields event, named and checksum
+    unlabelled: np.ndarray,  # likewise
 ):
     "Raise `UserError` where pretraining would see a labelled event or its samples"
     names = [set(t['event'][t['named']].tolist()) for t in (labelled, unlabelled)]

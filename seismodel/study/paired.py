@@ -25,8 +25,8 @@ ONSET_KEYS = ['record', 'event']
 ARM_KEYS = ['method', 'fraction', 'seed']
 
 def read_onsets(
-    file:str|Path, # onsets.csv.gz of a study
-)->pd.DataFrame: # as the table above says
+    file: str | Path,  # onsets.csv.gz of a study
+) -> pd.DataFrame:  # as the table above says
     "The scored windows of a study; raises `UserError` for another kind of table"
     table = read_table(file)
     missing = {*ONSET_KEYS, *ARM_KEYS, 'fold', 'phase', 'status', 'residual_0'} - set(table)
@@ -39,9 +39,9 @@ SHARES = ('within 0.1 s', 'within 0.3 s', 'within 0.5 s')
 ERRORS = ('error up to 2 s', 'error up to 0.5 s')
 
 def onset_score(
-    residual:np.ndarray, # (…) seconds
-    metric:str,          # of `SHARES` or `ERRORS`
-)->np.ndarray: # (…)
+    residual: np.ndarray,  # (…) seconds
+    metric: str,           # of `SHARES` or `ERRORS`
+) -> np.ndarray:  # (…)
     "What one window adds to a metric"
     seconds = float(metric.split()[-2])
     if metric in SHARES: return (np.abs(residual) <= seconds).astype(float)
@@ -49,11 +49,11 @@ def onset_score(
 
 # %% ../../nbs/study/03a_paired.ipynb #d09ea96e
 def score_table(
-    onsets:pd.DataFrame, # from `read_onsets`
-    phase:str,           # p or s
-    metric:str,          # of `SHARES` or `ERRORS`
-    status:str='manual', # labels that count: manual or automatic
-)->pd.DataFrame: # rows: record, event; columns: method, fraction, seed; NaN: not scored
+    onsets: pd.DataFrame,    # from `read_onsets`
+    phase: str,              # p or s
+    metric: str,             # of `SHARES` or `ERRORS`
+    status: str = 'manual',  # labels that count: manual or automatic
+) -> pd.DataFrame:  # rows: record, event; columns: method, fraction, seed; NaN: not scored
     "The score of each onset with each arm, a mean over its windows"
     rows = onsets[(onsets['phase'] == phase) & (onsets['status'] == status)]
     windows = rows[[c for c in rows if c.startswith('residual_')]].to_numpy(float)
@@ -62,11 +62,11 @@ def score_table(
 
 # %% ../../nbs/study/03a_paired.ipynb #abc3ef20
 def two_way_draws(
-    difference:np.ndarray, # (onsets, seeds)
-    events:np.ndarray,     # (onsets,) which event
-    draws:int=2000,
-    seed:int=0,            # of the draws
-)->np.ndarray: # (draws,)
+    difference: np.ndarray,  # (onsets, seeds)
+    events: np.ndarray,      # (onsets,) which event
+    draws: int = 2000,
+    seed: int = 0,           # of the draws
+) -> np.ndarray:  # (draws,)
     "Means of the difference, had events and seeds been others"
     rng, seeds = np.random.default_rng(seed), difference.shape[1]
     _, event = np.unique(events, return_inverse=True)
@@ -79,16 +79,16 @@ def two_way_draws(
 
 # %% ../../nbs/study/03a_paired.ipynb #8b020f69
 def chance(
-    draws:np.ndarray, # (draws,) from `two_way_draws`
-)->float: # two-sided, never 0
+    draws: np.ndarray,  # (draws,) from `two_way_draws`
+) -> float:  # two-sided, never 0
     "How often the difference would not have the sign that it has, twice"
     below, above = ((draws <= 0).sum() + 1, (draws >= 0).sum() + 1)
     return min(1., 2*min(below, above)/(len(draws) + 1))
 
 # %% ../../nbs/study/03a_paired.ipynb #c324bc75
 def holm(
-    p:np.ndarray, # (arms,)
-)->np.ndarray: # (arms,)
+    p: np.ndarray,  # (arms,)
+) -> np.ndarray:  # (arms,)
     "p-values for all arms together"
     p = np.asarray(p, float)
     order = np.argsort(p)
@@ -107,12 +107,12 @@ class Margins:
 
 # %% ../../nbs/study/03a_paired.ipynb #e0d35c53
 def verdict(
-    gain:float, # share of the onsets
-    low:float,  # 95 % interval
-    high:float,
-    p:float,    # from `holm`
-    margins:Margins=Margins(),
-)->str: # ahead, level, behind or open
+    gain: float,  # share of the onsets
+    low: float,   # 95 % interval
+    high: float,
+    p: float,     # from `holm`
+    margins: Margins = Margins(),
+) -> str:  # ahead, level, behind or open
     "What may be said of a difference"
     if gain >= margins.ahead and low > 0 and p < margins.p: return 'ahead'
     if -gain >= margins.ahead and high < 0 and p < margins.p: return 'behind'
@@ -120,11 +120,11 @@ def verdict(
 
 # %% ../../nbs/study/03a_paired.ipynb #8121fe28
 def difference(
-    scores:pd.DataFrame,       # from `score_table`
-    one:tuple[str, float],     # method and fraction
-    other:tuple[str, float],
-    fixed:bool=False,  # the other one was not trained: its only column stands against every seed
-)->tuple[np.ndarray, np.ndarray]: # (onsets, seeds) one less the other; (onsets,) events
+    scores: pd.DataFrame,  # from `score_table`
+    one: tuple[str, float],  # method and fraction
+    other: tuple[str, float],
+    fixed: bool = False,  # the other one was not trained: its only column stands against every seed
+) -> tuple[np.ndarray, np.ndarray]:  # (onsets, seeds) one less the other; (onsets,) events
     "Paired by onset and by seed: what both arms have; raises `UserError` where that is nothing"
     there = {one, other} <= {c[:2] for c in scores.columns}
     if not there: paired = pd.DataFrame()
@@ -136,12 +136,12 @@ def difference(
 
 # %% ../../nbs/study/03a_paired.ipynb #7927af49
 def compare(
-    onsets:pd.DataFrame, # from `read_onsets`
-    reference:str,       # the method that all others are compared with
-    methods:list[str]|None=None, # those that are compared, and counted by Holm; None: all others
-    draws:int=2000,      # of the bootstrap
-    status:str='manual', # labels that count
-)->pd.DataFrame: # gain, low, high, p and verdict by fraction, phase, metric and method
+    onsets: pd.DataFrame,  # from `read_onsets`
+    reference: str,  # the method that all others are compared with
+    methods: list[str] | None = None,  # those compared, and counted by Holm; None: all others
+    draws: int = 2000,  # of the bootstrap
+    status: str = 'manual',  # labels that count
+) -> pd.DataFrame:  # gain, low, high, p and verdict by fraction, phase, metric and method
     "Each arm minus the reference at the same fraction; without common onsets it is left out"
     rows = []
     for phase in 'ps':
@@ -173,10 +173,10 @@ def _compare_one(scores, reference, others, fraction, draws, phase, metric):
 
 # %% ../../nbs/study/03a_paired.ipynb #f8a820be
 def arm_scores(
-    onsets:pd.DataFrame, # from `read_onsets`
-    draws:int=2000,      # of the bootstrap
-    status:str='manual', # labels that count
-)->pd.DataFrame: # method, fraction, phase, metric, value, low, high, onsets, seeds
+    onsets: pd.DataFrame,    # from `read_onsets`
+    draws: int = 2000,       # of the bootstrap
+    status: str = 'manual',  # labels that count
+) -> pd.DataFrame:  # method, fraction, phase, metric, value, low, high, onsets, seeds
     "Every score of every arm"
     rows = []
     for phase in 'ps':
@@ -194,8 +194,8 @@ def arm_scores(
 
 # %% ../../nbs/study/03a_paired.ipynb #77042b21
 def detection(
-    onsets:pd.DataFrame, # from `read_onsets`
-)->pd.DataFrame: # index: method, fraction; columns: auc, lowest, highest of a fold and seed
+    onsets: pd.DataFrame,  # from `read_onsets`
+) -> pd.DataFrame:  # index: method, fraction; columns: auc, lowest, highest of a fold and seed
     "AUC of the highest P probability in windows with a manual P onset, against windows of noise"
     columns, rows = [c for c in onsets if c.startswith('p_')], {}
     for key, part in onsets.groupby([*ARM_KEYS, 'fold']):

@@ -40,10 +40,10 @@ from ..training.trainer import Signals
 
 # %% ../../nbs/study/04_run.ipynb #b099fbe4
 def attempt(
-    trial:Trial,
-    common:StudyConfig,
-    folder:Path, # of all trials
-)->str|None: # what went wrong, in one line
+    trial: Trial,
+    common: StudyConfig,
+    folder: Path,  # of all trials
+) -> str | None:  # what went wrong, in one line
     "Run a trial; what it prints goes into its folder"
     part = folder/f'{trial.name}.part'
     try:
@@ -62,10 +62,10 @@ def attempt(
 
 # %% ../../nbs/study/04_run.ipynb #69633fb4
 def serve(
-    pipe:Connection, # trials come in, one line or None goes out
-    common:StudyConfig,
-    folder:Path, # of all trials
-    threads:int, # of the CPU
+    pipe: Connection,  # trials come in, one line or None goes out
+    common: StudyConfig,
+    folder: Path,  # of all trials
+    threads: int,  # of the CPU
 ):
     "A process of a study: trial after trial, until there are no more"
     # Ctrl-C reaches every process; the first one says when to stop
@@ -78,10 +78,10 @@ def serve(
 
 # %% ../../nbs/study/04_run.ipynb #7d94ecf2
 def start_server(
-    common:StudyConfig,
-    folder:Path, # of all trials
-    jobs:int,    # processes in all, which share the CPU
-): # this end of its pipe, and the process
+    common: StudyConfig,
+    folder: Path,  # of all trials
+    jobs: int,     # processes in all, which share the CPU
+):  # this end of its pipe, and the process
     "Begin a process that runs `serve`"
     context = get_context('spawn')                   # a forked process could not use a GPU
     here, there = context.Pipe()
@@ -93,9 +93,9 @@ def start_server(
 
 # %% ../../nbs/study/04_run.ipynb #dffbc108
 def end_servers(
-    free:list, # pipe and process of those that wait
-    busy:dict, # pipe -> process of those that work
-)->None:
+    free: list,  # pipe and process of those that wait
+    busy: dict,  # pipe -> process of those that work
+) -> None:
     "End all processes; a busy one finishes its step and writes a checkpoint (not on Windows)"
     for pipe, process in [*free, *busy.items()]:
         if pipe in busy: process.terminate()
@@ -104,12 +104,12 @@ def end_servers(
 
 # %% ../../nbs/study/04_run.ipynb #1d513704
 def share_out(
-    trials:list[Trial],
-    configs:list[StudyConfig], # one for each process
-    folder:Path,      # of all trials
-    note:Callable,    # gets a trial and what went wrong, or None
-    signals:Signals,
-)->None:
+    trials: list[Trial],
+    configs: list[StudyConfig],  # one for each process
+    folder: Path,  # of all trials
+    note: Callable,  # gets a trial and what went wrong, or None
+    signals: Signals,
+) -> None:
     "Give each process the next trial when it is done with one"
     # busy: pipe -> process, its configuration, trial
     todo, busy, free, jobs, configs = list(trials), {}, [], len(configs), list(configs)
@@ -135,12 +135,12 @@ def share_out(
 
 # %% ../../nbs/study/04_run.ipynb #8953fb72
 def run_trials(
-    trials:list[Trial], # longest first
-    common:StudyConfig,
-    folder:Path,      # of all trials
-    jobs:int=1,       # processes on each device; one on one device: this one
-    devices:list[str]|None=None, # names; None: that of `common`
-)->dict[str, str]: # name of a trial -> what went wrong
+    trials: list[Trial],  # longest first
+    common: StudyConfig,
+    folder: Path,  # of all trials
+    jobs: int = 1,  # processes on each device; one on one device: this one
+    devices: list[str] | None = None,  # names; None: that of `common`
+) -> dict[str, str]:  # name of a trial -> what went wrong
     "Every trial once; raises `Interrupted` when told to stop"
     configs = [replace(common, device=str(d)) for _ in range(jobs) for d in devices
                or [common.device]]
@@ -162,21 +162,21 @@ def run_trials(
 
 # %% ../../nbs/study/04_run.ipynb #554f4b49
 def slowest_first(
-    candidates:list[Candidate],
-    changes:dict|None=None, # whole name of a field of our models -> value
-)->dict[Candidate, nn.Module]: # a network of each, before its first step
+    candidates: list[Candidate],
+    changes: dict | None = None,  # whole name of a field of our models -> value
+) -> dict[Candidate, nn.Module]:  # a network of each, before its first step
     "The candidates by the number of their modules"
     nets = {m: start_trial(Trial(m, 1., 0), changes=changes) for m in candidates}
     return dict(sorted(nets.items(), key=lambda item: -sum(1 for _ in item[1].modules())))
 
 # %% ../../nbs/study/04_run.ipynb #a5e726cc
 def plan_trials(
-    candidates:list[Candidate],
-    fractions:list[float],
-    seeds:list[int],
-    common:StudyConfig,
-    folder:Path, # of all trials
-)->list[Trial]:
+    candidates: list[Candidate],
+    fractions: list[float],
+    seeds: list[int],
+    common: StudyConfig,
+    folder: Path,  # of all trials
+) -> list[Trial]:
     """The trials that are not done yet, slowest candidates first; raises `UserError` where the
     folder holds something else"""
     nets = slowest_first(candidates, common.changes)
@@ -190,7 +190,7 @@ def plan_trials(
 
 # %% ../../nbs/study/04_run.ipynb #e8669f9b
 def check_study(
-    common:StudyConfig, # as it was typed
+    common: StudyConfig,  # as it was typed
 ):
     "Raises `UserError` for what would fail in every trial"
     if not common.data: raise UserError('Say which labels, with --data FOLDER.')
@@ -209,9 +209,9 @@ OWN_OPTIONS = {'seed': '--seeds', **{name: '--' + name.replace('_', '-') for nam
     'steps', 'batch_size', 'device', 'workers', 'validation_windows', 'layer_decay', 'average')}}
 
 def study_changes(
-    words:list[str]|None, # as --set takes them
-    candidates:list[Candidate],
-)->dict: # whole name of a field -> value
+    words: list[str] | None,  # as --set takes them
+    candidates: list[Candidate],
+) -> dict:  # whole name of a field -> value
     "What is set for every trial; raises `UserError` for what a study has an option for"
     changes, _ = read_settings(None, words, {})
     given = {name.removeprefix('train.'): value for name, value in changes.items()
@@ -228,7 +228,7 @@ def study_changes(
 
 # %% ../../nbs/study/04_run.ipynb #7636ea59
 def report_study(
-    folder:Path, # of a study
+    folder: Path,  # of a study
 ):
     "Table, differences, picks and figure of what is done, and the table on the screen"
     t = table(folder)
@@ -244,10 +244,10 @@ def report_study(
 
 # %% ../../nbs/study/04_run.ipynb #d8e527ef
 def study_one_split(
-    a:dict,                 # parameters of `study`, of the command
-    fractions:list[float],
-    seeds:list[int],
-)->Path: # the study's folder
+    a: dict,  # parameters of `study`, of the command
+    fractions: list[float],
+    seeds: list[int],
+) -> Path:  # the study's folder
     "Compare pretrained starts, random starts and baselines on the test split of a data set"
     names = ('steps', 'batch_size', 'threshold', 'synthetic', 'augment', 'validation_windows',
              'device', 'workers',

@@ -27,8 +27,8 @@ RECORD_COLUMNS = ['kind', 'trace_dataset', 'components', 'event', 'trace_name']
 TRIAL_COLUMNS = ['method', 'fraction', 'seed']
 
 def trials_of(
-    folder:str|Path, # of a study
-)->Path: # of its trials
+    folder: str | Path,  # of a study
+) -> Path:  # of its trials
     "Where the trials of a study lie: in `trials`, or in `cells` if version 0.1 began it"
     old = Path(folder)/'cells'
     return old if old.is_dir() else Path(folder)/'trials'
@@ -38,9 +38,9 @@ PICKED = (*RECORD_COLUMNS, 'by', 'residual', 'picks')      # columns of records.
 CURE = 'remove that folder, and the trial is run again by the same command'
 
 def read_trial(
-    file:Path, # records.csv of a finished trial
-    by:str,    # threshold: fixed, or dev
-)->tuple[tuple, pd.Series]: # method, fraction and seed; residual or number of picks of each record
+    file: Path,  # records.csv of a finished trial
+    by: str,     # threshold: fixed, or dev
+) -> tuple[tuple, pd.Series]:  # method, fraction, seed; residual or number of picks of each record
     "A trial's picks; raises `UserError` for a file that is missing or damaged"
     about = file.parent/'config.json'
     config = read_json(about, dict(cell=dict, train=dict), CURE)
@@ -58,9 +58,9 @@ def read_trial(
 
 # %% ../../nbs/study/03_tables.ipynb #e360d9f9
 def gather_trials(
-    folder:str|Path, # of a study
-    by:str='fixed',  # threshold: fixed, or dev
-)->pd.DataFrame: # rows: records; columns: method, fraction, seed; residual in s, or picks in noise
+    folder: str | Path,  # of a study
+    by: str = 'fixed',   # threshold: fixed, or dev
+) -> pd.DataFrame:  # a row a record; columns: method, fraction, seed; residual in s, or picks
     "The finished trials of a study side by side"
     columns = {}
     for file in sorted(trials_of(folder).glob('*/records.csv')):
@@ -71,17 +71,17 @@ def gather_trials(
 
 # %% ../../nbs/study/03_tables.ipynb #1b67f562
 def pack_study(
-    folder:str|Path, # of a study
-    file:str|Path,   # csv to write
-    by:str='fixed',  # threshold: fixed, or dev
+    folder: str | Path,  # of a study
+    file: str | Path,    # csv to write
+    by: str = 'fixed',   # threshold: fixed, or dev
 ):
     "All picks of a study in one small file, to a millisecond"
     write_atomically(file, lambda path: gather_trials(folder, by).round(3).to_csv(path))
 
 # %% ../../nbs/study/03_tables.ipynb #1f8e1fa1
 def results(
-    where:str|Path|pd.DataFrame, # a study's folder, a file of `pack_study`, or its table
-)->pd.DataFrame: # see `gather_trials`
+    where: str | Path | pd.DataFrame,  # a study's folder, a file of `pack_study`, or its table
+) -> pd.DataFrame:  # see `gather_trials`
     "The residuals of a study"
     if isinstance(where, pd.DataFrame): return where
     if Path(where).is_dir(): return gather_trials(where)
@@ -98,11 +98,11 @@ def results(
 
 # %% ../../nbs/study/03_tables.ipynb #ace389c3
 def resample_events(
-    hits:np.ndarray,   # (records, methods)
-    events:np.ndarray, # (records,) names
-    draws:int=1000,
-    seed:int=0,        # of the draws
-)->np.ndarray: # (draws, methods)
+    hits: np.ndarray,    # (records, methods)
+    events: np.ndarray,  # (records,) names
+    draws: int = 1000,
+    seed: int = 0,       # of the draws
+) -> np.ndarray:  # (draws, methods)
     "Mean hits over the records, had the events been others"
     _, event = np.unique(events, return_inverse=True)
     size = np.bincount(event)
@@ -115,8 +115,8 @@ def resample_events(
 
 # %% ../../nbs/study/03_tables.ipynb #cc9c39ef
 def parts_of(
-    wide:pd.DataFrame, # see `gather_trials`
-)->dict[str, np.ndarray]: # name -> (rows,) bool
+    wide: pd.DataFrame,  # see `gather_trials`
+) -> dict[str, np.ndarray]:  # name -> (rows,) bool
     "All records, those with three components, and each source by itself"
     source = wide.index.get_level_values('trace_dataset')
     whole = wide.index.get_level_values('components') == COMPONENTS
@@ -126,9 +126,9 @@ def parts_of(
 
 # %% ../../nbs/study/03_tables.ipynb #ba45afc1
 def hits_of(
-    wide:pd.DataFrame, # rows of one kind, see `gather_trials`
-    metric:str, # such as 'within 0.3 s', or 'disturbed'
-)->pd.DataFrame: # of 0 and 1, same rows and columns
+    wide: pd.DataFrame,  # rows of one kind, see `gather_trials`
+    metric: str,  # such as 'within 0.3 s', or 'disturbed'
+) -> pd.DataFrame:  # of 0 and 1, same rows and columns
     "Which onsets were found in time; which noise records were disturbed"
     if metric == 'disturbed': return (wide > 0).astype(float)
     return (wide.abs() <= float(metric.split()[1])).astype(float)
@@ -138,9 +138,9 @@ METRICS = {'P': ('within 0.1 s', 'within 0.3 s', 'within 0.5 s'),
            'S': ('within 0.1 s', 'within 0.3 s', 'within 0.5 s'), 'noise': ('disturbed',)}
 
 def table(
-    where:str|Path|pd.DataFrame, # see `results`
-    draws:int=1000, # of the bootstrap
-)->pd.DataFrame: # a row for each method, fraction, records, kind and metric
+    where: str | Path | pd.DataFrame,  # see `results`
+    draws: int = 1000,  # of the bootstrap
+) -> pd.DataFrame:  # a row for each method, fraction, records, kind and metric
     "Fractions found and disturbed: mean over seeds, 95 % interval, lowest and highest seed"
     wide, rows = results(where), []
     kinds = wide.index.get_level_values('kind')
@@ -164,9 +164,9 @@ def table(
 
 # %% ../../nbs/study/03_tables.ipynb #3a57fc80
 def gains(
-    where:str|Path|pd.DataFrame, # see `results`
-    draws:int=1000, # of the bootstrap
-)->pd.DataFrame: # method, fraction, kind, metric, gain, low, high
+    where: str | Path | pd.DataFrame,  # see `results`
+    draws: int = 1000,  # of the bootstrap
+) -> pd.DataFrame:  # method, fraction, kind, metric, gain, low, high
     "What pretraining adds to the share of onsets found, over all records: method less its control"
     wide, rows = results(where), []
     for kind in 'PS':
@@ -187,9 +187,9 @@ def gains(
 
 # %% ../../nbs/study/03_tables.ipynb #4cec5708
 def summary_table(
-    t:pd.DataFrame, # from `table`
-    records:str='all', # which part
-)->pd.DataFrame: # rows: kind, metric, method; columns: fractions; 'value [low, high]'
+    t: pd.DataFrame,  # from `table`
+    records: str = 'all',  # which part
+) -> pd.DataFrame:  # rows: kind, metric, method; columns: fractions; 'value [low, high]'
     "The table as it is printed"
     t = t[t['records'] == records]
     cells = [f'{v:.2f} [{a:.2f}, {b:.2f}]' for v, a, b in zip(t['value'], t['low'], t['high'])]
@@ -201,9 +201,9 @@ MODEL_COLORS = ('#0072b2', '#e69f00', '#009e73', '#cc79a7', '#56b4e9', '#d55e00'
 
 def plot_fractions(
     ax,  # matplotlib axes
-    rows:pd.DataFrame,  # of `table`: one kind and metric
-    colors:dict,        # model -> colour
-)->None:
+    rows: pd.DataFrame,  # of `table`: one kind and metric
+    colors: dict,  # model -> colour
+) -> None:
     "Lines over the fractions with intervals; dashed for controls"
     for k, (m, own) in enumerate(rows.groupby('method', sort=False)):
         bars = np.maximum(0, [own['value'] - own['low'], own['high'] - own['value']])
@@ -214,11 +214,11 @@ def plot_fractions(
 
 # %% ../../nbs/study/03_tables.ipynb #91a8624a
 def plot_study(
-    where:str|Path|pd.DataFrame, # see `results`
+    where: str | Path | pd.DataFrame,  # see `results`
     # kind -> metric -> value of a published picker, such as {'P': {'within 0.3 s': .89}}
-    lines:dict|None=None,
-    label:str='published picker', # what it is called
-)->Figure:
+    lines: dict | None = None,
+    label: str = 'published picker',  # what it is called
+) -> Figure:
     "Share found within 0.3 and 0.5 s against the fraction of the labels, with 95 % intervals"
     t = table(where)
     three = 'three components'

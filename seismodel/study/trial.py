@@ -45,12 +45,12 @@ class Candidate(NamedTuple):
     start: str           # pretrained, random or peer, which is a baseline
     # the folder of a pretrained run, whose shapes a random start has too; or which baseline
     source: str
-    lr: float|None = None # peak learning rate; None: that of its recipe
+    lr: float | None = None  # peak learning rate; None: that of its recipe
 
 # %% ../../nbs/study/02_trial.ipynb #62675dea
 def named_values(
-    texts:list[str]|None, # such as 'NAME=RUN'
-)->dict[str, str]: # name -> value
+    texts: list[str] | None,  # such as 'NAME=RUN'
+) -> dict[str, str]:  # name -> value
     "Split NAME=VALUE; VALUE alone is named after its folder. Raises `UserError` for bad names"
     found = {}
     for text in texts or []:
@@ -67,10 +67,10 @@ def named_values(
 
 # %% ../../nbs/study/02_trial.ipynb #d3c5a67c
 def candidates_of(
-    runs:list[str]|None,  # 'NAME=RUN', pretrained
-    baselines:list[str]|None, # 'PhaseNet', or 'NAME=PhaseNet'
-    rates:list[str]|None=None, # 'NAME=VALUE', learning rates
-)->list[Candidate]:
+    runs: list[str] | None,  # 'NAME=RUN', pretrained
+    baselines: list[str] | None,  # 'PhaseNet', or 'NAME=PhaseNet'
+    rates: list[str] | None = None,  # 'NAME=VALUE', learning rates
+) -> list[Candidate]:
     "Pretrained runs with their controls, then baselines; raises `UserError` for missing ones"
     candidates = []
     for name, run in named_values(runs).items():
@@ -110,7 +110,7 @@ class StudyConfig:
     device: str = 'auto'
     workers: int = 0       # processes that prepare windows, for each trial that runs
     freeze: str = 'none'   # of our models, see `Picker`
-    layer_decay: float|None = None # of our models, see `TrainConfig`; None: as in `finetune`
+    layer_decay: float | None = None  # of our models, see `TrainConfig`; None: as in `finetune`
     average: float = 0.    # of our models, see `TrainConfig`
     changes: dict = field(default_factory=dict) # name of a field of recipe or models -> value
 
@@ -126,10 +126,10 @@ class Trial(NamedTuple):
 
 # %% ../../nbs/study/02_trial.ipynb #7fb11c81
 def start_trial(
-    trial:Trial,
-    freeze:str='none', # of our models, see `Picker`
-    changes:dict|None=None, # whole name of a field of our models -> value
-)->nn.Module: # in training mode; takes batches with labels
+    trial: Trial,
+    freeze: str = 'none',  # of our models, see `Picker`
+    changes: dict | None = None,  # whole name of a field of our models -> value
+) -> nn.Module:  # in training mode; takes batches with labels
     "The network of a trial before its first step"
     torch.manual_seed(trial.seed)
     where = trial.candidate.source
@@ -147,10 +147,10 @@ def start_trial(
 BASELINE_RECIPE = dict(lr=1e-3, weight_decay=0.)
 
 def trial_recipe(
-    net:nn.Module, # from `start_trial`
-    trial:Trial,
-    common:StudyConfig,
-)->TrainConfig: # checked
+    net: nn.Module,  # from `start_trial`
+    trial: Trial,
+    common: StudyConfig,
+) -> TrainConfig:  # checked
     "How a trial is trained"
     told = {name.removeprefix('train.'): value for name, value in common.changes.items()
             if name.startswith('train.')}
@@ -168,10 +168,10 @@ def trial_recipe(
 
 # %% ../../nbs/study/02_trial.ipynb #ab2640d0
 def trial_windows(
-    trial:Trial,
-    c:TrainConfig, # from `trial_recipe`
-    common:StudyConfig,
-): # windows to train on, windows to validate on, augmentation or None, records of each data set
+    trial: Trial,
+    c: TrainConfig,  # from `trial_recipe`
+    common: StudyConfig,
+):  # windows to train on, windows to validate on, augmentation or None, records of each data set
     "What a trial learns from: the same windows for every method with this fraction and seed"
     windows, dev, records = label_windows(list(common.data), trial.fraction, None, c)
     if common.synthetic:
@@ -190,12 +190,12 @@ BLINDED = 5.12       # seconds at the ends of a record: 512 samples, as at the e
 class CachedAnnotator:
     "Annotates a record once and picks at any threshold, not within `BLINDED` seconds of its ends"
     def __init__(self,
-        picker:object,  # a SeisBench WaveformModel
+        picker: object,  # a SeisBench WaveformModel
     ): self.picker, self.known = picker, {}
 
     def classify(self,
-        stream:object, # ObsPy's, of one record
-        **thresholds,  # as for the picker
+        stream: object,  # ObsPy's, of one record
+        **thresholds,    # as for the picker
     ):
         "As the picker's own method, except at the ends"
         key = b''.join(trace.data.tobytes() for trace in stream)
@@ -208,8 +208,8 @@ class CachedAnnotator:
 
 # %% ../../nbs/study/02_trial.ipynb #9d525dbe
 def dev_score(
-    records:pd.DataFrame, # from `score_records`
-)->float: # at most 1
+    records: pd.DataFrame,  # from `score_records`
+) -> float:  # at most 1
     "Share of the onsets found within 0.3 s, less the share of noise records disturbed"
     noise = records['kind'] == 'noise'
     disturbed = (records['picks'][noise] > 0).mean() if noise.any() else 0.
@@ -217,9 +217,9 @@ def dev_score(
 
 # %% ../../nbs/study/02_trial.ipynb #172ee033
 def score_trial(
-    picker:object, # a SeisBench WaveformModel
-    common:StudyConfig,
-)->pd.DataFrame: # rows of `score_records` on test, with threshold and by: fixed or dev
+    picker: object,  # a SeisBench WaveformModel
+    common: StudyConfig,
+) -> pd.DataFrame:  # rows of `score_records` on test, with threshold and by: fixed or dev
     "Picks of the test records, at the fixed threshold and at the one that does best on dev"
     from seismodel.picking.evaluation import score_records
     def at(split, threshold):
@@ -234,18 +234,18 @@ def score_trial(
 # %% ../../nbs/study/02_trial.ipynb #9d45307d
 @cache
 def count_records(
-    name:str,  # of a data set
-)->list[int]:
+    name: str,  # of a data set
+) -> list[int]:
     "Records in train, dev and test"
     counts = [len(open_source(name, split)) for split in ('train', 'dev')]
     return counts + [len(open_records(name, 'test').metadata)]
 
 # %% ../../nbs/study/02_trial.ipynb #74bfb10e
 def trial_settings(
-    trial:Trial,
-    common:StudyConfig,
-    c:TrainConfig,
-)->dict: # as config.json has them
+    trial: Trial,
+    common: StudyConfig,
+    c: TrainConfig,
+) -> dict:  # as config.json has them
     "What makes the result of a trial what it is"
     counts = [[Path(name).name, *count_records(name)] for name in common.data]
     weights = None
@@ -262,8 +262,8 @@ def trial_settings(
 
 # %% ../../nbs/study/02_trial.ipynb #31323086
 def in_common(
-    settings:dict, # from `trial_settings`
-)->dict:
+    settings: dict,  # from `trial_settings`
+) -> dict:
     "What all trials of a study must agree on"
     own = {'cell': ('method', 'start', 'weights', 'share', 'freeze', 'model'),
            'train': ('lr', 'weight_decay', 'seed', 'layer_decay', 'average')}
@@ -271,9 +271,9 @@ def in_common(
 
 # %% ../../nbs/study/02_trial.ipynb #6c73d012
 def refuse_others(
-    folder:Path, # of a trial, done or not
-    wanted:dict, # from `trial_settings`
-    same:bool=True, # it is the same trial; False: another one of the same study
+    folder: Path,  # of a trial, done or not
+    wanted: dict,  # from `trial_settings`
+    same: bool = True,  # it is the same trial; False: another one of the same study
 ):
     "Raise `UserError` where the folder holds a trial with other settings"
     if not (folder/'config.json').exists(): return
@@ -289,9 +289,9 @@ def refuse_others(
 
 # %% ../../nbs/study/02_trial.ipynb #45bd04a6
 def run_trial(
-    trial:Trial,
-    common:StudyConfig,
-    folder:Path, # of all trials
+    trial: Trial,
+    common: StudyConfig,
+    folder: Path,  # of all trials
 ):
     "Train and score one trial, or go on with it, in a folder that ends in .part"
     part = folder/f'{trial.name}.part'
@@ -310,8 +310,8 @@ def run_trial(
 
 # %% ../../nbs/study/02_trial.ipynb #514e0008
 def complete_trial(
-    trial:Trial,
-    folder:Path, # of all trials
+    trial: Trial,
+    folder: Path,  # of all trials
 ):
     "Rename a finished trial; no file in its folder may be open, or Windows refuses"
     os.replace(folder/f'{trial.name}.part', folder/trial.name)

@@ -24,9 +24,9 @@ from .distributed import Ranks
 class ResumableBatchSampler:
     "The numbers of this rank's windows, batch by batch, from a step on"
     def __init__(self,
-        c:TrainConfig, # steps, batch_size and accumulate
-        ranks:Ranks, # number of this process and of all
-        done:int=0, # optimiser steps done before
+        c: TrainConfig,  # steps, batch_size and accumulate
+        ranks: Ranks,    # number of this process and of all
+        done: int = 0,   # optimiser steps done before
     ):
         self.c, self.ranks, self.done = c, ranks, done
 
@@ -40,21 +40,21 @@ class ResumableBatchSampler:
 
 # %% ../../nbs/training/03_batches.ipynb #9e402b37
 def default_workers(
-    data:Dataset,        # windows
-    device:torch.device, # where the batches will go
-)->int: # processes
+    data: Dataset,         # windows
+    device: torch.device,  # where the batches will go
+) -> int:  # processes
     "How many workers prepare windows where no number is given"
     copies = isinstance(data, WindowDataset) and all(s.copies for s in data.sources)
     return 0 if copies or device.type == 'cpu' else min(8, os.cpu_count() or 1)
 
 # %% ../../nbs/training/03_batches.ipynb #1625c99c
 def make_dataloader(
-    data:Dataset, # windows
-    order:Iterable[list[int]], # window numbers of each batch
-    c:TrainConfig, # workers
-    device:torch.device, # where the batches will go
-    raw:bool=False, # not normalised, see `WindowDataset.batch`
-)->DataLoader: # of batches, see `Batches`
+    data: Dataset,  # windows
+    order: Iterable[list[int]],  # window numbers of each batch
+    c: TrainConfig,  # workers
+    device: torch.device,  # where the batches will go
+    raw: bool = False,  # not normalised, see `WindowDataset.batch`
+) -> DataLoader:  # of batches, see `Batches`
     "A loader of batches in the given order"
     workers = default_workers(data, device) if c.workers is None else c.workers
     return DataLoader(Batches(data, raw), batch_size=None, sampler=order, num_workers=workers,
@@ -63,17 +63,17 @@ def make_dataloader(
 
 # %% ../../nbs/training/03_batches.ipynb #d74fe860
 def sequential_batches(
-    data:Dataset, # windows
-    batch_size:int, # of all but the last batch
-)->list[list[int]]: # numbers of the windows of each batch
+    data: Dataset,  # windows
+    batch_size: int,  # of all but the last batch
+) -> list[list[int]]:  # numbers of the windows of each batch
     "Each window once, in order"
     return [list(range(n, min(n + batch_size, len(data)))) for n in range(0, len(data), batch_size)]
 
 # %% ../../nbs/training/03_batches.ipynb #3edc93fc
 @contextmanager
 def closing_workers(
-    batches:DataLoader, # from `make_dataloader`
-) -> Iterator[Iterator[dict]]: # as a context: an iterator over the batches
+    batches: DataLoader,  # from `make_dataloader`
+) -> Iterator[Iterator[dict]]:  # as a context: an iterator over the batches
     "Iterate over a loader, and end its workers afterwards, also after an exception"
     with blocking_signals() if batches.num_workers else nullcontext(): it = iter(batches)
     try: yield it

@@ -27,9 +27,9 @@ from ..core import DamagedCheckpoint, UserError
 
 # %% ../../nbs/training/05_checkpoints.ipynb #7c43c75c
 def training_tensors(
-    model:nn.Module, # as it is now
-    optimizer:torch.optim.Optimizer, # over parameters of `model`
-)->dict[str, Tensor]: # names start with 'model.' or 'optimizer.'
+    model: nn.Module,  # as it is now
+    optimizer: torch.optim.Optimizer,  # over parameters of `model`
+) -> dict[str, Tensor]:  # names start with 'model.' or 'optimizer.'
     "Weights and buffers of the model, and the moments of the optimiser"
     names = {p: name for name, p in model.named_parameters()}
     moments = {f'optimizer.{names[p]}.{key}': value for p, state in optimizer.state.items()
@@ -38,10 +38,10 @@ def training_tensors(
 
 # %% ../../nbs/training/05_checkpoints.ipynb #9eec4bf4
 def restore(
-    tensors:dict[str, Tensor], # from `training_tensors`
-    model:nn.Module, # of the same configuration
-    optimizer:torch.optim.Optimizer, # fresh, over parameters of `model`
-    where:str|Path, # the file, for the message
+    tensors: dict[str, Tensor],  # from `training_tensors`
+    model: nn.Module,  # of the same configuration
+    optimizer: torch.optim.Optimizer,  # fresh, over parameters of `model`
+    where: str | Path,  # the file, for the message
 ) -> None:
     "Restore weights and moments; raises `UserError` if the tensors do not fit the model"
     load_weights(model, {name[6:]: t for name, t in tensors.items() if name.startswith('model.')},
@@ -81,8 +81,8 @@ def other_machine(
 
 # %% ../../nbs/training/05_checkpoints.ipynb #34a0715d
 def checkpoint_files(
-    run:Path, # a run's folder
-)->list[Path]: # newest first
+    run: Path,  # a run's folder
+) -> list[Path]:  # newest first
     "The checkpoints of a run; they are not read here"
     return sorted((p for p in (run/'checkpoints').glob('step-*')
                    if re.fullmatch(r'step-\d{8,}\.safetensors', p.name)),
@@ -90,11 +90,11 @@ def checkpoint_files(
 
 # %% ../../nbs/training/05_checkpoints.ipynb #b41cab3c
 def write_checkpoint(
-    run:Path, # a run's folder
-    tensors:dict[str, Tensor], # from `training_tensors`
-    state:dict, # plain values, with the steps done under 'step'
-    keep:int=3, # number of checkpoints that are kept
-)->Path: # the file
+    run: Path,  # a run's folder
+    tensors: dict[str, Tensor],  # from `training_tensors`
+    state: dict,  # plain values, with the steps done under 'step'
+    keep: int = 3,  # number of checkpoints that are kept
+) -> Path:  # the file
     "Write a checkpoint, then delete old ones; after an `OSError` all older ones are still there"
     metadata = {'format': str(FORMAT), 'version': __version__, 'state': json.dumps(state),
                 'machine': json.dumps(this_machine())}
@@ -115,8 +115,8 @@ class Checkpoint(NamedTuple):
 
 # %% ../../nbs/training/05_checkpoints.ipynb #0ef8c1c9
 def read_checkpoint(
-    path:Path, # a file from `write_checkpoint`
-)->Checkpoint:
+    path: Path,  # a file from `write_checkpoint`
+) -> Checkpoint:
     "Read and check a file; raises `DamagedCheckpoint`, or `UserError` if it is newer or unreadable"
     try: blob = path.read_bytes()
     except OSError as e:
@@ -140,8 +140,8 @@ def read_checkpoint(
 
 # %% ../../nbs/training/05_checkpoints.ipynb #ea1db094
 def check_version(
-    path:Path, # of the checkpoint
-    metadata:dict, # of its header
+    path: Path,  # of the checkpoint
+    metadata: dict,  # of its header
 ) -> None:
     "Raise `UserError` for a file format that this version does not know"
     if int(metadata['format']) > FORMAT:
@@ -151,9 +151,9 @@ def check_version(
 
 # %% ../../nbs/training/05_checkpoints.ipynb #70691645
 def newest_checkpoint(
-    run:Path, # a run's folder
-    say:Callable[[str], None]=print, # gets the messages
-)->Checkpoint|None: # None if none was ever written
+    run: Path,  # a run's folder
+    say: Callable[[str], None] = print,  # gets the messages
+) -> Checkpoint | None:  # None if none was ever written
     "The newest intact checkpoint; damaged ones are renamed. Raises `UserError` if none is intact"
     files = checkpoint_files(run)
     for path in files:
@@ -171,9 +171,9 @@ def newest_checkpoint(
 
 # %% ../../nbs/training/05_checkpoints.ipynb #cec27ca3
 def flatten(
-    settings:object, # nested dictionaries, lists and plain values
-    name:str='', # of the field, for the recursion
-)->dict: # dotted name -> plain value; a list is one value
+    settings: object,  # nested dictionaries, lists and plain values
+    name: str = '',  # of the field, for the recursion
+) -> dict:  # dotted name -> plain value; a list is one value
     "A nested configuration as one flat dictionary; tuples become lists, as in JSON"
     if not isinstance(settings, dict):
         return {name: list(settings) if isinstance(settings, tuple) else settings}
@@ -182,10 +182,10 @@ def flatten(
 
 # %% ../../nbs/training/05_checkpoints.ipynb #a8f57f19
 def differences(
-    saved:dict, # configuration in the checkpoint
-    wanted:dict, # configuration now
-    free:tuple=(), # dotted names that may change
-)->list[str]: # one clause for each field that differs
+    saved: dict,  # configuration in the checkpoint
+    wanted: dict,  # configuration now
+    free: tuple = (),  # dotted names that may change
+) -> list[str]:  # one clause for each field that differs
     "Compare two configurations field by field"
     a, b = flatten(saved), flatten(wanted)
     return [f"{name} was {a.get(name, 'not there')!r} and is {b.get(name, 'not there')!r}"

@@ -30,7 +30,7 @@ class TrainConfig:
     seed: int = 0                # of weights, data, masks, codes and negatives
     device: str = 'auto'         # auto, cpu, cuda, cuda:1, …
     # processes that prepare windows; None: 0 on a CPU, up to 8 on a GPU
-    workers: int|None = None
+    workers: int | None = None
     log_every: int = 10          # steps between two lines of metrics.jsonl
     validate_every: int = 100    # steps between two validations
     validation_windows: int = 64 # dev windows in a validation
@@ -50,9 +50,9 @@ RESUMABLE_FIELDS = tuple(f'train.{name}' for name in (
 
 # %% ../../nbs/training/01_config.ipynb #99f63c85
 def with_defaults(
-    saved:dict, # fields of a saved configuration, perhaps of an older version
-    config:object, # the configuration of this version, a dataclass
-)->dict: # with the defaults of missing fields, also in nested configurations
+    saved: dict,  # fields of a saved configuration, perhaps of an older version
+    config: object,  # the configuration of this version, a dataclass
+) -> dict:  # with the defaults of missing fields, also in nested configurations
     "Add the fields that did not exist yet when a run was started"
     saved = dict(saved)
     for f in fields(config):
@@ -63,8 +63,8 @@ def with_defaults(
 
 # %% ../../nbs/training/01_config.ipynb #85cff27f
 def train_from_dict(
-    saved:dict, # fields from config.json
-)->TrainConfig:
+    saved: dict,  # fields from config.json
+) -> TrainConfig:
     "The configuration of a saved run; raises `UserError` for an unknown field or a wrong type"
     check_fields(TrainConfig, saved, 'train.')
     return TrainConfig(**{**saved, 'betas': tuple(saved.get('betas', TrainConfig.betas))})
@@ -75,14 +75,14 @@ HAVE_OPTIONS = ('steps', 'batch_size', 'lr', 'weight_decay', 'seed', 'device', '
                 'validate_every', 'validation_windows', 'checkpoint_every')
 
 def typed_name(
-    name:str, # of a field
-)->str:
+    name: str,  # of a field
+) -> str:
     "How a field is typed: `--batch-size`, or `train.clip` for those that only --set reaches"
     return '--' + name.replace('_', '-') if name in HAVE_OPTIONS else f'train.{name}'
 
 # %% ../../nbs/training/01_config.ipynb #a37ede95
 def check_config(
-    c:TrainConfig, # not used yet
+    c: TrainConfig,  # not used yet
 ) -> None:
     "Raise `UserError` for the first setting whose value is not allowed"
     for name in ('steps', 'batch_size', 'accumulate', 'log_every', 'validate_every',
@@ -104,7 +104,7 @@ def check_config(
 
 # %% ../../nbs/training/01_config.ipynb #9489ad8e
 def check_fractions(
-    c:TrainConfig,
+    c: TrainConfig,
 ) -> None:
     "Raise `UserError` for a decay rate or fraction that is not between 0 and 1"
     if not all(0 <= beta < 1 for beta in c.betas):

@@ -23,8 +23,8 @@ from ..models.frontend import ConvDownFrontend
 
 # %% ../../nbs/training/09_cuda_graph.ipynb #d53f8589
 def static_copy(
-    inputs:Tensor|dict, # a tensor, or a dictionary of tensors and other values
-) -> Tensor|dict: # the same in memory of its own
+    inputs: Tensor | dict,  # a tensor, or a dictionary of tensors and other values
+) -> Tensor | dict:  # the same in memory of its own
     "A copy at a fixed address, to be filled again for each replay"
     if isinstance(inputs, Tensor): return inputs.clone()
     return {name: value.clone() if isinstance(value, Tensor) else value
@@ -32,8 +32,8 @@ def static_copy(
 
 # %% ../../nbs/training/09_cuda_graph.ipynb #123763b9
 def copy_into(
-    place:Tensor|dict, # from `static_copy`
-    inputs:Tensor|dict, # of the same shapes
+    place: Tensor | dict,  # from `static_copy`
+    inputs: Tensor | dict,  # of the same shapes
 ) -> None:
     "Copy the tensors of `inputs` into the static copy"
     if isinstance(inputs, Tensor): place.copy_(inputs, non_blocking=True)
@@ -45,9 +45,9 @@ def copy_into(
 class Replay:
     "Calls `function(inputs)` as written at first, then records it on the GPU and replays it"
     def __init__(self,
-        function:Callable, # of a batch; no host synchronisation, the same shapes in every call
-        generator:torch.Generator, # from which `function` draws
-        first:int=3, # calls that run as written
+        function: Callable,  # of a batch; no host synchronisation, the same shapes in every call
+        generator: torch.Generator,  # from which `function` draws
+        first: int = 3,  # calls that run as written
     ):
         self.function, self.generator, self.left, self.graph = function, generator, first, None
 
@@ -67,8 +67,8 @@ class Replay:
 # %% ../../nbs/training/09_cuda_graph.ipynb #c5166664
 @patch
 def record_graph(
-    self:Replay,
-    inputs:Tensor|dict, # as for `function`
+    self: Replay,
+    inputs: Tensor | dict,  # as for `function`
 ) -> None:
     "Record `function` without running it"
     self.inputs, self.graph = static_copy(inputs), torch.cuda.CUDAGraph()
@@ -82,8 +82,8 @@ def record_graph(
 
 # %% ../../nbs/training/09_cuda_graph.ipynb #4077587d
 def compile_blocks(
-    model:nn.Module, # with mLSTM blocks somewhere inside
-)->int: # number of compiled parts
+    model: nn.Module,  # with mLSTM blocks somewhere inside
+) -> int:  # number of compiled parts
     "Compile every mLSTM block of a model and the frontend, in place, for fixed shapes"
     parts = [m for m in model.modules() if isinstance(m, (MLSTMBlock, ConvDownFrontend))]
     for part in parts: part.compile(dynamic=False, options={'comprehensive_padding': False})
@@ -91,9 +91,9 @@ def compile_blocks(
 
 # %% ../../nbs/training/09_cuda_graph.ipynb #2c8bf501
 def worth_compiling(
-    device:torch.device, # of the run
-    steps:int, # of the run
-)->bool:
+    device: torch.device,  # of the run
+    steps: int,  # of the run
+) -> bool:
     "Whether a run is long enough, on a GPU, on a machine with Triton and a C compiler"
     able = find_spec('triton') is not None and any(map(shutil.which, ('cc', 'gcc', 'clang')))
     return device.type == 'cuda' and steps >= 2000 and able
@@ -108,8 +108,8 @@ def run_eager() -> Iterator[None]: # as a context
 # %% ../../nbs/training/09_cuda_graph.ipynb #048f4b96
 @contextmanager
 def tensor_float32(
-    device:torch.device, # of the run; nothing changes on a CPU
-) -> Iterator[None]: # as a context
+    device: torch.device,  # of the run; nothing changes on a CPU
+) -> Iterator[None]:  # as a context
     "Inside, float32 matrix products on a GPU may use TF32"
     before = torch.get_float32_matmul_precision()
     if device.type == 'cuda': torch.set_float32_matmul_precision('high')
@@ -118,7 +118,7 @@ def tensor_float32(
 
 # %% ../../nbs/training/09_cuda_graph.ipynb #1dfec0c0
 def mixed_precision(
-    device:torch.device, # of the run
-)->torch.autocast: # a context
+    device: torch.device,  # of the run
+) -> torch.autocast:  # a context
     "bfloat16 for matrix products on a GPU, float32 on a CPU"
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == 'cuda')

@@ -48,8 +48,8 @@ class MeanOverRanks(torch.autograd.Function):
 class WholeBatchDraws(TorchFunctionMode):
     "Inside, numbers are drawn for the rows of all ranks, and this rank's rows are returned"
     def __init__(self,
-        rank:int, # number of this process
-        world:int, # number of processes
+        rank: int,   # number of this process
+        world: int,  # number of processes
     ):
         super().__init__()
         self.rank, self.world = rank, world
@@ -68,8 +68,8 @@ class WholeBatchDraws(TorchFunctionMode):
         return self.mine(func(*before, (self.world*size[0], *size[1:]), **kwargs))
 
     def mine(self,
-        x:Tensor, # (world × rows, …)
-    ) -> Tensor: # (rows, …)
+        x: Tensor,  # (world × rows, …)
+    ) -> Tensor:  # (rows, …)
         "The rows of this rank"
         return x.unflatten(0, (self.world, -1))[self.rank]
 
@@ -82,21 +82,21 @@ class Ranks:
     world: int = 1        # number of processes
 
     def average(self,
-        x:Tensor, # the same shape on all ranks
-    )->Tensor:
+        x: Tensor,  # the same shape on all ranks
+    ) -> Tensor:
         "Mean over the ranks, differentiable"
         return no_reduce(x) if self.world == 1 else MeanOverRanks.apply(x)
 
-    def draws(self)->ContextManager:
+    def draws(self) -> ContextManager:
         "A context in which the model draws as if it had the whole batch"
         return nullcontext() if self.world == 1 else WholeBatchDraws(self.rank, self.world)
 
 # %% ../../nbs/training/04_distributed.ipynb #9b9cbe7b
 @patch
 def gather(
-    self:Ranks,
-    value:object, # can be pickled
-)->list: # the values of all ranks, in order, on every rank
+    self: Ranks,
+    value: object,  # can be pickled
+) -> list:  # the values of all ranks, in order, on every rank
     "Collect a Python value from each rank"
     if self.world == 1: return [value]
     values = [None]*self.world
@@ -106,9 +106,9 @@ def gather(
 # %% ../../nbs/training/04_distributed.ipynb #c1e4648d
 @patch
 def share(
-    self:Ranks,
-    value:object, # can be pickled; only that of rank 0 counts
-)->object:
+    self: Ranks,
+    value: object,  # can be pickled; only that of rank 0 counts
+) -> object:
     "The Python value of rank 0, on every rank"
     if self.world == 1: return value
     box = [value]
@@ -118,9 +118,9 @@ def share(
 # %% ../../nbs/training/04_distributed.ipynb #96f9f0be
 @patch
 def average_gradients(
-    self:Ranks,
-    model:nn.Module, # after the backward pass
-)->None:
+    self: Ranks,
+    model: nn.Module,  # after the backward pass
+) -> None:
     "Replace the gradients by their means over the ranks, in one message"
     # the same parameters have a gradient on every rank
     grads = [p.grad for p in model.parameters() if p.grad is not None]
@@ -129,9 +129,9 @@ def average_gradients(
 # %% ../../nbs/training/04_distributed.ipynb #729641da
 @patch
 def same_weights(
-    self:Ranks,
-    model:nn.Module,
-)->None:
+    self: Ranks,
+    model: nn.Module,
+) -> None:
     "Give every rank the weights and buffers of rank 0"
     if self.world > 1:
         for t in model.state_dict().values(): dist.broadcast(t, 0)
@@ -139,8 +139,8 @@ def same_weights(
 # %% ../../nbs/training/04_distributed.ipynb #83983524
 @contextmanager
 def join_ranks(
-    device:str='auto', # see `pick_device`; of several ranks, each takes the GPU of its local number
-) -> Iterator[Ranks]: # as a context
+    device: str = 'auto',  # see `pick_device`; each rank takes the GPU of its local number
+) -> Iterator[Ranks]:  # as a context
     "Join the processes that torchrun started, if any: by NCCL on GPUs, by Gloo on CPUs"
     world, local = int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('LOCAL_RANK', 0))
     own = pick_device(device)
@@ -162,8 +162,8 @@ def join_ranks(
 
 # %% ../../nbs/training/04_distributed.ipynb #12b339c1
 def is_loss(
-    error:RuntimeError, # of any origin
-)->bool:
+    error: RuntimeError,  # of any origin
+) -> bool:
     "Whether an error says that another rank is lost"
     # Gloo has no error class of its own, but its messages name its source file
     return isinstance(error, dist.DistError) or 'gloo/transport' in str(error)

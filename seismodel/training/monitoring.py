@@ -22,8 +22,8 @@ from ..core import TrainingError
 
 # %% ../../nbs/training/06_monitoring.ipynb #eb8c2cf2
 def skip_step_if_nonfinite(
-    finite:Tensor, # 0-d bool on the device of the weights
-    optimizer:torch.optim.Optimizer, # a fused one; others ignore the flag
+    finite: Tensor,  # 0-d bool on the device of the weights
+    optimizer: torch.optim.Optimizer,  # a fused one; others ignore the flag
 ) -> None:
     "Let the next `optimizer.step()` do nothing if `finite` is False; the host does not wait"
     assert optimizer.defaults.get('fused'), 'only a fused optimizer can skip a step on the device'
@@ -33,12 +33,12 @@ def skip_step_if_nonfinite(
 class FiniteWatch:
     "Learns one step late whether updates were skipped, logs the batch, and ends the run if it must"
     def __init__(self,
-        folder:Path, # of the run
-        device:torch.device, # where the steps happen
-        allowed:int=0, # consecutive skipped updates that are tolerated
-        in_a_row:int=0, # consecutive skipped updates so far, of a resumed run
-        gather:Callable=lambda value: [value], # value -> list of the values of all ranks
-        write:bool=True, # False on all ranks but one
+        folder: Path,  # of the run
+        device: torch.device,  # where the steps happen
+        allowed: int = 0,  # consecutive skipped updates that are tolerated
+        in_a_row: int = 0,  # consecutive skipped updates so far, of a resumed run
+        gather: Callable = lambda value: [value],  # value -> list of the values of all ranks
+        write: bool = True,  # False on all ranks but one
     ):
         self.folder, self.allowed, self.in_a_row = folder, allowed, in_a_row
         self.gather, self.writes = gather, write
@@ -47,9 +47,9 @@ class FiniteWatch:
         self.copied, self.pending, self.stop = torch.cuda.Event() if cuda else None, None, False
 
     def add(self,
-        step:int, # the step just queued, from 1
-        numbers:Tensor, # (4,): 1 if finite, loss, gradient norm, above 0 if a rank must stop
-        batches:list[dict], # of the step
+        step: int,            # the step just queued, from 1
+        numbers: Tensor,      # (4,): 1 if finite, loss, gradient norm, above 0 if a rank must stop
+        batches: list[dict],  # of the step
     ) -> None:
         "Read the numbers of the step before, then start copying those of this one"
         self.settle()
@@ -60,7 +60,7 @@ class FiniteWatch:
 # %% ../../nbs/training/06_monitoring.ipynb #46c04253
 @patch
 def settle(
-    self:FiniteWatch,
+    self: FiniteWatch,
 ) -> None:
     "Read the last numbers; raises `TrainingError` after too many skipped updates"
     if self.pending is None: return
@@ -74,11 +74,11 @@ def settle(
 # %% ../../nbs/training/06_monitoring.ipynb #5e2d9f19
 @patch
 def report_nonfinite(
-    self:FiniteWatch,
-    step:int, # whose update was skipped
-    loss:float, # of that step
-    norm:float, # of its gradient
-    batches:list[dict], # of that step
+    self: FiniteWatch,
+    step: int,  # whose update was skipped
+    loss: float,  # of that step
+    norm: float,  # of its gradient
+    batches: list[dict],  # of that step
 ) -> None:
     "Log the batch; raise `TrainingError` if too many updates were skipped"
     mine = [(int(n), int(s)) for b in batches for n, s in zip(b['n'], b['source'])]
@@ -109,9 +109,9 @@ HEALTHY = {   # metric -> (step, lowest, highest) at a few steps; None: no bound
 
 # %% ../../nbs/training/06_monitoring.ipynb #117b4708
 def healthy_at(
-    names:Iterable[str], # metrics of a row
-    step:int, # optimiser steps done
-)->dict: # metric -> [lowest, highest]; None: no bound
+    names: Iterable[str],  # metrics of a row
+    step: int,  # optimiser steps done
+) -> dict:  # metric -> [lowest, highest]; None: no bound
     "The usual ranges at a step"
     def bound(knots, side):
         steps, values = [k[0] for k in knots], [k[side] for k in knots]
@@ -121,8 +121,8 @@ def healthy_at(
 
 # %% ../../nbs/training/06_monitoring.ipynb #8c61e09e
 def outside(
-    row:dict, # metrics, with their ranges under 'healthy'
-)->list[str]: # the metrics outside their ranges
+    row: dict,  # metrics, with their ranges under 'healthy'
+) -> list[str]:  # the metrics outside their ranges
     "The metrics of a row that are not finite or outside their ranges"
     within = lambda value, low, high: ((-math.inf if low is None else low) <= value
                                        <= (math.inf if high is None else high))
@@ -131,11 +131,11 @@ def outside(
 
 # %% ../../nbs/training/06_monitoring.ipynb #5c23d34c
 def alarms(
-    m:dict, # metrics of this step; those of other methods are missing
-    first:dict, # metrics of the first logged step
-    progress:float, # fraction of the run that is done, 0 to 1
-    negatives:int=100, # distractors beside each target
-)->list[str]: # one sentence for each fault
+    m: dict,  # metrics of this step; those of other methods are missing
+    first: dict,  # metrics of the first logged step
+    progress: float,  # fraction of the run that is done, 0 to 1
+    negatives: int = 100,  # distractors beside each target
+) -> list[str]:  # one sentence for each fault
     "Compare the metrics of a step with those of a healthy run"
     found = []
     if m.get('code_perplexity', math.inf) < 16:

@@ -32,17 +32,17 @@ SHOWN = ('loss', 'contrastive', 'accuracy', 'perplexity', 'code_perplexity', 'ms
          'tokens_mse', 'patch_mse', 'feature_variance', 'target_variance', 'grad_norm', 'lr')
 
 def series(
-    rows:list[dict], # from `read_metrics`
-    name:str, # of a metric
-)->tuple[list, list]: # steps and values of the rows that have a value
+    rows: list[dict],  # from `read_metrics`
+    name: str,  # of a metric
+) -> tuple[list, list]:  # steps and values of the rows that have a value
     "One metric over a run"
     pairs = [(r['step'], r[name]) for r in rows if r.get(name) is not None]
     return [step for step, _ in pairs], [value for _, value in pairs]
 
 # %% ../../nbs/training/08_plots.ipynb #1465832a
 def plot_metrics(
-    runs:dict[str, list[dict]], # name -> rows from `read_metrics`
-)->Figure:
+    runs: dict[str, list[dict]],  # name -> rows from `read_metrics`
+) -> Figure:
     "The metrics of one run or several over the steps, training and dev"
     names = [n for n in SHOWN if any(n in rows[0] for rows in runs.values())]
     fig, axs = plt.subplots(-(-len(names)//4), 4, figsize=(10, 1.9*-(-len(names)//4)),
@@ -58,11 +58,11 @@ def plot_metrics(
 
 # %% ../../nbs/training/08_plots.ipynb #b4291528
 def plot_measure(
-    ax:Axes,
-    rows:list[dict], # from `read_metrics`
-    name:str, # of the metric
-    color:str, # of the run
-    label:str, # of the run, in the legend
+    ax: Axes,
+    rows: list[dict],  # from `read_metrics`
+    name: str,  # of the metric
+    color: str,  # of the run
+    label: str,  # of the run, in the legend
 ) -> None:
     "One metric of one run: training as a line, dev as circles, trivial predictors dotted"
     ax.plot(*series(rows, name), lw=.8, color=color, label=label)
@@ -76,8 +76,8 @@ def plot_measure(
 
 # %% ../../nbs/training/08_plots.ipynb #e370a745
 def shade_healthy(
-    ax:Axes, # with the curves
-    name:str, # of the metric
+    ax: Axes,  # with the curves
+    name: str,  # of the metric
 ) -> None:
     "Shade the healthy range of a metric within the limits of the axes"
     (first, last), (bottom, top) = ax.get_xlim(), ax.get_ylim()
@@ -92,9 +92,9 @@ def shade_healthy(
 # %% ../../nbs/training/08_plots.ipynb #b8629921
 @torch.no_grad()
 def plot_codes(
-    model:Pretrainer, # with a quantizer, in evaluation mode
-    x:torch.Tensor, # (B, L, 3) windows
-)->Figure:
+    model: Pretrainer,  # with a quantizer, in evaluation mode
+    x: torch.Tensor,  # (B, L, 3) windows
+) -> Figure:
     "Fraction of the frames that use each code, one panel per group, codes sorted by use"
     q = model.encoder.quantizer(model.encoder.frontend(x))
     usage = code_usage(q.codes, q.logits.shape[-1]).float().cpu()          # (G, V)
@@ -109,10 +109,10 @@ def plot_codes(
 # %% ../../nbs/training/08_plots.ipynb #0d349da0
 @torch.no_grad()
 def plot_window(
-    model:Pretrainer, # in evaluation mode
-    x:torch.Tensor, # (1, L, 3), one window
-    seed:int=0, # of the mask
-)->Figure:
+    model: Pretrainer,  # in evaluation mode
+    x: torch.Tensor,  # (1, L, 3), one window
+    seed: int = 0,  # of the mask
+) -> Figure:
     "A masked window, and what the model predicts for its hidden frames"
     mask, pair, codes = window_predictions(model, x, seed)
     rows = 3 + (2 if pair else 1 if codes else 0)
@@ -130,10 +130,10 @@ def plot_window(
 
 # %% ../../nbs/training/08_plots.ipynb #cba60242
 def window_predictions(
-    model:Pretrainer, # in evaluation mode
-    x:torch.Tensor, # (B, L, 3) windows
-    seed:int, # of the mask
-)->tuple[torch.Tensor, tuple|None, tuple|None]: # (B, T) mask; two pairs, one of which is None
+    model: Pretrainer,  # in evaluation mode
+    x: torch.Tensor,  # (B, L, 3) windows
+    seed: int,  # of the mask
+) -> tuple[torch.Tensor, tuple | None, tuple | None]:  # (B, T) mask; two pairs, one is None
     "Mask; (target, reconstruction); for a contrastive model (targets, predictions) instead"
     generator = torch.Generator(x.device).manual_seed(seed)
     if isinstance(model, MaskedPretraining):
@@ -147,10 +147,10 @@ def window_predictions(
 
 # %% ../../nbs/training/08_plots.ipynb #cb6bde21
 def plot_similarity(
-    ax:Axes,
-    targets:torch.Tensor, # (T, D)
-    predictions:torch.Tensor, # (T, D)
-    mask:torch.Tensor, # (T,) bool, True: hidden
+    ax: Axes,
+    targets: torch.Tensor,  # (T, D)
+    predictions: torch.Tensor,  # (T, D)
+    mask: torch.Tensor,  # (T,) bool, True: hidden
 ) -> None:
     "Cosine of each hidden frame's prediction to its own target, and the mean to the other targets"
     unit = lambda vectors: nn.functional.normalize(vectors[mask], dim=-1)
@@ -165,9 +165,9 @@ def plot_similarity(
 
 # %% ../../nbs/training/08_plots.ipynb #7e842ee2
 def plot_reconstruction(
-    axs:Sequence[Axes], # two
-    target:torch.Tensor, # (T, D)
-    made:torch.Tensor, # (T, D), the reconstruction
+    axs: Sequence[Axes],  # two
+    target: torch.Tensor,  # (T, D)
+    made: torch.Tensor,  # (T, D), the reconstruction
 ) -> None:
     "Target and reconstruction as images: frames to the right, the first 24 features upwards"
     span = float(target.abs().quantile(.99))
@@ -179,9 +179,9 @@ def plot_reconstruction(
 
 # %% ../../nbs/training/08_plots.ipynb #9105fca1
 def model_figures(
-    model:nn.Module, # in evaluation mode
-    x:torch.Tensor, # (B, L, 3) dev windows, on the model's device
-)->dict[str, Figure]: # name -> figure
+    model: nn.Module,  # in evaluation mode
+    x: torch.Tensor,  # (B, L, 3) dev windows, on the model's device
+) -> dict[str, Figure]:  # name -> figure
     "A masked window for pretraining models, the codes for those with a quantizer; none for others"
     # probably an event: windows are normalised, so this one has the highest peak for its deviation
     loud = x.abs().amax((1, 2)).argmax()
@@ -193,10 +193,10 @@ def model_figures(
 
 # %% ../../nbs/training/08_plots.ipynb #715c5158
 def log_pictures(
-    events:object, # TensorBoard's SummaryWriter
-    model:nn.Module, # any
-    x:torch.Tensor, # (B, L, 3) dev windows, on the model's device
-    step:int, # optimiser steps done
+    events: object,  # TensorBoard's SummaryWriter
+    model: nn.Module,  # any
+    x: torch.Tensor,  # (B, L, 3) dev windows, on the model's device
+    step: int,  # optimiser steps done
 ) -> None:
     "Write the model's figures and a histogram of its codes to TensorBoard"
     training = model.training
@@ -212,9 +212,9 @@ def log_pictures(
 
 # %% ../../nbs/training/08_plots.ipynb #d1c95dea
 def save_figures(
-    figures:dict[str, Figure], # name -> figure
-    folder:Path, # made if it does not exist
-)->list[Path]: # the files written
+    figures: dict[str, Figure],  # name -> figure
+    folder: Path,  # made if it does not exist
+) -> list[Path]:  # the files written
     "Write figures as PNG, and close them"
     folder.mkdir(parents=True, exist_ok=True)
     for name, fig in figures.items():
@@ -224,11 +224,11 @@ def save_figures(
 
 # %% ../../nbs/training/08_plots.ipynb #8210515c
 def plot(
-    runs:Annotated[str, {'nargs': '+'}], # one run's folder, or several
+    runs: Annotated[str, {'nargs': '+'}],  # one run's folder, or several
     # the PNG to write; if not given, figures/metrics.png in the run's folder, or metrics.png
     # for several runs
-    out:Path=None,
-)->Path: # the file written
+    out: Path = None,
+) -> Path:  # the file written
     "Plot the metrics of a run, or of several in the same panels"
     runs = [Path(run) for run in runs]
     for run in runs:

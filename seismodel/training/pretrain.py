@@ -33,9 +33,9 @@ from .trainer import Augmented, train
 
 # %% ../../nbs/training/11_pretrain.ipynb #2240a29d
 def open_data(
-    names:list[str], # folders, SeisBench names, or 'synthetic'
-    window:int=WINDOW, # samples
-)->tuple[list, list]: # the sources to train on, and those to validate on
+    names: list[str],  # folders, SeisBench names, or 'synthetic'
+    window: int = WINDOW,  # samples
+) -> tuple[list, list]:  # the sources to train on, and those to validate on
     "Open the train and dev split of each source; raises `UserError` if none has a dev split"
     training = [open_source(name, 'train', window) for name in names]
     dev = []
@@ -49,8 +49,8 @@ def open_data(
 
 # %% ../../nbs/training/11_pretrain.ipynb #8a91307b
 def free_folder(
-    name:str, # of the preset
-)->Path: # runs/NAME-1, or the next free number
+    name: str,  # of the preset
+) -> Path:  # runs/NAME-1, or the next free number
     "The first folder name that is free"
     k = 1
     while (Path('runs')/f'{name}-{k}').exists(): k += 1
@@ -58,9 +58,9 @@ def free_folder(
 
 # %% ../../nbs/training/11_pretrain.ipynb #c2ac114f
 def recipe(
-    p:Preset,  # with its steps, batch size, learning rate and weight decay
-    **given,   # fields of `TrainConfig`; None means not given
-)->TrainConfig: # checked
+    p: Preset,  # with its steps, batch size, learning rate and weight decay
+    **given,    # fields of `TrainConfig`; None means not given
+) -> TrainConfig:  # checked
     "The preset's training configuration with some fields changed; raises `UserError` if invalid"
     own = dict(steps=p.steps, batch_size=p.batch_size, lr=p.lr, weight_decay=p.weight_decay)
     config = TrainConfig(**{**own, **{k: v for k, v in given.items() if v is not None}})
@@ -74,13 +74,13 @@ class PretrainPlan:
     "All settings of a pretraining run"
     preset: str                 # name, such as contrastive-tiny
     data: list[str]             # folders with their whole path, SeisBench names, or 'synthetic'
-    weights: list[float]|None   # relative weights of the datasets
+    weights: list[float] | None  # relative weights of the datasets
     window: int                 # samples
     model: ModelConfig          # method and shapes
     train: TrainConfig          # steps, batch size, learning rate, …
-    augment: dict|None = None   # fields of `Augmentation`; None: no augmentation
+    augment: dict | None = None  # fields of `Augmentation`; None: no augmentation
 
-    def extra(self)->dict:
+    def extra(self) -> dict:
         "The fields of config.json beside model and training"
         # like runs of version 0.1, which have no such field
         augment = {} if self.augment is None else {'augment': self.augment}
@@ -89,8 +89,8 @@ class PretrainPlan:
 
 # %% ../../nbs/training/11_pretrain.ipynb #9adc4a6d
 def augment_fields(
-    augment: str|None,  # value of --augment: full, none, or None if not given
-) -> dict|None:         # fields of `Augmentation`; None: no augmentation
+    augment: str | None,  # value of --augment: full, none, or None if not given
+) -> dict | None:  # fields of `Augmentation`; None: no augmentation
     "What config.json holds of --augment; raises `UserError` for other words"
     if augment not in (None, 'none', 'full'):
         raise UserError(f"--augment is '{augment}'; choose full or none.")
@@ -106,13 +106,13 @@ def check_window(
 
 # %% ../../nbs/training/11_pretrain.ipynb #8da15f2d
 def new_plan(
-    preset: str|None,      # of the command line, like the next four; None means not given
-    data: list[str]|None,  # names of datasets
-    weights: str|None,     # relative weights, such as '3,1'
-    window: int|None,      # samples
-    augment: str|None,     # full or none
-    changes: dict,         # 'model.…' or 'train.…' -> value, from `read_settings`
-    saved: dict,           # other entries of the --config file
+    preset: str | None,      # of the command line, like the next four; None means not given
+    data: list[str] | None,  # names of datasets
+    weights: str | None,     # relative weights, such as '3,1'
+    window: int | None,      # samples
+    augment: str | None,     # full or none
+    changes: dict,           # 'model.…' or 'train.…' -> value, from `read_settings`
+    saved: dict,             # other entries of the --config file
 ) -> PretrainPlan:
     "The plan of a new run, from the command line, the --config file and the preset"
     check_saved(saved)
@@ -137,13 +137,13 @@ def check_saved(
 
 # %% ../../nbs/training/11_pretrain.ipynb #0157c3a9
 def saved_plan(
-    folder: Path,          # of the run
-    preset: str|None,      # of the command line, like the next four; None means not given
-    data: list[str]|None,  # names of datasets
-    weights: str|None,     # relative weights, such as '3,1'
-    window: int|None,      # samples
-    augment: str|None,     # full or none
-    changes: dict,         # 'model.…' or 'train.…' -> value, from `read_settings`
+    folder: Path,            # of the run
+    preset: str | None,      # of the command line, like the next four; None means not given
+    data: list[str] | None,  # names of datasets
+    weights: str | None,     # relative weights, such as '3,1'
+    window: int | None,      # samples
+    augment: str | None,     # full or none
+    changes: dict,           # 'model.…' or 'train.…' -> value, from `read_settings`
 ) -> PretrainPlan:
     "The plan of a run to resume; raises `UserError` naming each given field that must not change"
     config = read_plan(folder)
@@ -199,41 +199,41 @@ def check_unchanged(
 def pretrain(
     # method and size: contrastive-, reconstruction-, spectrum- or joint-, then tiny, small or base;
     # contrastive-tiny if not given
-    preset:str=None,
+    preset: str = None,
     # a packed store, a SeisBench dataset by folder or by name, or synthetic (the default);
     # may be given several times
-    data:Annotated[str, {'action': 'append'}]=None,
-    data_weights:str=None, # relative weights of the datasets, such as 3,1; equal if not given
-    window:int=None, # samples in a window; 4096 if not given
-    steps:int=None, # optimiser steps; the preset's if not given
-    batch_size:int=None, # windows per step, of all devices together; the preset's if not given
-    lr:float=None, # peak learning rate; the preset's if not given
-    weight_decay:float=None, # of AdamW; the preset's if not given
+    data: Annotated[str, {'action': 'append'}] = None,
+    data_weights: str = None,  # relative weights of the datasets, such as 3,1; equal if not given
+    window: int = None,  # samples in a window; 4096 if not given
+    steps: int = None,  # optimiser steps; the preset's if not given
+    batch_size: int = None,  # windows per step, of all devices together; the preset's if not given
+    lr: float = None,  # peak learning rate; the preset's if not given
+    weight_decay: float = None,  # of AdamW; the preset's if not given
     # of the training windows: none (if not given), or full (gain, rotation, polarity, real noise,
     # lost components, gaps)
-    augment:str=None,
-    accumulate:int=None, # batches that make one optimiser step; 1 if not given
-    seed:int=None, # of weights, data, masks, codes and negatives; 0 if not given
-    device:str=None, # auto (if not given), cpu, cuda or cuda:N
-    workers:int=None, # processes that prepare windows; chosen by the device if not given
-    log_every:int=None, # steps between two lines of metrics.jsonl; 10 if not given
-    validate_every:int=None, # steps between two validations; 100 if not given
-    validation_windows:int=None, # dev windows in a validation; 64 if not given
-    checkpoint_every:int=None, # steps between two checkpoints; 100 if not given
-    keep:int=None, # checkpoints that are kept; 3 if not given
+    augment: str = None,
+    accumulate: int = None,  # batches that make one optimiser step; 1 if not given
+    seed: int = None,  # of weights, data, masks, codes and negatives; 0 if not given
+    device: str = None,  # auto (if not given), cpu, cuda or cuda:N
+    workers: int = None,  # processes that prepare windows; chosen by the device if not given
+    log_every: int = None,  # steps between two lines of metrics.jsonl; 10 if not given
+    validate_every: int = None,  # steps between two validations; 100 if not given
+    validation_windows: int = None,  # dev windows in a validation; 64 if not given
+    checkpoint_every: int = None,  # steps between two checkpoints; 100 if not given
+    keep: int = None,  # checkpoints that are kept; 3 if not given
     # consecutive steps that may be skipped because the loss is not finite; 0 if not given
-    skip_nonfinite:int=None,
-    on_write_error:str=None, # if the disk is full: continue (if not given), or stop
-    tensorboard:bool=False, # write TensorBoard events into the run's folder
+    skip_nonfinite: int = None,
+    on_write_error: str = None,  # if the disk is full: continue (if not given), or stop
+    tensorboard: bool = False,  # write TensorBoard events into the run's folder
     # NAME=VALUE, any field that `seismodel info PRESET` lists, such as encoder.mask_length=25;
     # may be given several times
-    set_fields:Annotated[str, {'action': 'append'}]=None,
+    set_fields: Annotated[str, {'action': 'append'}] = None,
     # a JSON file with fields under "model" and "train"; the config.json of a run stands for all
     # of its settings
-    config:Path=None,
-    out:Path=None, # the run's folder; runs/PRESET-1 or the next free number if not given
-    resume:Path=None, # the folder of a run to resume; needs nothing else
-)->Path: # the run's folder
+    config: Path = None,
+    out: Path = None,  # the run's folder; runs/PRESET-1 or the next free number if not given
+    resume: Path = None,  # the folder of a run to resume; needs nothing else
+) -> Path:  # the run's folder
     "Pretrain a model on three-component waveforms, or resume a run"
     given = dict(steps=steps, batch_size=batch_size, lr=lr, weight_decay=weight_decay,
                  accumulate=accumulate, seed=seed, device=device, workers=workers,
@@ -253,9 +253,9 @@ def pretrain(
 # %% ../../nbs/training/11_pretrain.ipynb #aa793678
 def start_run(
     plan: PretrainPlan,
-    out: Path|None,     # value of --out
-    resume: Path|None,  # value of --resume; None: a new run
-) -> Path:              # the run's folder
+    out: Path | None,     # value of --out
+    resume: Path | None,  # value of --resume; None: a new run
+) -> Path:  # the run's folder
     "Join the ranks, choose the folder and run the plan"
     with join_ranks(plan.train.device) as ranks:
         name = str(resume or new_folder(out, plan.preset)) if ranks.rank == 0 else None
@@ -268,10 +268,10 @@ def start_run(
 
 # %% ../../nbs/training/11_pretrain.ipynb #c1a5e0d8
 def plan_augment(
-    plan:PretrainPlan, # new or saved
-    sources:list, # of the training windows
-    device:torch.device, # of the training
-)->Callable|None: # (batch, generator) -> batch, for `train`
+    plan: PretrainPlan,  # new or saved
+    sources: list,  # of the training windows
+    device: torch.device,  # of the training
+) -> Callable | None:  # (batch, generator) -> batch, for `train`
     "The augmentation of a plan, with noise from the training records"
     if plan.augment is None: return None
     real = [s for s in sources if not isinstance(s, SyntheticSource)]
@@ -285,8 +285,8 @@ def plan_augment(
 
 # %% ../../nbs/training/11_pretrain.ipynb #9c9b101c
 def new_folder(
-    out: Path|None,  # value of --out; None: the next free folder in runs
-    name: str,       # of the preset
+    out: Path | None,  # value of --out; None: the next free folder in runs
+    name: str,         # of the preset
 ) -> Path:
     "The folder of a new run; raises `UserError` if it is not empty"
     folder = Path(out) if out else free_folder(name)
@@ -297,10 +297,10 @@ def new_folder(
 
 # %% ../../nbs/training/11_pretrain.ipynb #4bc118ce
 def run_plan(
-    plan:PretrainPlan, # new or saved
-    folder:Path, # of the run
-    resume:bool, # False: a new run
-    ranks:Ranks, # number and device of this process
+    plan: PretrainPlan,  # new or saved
+    folder: Path,  # of the run
+    resume: bool,  # False: a new run
+    ranks: Ranks,  # number and device of this process
 ) -> None:
     "Open the data, build the model, train"
     c = plan.train

@@ -22,9 +22,9 @@ from ..core import UserError
 CLOCK = ('windows_per_second', 'gpu_memory_gib')     # metrics that differ when a step is repeated
 
 def lines_until(
-    path:Path, # a file of JSON objects, one per line, each with its 'step'
-    step:int, # the last one to keep
-)->list[str]: # the lines, unchanged
+    path: Path,  # a file of JSON objects, one per line, each with its 'step'
+    step: int,  # the last one to keep
+) -> list[str]:  # the lines, unchanged
     "The lines up to a step, without an incomplete last line; raises `UserError` for a damaged one"
     if not path.exists(): return []
     kept = []
@@ -40,8 +40,8 @@ def lines_until(
 
 # %% ../../nbs/training/07_runlog.ipynb #83ee43bc
 def read_metrics(
-    folder:str|Path, # of a run
-)->list[dict]: # one per logged step
+    folder: str | Path,  # of a run
+) -> list[dict]:  # one per logged step
     "All complete lines that `RunLog` wrote; raises `UserError` for one that is damaged"
     return [json.loads(line) for line in lines_until(Path(folder)/'metrics.jsonl', 2**63)]
 
@@ -58,10 +58,10 @@ def lock_run(
 class RunLog:
     "Appends metrics to `metrics.jsonl`, and to TensorBoard on request; locks the run's folder"
     def __init__(self,
-        folder:Path, # of the run
-        step:int=0, # of the checkpoint from which the run continues: later lines are cut
-        tensorboard:bool=False, # needs the package `tensorboard`
-        lock:FileLock|None=None, # from `lock_run`, if the caller has it already
+        folder: Path,  # of the run
+        step: int = 0,  # of the checkpoint from which the run continues: later lines are cut
+        tensorboard: bool = False,  # needs the package `tensorboard`
+        lock: FileLock | None = None,  # from `lock_run`, if the caller has it already
     ):
         self.lock = lock or lock_run(folder)
         for name in ('metrics.jsonl', 'nonfinite.jsonl'):
@@ -80,8 +80,8 @@ class RunLog:
 
 # %% ../../nbs/training/07_runlog.ipynb #c0d9baf3
 def cut_lines(
-    path:Path, # a file of JSON objects, one per line
-    step:int, # the last one to keep
+    path: Path,  # a file of JSON objects, one per line
+    step: int,  # the last one to keep
 ) -> None:
     "Cut a file after the lines of a step"
     text = ''.join(line + '\n' for line in lines_until(path, step))
@@ -90,8 +90,8 @@ def cut_lines(
 # %% ../../nbs/training/07_runlog.ipynb #caf20d7d
 @patch
 def write(
-    self:RunLog,
-    row:dict, # metrics of a logged step, with 'step'
+    self: RunLog,
+    row: dict,  # metrics of a logged step, with 'step'
 ) -> None:
     "Append a line; after an `OSError` it waits for the next write"
     for name, value in row.items():
@@ -103,7 +103,7 @@ def write(
 # %% ../../nbs/training/07_runlog.ipynb #656971ee
 @patch
 def flush(
-    self:RunLog,
+    self: RunLog,
 ) -> None:
     "Write what is waiting"
     while self.waiting: self.waiting = self.waiting[self.file.write(self.waiting):]
@@ -111,7 +111,7 @@ def flush(
 # %% ../../nbs/training/07_runlog.ipynb #2cbe14fa
 @patch
 def sync(
-    self:RunLog,
+    self: RunLog,
 ) -> None:
     "Wait until all lines are on the disk"
     self.flush()
@@ -119,10 +119,10 @@ def sync(
 
 # %% ../../nbs/training/07_runlog.ipynb #ed1b737f
 def write_bad_traces(
-    folder:Path, # of the run
-    data:object, # if it has `sources`, these may have `left_out`: reason -> names
-    met:dict, # name -> reason, collected from the batches
-    redrawn:int, # windows that were drawn again
+    folder: Path,  # of the run
+    data: object,  # if it has `sources`, these may have `left_out`: reason -> names
+    met: dict,  # name -> reason, collected from the batches
+    redrawn: int,  # windows that were drawn again
 ) -> None:
     "Write `bad_traces.json`: records left out by metadata, bad records, number of repeated draws"
     left_out = {s.name: s.left_out

@@ -18,9 +18,9 @@ from .config import TrainConfig
 
 # %% ../../nbs/training/02_schedule.ipynb #a5354d66
 def lr_at(
-    step:int,      # steps done, 0 for the first update
-    c:TrainConfig, # lr (the peak), steps and warmup
-)->float:
+    step: int,       # steps done, 0 for the first update
+    c: TrainConfig,  # lr (the peak), steps and warmup
+) -> float:
     "Linear warm-up, then half a cosine to zero"
     warm = max(1, round(c.warmup*c.steps))
     if step < warm: return c.lr * (step + 1)/warm
@@ -28,25 +28,25 @@ def lr_at(
 
 # %% ../../nbs/training/02_schedule.ipynb #65abebf9
 def mix_seed(
-    *numbers:int, # such as the run's seed and the step
-)->int: # 64 bits
+    *numbers: int,  # such as the run's seed and the step
+) -> int:  # 64 bits
     "One seed from several numbers"
     # NumPy mixes all bits; PyTorch's CPU generator uses only 32 bits of a seed
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 # %% ../../nbs/training/02_schedule.ipynb #bd4c4fd0
 def seed_step(
-    generator:torch.Generator, # on the device of the model
-    seed:int, # of the run
-    step:int, # number of the step
-)->torch.Generator: # the same generator
+    generator: torch.Generator,  # on the device of the model
+    seed: int,  # of the run
+    step: int,  # number of the step
+) -> torch.Generator:  # the same generator
     "Seed the generator from seed and step"
     return generator.manual_seed(mix_seed(seed, step))
 
 # %% ../../nbs/training/02_schedule.ipynb #c2c92ad5
 def layer_depths(
-    model:nn.Module, # with encoder, backbone and head
-)->dict[nn.Parameter, int]: # 0 for the head, 1 for the last stage of the backbone, …
+    model: nn.Module,  # with encoder, backbone and head
+) -> dict[nn.Parameter, int]:  # 0 for the head, 1 for the last stage of the backbone, …
     "How many stages of the network lie above each weight"
     parts = [[model.encoder], *model.backbone.stages(), [model.head]]
     # parameters of the backbone that belong to no stage count like the encoder's
@@ -56,11 +56,11 @@ def layer_depths(
 
 # %% ../../nbs/training/02_schedule.ipynb #219a014d
 def parameter_groups(
-    model:nn.Module, # any model of this package
-    weight_decay:float, # for the matrices
+    model: nn.Module,  # any model of this package
+    weight_decay: float,  # for the matrices
     # factor of the learning rate per stage; below 1 needs a model with encoder, backbone and head
-    layer_decay:float=1.,
-)->list[dict]: # for AdamW: two groups, or two per stage, with the factor as 'scale'
+    layer_decay: float = 1.,
+) -> list[dict]:  # for AdamW: two groups, or two per stage, with the factor as 'scale'
     "Matrices decay; biases, norms, gates, the mask vector and the codebook do not"
     spared = ('gate', 'norm', 'mask_emb', 'codevectors')
     decays = lambda name, p: p.ndim >= 2 and not any(word in name for word in spared)

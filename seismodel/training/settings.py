@@ -26,8 +26,8 @@ from .config import TrainConfig
 WORDS = {'true': True, 'false': False, 'none': None, 'null': None}
 
 def parse_setting(
-    word:str, # such as encoder.mask_length=25
-)->tuple[str, object]: # the field's whole name, its value
+    word: str,  # such as encoder.mask_length=25
+) -> tuple[str, object]:  # the field's whole name, its value
     "Split a word of --set; raises `UserError` if name or value is missing"
     name, _, text = word.partition('=')
     if not (name and text):
@@ -39,9 +39,9 @@ def parse_setting(
 
 # %% ../../nbs/training/01a_settings.ipynb #b080e158
 def describe_fields(
-    config:object, # a dataclass, whose fields may be dataclasses
-    where:str,     # prefix of the names, such as 'model.'
-)->list[tuple[str, object, str]]: # name, value, meaning
+    config: object,  # a dataclass, whose fields may be dataclasses
+    where: str,      # prefix of the names, such as 'model.'
+) -> list[tuple[str, object, str]]:  # name, value, meaning
     "Every field of a configuration"
     meaning, found = docments(type(config)), []
     for f in fields(config):
@@ -52,8 +52,8 @@ def describe_fields(
 
 # %% ../../nbs/training/01a_settings.ipynb #f71bc64d
 def check_names(
-    names:Iterable[str], # such as model.blocks and train.lr
-    model:ModelConfig,   # that would be changed
+    names: Iterable[str],  # such as model.blocks and train.lr
+    model: ModelConfig,    # that would be changed
 ) -> None:
     "Raise `UserError` for the first name that is neither a field of the model nor of `TrainConfig`"
     fields_of = describe_fields(model, 'model.') + describe_fields(TrainConfig(), 'train.')
@@ -69,9 +69,9 @@ def check_names(
 PLAN_ENTRIES = ('preset', 'data', 'weights', 'window', 'augment')
 
 def flat_fields(
-    values:dict, # fields, some of which hold fields
-    where:str,   # prefix of the names
-)->dict: # whole name -> value
+    values: dict,  # fields, some of which hold fields
+    where: str,    # prefix of the names
+) -> dict:  # whole name -> value
     "Fields of a file under their whole names, such as model.encoder.mask_length"
     found = {}
     for name, value in values.items():
@@ -81,8 +81,8 @@ def flat_fields(
 
 # %% ../../nbs/training/01a_settings.ipynb #be29eb6c
 def read_field_file(
-    file:Path, # JSON
-)->tuple[dict, dict]: # whole name of a field -> value; the other entries
+    file: Path,  # JSON
+) -> tuple[dict, dict]:  # whole name of a field -> value; the other entries
     "Read the --config file; raises `UserError` if it is no JSON or has an unknown entry"
     cure = 'name with --config a JSON file such as {"model": {…}, "train": {…}}'
     saved = read_json(file, cure=cure)
@@ -102,10 +102,10 @@ def read_field_file(
 
 # %% ../../nbs/training/01a_settings.ipynb #aedeeffd
 def read_settings(
-    file:Path|None, # value of --config
-    words:list[str]|None, # values of --set
-    options:dict, # field of `TrainConfig` with an option of its own -> value; None: not given
-)->tuple[dict, dict]: # whole name of a field -> value; the other entries of the file
+    file: Path | None,  # value of --config
+    words: list[str] | None,  # values of --set
+    options: dict,  # field of `TrainConfig` with an option of its own -> value; None: not given
+) -> tuple[dict, dict]:  # whole name of a field -> value; the other entries of the file
     "All given fields; raises `UserError` for one that cannot be read or is given twice"
     found, saved = read_field_file(file) if file else ({}, {})
     typed = {f'train.{name}': value for name, value in options.items() if value is not None}
@@ -116,9 +116,9 @@ def read_settings(
 
 # %% ../../nbs/training/01a_settings.ipynb #a15d5280
 def change_model(
-    model:ModelConfig, # of a preset, or of a run
-    changes:dict, # whole name of a field -> value
-)->ModelConfig:
+    model: ModelConfig,  # of a preset, or of a run
+    changes: dict,  # whole name of a field -> value
+) -> ModelConfig:
     "A model's configuration with some fields changed; raises `UserError` for a wrong value"
     values = config_to_dict(model)
     for name, value in changes.items():
@@ -136,7 +136,7 @@ def change_model(
 
 # %% ../../nbs/training/01a_settings.ipynb #258dbe4f
 def check_masks(
-    model:ModelConfig, # of a run
+    model: ModelConfig,  # of a run
 ) -> None:
     "Raise `UserError` for an encoder that hides no frame: there would be nothing to predict"
     if not model.encoder.pretraining:
@@ -149,9 +149,9 @@ def check_masks(
 
 # %% ../../nbs/training/01a_settings.ipynb #7d661ffb
 def apply_settings(
-    model:ModelConfig, # of a preset, or of a run
-    changes:dict, # whole name of a field -> value
-)->tuple[ModelConfig, dict]: # the changed model; the given fields of `TrainConfig`
+    model: ModelConfig,  # of a preset, or of a run
+    changes: dict,  # whole name of a field -> value
+) -> tuple[ModelConfig, dict]:  # the changed model; the given fields of `TrainConfig`
     "Check all names and values, and apply them; raises `UserError` naming the field"
     check_names(changes, model)
     given = {name.removeprefix('train.'): value

@@ -53,10 +53,10 @@ from .runlog import CLOCK, RunLog, lock_run, read_metrics, write_bad_traces
 
 # %% ../../nbs/training/10_trainer.ipynb #2a1759ad
 def inputs_of(
-    model:nn.Module, # with `whole_batch = True` if it wants more than the windows, such as labels
-    batch:dict, # from the loader
-    device:torch.device, # where the model is
-) -> Tensor|dict: # the windows (B, L, 3), or the whole batch
+    model: nn.Module,  # with `whole_batch = True` if it wants more than the windows, such as labels
+    batch: dict,  # from the loader
+    device: torch.device,  # where the model is
+) -> Tensor | dict:  # the windows (B, L, 3), or the whole batch
     "What the model's forward takes, on its device"
     if not getattr(model, 'whole_batch', False): return batch['x'].to(device, non_blocking=True)
     return {name: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v
@@ -65,11 +65,11 @@ def inputs_of(
 # %% ../../nbs/training/10_trainer.ipynb #1da3dfe0
 @torch.no_grad()
 def validation_metrics(
-    model:nn.Module, # forward(x, generator) gives (loss, metrics)
-    batches:Iterable[dict], # with windows (B, L, 3) under 'x'
-    device:torch.device, # where the model is
-    seed:int=0, # of masks, codes and negatives
-)->dict: # name -> mean over the windows, a float
+    model: nn.Module,  # forward(x, generator) gives (loss, metrics)
+    batches: Iterable[dict],  # with windows (B, L, 3) under 'x'
+    device: torch.device,  # where the model is
+    seed: int = 0,  # of masks, codes and negatives
+) -> dict:  # name -> mean over the windows, a float
     "Mean loss and metrics over `batches`, in evaluation mode"
     training = model.training
     model.eval()
@@ -89,17 +89,17 @@ class Augmented(NamedTuple):
     "Windows to train on, and their augmentation"
     data: WindowDataset
     # (batch, generator) -> batch, see `device_batches`; None: no augmentation
-    change: Callable|None
+    change: Callable | None
 
 # %% ../../nbs/training/10_trainer.ipynb #9fb9c2d6
 @contextmanager
 def training_batches(
-    data:Dataset, # the windows to train on
-    c:TrainConfig, # names batch, seed and workers
-    ranks:Ranks, # number and device of this process
-    done:int=0, # optimiser steps done before
-    augment:Callable|None=None, # (batch, generator) -> batch on amplitudes, see `device_batches`
-) -> Iterator[Iterator[dict]]: # as a context: an iterator over the rank's batches
+    data: Dataset,  # the windows to train on
+    c: TrainConfig,  # names batch, seed and workers
+    ranks: Ranks,  # number and device of this process
+    done: int = 0,  # optimiser steps done before
+    augment: Callable | None = None,  # (batch, generator) -> batch of amplitudes
+) -> Iterator[Iterator[dict]]:  # as a context: an iterator over the rank's batches
     "The batches of this rank from a step on; only a `WindowDataset` can be augmented"
     windows = isinstance(data, WindowDataset)
     if augment is not None and not windows:
@@ -119,8 +119,8 @@ def training_batches(
 class Progress:
     "How far a run has come"
     step: int = 0                # optimiser steps done; the place in the data follows from it
-    best: float|None = None      # lowest dev loss so far
-    first: dict|None = None      # metrics of the first logged step, for the alarms
+    best: float | None = None  # lowest dev loss so far
+    first: dict | None = None  # metrics of the first logged step, for the alarms
     withheld: int = 0            # consecutive updates skipped because they were not finite
     bad_traces: dict = field(default_factory=dict)   # name -> reason
     redrawn: int = 0             # repeated draws, because a trace was bad
@@ -166,12 +166,12 @@ class TrainingRun:
     ranks: Ranks                        # number and device of this process
     about: dict = field(default_factory=dict)          # the settings, as config.json has them
     at: Progress = field(default_factory=Progress)
-    optimizer: torch.optim.Optimizer|None = None       # None: from `make_optimizer`
-    log: RunLog|None = None             # of rank 0
-    data: Dataset|None = None           # the windows to train on
+    optimizer: torch.optim.Optimizer | None = None  # None: from `make_optimizer`
+    log: RunLog | None = None  # of rank 0
+    data: Dataset | None = None  # the windows to train on
     dev: Iterable = ()                  # batches to validate on
-    show: Tensor|None = None            # (B, L, 3) windows for the figures
-    replay: Replay|None = None          # the recorded update; None: not recorded
+    show: Tensor | None = None  # (B, L, 3) windows for the figures
+    replay: Replay | None = None  # the recorded update; None: not recorded
     saved: int = 0                      # step of the last checkpoint
 
     def __post_init__(self):
@@ -190,8 +190,8 @@ class TrainingRun:
 # %% ../../nbs/training/10_trainer.ipynb #66cc1d0d
 @torch.no_grad()
 def update_averages(
-    optimizer:torch.optim.Optimizer, # after a step
-    decay:float, # of the average, per step
+    optimizer: torch.optim.Optimizer,  # after a step
+    decay: float,  # of the average, per step
 ) -> None:
     "Update the moving averages; an average starts as the weight after the first step"
     for p, state in optimizer.state.items():
@@ -204,8 +204,8 @@ def update_averages(
 @contextmanager
 @torch.no_grad()
 def averaged_weights(
-    optimizer:torch.optim.Optimizer, # of the run
-) -> Iterator[None]: # as a context
+    optimizer: torch.optim.Optimizer,  # of the run
+) -> Iterator[None]:  # as a context
     "Inside, each weight that has an average holds it, in the same memory (CUDA graphs need that)"
     pairs = [(p, p.detach().clone(), state['average'])
              for p, state in optimizer.state.items() if 'average' in state]
@@ -216,14 +216,14 @@ def averaged_weights(
 
 # %% ../../nbs/training/10_trainer.ipynb #8257f7ac
 def optimizer_step(
-    model:nn.Module, # in training mode
-    optimizer:torch.optim.Optimizer, # fused
-    parts:Iterable, # inputs of each forward pass, prepared when they are needed
-    generator:torch.Generator, # on the device
-    c:TrainConfig, # accumulate, clip, average
-    ranks:Ranks, # number and device of this process
-    stop_flag:Tensor, # () on the device, above 0 after a signal to this rank
-) -> tuple[dict, Tensor]: # metrics, means over the forward passes; (4,) numbers for `FiniteWatch`
+    model: nn.Module,  # in training mode
+    optimizer: torch.optim.Optimizer,  # fused
+    parts: Iterable,  # inputs of each forward pass, prepared when they are needed
+    generator: torch.Generator,  # on the device
+    c: TrainConfig,  # accumulate, clip, average
+    ranks: Ranks,  # number and device of this process
+    stop_flag: Tensor,  # () on the device, above 0 after a signal to this rank
+) -> tuple[dict, Tensor]:  # metrics, means over the forward passes; (4,) numbers for `FiniteWatch`
     "One update from `c.accumulate` forward passes, skipped if loss or gradient is not finite"
     metrics = {}
     for inputs in parts:
@@ -315,8 +315,8 @@ class Signals:
         for s, handler in self.before.items(): signal.signal(s, handler)
 
     def note(self,
-        number: int,  # of the signal
-        frame: FrameType|None,  # where the program was interrupted; not used
+        number: int,              # of the signal
+        frame: FrameType | None,  # where the program was interrupted; not used
     ) -> None:
         "Note the first signal; a later SIGINT raises `KeyboardInterrupt`"
         if self.caught and number == signal.SIGINT and monotonic() > self.at + 1:
@@ -328,9 +328,9 @@ PATIENCE = 25.     # seconds after SIGTERM
 
 @contextmanager
 def last_words(
-    sentence:str, # to print
-    patience:float, # seconds after SIGTERM
-) -> Iterator[None]: # as a context
+    sentence: str,  # to print
+    patience: float,  # seconds after SIGTERM
+) -> Iterator[None]:  # as a context
     "If the block has not ended `patience` seconds after a SIGTERM, print and exit with code 1"
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -435,9 +435,9 @@ def export_weights(
 # %% ../../nbs/training/10_trainer.ipynb #5d31dec4
 @contextmanager
 def tolerate_write_error(
-    c:TrainConfig, # `on_write_error` decides
-    what:str, # is being written, for the message
-) -> Iterator[None]: # as a context
+    c: TrainConfig,  # `on_write_error` decides
+    what: str,  # is being written, for the message
+) -> Iterator[None]:  # as a context
     "Inside, an `OSError` is printed; it ends the run only if `on_write_error` is 'stop'"
     try: yield
     except OSError as e:
@@ -448,15 +448,15 @@ def tolerate_write_error(
 
 # %% ../../nbs/training/10_trainer.ipynb #e69fcb31
 def train(
-    model: nn.Module,         # see the table at the top of this chapter
-    data: Dataset|Augmented,  # at least steps × accumulate × batch_size windows
-    dev: Dataset,             # the windows to validate on
-    c: TrainConfig,           # the configuration
-    folder: str|Path,         # the run's folder; a new one, unless the run is resumed
-    extra: dict|None=None,    # more for config.json, such as the names of the datasets
-    resume: bool=False,       # continue the run in `folder`
-    ranks: Ranks|None=None,   # from `join_ranks`, if there are several
-) -> Path:                    # the run's folder
+    model: nn.Module,            # see the table at the top of this chapter
+    data: Dataset | Augmented,   # at least steps × accumulate × batch_size windows
+    dev: Dataset,                # the windows to validate on
+    c: TrainConfig,              # the configuration
+    folder: str | Path,          # the run's folder; a new one, unless the run is resumed
+    extra: dict | None = None,   # more for config.json, such as the names of the datasets
+    resume: bool = False,        # continue the run in `folder`
+    ranks: Ranks | None = None,  # from `join_ranks`, if there are several
+) -> Path:  # the run's folder
     "Train; raises `UserError`, `TrainingError` (cannot continue) or `Interrupted` (after a signal)"
     check_config(c)
     data, change = data if isinstance(data, Augmented) else (data, None)
@@ -478,13 +478,13 @@ def train(
 # %% ../../nbs/training/10_trainer.ipynb #e803930b
 def prepare_run(
     model: nn.Module,
-    data: Dataset,      # the windows to train on
-    dev: Dataset,       # the windows to validate on
+    data: Dataset,       # the windows to train on
+    dev: Dataset,        # the windows to validate on
     c: TrainConfig,
-    folder: Path,       # of the run; nothing is written yet
-    extra: dict|None,   # more for config.json
-    ranks: Ranks,       # number and device of this process
-) -> TrainingRun:       # at step 0
+    folder: Path,        # of the run; nothing is written yet
+    extra: dict | None,  # more for config.json
+    ranks: Ranks,        # number and device of this process
+) -> TrainingRun:  # at step 0
     "A run with optimiser, settings and dev batches; reads a dev batch, to find bad data early"
     config = getattr(model, 'config', None)
     about = {'model': asdict(config) if is_dataclass(config) else {}, 'train': asdict(c),
@@ -572,7 +572,7 @@ def draw_run(
 # %% ../../nbs/training/10_trainer.ipynb #cc87273a
 def run_steps(
     run: TrainingRun,
-    change: Callable|None,  # augmentation, see `Augmented`
+    change: Callable | None,  # augmentation, see `Augmented`
 ) -> None:
     "All remaining steps"
     c, ranks, at = run.c, run.ranks, run.at
@@ -624,7 +624,7 @@ def finish_step(
     watch: FiniteWatch,  # knows which updates were skipped
     clock: StepClock,
     bar: tqdm,           # the progress bar
-    stop: bool|int,      # the run ends after this step
+    stop: bool | int,    # the run ends after this step
 ) -> None:
     "Log, validate and save, if it is time for it"
     c, step = run.c, run.at.step
