@@ -19,6 +19,8 @@ tests() { # name, Python, then arguments of pytest
     local python=build/versions/$1/bin/python
     { [ -x "$python" ] || uv venv -q --python "$2" "build/versions/$1"; } &&
         uv pip sync -q --python "$python" "build/versions/$1.txt" &&
+        # a test builds a wheel by it
+        uv pip install -q --python "$python" pip &&
         uv pip install -q --python "$python" --no-deps -e . &&
         PATH="$PWD/build/versions/$1/bin:$PATH" MPLBACKEND=agg "$python" -m pytest -q "${@:3}"
 }

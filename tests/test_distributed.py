@@ -1,11 +1,12 @@
-"""One rank against two, as torchrun starts them on CPUs: gradients, whole runs, resuming on another
-number, signals"""
+"One rank against two on CPUs: gradients, whole runs, resuming on another number, signals"
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from seismodel.cli import main
 from seismodel.training.checkpoints import checkpoint_files, read_checkpoint
 from seismodel.training.distributed import Ranks
 from seismodel.models.encoders import BidirAutoregConfig, ConvDownConfig
@@ -26,22 +28,42 @@ needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(),
                                 reason='PyTorch was built without Gloo')
 
 
-def start(ranks, *words, cwd):
-    "A process that runs this Python with `words`, or torchrun over so many of them"
-    engine = ([]
-              if ranks == 1 else ['-m', 'torch.distributed.run', '--nproc-per-node', str(ranks),
-                                  '--master-port', str(29500 + os.getpid() % 1000)])
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'agg', 'CUDA_VISIBLE_DEVICES': '',
-           'PYTHONPATH': str(root)}
-    return subprocess.Popen([sys.executable, *engine, *map(str, words)], cwd=cwd, env=env,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'agg', 'CUDA_VISIBLE_DEVICES': '',
+       'PYTHONPATH': str(root)}
+
+
+def torchrun(*words, cwd):
+    "Two ranks of this Python with `words`"
+    return subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2',
+                             '--master-port', str(29500 + os.getpid() % 1000), *words], cwd=cwd,
+                            env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def two_ranks(port, *words, cwd):
+    "The same without a third process, which is torchrun, and would end both when one of them ends"
+    return [subprocess.Popen([sys.executable, *words], cwd=cwd, stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, text=True,
+                             env={**ENV, 'RANK': str(rank), 'LOCAL_RANK': str(rank),
+                                  'WORLD_SIZE': '2', 'MASTER_ADDR': 'localhost',
+                                  # below those that a system gives away
+                                  'MASTER_PORT': str(port + os.getpid() % 1000)})
+            for rank in range(2)]
 
 
 def pretrain(ranks, *words, cwd):
-    process = start(ranks, '-m', 'seismodel', 'pretrain', *words, cwd=cwd)
-    said, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, said
-    return said
+    "What a run says: of one rank in this process, of two in two others"
+    words = ['pretrain', *map(str, words)]
+    if ranks == 1:
+        with chdir(cwd), redirect_stdout(io.StringIO()) as said, redirect_stderr(said):
+            code = main(words)
+        assert code == 0, said.getvalue()
+        return said.getvalue()
+    both = two_ranks(28500, '-m', 'seismodel', *words, cwd=cwd)
+    try: said = [''.join(p.communicate(timeout=240)) for p in both]
+    finally:
+        for p in both: p.kill()
+    assert [p.returncode for p in both] == [0, 0], said
+    return said[0]
 
 
 def largest_difference(a, b, name='loss'):
@@ -83,16 +105,17 @@ def gradients(ranks):
 
 def test_a_compiled_block_stays_whole_while_a_rank_draws():
     """What the whole batch's draws catch must not reach the backbone: every function that is caught
-    there breaks a graph"""
-    seen = CompileCounterWithBackend('eager')
-    model = build(MODELS['reconstruction']).train()
-    model.draws, x = Ranks(torch.device('cpu'), 0, 2).draws, torch.randn(2, 260, 3)
+    there breaks a graph, or has it compiled again, as in PyTorch 2.15"""
+    seen, ranks = CompileCounterWithBackend('eager'), Ranks(torch.device('cpu'), 0, 2)
+    model, x = build(MODELS['reconstruction']).train(), torch.randn(2, 260, 3)
     torch.compiler.reset()
     for block in model.backbone.blocks: block.compile(dynamic=False, backend=seen)
     model(x, torch.Generator().manual_seed(2))
+    model.draws = ranks.draws
+    model(x, torch.Generator().manual_seed(2))
     whole = seen.frame_count
-    with Ranks(torch.device('cpu'), 0, 2).draws(): model(x, torch.Generator().manual_seed(2))
-    assert whole == 1 and seen.frame_count > 2*whole
+    with ranks.draws(): model(x, torch.Generator().manual_seed(2))
+    assert whole == 1 and seen.frame_count > whole
     torch.compiler.reset()
 
 
@@ -115,7 +138,7 @@ def test_losses_and_gradients_of_two_ranks_are_those_of_one(tmp_path):
             "    if r.rank == 0: torch.save(found, 'found.pt')\n    torch.save(scattered(r), "
             "f'{r.rank}.pt')")
     (tmp_path/'work.py').write_text(code, encoding='utf-8')
-    process = start(2, 'work.py', cwd=tmp_path)
+    process = torchrun('work.py', cwd=tmp_path)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0, said
     two, one = torch.load(tmp_path/'found.pt'), gradients(Ranks(torch.device('cpu')))
@@ -172,8 +195,8 @@ def test_a_run_on_one_rank_and_on_two_has_the_same_curve(method, tmp_path):
 
 @needs_gloo
 def test_ranks_agree_where_to_stop(tmp_path):
-    process = start(2, '-m', 'seismodel', 'pretrain', '--preset', 'reconstruction-tiny', *RUN, 4000,
-                    '--out', 'run', cwd=tmp_path)
+    process = torchrun('-m', 'seismodel', 'pretrain', '--preset', 'reconstruction-tiny', *RUN,
+                       '4000', '--out', 'run', cwd=tmp_path)
     while process.poll() is None and not (tmp_path/'run/metrics.jsonl').exists(): time.sleep(.1)
     time.sleep(1)
     process.send_signal(signal.SIGTERM)                              # torchrun hands it to both
@@ -199,16 +222,8 @@ def test_who_is_left_says_so_when_a_rank_is_lost(number, tmp_path):
     """A rank that is killed, which Gloo notices; and one that stands still, as NCCL has it with one
     that is killed: nothing is noticed, until SIGTERM comes"""
     (tmp_path/'work.py').write_text(HUNG, encoding='utf-8')
-    both = [subprocess.Popen([sys.executable, 'work.py', '--preset', 'reconstruction-tiny', *RUN,
-                              '4000', '--out', 'run'], cwd=tmp_path,
-                             env={**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'agg',
-                                  'CUDA_VISIBLE_DEVICES': '', 'PYTHONPATH': str(root),
-                                  'RANK': str(rank),
-                                  'LOCAL_RANK': str(rank), 'WORLD_SIZE': '2',
-                                  'MASTER_ADDR': 'localhost',
-                                  'MASTER_PORT': str(33500 + os.getpid() % 1000)},
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-            for rank in range(2)]
+    both = two_ranks(27500, 'work.py', '--preset', 'reconstruction-tiny', *RUN, '4000', '--out',
+                     'run', cwd=tmp_path)
     try:
         while both[0].poll() is None and not checkpoint_files(tmp_path/'run'): time.sleep(.1)
         both[1].send_signal(number)
@@ -257,15 +272,7 @@ def test_a_nan_on_one_rank_stops_both_or_is_skipped_by_both(tmp_path):
     """Two processes, without torchrun, which would end the other one at once: each comes to its end
     by itself"""
     (tmp_path/'work.py').write_text(POISONED, encoding='utf-8')
-    port, both = 31500 + os.getpid() % 1000, []
-    for rank in range(2):
-        env = {**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'agg',
-               'CUDA_VISIBLE_DEVICES': '', 'PYTHONPATH': str(root), 'RANK': str(rank),
-               'LOCAL_RANK': str(rank),
-               'WORLD_SIZE': '2', 'MASTER_ADDR': 'localhost', 'MASTER_PORT': str(port)}
-        both.append(subprocess.Popen([sys.executable, 'work.py', '--preset', 'reconstruction-tiny',
-                                      *RUN, '12'], cwd=tmp_path, env=env,
-                                     stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    both = two_ranks(31500, 'work.py', '--preset', 'reconstruction-tiny', *RUN, '12', cwd=tmp_path)
     try: said = [p.communicate(timeout=120) for p in both]
     finally:
         for p in both: p.kill()

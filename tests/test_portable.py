@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import nbs
 from elsewhere import lacking
+from filelock import FileLock
 
 from seismodel.data.prefetch import ignore_signals
 from seismodel.files import force_out
@@ -119,10 +120,8 @@ def test_nothing_needs_linux():
     assert {name: found for name, text in code.items() if (found := linux_only(text))} == {}
 
 
-@pytest.fixture(scope='module')
-def day(tmp_path_factory):
-    "A first day elsewhere: its folder, what it reports, and what it printed"
-    folder = tmp_path_factory.mktemp('elsewhere')
+def first_day_elsewhere(folder):
+    "Run it, and keep how it ended and what it printed"
     env = {name: value for name, value in os.environ.items() if name != 'TRITON_INTERPRET'}
     env |= {'PYTHONPATH': os.pathsep.join([str(elsewhere), str(root)]), 'OMP_NUM_THREADS': '1',
             'MPLBACKEND': 'agg', 'CUDA_VISIBLE_DEVICES': '',
@@ -131,9 +130,24 @@ def day(tmp_path_factory):
             'PYTHONIOENCODING': 'cp1252'}
     done = subprocess.run([sys.executable, elsewhere/'first_day.py'], cwd=folder, env=env,
                           capture_output=True, encoding='cp1252')
-    assert done.returncode == 0, done.stderr
-    return folder, json.loads(
-        (folder/'report.json').read_text(encoding='utf-8')), done.stdout + done.stderr
+    (folder/'end.json').write_text(json.dumps([done.returncode, done.stdout + done.stderr]),
+                                   encoding='utf-8')
+
+
+@pytest.fixture(scope='module')
+def day(tmp_path_factory):
+    """A first day elsewhere, once for all processes of the tests: its folder, what it reports, and
+    what it printed"""
+    shared = tmp_path_factory.getbasetemp()
+    if 'PYTEST_XDIST_WORKER' in os.environ: shared = shared.parent
+    folder = shared/'elsewhere'
+    with FileLock(shared/'elsewhere.lock'):
+        if not folder.exists():
+            folder.mkdir()
+            first_day_elsewhere(folder)
+    returncode, said = json.loads((folder/'end.json').read_text(encoding='utf-8'))
+    assert returncode == 0, said
+    return folder, json.loads((folder/'report.json').read_text(encoding='utf-8')), said
 
 
 def test_every_module_is_imported_without_what_windows_lacks(day):

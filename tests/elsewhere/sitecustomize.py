@@ -3,6 +3,7 @@ anything else, in every process that is begun as well. Gone are the modules and 
 lacks, and `fork`; processes can only be spawned. Folders are not opened, only what is open for
 writing is forced out, and nothing that this process has open or mapped is renamed or deleted.
 Triton is gone as well."""
+import asyncio     # that of Python 3.13 on Linux looks at os.sysconf
 import errno
 import fcntl
 import multiprocessing
