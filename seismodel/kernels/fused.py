@@ -244,7 +244,7 @@ def fused_backward(
     return None if o is None else dw[..., :len(weight) // H].sum((0, 2)).flatten()
 
 # %% ../../nbs/kernels/04_fused.ipynb #c493c6ac
-BEGIN = 4096      # numbers in a tile of `begin_backward`
+BEGIN = 2048      # numbers in a tile of `begin_backward`
 
 def launch_begin(
     dy: Tensor,   # (B, H, T, dv) gradient of y

@@ -207,6 +207,9 @@ def begin_backward(h, den, b, dy, o, weight, dh, do, dw, e, rho, reverse, T, pie
         t, exists = positions(c, T, head >= H - reverse, ROWS)
         H_ = load_rows(h, t, exists, ht, cv, dv, DV).to(tl.float32)
         G = load_rows(dy, t, exists, yt, cv, dv, DV).to(tl.float32)
+        position = c * ROWS + tl.arange(0, ROWS)
+        total = tl.load(den + t, mask=exists, other=0.)
+        log_b = tl.load(b + position, mask=position < length, other=0.)
         if NORM > 0:
             gate = tl.sigmoid(load_rows(o, t, exists, ot, cv, dv, DV).to(tl.float32))
             centred = tl.where((cv < NORM)[None, :], H_ - (tl.sum(H_, 1) / NORM)[:, None], 0.)
@@ -221,12 +224,10 @@ def begin_backward(h, den, b, dy, o, weight, dh, do, dw, e, rho, reverse, T, pie
             G = tl.where((cv < NORM)[None, :], G, 0.).to(dh.dtype.element_ty)
             store_rows(dh, G, t, exists, ht, cv, dv, DV)
             G = G.to(tl.float32)     # rounded as it was written, for e
-        total = tl.load(den + t, mask=exists, other=0.)
-        size, position = tl.abs(total), c * ROWS + tl.arange(0, ROWS)
+        size = tl.abs(total)
         tl.store(e + position,
                  tl.where(size > 1., tl.sum(G * H_, 1) * tl.where(total > 0, -1., 1.), 0.),
                  mask=position < length)
-        log_b = tl.load(b + position, mask=position < length, other=0.)
         tl.store(rho + position, log_b - tl.log2(tl.maximum(size, 1.)).to(log_b.dtype),
                  mask=position < length)
     if NORM > 0: tl.store(dw + (bh * pieces + piece) * DV + cv, sum_dw)
