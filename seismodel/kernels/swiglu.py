@@ -19,8 +19,9 @@ TILE_ROWS, TILE_COLUMNS = 16, 128     # of a tile
 @triton.jit
 def halves(ab, rows, hidden, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     "Offsets of a tile in a tensor (rows, hidden) and in one (rows, 2 hidden); which of them exist"
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    across = tl.cdiv(hidden, COLUMNS)      # tiles side by side
+    row = (tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
     single = row[:, None] * hidden + column[None, :]
     return (single, single + row[:, None] * hidden,
             (row < rows)[:, None] & (column < hidden)[None, :])
@@ -56,8 +57,8 @@ def launch(
     hidden = ab.shape[-1] // 2
     rows = ab.numel() // (2 * hidden)
     if rows:
-        grid = triton.cdiv(rows, TILE_ROWS), triton.cdiv(hidden, TILE_COLUMNS)
-        kernel[grid](ab, *others, rows, hidden, TILE_ROWS, TILE_COLUMNS)
+        tiles = triton.cdiv(rows, TILE_ROWS) * triton.cdiv(hidden, TILE_COLUMNS)
+        kernel[tiles,](ab, *others, rows, hidden, TILE_ROWS, TILE_COLUMNS)
 
 # %% ../../nbs/kernels/06_swiglu.ipynb #f83d78ce
 def forward(
