@@ -2,11 +2,13 @@
 as the trainer takes it.
 
     python benchmarks/step.py                              # every preset of size base, three modes
-    python benchmarks/step.py contrastive-small:64 --profile
+    python benchmarks/step.py contrastive-small:64 --profile 20
+    python benchmarks/step.py reconstruction-base/256,4,12,3.25:256     # width, heads, blocks, ff
 """
 import argparse
 import statistics
 import time
+from dataclasses import replace
 
 import torch
 
@@ -15,12 +17,22 @@ from seismodel.training.schedule import parameter_groups
 from seismodel.training.cuda_graph import Replay, compile_blocks, tensor_float32
 
 
+def model_config(what):
+    "The model of a preset; for reconstruction also of another shape, PRESET/WIDTH,HEADS,BLOCKS,FF"
+    name, _, shape = what.partition('/')
+    model = preset(name).model
+    if not shape: return model
+    width, heads, blocks, ff = shape.split(',')
+    return replace(model, encoder=replace(model.encoder, d_model=int(width)), heads=int(heads),
+                   blocks=int(blocks), ff=float(ff))
+
+
 class Step:
     "One training step of a preset on windows made on the device"
     def __init__(self, name, batch, compiled=False, replay=False):
         torch.manual_seed(0)
         torch.compiler.reset()
-        self.model = build(preset(name).model).cuda()
+        self.model = build(model_config(name)).cuda()
         if compiled: compile_blocks(self.model)
         self.x = torch.randn(batch, 4096, 3, device='cuda')
         self.generator = torch.Generator('cuda').manual_seed(0)
@@ -58,7 +70,9 @@ def measure(name, batch, repeats=12, profile=False, **mode):
             times.append(begin.elapsed_time(end))
         halves.append(statistics.median(times))
     mode = '+'.join(k for k, on in mode.items() if on) or 'eager'
-    print(f'{name:20} batch {batch:4}  {mode:16} {halves[0]:7.2f} {halves[1]:7.2f} ms  '
+    weights = sum(p.numel() for p in step.model.parameters())
+    print(f'{name:20} {weights/1e6:6.3f} M  batch {batch:4}  {mode:16} {halves[0]:7.2f} '
+          f'{halves[1]:7.2f} ms  '
           f'{batch/min(halves)*1e3:7.0f} windows/s  '
           f'{torch.cuda.max_memory_allocated()/2**30:5.1f} GiB  ready after {warm:4.0f} s  loss '
           f'{loss.item():.3f}', flush=True)
@@ -79,7 +93,8 @@ if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('what', nargs='*', default=['contrastive-base:256',
-                                                    'reconstruction-base:256'], help='PRESET:BATCH')
+                                                    'reconstruction-base:256'],
+                        help='PRESET:BATCH or PRESET/WIDTH,HEADS,BLOCKS,FF:BATCH')
     parser.add_argument('--modes', default='eager,compiled,compiled+replay',
                         help='compiled: blocks and frontend, as the trainer does in long runs; '
                              'replay: recorded')
