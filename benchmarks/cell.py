@@ -125,7 +125,8 @@ if __name__ == '__main__':
                     e = errors(B, H, min(T, 2048), d, dtype, gates, seed)
                     key = (shape[1:], str(dtype)[6:], gates)
                     worst[key] = [max(p, q) for p, q in zip(worst.get(key, [0]*6), e)]
-    print('largest relative error over three seeds:      h       dq      dk      dv      di      df')
+    print('largest relative error over three seeds:'
+          '      h       dq      dk      dv      di      df')
     for (shape, dtype, gates), e in worst.items():
         print(f'{str(shape):18} {dtype:9} {gates:9}', *(f'{x:.1e}' for x in e))
     copy, product = ceilings()

@@ -2,7 +2,7 @@
 """Windows a second from a packed store, beside SeisBench's own generator in the same run, and
 memory while reading.
 
-    python benchmarks/loading.py FOLDER            FOLDER holds a SeisBench data set (metadata.csv, waveforms.hdf5)
+    python benchmarks/loading.py FOLDER    # a SeisBench data set (metadata.csv, waveforms.hdf5)
 
 Each figure is the best of several rounds, since other processes may use the machine; CPU time is
 that of this process and its children. A window is 4096 x 3 samples at a random place, normalised

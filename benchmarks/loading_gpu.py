@@ -2,9 +2,9 @@
 """The trainer's step fed from a packed store, by the trainer's own path, against the same step fed
 from batches that lie in GPU memory.
 
-    python benchmarks/loading_gpu.py STORE                      a packed store
-    python benchmarks/loading_gpu.py --make-mib 4096            a store of random records of that size, made first
-    python benchmarks/loading_gpu.py STORE --augment            with the augmentation of `seismodel finetune` on top
+    python benchmarks/loading_gpu.py STORE              # a packed store
+    python benchmarks/loading_gpu.py --make-mib 4096    # a store of that size, made first
+    python benchmarks/loading_gpu.py STORE --augment    # as `seismodel finetune` augments
 
 Step and batches are those of a run: `train_step`, recorded on a GPU (`--compile`: with compiled
 blocks, as in long runs), and `training_batches`. For each preset, both ways take turns, `--rounds`

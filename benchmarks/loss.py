@@ -171,7 +171,8 @@ def main():
     torch.set_float32_matmul_precision('highest')
     try:
         replay = in_a_graph(ours, sets[0])
-        print(f"{'seismodel, kernels, CUDA graph':<34}{milliseconds(replay):>9.3f}{milliseconds(replay):>10.3f}", flush=True)
+        print(f"{'seismodel, kernels, CUDA graph':<34}"
+              f'{milliseconds(replay):>9.3f}{milliseconds(replay):>10.3f}', flush=True)
         del replay
     except RuntimeError as error: print(f'CUDA graph: {error}'.splitlines()[0])
     row('seismodel, plain, all frames', Plain().cuda(), sets)

@@ -1,9 +1,11 @@
 """A synthetic network of ten stations, picked and associated: events found and false, minutes, peak
 memory
 
-    scripts/associators.sh                                                  # once: PyOcto in an environment of its own
-    python benchmarks/network_week.py --model runs/picker --pyocto ~/.cache/seismodel/associators/pyocto/bin/python
-    python benchmarks/network_week.py … --days 1 --hours 2 --events 14 --out hours # the first two hours of one day
+    scripts/associators.sh    # once: PyOcto in an environment of its own
+    python benchmarks/network_week.py --model runs/picker \\
+        --pyocto ~/.cache/seismodel/associators/pyocto/bin/python
+    # the first two hours of one day
+    python benchmarks/network_week.py … --days 1 --hours 2 --events 14 --out hours
 
 An SDS archive of noise with a microseism, and planted events: P and S as decaying bursts of
 band-limited noise at the times that straight rays give. Everything is drawn from one seed. A found
@@ -82,7 +84,8 @@ def write_archive(folder: Path, days: int, hours: int, events: pd.DataFrame, pla
             t = START + day*DAY
             for c, x in zip(('HHZ', 'HHN', 'HHE'),
                             day_of((1, k, day), day, hours, events, lat, lon)):
-                name = folder/f'sds/{t.year}/XX/{code}/{c}.D/XX.{code}.00.{c}.D.{t.year}.{t.julday:03}'
+                name = f'XX.{code}.00.{c}.D.{t.year}.{t.julday:03}'
+                name = folder/f'sds/{t.year}/XX/{code}/{c}.D'/name
                 name.parent.mkdir(parents=True, exist_ok=True)
                 head = dict(network='XX', station=code, location='00', channel=c,
                             sampling_rate=RATE, starttime=t)
@@ -100,7 +103,8 @@ import re, sys
 from pathlib import Path
 from seismodel.cli import main
 code = main(sys.argv[1:])
-print('peak', re.search(r'VmHWM:\\s*([0-9]+) kB', Path('/proc/self/status').read_text(encoding='utf-8'))[1])
+print('peak', re.search(r'VmHWM:\\s*([0-9]+) kB',
+                        Path('/proc/self/status').read_text(encoding='utf-8'))[1])
 sys.exit(code)
 '''
 
@@ -108,10 +112,12 @@ ASSOCIATE = '''
 import sys
 import pandas as pd, pyocto
 folder = sys.argv[1]
-stations, picks = pd.read_csv(f'{folder}/stations.pyocto.csv'), pd.read_csv(f'{folder}/picks.pyocto.csv')
+stations = pd.read_csv(f'{folder}/stations.pyocto.csv')
+picks = pd.read_csv(f'{folder}/picks.pyocto.csv')
 stations = stations[stations.id.str.endswith('.00')].reset_index(drop=True)
 velocity = pyocto.VelocityModel0D(p_velocity=6.0, s_velocity=6.0/1.73, tolerance=1.0)
-associator = pyocto.OctoAssociator.from_area(lat=(45.4, 46.6), lon=(6.2, 7.8), zlim=(0, 30), velocity_model=velocity,
+associator = pyocto.OctoAssociator.from_area(
+    lat=(45.4, 46.6), lon=(6.2, 7.8), zlim=(0, 30), velocity_model=velocity,
     time_before=60, n_picks=8, n_p_picks=3, n_s_picks=3, n_p_and_s_picks=3)
 associator.transform_stations(stations)
 events, assigned = associator.associate(picks, stations)

@@ -1,7 +1,8 @@
 """What pretraining buys, by objective, budget and way of fine-tuning: plans of trials by folds, in
 one's own words.
 
-    python benchmarks/objectives.py prepare --labelled LABELLED --unlabelled UNLABELLED --out results
+    python benchmarks/objectives.py prepare --labelled LABELLED --unlabelled UNLABELLED \\
+        --out results
     python benchmarks/objectives.py run --out results --jobs 14
     python benchmarks/objectives.py table --out results
 
@@ -188,7 +189,8 @@ if __name__ == '__main__':
     parser.add_argument('--unlabelled', help='prepare: data without')
     parser.add_argument('--out', type=Path, default='results', help='folder of arrays and results')
     parser.add_argument('--plan', action='append',
-                        help='STARTS | WAYS | FRACTIONS | FOLDS | SEEDS; may be given several times')
+                        help='STARTS | WAYS | FRACTIONS | FOLDS | SEEDS; may be given '
+                             'several times')
     parser.add_argument('--size', default='small', help='of the presets: tiny, small or base')
     parser.add_argument('--jobs', type=int, default=12, help='processes at once')
     parser.add_argument('--device', default='auto')

@@ -1,8 +1,10 @@
 """Station-days a second of `seismodel pick`, where its time goes, and whether a GPU finds the picks
 of the CPU
 
-    python benchmarks/pick_gpu.py FOLDER --days 48 --models random:spectrum-small tiny-picker      # on a GPU
-    python benchmarks/pick_gpu.py FOLDER --days 2 --hours 1 --device cpu --models tiny-picker      # tries it anywhere
+    # on a GPU
+    python benchmarks/pick_gpu.py FOLDER --days 48 --models random:spectrum-small tiny-picker
+    # tries it anywhere
+    python benchmarks/pick_gpu.py FOLDER --days 2 --hours 1 --device cpu --models tiny-picker
 
 FOLDER gets an SDS archive of synthetic station-days (three components, 100 Hz, Steim-2 miniSEED,
 200 events a day, one seed), which a second call takes as it is. A model is a name that `seismodel
@@ -65,8 +67,8 @@ def write_day(folder: Path, k: int) -> None:
     "Station-day number k in an SDS archive, unless it is there"
     code, (day, station) = 'SYN', divmod(k, 16)
     start, station = START + 86_400*day, f'S{station:02}'
-    path = lambda c: folder/str(
-        start.year)/code/station/f'HH{c}.D'/f'{code}.{station}..HH{c}.D.{start.year}.{start.julday:03}'
+    path = lambda c: (folder/str(start.year)/code/station/f'HH{c}.D' /
+                      f'{code}.{station}..HH{c}.D.{start.year}.{start.julday:03}')
     if all(path(c).exists() for c in 'ZNE'): return
     for c, row in zip('ZNE', waves(k)):
         path(c).parent.mkdir(parents=True, exist_ok=True)

@@ -71,7 +71,7 @@ class Failed(RuntimeError):
 
 
 # What one rank does
-# --------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 class OneOfMany(Ranks):
     "A single rank that does what several do: its messages go through NCCL, to itself"
@@ -330,7 +330,7 @@ def train_poisoned(number, words):
 
 
 # What the script does
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 WRITING = Lock()
 
@@ -362,8 +362,8 @@ def descendants(pid):
     parents = {}
     for stat in Path('/proc').glob('[0-9]*/stat'):
         try:
-            number, rest = int(stat.parent.name), stat.read_text(encoding='utf-8').rsplit(')',
-                                                                                          1)[1].split()
+            rest = stat.read_text(encoding='utf-8').rsplit(')', 1)[1].split()
+            number = int(stat.parent.name)
         except (OSError, IndexError): continue
         parents.setdefault(int(rest[1]), []).append(number)
     found, ahead = [], [pid]
@@ -602,7 +602,8 @@ def report(out, p):
     speed = {(r['preset'], int(r['windows_a_rank']), int(r['ranks']), r['how']): r
              for r in rows_of(out, 'speed')}
     for kind in ('weak', 'strong'):
-        print(f"\n{kind} scaling, {p[kind]} windows {'a rank' if kind == 'weak' else 'in all'}\n\n| preset | ranks | step | windows/s | of linear | GiB |\n|---|---|---|---|---|---|")
+        print(f"\n{kind} scaling, {p[kind]} windows {'a rank' if kind == 'weak' else 'in all'}\n\n"
+              '| preset | ranks | step | windows/s | of linear | GiB |\n|---|---|---|---|---|---|')
         for (name, batch, n, how), r in speed.items():
             if batch != (p['weak'] if kind == 'weak' else p['strong']//n): continue
             one = speed.get((name, p['weak'] if kind == 'weak' else p['strong'], 1, 'recorded'), {})
@@ -610,7 +611,8 @@ def report(out, p):
             one = (one.get('windows_per_second')
                    or speed.get((name, p['weak'], 1, 'recorded'), {}).get('windows_per_second'))
             w = r['windows_per_second']
-            print(f"| {name} | {n} | {how} | {w or r['note']} | {f'{int(w)/n/int(one):.1%}' if w and one else ''} | {r['GiB']} |")
+            linear = f'{int(w)/n/int(one):.1%}' if w and one else ''
+            print(f"| {name} | {n} | {how} | {w or r['note']} | {linear} | {r['GiB']} |")
     fed = {(r['preset'], r['source']): float(r['windows_per_second'])
            for r in rows_of(out, 'store')}
     for (name, source), w in fed.items():
@@ -675,7 +677,8 @@ def main():
         except Exception as e:
             failed.append(name)
             print(f'{name} FAILED: {e}', flush=True)
-        print(f'{name}: {time.monotonic() - since:.0f} s, {time.monotonic() - begin:.0f} s in all\n', flush=True)
+        print(f'{name}: {time.monotonic() - since:.0f} s, '
+              f'{time.monotonic() - begin:.0f} s in all\n', flush=True)
     alone = [part for part in args.parts if part in ('speed', 'store', 'profile')]
     try:
         with tempfile.TemporaryDirectory() as tmp:

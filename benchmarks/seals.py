@@ -2,7 +2,8 @@
 """What checking the samples of a store costs a training run: its first pass, with and without, in
 turn.
 
-    python benchmarks/seals.py [--windows 10000] [--traces 10000] [--rounds 7] [--out nbs/runs/seals.csv]
+    python benchmarks/seals.py [--windows 10000] [--traces 10000] [--rounds 7]
+                               [--out nbs/runs/seals.csv]
 
 A store of random traces of 2 minutes (72 kB each) in the page cache. One pass is read as
 `seismodel.training.trainer` reads: batches of 32 by a loader in this process, augmented and

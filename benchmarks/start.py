@@ -1,7 +1,9 @@
 """How long a user waits for an answer that needs no model: help, version, a mistyped option, beside
 the import of torch alone.
 
-    python benchmarks/start.py           # median of 7 fresh processes each, in seconds and as a fraction of `import torch`
+    python benchmarks/start.py
+
+Printed is the median of 7 fresh processes each, in seconds and as a fraction of `import torch`.
 
 The first call of each is not counted: it fills the disk cache and writes bytecode. Meant for a
 quiet machine. """

@@ -205,7 +205,8 @@ def shipped(picker, windows, args) -> tuple[dict, str]:
     before = places(labelled_curves(picker, windows), args)
     picker.load_state_dict(halved(whole))
     count, changed, far = moved(before, places(labelled_curves(picker, windows), args))
-    said = f'of {count} picks on dev windows {changed} came or went, none moved by over {far:g} samples'
+    said = (f'of {count} picks on dev windows {changed} came or went, '
+            f'none moved by over {far:g} samples')
     if not changed and far <= SAME: return halved(whole), f'matrices in half precision: {said}'
     picker.load_state_dict(whole)
     return whole, f'single precision; in half precision, {said}'
@@ -227,7 +228,8 @@ def temper(picker, curves) -> str:
     p = np.clip(second[:, 0], 1e-6, 1 - 1e-6)
     cooled = 1/(1 + ((1 - p)/p)**(1/t))
     before, after = (calibration_error(reliability(q, second[:, 1])) for q in (p, cooled))
-    said = f'{before:.3f} as trained, {after:.3f} with the temperature {t} that the first half chose'
+    said = (f'{before:.3f} as trained, {after:.3f} with the temperature {t} '
+            'that the first half chose')
     said = f'expected calibration error on the second half of the dev windows: {said}'
     if before <= .05 or after >= before: return f'as trained. {said}'
     apply_temperature(picker, t)
@@ -422,8 +424,8 @@ def ship_picker(a, name, tables, minutes):
             'left out': left_out_of(tables),
             'recipe': recipe_of(a, size, f'{name}-picker', minutes),
             'weights': [precision], 'probabilities': [tempered],
-            'thresholds and uncertainties, from windows of the dev records': threshold_table(args,
-                                                                                             quality),
+            'thresholds and uncertainties, from windows of the dev records':
+                threshold_table(args, quality),
             'scores of these weights at these thresholds, with 95 % intervals': score_table(scores),
             'noise records with a pick': noise_table(scores), 'not for': NOT_FOR}
     write_model(box, {**shared, 'card': card, 'scores': scores.to_dict('records')}, weights)

@@ -54,7 +54,8 @@ def main():
                 first.setdefault(key, words)
             # as at the beginning, whatever calls have written
             if count[0] % 50 == 0:
-                print(f'{count[0]} calls, {sum(faults.values())} tracebacks, {time.perf_counter() - start:.0f} s', flush=True)
+                print(f'{count[0]} calls, {sum(faults.values())} tracebacks, '
+                      f'{time.perf_counter() - start:.0f} s', flush=True)
                 os.chdir(tmp)
                 shutil.rmtree(world)
                 shutil.copytree(spare, world)

@@ -131,10 +131,12 @@ def main():
     args = parser.parse_args()
     real = table(real_windows(args.folder, np.random.default_rng(args.seed)))
     fake = table(synthetic_windows(args.records, args.seed))
-    print(f"{'':30s}{'real 10 %':>10s}{'50 %':>8s}{'90 %':>8s}{'synth 10 %':>13s}{'50 %':>8s}{'90 %':>8s}")
+    print(f"{'':30s}{'real 10 %':>10s}{'50 %':>8s}{'90 %':>8s}"
+          f"{'synth 10 %':>13s}{'50 %':>8s}{'90 %':>8s}")
     for name in real:
         q = [np.nanquantile(t[name], [.1, .5, .9]) for t in (real, fake)]
-        print(f'{name:30s}{q[0][0]:10.2f}{q[0][1]:8.2f}{q[0][2]:8.2f}{q[1][0]:13.2f}{q[1][1]:8.2f}{q[1][2]:8.2f}')
+        print(f'{name:30s}{q[0][0]:10.2f}{q[0][1]:8.2f}{q[0][2]:8.2f}'
+              f'{q[1][0]:13.2f}{q[1][1]:8.2f}{q[1][2]:8.2f}')
     print(f"{len(real['S-P, s'])} real and {len(fake['S-P, s'])} synthetic windows")
     for title, names in [('all', list(real)),
                          ('without noise', [n for n in real if not n.startswith('noise')])]:

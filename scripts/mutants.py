@@ -1,6 +1,7 @@
 """Plant small faults in a copy of the package, one at a time, and list those that no test notices.
 
-    python scripts/mutants.py [--count 300] [--seed 0] [--jobs 2] [--only models/masking …] [--again]
+    python scripts/mutants.py [--count 300] [--seed 0] [--jobs 2] [--again]
+                              [--only models/masking …]
 
 Cosmic Ray makes the faults. Those of each module come in a random order, and the modules take
 turns, a long one more often: the first 100 are a sample of all modules, and the first 300 hold
@@ -233,7 +234,8 @@ def summary(chosen, results):
     "Lines: a table by module, then each survivor, those explained last"
     lines, alive, whys = [], [], explained()
     count = lambda name, rs, live, fine, todo: (
-        f'{name:26} {len(rs):4} tried {len(rs) - live:4} killed {fine:4} explained {live - fine:4} left {todo:4} to do')
+        f'{name:26} {len(rs):4} tried {len(rs) - live:4} killed '
+        f'{fine:4} explained {live - fine:4} left {todo:4} to do')
     groups = {}
     for m in chosen: groups.setdefault(m.module, []).append(m)
     for name, mutants in sorted(groups.items()):

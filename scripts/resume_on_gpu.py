@@ -54,7 +54,8 @@ def compare(a, b):
     loss = max(abs(x['loss'] - y['loss']) for x, y in zip(*rows))
     if not apart and rows[0] == rows[1]:
         return True, 'bit-equal: every line of metrics, weight and moment'
-    return False, f'{len(apart)} of {len(left)} tensors differ, first line at step {first}, largest difference of the loss {loss:.1e}'
+    return False, (f'{len(apart)} of {len(left)} tensors differ, first line at step {first}, '
+                   f'largest difference of the loss {loss:.1e}')
 
 
 def main():
@@ -87,11 +88,13 @@ def main():
                     process.wait()
                     process = start(deterministic, command, '--resume', run, cwd=tmp)
                 wait(process, tmp)
-                print(f"{case}, {'deterministic algorithms' if deterministic else 'default algorithms'}")
+                print(f"{case}, {'deterministic' if deterministic else 'default'} algorithms")
                 for name in ('twice', 'killed'):
                     same, words_ = compare(tmp/'whole', tmp/name)
                     failed |= deterministic and not same
-                    print(f"  {'the same command twice' if name == 'twice' else f'killed {args.kills} times and resumed'}: {words_}", flush=True)
+                    what = {'twice': 'the same command twice',
+                            'killed': f'killed {args.kills} times and resumed'}[name]
+                    print(f'  {what}: {words_}', flush=True)
     sys.exit(failed)
 
 

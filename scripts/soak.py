@@ -2,8 +2,10 @@
 """Trains each method for a long time while everything goes wrong: killed at random, a full disk, a
 folder that cannot be written.
 
-    python scripts/soak.py OUT                                         2,000 steps of each method, killed about every 30 s: an hour or two
-    python scripts/soak.py OUT --steps 60 --every 6 --settle 20 --methods contrastive-tiny       a short one
+    # 2,000 steps of each method, killed about every 30 s: an hour or two
+    python scripts/soak.py OUT
+    # a short one
+    python scripts/soak.py OUT --steps 60 --every 6 --settle 20 --methods contrastive-tiny
 
 Asserted for each method: the run that was killed ends in the same weights, metrics and progress,
 bit for bit, as the one that was left alone; after the first `--settle` steps, memory stays level
@@ -30,11 +32,13 @@ METHODS = ('contrastive-tiny', 'reconstruction-tiny', 'spectrum-tiny', 'joint-ti
 CHILD = '''
 import errno, os, sys
 from seismodel import cli, files
-if os.environ.get('SOAK_FULL'):                        # from one step to another no checkpoint fits on the disk
+# from one step to another no checkpoint fits on the disk
+if os.environ.get('SOAK_FULL'):
     import seismodel.training.checkpoints as c
     real, first, last = c.write_atomically, *map(int, os.environ['SOAK_FULL'].split(','))
     def full(path, write, *size):
-        if first <= int(path.stem[5:]) < last: raise OSError(errno.ENOSPC, 'No space left on device', str(path))
+        if first <= int(path.stem[5:]) < last:
+            raise OSError(errno.ENOSPC, 'No space left on device', str(path))
         return real(path, write, *size)
     c.write_atomically = full
 sys.exit(cli.main(sys.argv[1:]))

@@ -16,7 +16,8 @@ from seismodel.cli import COMMANDS, OLD_COMMANDS, described, main
 from seismodel.data.sources import open_records, write_synthetic
 from seismodel.options import make_parser
 
-STUDY = '--fractions 1 --seeds 0 --steps 1 --batch-size 2 --validation-windows 2 --augment none --synthetic 0 --device cpu'
+STUDY = ('--fractions 1 --seeds 0 --steps 1 --batch-size 2 --validation-windows 2 '
+         '--augment none --synthetic 0 --device cpu')
 NUMBERS = ['-1', '0', '1', '2', '0.5', '1e-3', 'nan', 'inf', 'x', '', '1,2', '-0.1', '512']
 WORDS = ['', 'x', 'train', 'dev', 'test', 'none', 'full', 'all', 'random', 'contrastive-tiny',
          'reconstruction-tiny', 'spectrum-tiny', 'synthetic',

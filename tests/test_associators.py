@@ -20,21 +20,26 @@ EVENTS = [(46.02, 7.03, 8., UTCDateTime('2024-02-29T23:59:40')),
 
 PYOCTO = '''
 import json, sys
+from pathlib import Path
 import pandas as pd, pyocto
 folder = sys.argv[1]
 stations = pd.read_csv(f'{folder}/stations.pyocto.csv')
 picks = pd.read_csv(f'{folder}/picks.pyocto.csv')
 velocity = pyocto.VelocityModel0D(p_velocity=6.0, s_velocity=6.0/1.73, tolerance=1.0)
-associator = pyocto.OctoAssociator.from_area(lat=(45.5, 46.5), lon=(6.5, 7.5), zlim=(0, 30), velocity_model=velocity,
+associator = pyocto.OctoAssociator.from_area(
+    lat=(45.5, 46.5), lon=(6.5, 7.5), zlim=(0, 30), velocity_model=velocity,
     time_before=60, n_picks=10, n_p_picks=4, n_s_picks=4, n_p_and_s_picks=4)
 if sys.argv[2] == 'real':
-    picks = pd.concat(associator._real_parse_picks(day).assign(time=lambda t, day=day: t.time + pd.Timestamp(day.name).timestamp())
-                      for day in sorted(__import__('pathlib').Path(folder, 'real').iterdir()) if day.is_dir()).reset_index()
+    days = [day for day in sorted(Path(folder, 'real').iterdir()) if day.is_dir()]
+    picks = pd.concat(associator._real_parse_picks(day).assign(
+        time=lambda t, day=day: t.time + pd.Timestamp(day.name).timestamp()) for day in days)
+    picks = picks.reset_index()
     stations = associator._real_parse_stations(f'{folder}/real/station.dat')
 associator.transform_stations(stations)
 events, assigned = associator.associate(picks, stations)
 events = associator.transform_events(events)
-print(json.dumps(dict(time=events.time.tolist(), latitude=events.latitude.tolist(), picks=assigned.groupby('event_idx').size().tolist())))
+sizes = assigned.groupby('event_idx').size().tolist()
+print(json.dumps(dict(time=events.time.tolist(), latitude=events.latitude.tolist(), picks=sizes)))
 '''
 
 GAMMA = '''
@@ -44,10 +49,13 @@ from gamma.utils import association
 folder = sys.argv[1]
 stations = pd.read_csv(f'{folder}/stations.gamma.csv')
 picks = pd.read_csv(f'{folder}/picks.gamma.csv', parse_dates=['timestamp'])
-config = {'dims': ['x(km)', 'y(km)', 'z(km)'], 'use_dbscan': True, 'use_amplitude': sys.argv[2] == 'amplitude', 'ncpu': 1,
-    'x(km)': (-60, 60), 'y(km)': (-60, 60), 'z(km)': (0, 30), 'vel': {'p': 6.0, 's': 6.0/1.73}, 'method': 'BGMM',
-    'oversample_factor': 4, 'dbscan_eps': 25, 'dbscan_min_samples': 3, 'min_picks_per_eq': 10, 'min_p_picks_per_eq': 4,
-    'min_s_picks_per_eq': 4, 'min_stations': 5, 'max_sigma11': 2.0, 'max_sigma22': 1.0, 'max_sigma12': 1.0,
+config = {
+    'dims': ['x(km)', 'y(km)', 'z(km)'], 'ncpu': 1, 'use_dbscan': True,
+    'use_amplitude': sys.argv[2] == 'amplitude', 'method': 'BGMM',
+    'x(km)': (-60, 60), 'y(km)': (-60, 60), 'z(km)': (0, 30), 'vel': {'p': 6.0, 's': 6.0/1.73},
+    'oversample_factor': 4, 'dbscan_eps': 25, 'dbscan_min_samples': 3,
+    'min_picks_per_eq': 10, 'min_p_picks_per_eq': 4, 'min_s_picks_per_eq': 4,
+    'min_stations': 5, 'max_sigma11': 2.0, 'max_sigma22': 1.0, 'max_sigma12': 1.0,
     'bfgs_bounds': ((-61, 61), (-61, 61), (0, 31), (None, None))}
 events, assigned = association(picks, stations, config, method='BGMM')
 sizes = pd.Series([a[1] for a in assigned]).value_counts().sort_index().tolist()

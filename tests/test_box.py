@@ -46,7 +46,8 @@ def test_a_word_is_the_box_and_a_slash_is_a_folder(folder_named_tiny, caplog):
     with caplog.at_level(logging.WARNING, 'seismodel'):
         methods = [from_pretrained(where).config.method for where in said]
     assert methods == ['masked', 'reconstruction', 'reconstruction', 'reconstruction', 'masked']
-    warning = "'tiny' is the model of that name that comes with seismodel; the folder here is './tiny'."
+    warning = ("'tiny' is the model of that name that comes with seismodel; "
+               "the folder here is './tiny'.")
     assert [r.getMessage() for r in caplog.records] == [warning]      # once
     assert in_box('tiny') and not in_box('./tiny') and not in_box('contrastive-tiny')
     assert model_folder('runs/x') == Path('runs/x')

@@ -70,7 +70,8 @@ def test_command(run, tmp_path):
     assert done.returncode == 0, done.stderr
     rows = rows_of(tmp_path/'out/picks.csv')
     assert tuple(rows[0]) == PICK_COLUMNS and {r['station'] for r in rows} == {'ST0', 'ST1'}
-    assert f"{sum(r['phase'] == 'P' for r in rows)} P and {sum(r['phase'] == 'S' for r in rows)} S picks" in done.stdout
+    p, s = (sum(r['phase'] == phase for r in rows) for phase in 'PS')
+    assert f'{p} P and {s} S picks' in done.stdout
     events = obspy.read_events(str(tmp_path/'out/picks.xml'))
     assert sorted((p.waveform_id.station_code, p.phase_hint, str(p.time)) for e in events
                   for p in e.picks) == sorted((r['station'], r['phase'], r['time']) for r in rows)
@@ -353,7 +354,8 @@ def test_one_bad_file_never_stops_a_folder(run, tmp_path):
     huge[1].data[1000:1200] = 1e300
     for tr in mixed[:3]:
         other = tr.copy()
-        other.stats.starttime, other.stats.sampling_rate, other.data = tr.stats.endtime + .01, 200., tr.data.astype(np.float32)
+        other.stats.starttime, other.stats.sampling_rate = tr.stats.endtime + .01, 200.
+        other.data = tr.data.astype(np.float32)
         mixed.append(other)
     for name, st in (('zero', zero), ('huge', huge), ('mixed', mixed)):
         st.write(str(folder/f'{name}.mseed'), format='MSEED')
@@ -368,7 +370,8 @@ def test_one_bad_file_never_stops_a_folder(run, tmp_path):
         assert done.returncode == 0 and 'Traceback' not in done.stderr, done.stderr
     assert not (tmp_path/'went_off').exists()
     left = read_left_out(tmp_path/'out')
-    assert f"{len(left)} files, channels or intervals were left out, see {tmp_path/'out/left_out.csv'}" in done.stderr
+    assert (f"{len(left)} files, channels or intervals were left out, "
+            f"see {tmp_path/'out/left_out.csv'}") in done.stderr
     why = {Path(name.rpartition(' in ')[2]).name: why for name, why in left}
     assert (why['empty.mseed'] == 'it is empty' and '0 Hz' in why['zero.mseed']
             and 'no waveform' in why['day.mseed'] and why['cut.mseed'])

@@ -127,7 +127,8 @@ def test_an_empty_word_is_too_much(capsys):
     assert "'' is too much; 'seismodel pretrain --help'" in capsys.readouterr().err
 
 
-TABLE = 'name,time,residual\r\n"a, b",2024-01-01,0.25\r\n"two\nlines",2024-01-02,-1.5\r\n"the ""last""",2024-01-03,12.75\r\n'
+TABLE = ('name,time,residual\r\n"a, b",2024-01-01,0.25\r\n"two\nlines",2024-01-02,-1.5\r\n'
+         '"the ""last""",2024-01-03,12.75\r\n')
 
 
 def test_a_table_cut_at_any_byte(tmp_path):
@@ -149,8 +150,8 @@ def test_a_table_cut_at_any_byte(tmp_path):
                 continue
             assert f'in line {lines[row]}' in fault and ('quote' in fault) == (fields == 0), (
                 cut, part, fault)
-            with pytest.raises(UserError,
-                               match=f"{name}' has .* line {lines[row]}.*probably cut off; copy it"):
+            said = f"{name}' has .* line {lines[row]}.*probably cut off; copy it"
+            with pytest.raises(UserError, match=said):
                 read_table(file, cure='copy it')
 
 
@@ -239,7 +240,8 @@ def test_each_command_refuses_a_data_set_that_is_cut(call, quakes_folder, tmp_pa
         table.write_bytes(whole)
         line = cut_row(table, last)
         said = sentence(call, capsys)
-        assert 'metadata.csv' in said and f'has {last} fields in line {line}, where it ends, and' in said, said
+        assert 'metadata.csv' in said, said
+        assert f'has {last} fields in line {line}, where it ends, and' in said, said
     table.write_bytes(whole)
     if call.startswith('dataset'): return                                  # reads the table alone
     for size in (0, 100, waves.stat().st_size//2, waves.stat().st_size - 1):

@@ -31,7 +31,8 @@ def test_each_text_fits_its_box_and_each_box_the_figure(axes):
                          (t for t in axes.texts
                           if t.get_text() in [b.text for b in BOXES.values()])):
         outer, inner = box.get_window_extent(), text.get_window_extent()
-        assert outer.x0 < inner.x0 and inner.x1 < outer.x1 and outer.y0 < inner.y0 and inner.y1 < outer.y1, text.get_text()
+        assert outer.x0 < inner.x0 and inner.x1 < outer.x1, text.get_text()
+        assert outer.y0 < inner.y0 and inner.y1 < outer.y1, text.get_text()
         assert 0 < outer.x0 and outer.x1 < width and 0 < outer.y0 and outer.y1 < height
 
 

@@ -78,7 +78,8 @@ def test_which_folder_and_how_much(words, need, left, home, tmp_path, capsys, mo
 
 def test_no_half_of_a_model_is_left(home, tmp_path, capsys, monkeypatch):
     "The same command works when there is room again"
-    words = f'pretrain --preset contrastive-tiny --steps 1 --batch-size 2 --validation-windows 2 --window 512 --device cpu --out {tmp_path}/run'
+    words = ('pretrain --preset contrastive-tiny --steps 1 --batch-size 2 --validation-windows 2 '
+             f'--window 512 --device cpu --out {tmp_path}/run')
     real = files.force_out
     monkeypatch.setattr('seismodel.training.trainer.draw_run', lambda *a: None)
     with monkeypatch.context() as m:

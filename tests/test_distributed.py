@@ -228,7 +228,8 @@ def test_who_is_left_says_so_when_a_rank_is_lost(number, tmp_path):
 
 POISONED = """
 import hashlib, os, sys
-import seismodel.cli as cli, seismodel.training.pretrain as pretraining, seismodel.training.trainer as trainer
+import seismodel.cli as cli, seismodel.training.pretrain as pretraining
+import seismodel.training.trainer as trainer
 
 class Poisoned(pretraining.WindowDataset):
     "Window 31 is not a number: the last of step 8, which rank 1 has"
@@ -240,7 +241,9 @@ class Poisoned(pretraining.WindowDataset):
 
 def train(model, *args):
     try: return trainer.train(model, *args)
-    finally: print('digest', hashlib.sha256(b''.join(t.numpy().tobytes() for t in model.state_dict().values())).hexdigest())
+    finally:
+        weights = b''.join(t.numpy().tobytes() for t in model.state_dict().values())
+        print('digest', hashlib.sha256(weights).hexdigest())
 
 pretraining.WindowDataset, pretraining.train, trainer.draw_run = Poisoned, train, lambda *_: None
 for name, more in (('stopped', []), ('skipped', ['--skip-nonfinite', '1'])):

@@ -61,7 +61,8 @@ def test_a_plan_in_own_words_is_worked_off_in_its_order():
 
 
 def test_the_readme_says_what_the_reports_say():
-    "Gains of pretrained starts over random weights, which are claims, and those of two other starts"
+    """Gains of pretrained starts over random weights, which are claims, and those of two other
+    starts"""
     gains = pd.read_csv(root/'nbs/runs/folds_gains.csv').query(
         "metric == 'within 0.3 s' and reference == 'random plain'")
     rows = {(row.method.split()[0], row.fraction, row.phase): row for row in gains.itertuples()

@@ -53,7 +53,8 @@ def test_each_public_name_is_what_its_chapter_defines():
         value = getattr(seismodel, name)
         assert value is getattr(sys.modules[f'seismodel.{module}'], name)
         if name != 'PRESETS':
-            assert value.__module__ == f'seismodel.{module}', f'{name} is imported there from elsewhere'
+            assert value.__module__ == f'seismodel.{module}', (
+                f'{name} is imported there from elsewhere')
 
 
 def test_editors_are_told_the_same_names():
@@ -159,7 +160,8 @@ def test_definitions_are_found_where_they_are_made():
 
 def test_quiet_prints_the_result_alone(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    words = 'pretrain --preset reconstruction-tiny --steps 2 --batch-size 2 --validation-windows 2 --device cpu --quiet'.split()
+    words = ('pretrain --preset reconstruction-tiny --steps 2 --batch-size 2 '
+             '--validation-windows 2 --device cpu --quiet').split()
     assert main(words) == 0
     out, err = capfd.readouterr()
     assert (out, err) == (str(Path('runs/reconstruction-tiny-1')) + '\n', '')

@@ -169,7 +169,8 @@ def test_takes_the_pretrained_weights(name, tmp_path):
 def test_head_needs_no_seisbench():
     "The machine that trains may have none"
     import subprocess, sys
-    code = 'import sys, seismodel.finetuning.heads; sys.exit("seisbench" in sys.modules or "obspy" in sys.modules)'
+    code = ('import sys, seismodel.finetuning.heads; '
+            'sys.exit("seisbench" in sys.modules or "obspy" in sys.modules)')
     assert subprocess.run([sys.executable, '-c', code]).returncode == 0
 
 

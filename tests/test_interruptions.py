@@ -93,7 +93,8 @@ def test_a_signal_in_the_last_step_ends_a_run_that_is_done(whole, tmp_path):
 @pytest.mark.skipif(not hasattr(os, 'killpg'), reason='no groups of processes here')
 def test_a_signal_to_all_processes_of_a_job_spares_the_workers(tmp_path):
     "As Ctrl-C in a terminal and SLURM do it"
-    words = 'pretrain --preset reconstruction-tiny --window 256 --batch-size 2 --steps 4000 --device cpu --workers 2 --log-every 1 --validation-windows 2 --out run'.split()
+    words = ('pretrain --preset reconstruction-tiny --window 256 --batch-size 2 --steps 4000 '
+             '--device cpu --workers 2 --log-every 1 --validation-windows 2 --out run').split()
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'agg', 'CUDA_VISIBLE_DEVICES': ''}
     p = subprocess.Popen([sys.executable, '-m', 'seismodel', *words], cwd=tmp_path, env=env,
                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -130,7 +131,8 @@ def test_a_full_disk_costs_checkpoints_but_not_the_run(room, whole, tmp_path, ca
     at = {4*6: lambda: room.begin(2000), 4*9: room.end}
     go(tmp_path/'run', at)
     said = capsys.readouterr()
-    assert 'The checkpoint of step 8 could not be written (File too large); what was there before is whole, and the run goes on' in said.out + said.err
+    assert ('The checkpoint of step 8 could not be written (File too large); what was there before '
+            'is whole, and the run goes on') in said.out + said.err
     assert 'The measures of step 7 could not be written' in said.out + said.err
     assert same(tmp_path/'run', whole)
     assert ([int(p.stem[5:]) for p in checkpoint_files(tmp_path/'run')] == [12, 4]
@@ -222,7 +224,8 @@ def test_a_damaged_checkpoint_costs_a_few_steps(whole, tmp_path, capsys):
     newest = checkpoint_files(tmp_path/'run')[0]
     newest.write_bytes(newest.read_bytes()[:-100])
     go(tmp_path/'run', resume=True)
-    assert 'step-00000008.safetensors\' cannot be used: its checksum does not match. It is set aside' in capsys.readouterr().out
+    assert ("step-00000008.safetensors' cannot be used: its checksum does not match. "
+            'It is set aside') in capsys.readouterr().out
     assert same(tmp_path/'run', whole)
 
 
@@ -247,7 +250,8 @@ def test_one_process_at_a_time(tmp_path):
     "A second process that resumes the same run is turned away while the first is at work"
     said = []
     def second():
-        code = 'import sys; from pathlib import Path; from seismodel.training.runlog import RunLog; RunLog(Path(sys.argv[1]), 99)'
+        code = ('import sys; from pathlib import Path; '
+                'from seismodel.training.runlog import RunLog; RunLog(Path(sys.argv[1]), 99)')
         said.append(subprocess.run([sys.executable, '-c', code, tmp_path/'run'],
                                    capture_output=True, text=True).stderr)
     go(tmp_path/'run', {4*6: second})

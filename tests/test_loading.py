@@ -319,7 +319,9 @@ def test_reading_a_store_needs_numpy_and_torch_alone(mixed):
     code = ('import sys\nfrom seismodel.data.sources import open_source\nfrom '
             'seismodel.data.windows import WindowDataset\nfrom seismodel.data.prefetch import '
             'Batches, device_batches\nfrom torch.utils.data import DataLoader as Loader\n'
-            f'b = next(device_batches(Loader(Batches(WindowDataset([open_source({str(mixed.folder)!r})], 64), True), None, sampler=[range(8)]), 8))\n'
+            f'data = WindowDataset([open_source({str(mixed.folder)!r})], 64)\n'
+            'loader = Loader(Batches(data, True), None, sampler=[range(8)])\n'
+            'b = next(device_batches(loader, 8))\n'
             'print(len(b["x"]), [m for m in ("seisbench", "obspy", "h5py", "pandas", '
             '"matplotlib", "scipy") if m in sys.modules])')
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True,

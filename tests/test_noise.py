@@ -24,7 +24,8 @@ class Numbered(Source):
     """Records of noise whose north component is n times the vertical one, n the record's number,
     with a step of a million at P"""
     def __init__(self, length, first=0, bad=(), kind='event', samples=5000, p=3000.):
-        self.length, self.first, self.bad, self.kind, self.samples, self.p, self.name = length, first, bad, kind, samples, p, f'from {first}'
+        self.length, self.first, self.bad, self.kind = length, first, bad, kind
+        self.samples, self.p, self.name = samples, p, f'from {first}'
     def __len__(self): return self.length
     def record(self, i):
         if i in self.bad: raise BadRecord(f'r{i}', 'cannot be read')

@@ -358,7 +358,8 @@ import re, sys
 from pathlib import Path
 from seismodel.cli import main
 code = main(sys.argv[1:])
-print('peak', re.search(r'VmHWM:\\s*([0-9]+) kB', Path('/proc/self/status').read_text(encoding='utf-8'))[1])
+print('peak', re.search(r'VmHWM:\\s*([0-9]+) kB',
+                        Path('/proc/self/status').read_text(encoding='utf-8'))[1])
 sys.exit(code)
 '''
 

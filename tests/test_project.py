@@ -148,7 +148,9 @@ def test_imports_run_one_way(module):
 
 def test_imports_are_seen_wherever_they_stand(monkeypatch, tmp_path):
     "The check above sees relative and absolute imports, at the top and inside a function"
-    lines = 'from ..signals import records\nfrom .masking import draw_starts\ndef f():\n    from seismodel.training.trainer import train\n    import seismodel.study.run as run\n'
+    lines = ('from ..signals import records\nfrom .masking import draw_starts\ndef f():\n'
+             '    from seismodel.training.trainer import train\n'
+             '    import seismodel.study.run as run\n')
     (tmp_path/'fake.py').write_text(lines, encoding='utf-8')
     monkeypatch.setitem(modules, 'models.fake', tmp_path/'fake.py')
     assert (set(imports_of('models.fake'))
@@ -167,7 +169,8 @@ def test_models_reach_kernels_through_one_module():
 def test_models_import_no_triton():
     "Triton is imported by the first kernel that runs, and by nothing before it"
     names = [f'seismodel.{m}' for m in modules if m.split('.')[0] == 'models']
-    code = f"import importlib, sys\nfor m in {names}: importlib.import_module(m)\nprint('triton' in sys.modules)"
+    code = (f'import importlib, sys\nfor m in {names}: importlib.import_module(m)\n'
+            "print('triton' in sys.modules)")
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True,
                           cwd=root, env=dict(os.environ))
     assert len(names) > 8 and done.stdout.strip() == 'False'
@@ -355,6 +358,16 @@ def test_lines_are_at_most_100_characters(nb):
     assert list(wide_lines((c.cell_type, c.source) for c in read_nb(nb).cells)) == []
 
 
+scripts_and_tests = sorted(p for folder in ('tests', 'scripts', 'benchmarks', 'tools')
+                           for p in (root/folder).rglob('*.py'))
+
+
+@pytest.mark.parametrize('file', scripts_and_tests, ids=lambda p: p.relative_to(root).as_posix())
+def test_lines_of_scripts_and_tests_are_at_most_100_characters(file):
+    lines = enumerate(file.read_text(encoding='utf-8').splitlines(), 1)
+    assert [n for n, line in lines if len(line) > 100] == []
+
+
 def test_wide_lines_are_seen():
     wide = 'a '*51
     assert list(wide_lines([('code', f'x = 1\n{wide}'), ('markdown', wide)])) == [wide]*2
@@ -407,7 +420,8 @@ def bound_outside(tree):
         n = nodes.pop()
         match n:
             case ast.FunctionDef(name=name) | ast.ClassDef(name=name): found.add(name)
-            case ast.Lambda() | ast.ListComp() | ast.SetComp() | ast.DictComp() | ast.GeneratorExp(): pass
+            case (ast.Lambda() | ast.ListComp() | ast.SetComp() | ast.DictComp()
+                  | ast.GeneratorExp()): pass
             case ast.Name(id=name, ctx=ast.Store()) | ast.MatchAs(name=name): found.add(name)
             case ast.alias(name=name, asname=other): found.add((other or name).split('.')[0])
             case _: nodes += ast.iter_child_nodes(n)
@@ -435,14 +449,16 @@ def test_pages_can_be_made(nb):
         # a page shows the signature after its cell
         if export:
             before |= bound_outside(tree)
-            assert not quoted_names(
-                tree) - before, f'{quoted_names(tree) - before} is defined after its use in a signature:\n{source}'
+            late = quoted_names(tree) - before
+            assert not late, f'{late} is defined after its use in a signature:\n{source}'
         if not export and not any(isinstance(n, (ast.Import, ast.ImportFrom))
                                   for n in ast.walk(tree)):
             continue
         used, bound = names_of(tree)
         there |= bound_outside(tree)
-        assert not used - bound - there, f'its imports need a cell of their own, since {used - there} is missing:\n{source}'
+        missing = used - bound - there
+        assert not missing, (
+            f'its imports need a cell of their own, since {missing} is missing:\n{source}')
 
 
 @pytest.mark.parametrize('nb', nbs, ids=name_of)

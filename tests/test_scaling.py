@@ -33,7 +33,8 @@ def test_where_the_time_goes_adds_up(scaling):
 
 def test_a_kill_reaches_children_of_children(scaling):
     "Also those that have a session of their own, as torchrun's ranks do"
-    child = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], start_new_session=True).wait()"
+    child = ('import subprocess, sys; subprocess.Popen([sys.executable, "-c", '
+             '"import time; time.sleep(60)"], start_new_session=True).wait()')
     process = subprocess.Popen([sys.executable, '-c', child])
     since = time.monotonic()
     while not (found := scaling.descendants(process.pid)) and time.monotonic() < since + 20:

@@ -30,7 +30,8 @@ def write_pyproject(
     text = path.read_text(encoding='utf-8')
     for line, more in (('include = ["seismodel"]', INCLUDE), ('[tool.nbdev]', RENDERER)):
         if line not in text:
-            raise ValueError(f"nbdev wrote no line '{line}' into {path}; look at what it writes now.")
+            raise ValueError(f"nbdev wrote no line '{line}' into {path}; "
+                             'look at what it writes now.')
         text = text.replace(line, more)
     path.write_text(text, encoding='utf-8')
 

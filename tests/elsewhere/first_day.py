@@ -51,7 +51,8 @@ def pretraining():
     from seismodel.cli import main
     step = trainer.train_step
     trainer.train_step = stop_after_two(step)
-    words = ('pretrain --preset contrastive-tiny --steps 4 --batch-size 2 --window 512 --device cpu '
+    words = ('pretrain --preset contrastive-tiny --steps 4 --batch-size 2 --window 512 '
+             '--device cpu '
              '--workers 1 --log-every 1 --validation-windows 2 --out run')
     codes = [main(words.split())]
     trainer.train_step = step
