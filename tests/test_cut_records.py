@@ -13,8 +13,8 @@ from obspy import Stream, Trace, UTCDateTime
 
 from seismodel.cli import main
 from seismodel.data.archive import open_archive
-from seismodel.data.formats import (BLOCK, Cut, blocks_of, cut_records, cut_sentence, format_of,
-                                    record_length)
+from seismodel.data.formats import (BLOCK, Cut, _equal_records, blocks_of, cut_records,
+                                    cut_sentence, format_of, record_length)
 
 T0 = UTCDateTime(2024, 2, 28, 23, 30)
 KINDS = [('STEIM1', np.int32), ('STEIM2', np.int32), ('INT32', np.int32), ('FLOAT32', np.float32),
@@ -220,3 +220,10 @@ def test_commands_say_it(tmp_path, capsys, monkeypatch):
             == 0)
     assert f"left out: {Path('data/day.mseed')}: {says}" in capsys.readouterr().err
     assert says in Path('picks/left_out.csv').read_text(encoding='utf-8')
+
+
+@pytest.mark.parametrize('number, equal', [(b'000002', True), (b'00000A', False)])
+def test_the_number_of_a_record_has_digits_alone(number, equal, tmp_path):
+    whole = written()[0]
+    (tmp_path/'x.mseed').write_bytes(whole[:512] + number + whole[518:])
+    with open(tmp_path/'x.mseed', 'rb') as f: assert _equal_records(f, len(whole)) == equal

@@ -9,6 +9,7 @@ from seismodel.study.fold_report import (REPORTS, analyst_table, arm_overview, d
                                          gain_table, hour_table, pick_table,
                                          progress_table, read_reports, repeat_published, said_gain,
                                          station_table, write_reports)
+from seismodel.study.paired import SHARES
 
 ONE = dict(method='a', fraction=.1)
 
@@ -101,6 +102,12 @@ def test_a_study_that_has_run_in_part_says_so(tmp_path):
             and shown.windows[random.title] == '')
     assert (shown['P gain, 0.3 s'][best.title] == said_gain(row)
             and shown['P gain, 0.3 s'][random.title] == '')
+
+
+def test_picks_are_reported_by_shares_alone():
+    "Errors of picks mean nothing where a pick may be missing"
+    onsets = onsets_of('a', 0, float).assign(picks=1, seconds=60.)
+    assert set(pick_table(onsets).metric) == set(SHARES)
 
 
 def test_some_arms_stand_beside_the_placebo_and_the_labels_of_the_generator():

@@ -233,6 +233,12 @@ def test_apply_mask_values_gradients_and_dtypes():
     with pytest.raises(ValueError, match="the mask is"): apply_mask(x, mask[:, :-1])
 
 
+@pytest.mark.parametrize('shape', [(2, 4), (2, 6), (1, 5), (3, 5), (2, 5, 1)])
+def test_a_mask_of_another_shape_is_refused(shape):
+    with pytest.raises(ValueError, match='the mask is'):
+        apply_mask(torch.zeros(2, 5, 3), torch.zeros(shape, dtype=torch.bool))
+
+
 def test_apply_mask_hides_nan_without_spreading_it():
     x = torch.full((1, 4, 2), float("nan"))
     mask = torch.tensor([[True, True, True, True]])

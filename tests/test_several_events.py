@@ -17,7 +17,9 @@ from seismodel.finetuning.heads import (Picker, found, in_zones, label_curves, p
                                         pick_targets)
 from seismodel.models.pretraining import build, preset
 from seismodel.picking.evaluation import picks_of
-from seismodel.picking.matching import WindowLabels, match_picks, score_windows, summarise_matches
+from seismodel.picking.matching import (WindowLabels, match_picks, match_records, score_windows,
+                                        summarise_matches)
+from seismodel.signals.records import WINDOW
 from seismodel.signals.augment import add_gaps, random_window, shift_time, stack_events
 from seismodel.signals.several_events import MOST_EVENTS, pad_events, synthesize_swarm
 from seismodel.training.distributed import WholeBatchDraws
@@ -199,6 +201,18 @@ def test_measures():
     assert table.loc['P', 'false_per_hour'] == pytest.approx(180.)
     assert (table.loc['S', ['precision', 'recall', 'median']].tolist()
             == pytest.approx([1., 1., .05]))
+
+
+def test_missed_onsets_and_hours_of_records():
+    "One of four onsets found: F1 is 2/5; a false pick in an hour is one an hour"
+    labels = [WindowLabels(np.array([[100., nan], [200., nan], [300., nan], [400., nan]]))]
+    assert labels[0].samples == WINDOW
+    table = summarise_matches(score_windows([{'P': np.array([100.]), 'S': np.array([])}], labels,
+                                            (.3,)), 1.)
+    assert table.set_index('phase').loc['P', 'F1'] == .4
+    hour = [WindowLabels(np.empty((0, 2)), ((), ()), 360_000)]
+    table = match_records([{'P': np.array([7.]), 'S': np.array([])}], hour)
+    assert set(table.set_index('phase').loc[['P'], 'false_per_hour']) == {1.}
 
 
 def test_swarms_hold_what_they_say():

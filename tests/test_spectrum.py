@@ -175,3 +175,7 @@ def test_the_presets_are_there():
                                         for m in ('spectrum', 'joint', 'contrastive'))
         assert spectrum.encoder == joint.encoder == contrastive.encoder
         assert (spectrum.contrastive, spectrum.spectrum) == (0., 1.) and joint.contrastive > 0
+
+
+def test_there_are_twenty_bands_of_each_component():
+    assert log_spectra(torch.randn(1, 512, 3)).numel() == 512//4*3*20
