@@ -7,7 +7,6 @@ record cost what is counted here; SeisBench's cutting and stacking are left out.
 what this processor reaches in a matrix product and in passes over memory (numbers a second). Time
 is that of the process, median of seven: other programs on the machine change it little. """
 import argparse
-import csv
 import time
 
 import numpy as np
@@ -15,6 +14,7 @@ import seisbench.models
 import torch
 import torch.nn.functional as F
 
+from seismodel.files import write_csv
 from seismodel.models.frontend import multiply_adds
 from seismodel.picking.seisbench_model import OVERLAP, READ_WINDOW, SeisModelPicker
 
@@ -77,10 +77,8 @@ def main():
             seconds = seconds_of(lambda: module(*inputs))*scale
             rows.append([name, part, count, seconds, count/seconds])
     rows += [['one thread', name, n/1e9, s, n/1e9/s] for name, n, s in rates()]
-    with open(out, 'w', newline='', encoding='utf-8') as f:
-        w = csv.writer(f)
-        w.writerow(['model', 'part', 'billions', 'seconds', 'billions_per_second'])
-        w.writerows([*row[:2], *(f'{v:.4g}' for v in row[2:])] for row in rows)
+    write_csv(out, ('model', 'part', 'billions', 'seconds', 'billions_per_second'),
+              [[*row[:2], *(f'{v:.4g}' for v in row[2:])] for row in rows])
 
 
 if __name__ == '__main__': main()

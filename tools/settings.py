@@ -23,8 +23,8 @@ renderer = 'signatures.SignatureRenderer'"""   # tools/signatures.py
 def write_pyproject(
     root: Path,  # the folder that holds settings.ini
 ):
-    """pyproject.toml as nbdev makes it, with every sub-package and the box in the wheel; raises
-    `ValueError` where nbdev writes another line"""
+    """pyproject.toml as nbdev makes it, with every sub-package and the box in the wheel, and the
+    renderer of signatures; raises `ValueError` where nbdev writes another line"""
     nbdev_migrate_config.__wrapped__(str(root))
     path = Path(root)/'pyproject.toml'
     text = path.read_text(encoding='utf-8')

@@ -1,5 +1,6 @@
-"""How a page shows what has no signature of its own: `renderer` in settings.ini names this class,
-and `scripts/pages.sh` puts this folder on the search path.
+"""How a page shows what has no signature of its own: `renderer` in pyproject.toml names the class
+below (tools/settings.py writes it there), and `scripts/pages.sh` puts this folder on the search
+path.
 
 nbdev shows `(*args, **kwargs)` for named tuples, exceptions, autograd functions and Triton kernels,
 since it asks for the signature of `__init__`. Here a class is shown by its first line and its
